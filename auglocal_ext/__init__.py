@@ -1,0 +1,25 @@
+"""Supervised local learning for PyTorch: AugLocal, ContSup and lean local modules.
+
+>>> from auglocal_ext import LocalSequential, AugLocal
+>>> net = LocalSequential(layers, rule=AugLocal(depth=6), num_classes=10, input_shape=(3, 32, 32))
+>>> out = net(x, y)
+>>> out.loss.backward()
+"""
+
+from ._version import __version__
+from .local_sequential import InferenceNetwork, LocalSequential
+from .partition import Balanced
+from .rules import AugLocal, ContSup, Rule
+from .step import LocalModule, LocalOutput
+
+__all__ = [
+    "AugLocal",
+    "Balanced",
+    "ContSup",
+    "InferenceNetwork",
+    "LocalModule",
+    "LocalOutput",
+    "LocalSequential",
+    "Rule",
+    "__version__",
+]

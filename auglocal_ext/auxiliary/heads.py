@@ -1,0 +1,172 @@
+"""Auxiliary networks: from a local module's output to the logits and the local loss."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..models.blocks import conv_bn_relu
+from ..nn import PooledLinear
+from ..ops import PooledCrossEntropy
+from .pooling import global_average_pool
+
+
+class LinearHead(nn.Module):
+    """``linear(global_average_pool(h))``, with a BatchNorm between the two where ``norm`` is set.
+
+    Args:
+        width: channels of the map ``(N, width, H, W)`` or features of ``(N, width)``.
+        num_classes: K.
+        norm: insert ``BatchNorm1d(width)`` before the linear layer (AugLocal's head of one sampled layer).
+    """
+
+    def __init__(self, width: int, num_classes: int, norm: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width) if norm else None
+        self.linear = PooledLinear(width, num_classes)
+
+    def _features(self, h: Tensor) -> Tensor:
+        if self.norm is None:
+            return h
+        return self.norm(global_average_pool(h))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.linear(self._features(h))
+
+    def loss(self, h: Tensor, target: Tensor, **options: Any) -> PooledCrossEntropy:
+        return self.linear.loss(self._features(h), target, **options)
+
+
+class VGGHead(nn.Module):
+    """Flatten, adaptive average pool of the flat vector to 512, twice (linear 512, BatchNorm, ReLU), linear.
+
+    The head of AugLocal's ImageNet VGG networks. The pooling runs along the flattened ``C*H*W`` vector.
+
+    Args:
+        num_classes: K.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool1d(512)
+        self.hidden = nn.Sequential(
+            nn.Linear(512, 512),
+            nn.BatchNorm1d(512),
+            nn.ReLU(inplace=True),
+            nn.Linear(512, 512),
+            nn.BatchNorm1d(512),
+            nn.ReLU(inplace=True),
+        )
+        self.linear = PooledLinear(512, num_classes)
+
+    def _features(self, h: Tensor) -> Tensor:
+        return self.hidden(self.pool(h.flatten(1).unsqueeze(1)).squeeze(1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.linear(self._features(h))
+
+    def loss(self, h: Tensor, target: Tensor, **options: Any) -> PooledCrossEntropy:
+        return self.linear.loss(self._features(h), target, **options)
+
+
+class AuxiliaryNetwork(nn.Module):
+    """Blocks, then a head: ``head(blocks(h))``.
+
+    ``forward(h)`` returns logits ``(N, num_classes)``; ``loss(h, target)`` the local loss with its top-1 count.
+
+    Args:
+        blocks: maps the module's output ``(N, C, H, W)`` to what the head is fed.
+        head: has ``forward(h)`` and ``loss(h, target, **options)``, as :class:`LinearHead`.
+    """
+
+    def __init__(self, blocks: nn.Sequential, head: nn.Module) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.head = head
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.head(self.blocks(h))
+
+    def loss(self, h: Tensor, target: Tensor, **options: Any) -> PooledCrossEntropy:
+        return self.head.loss(self.blocks(h), target, **options)  # type: ignore[operator]
+
+
+CONV_HEADS = ("0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")
+
+
+class _HiddenLinear(nn.Module):
+    """Global average pool, linear layers with ReLU, then :class:`PooledLinear` as the last one."""
+
+    def __init__(self, width: int, hidden: int, num_hidden: int, num_classes: int) -> None:
+        super().__init__()
+        parts: list[nn.Module] = []
+        for _ in range(num_hidden):
+            parts += [nn.Linear(width, hidden), nn.ReLU(inplace=True)]
+            width = hidden
+        self.hidden = nn.Sequential(*parts)
+        self.linear = PooledLinear(width, num_classes)
+
+    def _features(self, h: Tensor) -> Tensor:
+        return self.hidden(global_average_pool(h))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.linear(self._features(h))
+
+    def loss(self, h: Tensor, target: Tensor, **options: Any) -> PooledCrossEntropy:
+        return self.linear.loss(self._features(h), target, **options)
+
+
+def conv_head(
+    config: str,
+    width: int,
+    last_width: int,
+    num_classes: int,
+    *,
+    widen: float = 1.0,
+    feature_dim: int = 128,
+    is_map: bool = True,
+) -> AuxiliaryNetwork:
+    """The local classifiers ``<a>c<b>f`` of InfoPro and ContSup: a convolutions, pooling, b linear layers.
+
+    The first convolution (3x3, no bias, BatchNorm, ReLU) doubles the width with stride 2, or keeps the width of
+    the network's last stage with stride 1; hidden linear layers have ``feature_dim`` features. ``widen``
+    multiplies both.
+
+    Args:
+        config: one of ``0c1f`` (greedy local learning), ``0c2f``, ``1c1f``, ``1c2f`` (the default of both papers),
+            ``1c3f``, ``2c2f``.
+        width: channels C of the module's output.
+        last_width: channels of the network's last stage, at which the doubling stops.
+        num_classes: K.
+        widen: width factor (``aux_net_widen`` in the released code).
+        feature_dim: features of the hidden linear layers.
+        is_map: whether the module's output has positions; a vector takes only the heads without convolution.
+
+    Raises:
+        ValueError: for another ``config``, or a convolutional head on a vector.
+    """
+    match = re.fullmatch(r"(\d)c(\d)f", config)
+    if match is None or config not in CONV_HEADS:
+        raise ValueError(f"unknown auxiliary head {config!r}; choose one of {', '.join(CONV_HEADS)}")
+    num_convs, num_linear = int(match[1]), int(match[2])
+    if num_convs and not is_map:
+        raise ValueError(
+            f"head {config!r} needs a feature map (N, C, H, W), but the local module puts out a vector; "
+            "use a head without convolutions: '0c1f' or '0c2f'"
+        )
+    blocks: list[nn.Module] = []
+    for i in range(num_convs):
+        if i == 0:
+            base = min(2 * width, max(width, last_width))
+            out, stride = int(base * widen), 2 if base > width else 1
+            blocks.append(conv_bn_relu(width, out, stride=stride))
+            width = out
+        else:
+            blocks.append(conv_bn_relu(width, width))
+    if num_linear == 1:
+        head: nn.Module = LinearHead(width, num_classes)
+    else:
+        head = _HiddenLinear(width, int(feature_dim * widen), num_linear - 1, num_classes)
+    return AuxiliaryNetwork(nn.Sequential(*blocks), head)

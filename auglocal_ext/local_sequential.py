@@ -1,0 +1,290 @@
+"""``LocalSequential``: a drop-in wrapper that trains an ``nn.Sequential`` module by module."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .ops.labels import check_labels
+from .partition import Balanced, describe, evaluating, probe_input, shape_only
+from .rules.balance import balanced_ends
+from .rules.base import Network, Rule
+from .step import LocalModule, LocalOutput, LossOptions, local_pass, run_forward
+
+
+class LocalSequential(nn.Module):
+    """A network cut into gradient-isolated local modules, each trained on its own local loss.
+
+    ::
+
+        net = LocalSequential(layers, rule=AugLocal(depth=6, pyramid=0.5), num_classes=10, input_shape=(3, 32, 32))
+        out = net(x, y)        # forward, auxiliary network, loss, gradients and release, module by module
+        out.loss.backward()    # hands the finished gradients to .grad
+        logits = net(x)        # the primary network; auxiliary networks never run
+
+    ``net(x, y)`` runs the local modules in order. The graph of each lives only until its own backward, so at most
+    one module's activations exist at a time; no gradient crosses a module boundary. ``out.loss`` is the sum of
+    the local losses; its ``backward()`` scales the finished gradients by the incoming gradient and adds them to
+    ``.grad`` through autograd, once, so optimizers, clipping, accumulation, GradScaler and DDP hooks work as
+    usual. Nothing in the pass synchronises the host with the GPU.
+
+    Args:
+        layers: the network. Each child is a layer; children without parameters and normalisation layers join the
+            layer before them; the last child with parameters is the classifier and joins the last layer.
+        rule: the learning rule, for example :class:`auglocal_ext.AugLocal` or :class:`auglocal_ext.ContSup`.
+        num_classes: number of classes C; the network's output is ``(N, C)``.
+        input_shape: shape of one input, ``(channels, height, width)`` or ``(features,)``.
+        modules: None for one local module per layer (AugLocal joins its tail, see there); K for K contiguous
+            modules of equal counts; explicit cut points (index of the last layer of each module but the last); or
+            :class:`auglocal_ext.Balanced` for K modules of balanced memory. One module is ordinary
+            backpropagation.
+        label_smoothing: of every local cross-entropy, in [0, 1].
+        ignore_index: label that counts nowhere.
+
+    Attributes:
+        primary: the ``layers`` object itself, with its own state-dict keys under ``primary.``.
+        auxiliary: auxiliary networks of modules 0 .. K-2, keys under ``auxiliary.``.
+        context: context encoders of modules 1 .. K-1 where the rule has them, keys under ``context.``.
+        network: what the rule saw: layers with kinds, shapes and widths, and module ends.
+
+    Raises:
+        TypeError: if ``layers`` is no ``nn.Sequential`` or ``rule`` no rule.
+        ValueError: if the network does not fit ``input_shape`` or ``num_classes``, if it cannot be cut as asked,
+            or if the rule cannot make an auxiliary network for it.
+    """
+
+    def __init__(
+        self,
+        layers: nn.Sequential,
+        rule: Rule,
+        num_classes: int,
+        input_shape: Sequence[int],
+        modules: int | Sequence[int] | Balanced | None = None,
+        *,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__()
+        if not isinstance(rule, Rule):
+            raise TypeError(
+                f"rule must be a learning rule such as AugLocal(depth=6) or ContSup('R1E'), got {rule!r}"
+            )
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing must be within 0 .. 1, got {label_smoothing}")
+        shape = tuple(int(s) for s in input_shape)
+        described = describe(layers, shape, num_classes)
+        if isinstance(modules, Balanced):
+            ends = balanced_ends(layers, rule, described, shape, num_classes, modules.modules)
+        else:
+            ends = rule.ends(len(described), modules)
+        self.rule = rule
+        self.network = Network(layers, described, shape, num_classes, ends)
+        self.primary = layers
+        self._options = LossOptions(ignore_index, label_smoothing)
+        template = probe_input(layers, shape, 0)
+        last = self.network.num_modules - 1
+        self.auxiliary = nn.ModuleList(
+            rule.build_auxiliary(self.network, k).to(template.device, template.dtype) for k in range(last)
+        )
+        contexts = {str(k): rule.build_context(self.network, k) for k in range(1, last + 1)}
+        self.context = nn.ModuleDict(
+            {k: c.to(template.device, template.dtype) for k, c in contexts.items() if c is not None}
+        )
+        self._refuse_shared_layers()
+        self._one_image_norms = self._dry_run()
+        self._warned_fp16 = False
+
+    def _refuse_shared_layers(self) -> None:
+        owner: dict[int, int] = {}
+        for module in self.local_modules:
+            for parameter in module.parameters():
+                first = owner.setdefault(id(parameter), module.index)
+                if first != module.index:
+                    warnings.warn(
+                        f"local modules {first} and {module.index} share a parameter of shape "
+                        f"{tuple(parameter.shape)}: both local losses train it",
+                        stacklevel=3,
+                    )
+
+    def _dry_run(self) -> list[str]:
+        """Runs every part on shapes alone; names BatchNorm layers that see one value per channel and image."""
+        single: list[str] = []
+        names = {module: name for name, module in self.named_modules()}
+
+        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if args[0].dim() == 2 or args[0].shape[2:].numel() == 1:
+                single.append(names[module])
+
+        norms = [m for m in names if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        hooks = [norm.register_forward_pre_hook(note) for norm in norms]
+        try:
+            with shape_only(), evaluating(self):
+                h = probe_input(self.primary, self.network.input_shape)
+                history: list[Tensor | None] = []
+                for module in self.local_modules:
+                    h = module(h, history)
+                    if module.auxiliary is not None:
+                        logits = module.auxiliary(h)
+                        if logits.shape[1:] != (self.network.num_classes,):
+                            raise ValueError(
+                                f"the auxiliary network of local module {module.index} puts out "
+                                f"{tuple(logits.shape[1:])} per image, expected ({self.network.num_classes},)"
+                            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return single
+
+    @property
+    def num_modules(self) -> int:
+        """K, the number of local modules."""
+        return self.network.num_modules
+
+    @property
+    def local_modules(self) -> tuple[LocalModule, ...]:
+        """The local modules in order, for a training loop of one's own (:class:`auglocal_ext.LocalModule`)."""
+        children = list(self.primary)
+        contexts = [self.context[str(k)] if str(k) in self.context else None for k in range(self.num_modules)]
+        modules, first = [], 0
+        for k, end in enumerate(self.network.ends):
+            later = [c.needed for c in contexts[k + 1 :] if c is not None]
+            modules.append(
+                LocalModule(
+                    index=k,
+                    layers=tuple(children[self.network.layers[first].start : self.network.layers[end].stop]),
+                    context=contexts[k],
+                    auxiliary=self.auxiliary[k] if k < self.num_modules - 1 else None,
+                    kept=frozenset().union(*later),
+                    options=self._options,
+                )
+            )
+            first = end + 1
+        return tuple(modules)
+
+    def forward(
+        self, x: Tensor, y: Tensor | None = None, *, grad_scaler: torch.amp.GradScaler | None = None
+    ) -> LocalOutput | Tensor:
+        """Logits of the primary network, or with labels one training pass over the local modules.
+
+        Args:
+            x: inputs ``(N, *input_shape)``, floating point.
+            y: class indices ``(N,)``, int64. None: inference, in training or eval mode.
+            grad_scaler: for fp16: its scale is handed to the inner backward so that nothing underflows. Use it
+                with ``grad_scaler.scale(out.loss).backward()`` as usual.
+
+        Returns:
+            Without ``y`` logits ``(N, num_classes)``; with ``y`` a :class:`auglocal_ext.LocalOutput`. Under
+            ``torch.no_grad`` the losses alone, without gradients.
+
+        Raises:
+            TypeError: if ``x`` is not floating point or ``y`` not int64.
+            ValueError: if a shape is wrong, the batch is empty, a label is out of range (on CUDA raised by a later
+                call, without a synchronisation; such labels count as ignored), ``x`` requires a gradient, or
+                a BatchNorm layer would see a single value per channel.
+        """
+        self._check_input(x, training_pass=y is not None)
+        if y is None:
+            if len(self.context) == 0:
+                return self.primary(x)
+            return run_forward(self.local_modules, x)
+        check_labels(y, self.network.num_classes, self._options.ignore_index)
+        self._check_training_pass(x, y)
+        scale = None
+        if grad_scaler is not None:
+            scale = grad_scaler.scale(torch.ones((), device=x.device))
+        elif not self._warned_fp16 and torch.is_grad_enabled() and self._is_fp16(x):
+            self._warned_fp16 = True
+            warnings.warn(
+                "a training pass in fp16 without grad_scaler: small gradients of the local modules underflow to "
+                "zero. Pass net(x, y, grad_scaler=scaler), or use bfloat16",
+                stacklevel=2,
+            )
+        return local_pass(self.local_modules, x, y, scale)
+
+    @staticmethod
+    def _is_fp16(x: Tensor) -> bool:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device) == torch.float16
+        return x.dtype == torch.float16
+
+    def _check_input(self, x: Tensor, training_pass: bool) -> None:
+        if not x.is_floating_point():
+            raise TypeError(
+                f"x must be floating point, got {x.dtype}; convert and normalise images first, for example "
+                "x.float().div(255)"
+            )
+        expected = self.network.input_shape
+        fits = x.dim() == len(expected) + 1 and x.shape[1] == expected[0]
+        if training_pass:
+            fits = fits and tuple(x.shape[1:]) == expected
+        if not fits:
+            raise ValueError(
+                f"x must have shape (N, {', '.join(map(str, expected))}), the input_shape this network was wrapped "
+                f"for; got {tuple(x.shape)}"
+            )
+
+    def _check_training_pass(self, x: Tensor, y: Tensor) -> None:
+        if len(x) == 0:
+            raise ValueError("the batch is empty (N = 0); drop it before the training pass")
+        if len(y) != len(x):
+            raise ValueError(f"y must hold one label per input, expected ({len(x)},), got {tuple(y.shape)}")
+        if y.device != x.device:
+            raise ValueError(f"x is on {x.device} and y on {y.device}; move y to {x.device}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "x requires a gradient, but local modules hand none to their input; pass x.detach()"
+            )
+        if len(x) == 1 and self.training and self._one_image_norms:
+            active = [n for n in self._one_image_norms if self.get_submodule(n).training]
+            if active:
+                raise ValueError(
+                    f"a batch of one image: {active[0]} is a BatchNorm layer that sees one value per channel in it, "
+                    "whose variance is undefined. Use a batch of at least 2 (drop_last=True in the DataLoader)"
+                )
+
+    def export(self) -> nn.Module:
+        """A plain copy for inference, in eval mode: no auxiliary networks, context encoders where the rule has them.
+
+        Without context this is an ``nn.Sequential`` with the user's own state-dict keys; with context an
+        :class:`InferenceNetwork`. Both can be given to ``torch.export.export`` and ``torch.onnx.export``.
+        """
+        if len(self.context) == 0:
+            return copy.deepcopy(self.primary).eval()
+        return InferenceNetwork(copy.deepcopy(self.primary), self.local_modules, copy.deepcopy(self.context)).eval()
+
+    def extra_repr(self) -> str:
+        return f"rule={self.rule!r}, modules={self.num_modules}, module_ends={self.network.ends}"
+
+
+class InferenceNetwork(nn.Module):
+    """The primary network with its context encoders, for inference: ``(N, *input_shape) -> (N, num_classes)``."""
+
+    def __init__(self, primary: nn.Sequential, modules: Sequence[LocalModule], context: nn.ModuleDict) -> None:
+        super().__init__()
+        self.primary = primary
+        self.context = context
+        self._runs: list[tuple[int, int, frozenset[int]]] = []
+        start = 0
+        for module in modules:
+            self._runs.append((start, start + len(module.layers), module.kept))
+            start += len(module.layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        children = list(self.primary)
+        history: list[Tensor | None] = []
+        h = x
+        for k, (start, stop, kept) in enumerate(self._runs):
+            if str(k) in self.context:
+                h = self.context[str(k)](h, history)
+            history.append(h)
+            for i in range(len(history)):
+                if i not in kept:
+                    history[i] = None
+            for child in children[start:stop]:
+                h = child(h)
+        return h

@@ -1,0 +1,153 @@
+"""The eager training pass: forward, local loss, gradients and release, local module by local module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .local_module import LocalModule
+
+
+class LocalOutput(NamedTuple):
+    """Result of one pass over the local modules.
+
+    Attributes:
+        loss: scalar, the sum of the local losses; ``loss.backward()`` hands the gradients to ``.grad``, once.
+        logits: ``(N, num_classes)`` of the last module, detached.
+        module_losses: ``(K,)``, detached.
+        module_correct: ``(K,)``, int64: how many images each module's classifier has right.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    module_losses: Tensor
+    module_correct: Tensor
+
+
+class Gradients:
+    """The finished gradients of one pass, handed out once."""
+
+    def __init__(self) -> None:
+        self._index: dict[int, int] = {}
+        self.parameters: list[Tensor] = []
+        self._values: list[Tensor | None] | None = []
+
+    def add(self, parameters: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
+        """Record gradients; those of a parameter shared by several modules are summed."""
+        assert self._values is not None
+        for parameter, value in zip(parameters, values, strict=True):
+            at = self._index.setdefault(id(parameter), len(self.parameters))
+            if at == len(self.parameters):
+                self.parameters.append(parameter)
+                self._values.append(value)
+            elif value is not None:
+                earlier = self._values[at]
+                self._values[at] = value if earlier is None else earlier + value
+
+    def take(self) -> list[Tensor | None]:
+        if self._values is None:
+            raise RuntimeError(
+                "out.loss.backward() was called a second time for one pass: the gradients of the local modules were "
+                "handed over by the first call and their graphs are gone. Call net(x, y) again for new gradients; "
+                "to accumulate over batches call backward() once per pass"
+            )
+        values, self._values = self._values, None
+        return values
+
+
+class _HandOver(torch.autograd.Function):
+    """Identity of the summed loss whose backward scales finished gradients and hands them to the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, scale: Tensor | None, gradients: Gradients, *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        ctx.scale = scale
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values = ctx.gradients.take()
+        factor = grad if ctx.scale is None else grad / ctx.scale
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for value in values:
+            if value is not None:
+                by_device.setdefault(value.device, []).append(value)
+        for device, group in by_device.items():
+            torch._foreach_mul_(group, factor.to(device, non_blocking=True))
+        return (None, None, None, *values)
+
+
+@contextmanager
+def _hooks_held_back(parameters: Sequence[Tensor]) -> Any:
+    """Within the context the parameters' tensor hooks do not run: they run when gradients are handed over."""
+    held = []
+    for parameter in parameters:
+        hooks = parameter._backward_hooks
+        if hooks:
+            held.append((hooks, dict(hooks)))
+            hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, saved in held:
+            hooks.update(saved)
+
+
+def _uncached_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """The surrounding autocast without its weight cache, which would keep every module's casts to the end."""
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type), cache_enabled=False)
+
+
+def local_pass(modules: Sequence[LocalModule], x: Tensor, target: Tensor, scale: Tensor | None = None) -> LocalOutput:
+    """One pass over the local modules; with gradients enabled each module's are finished before the next runs.
+
+    The graph of module k lives from its forward to its own backward and is gone before module k + 1 runs: at
+    most one module's activations exist at a time.
+
+    Args:
+        modules: the local modules in order.
+        x: input batch.
+        target: class indices ``(N,)``, int64, checked by the caller.
+        scale: 0-dimensional factor for the inner backward (fp16 loss scale); taken out again when the gradients
+            are handed over. None is 1.
+    """
+    with_gradients = torch.is_grad_enabled()
+    gradients = Gradients()
+    losses: list[Tensor] = []
+    correct: list[Tensor] = []
+    history: list[Tensor | None] | None = [] if any(m.context is not None for m in modules) else None
+    logits = h = x
+    for module in modules:
+        with _uncached_autocast(x.device.type):
+            out = module(h, history)
+            objective = module.objective(out, target, check_labels=False)
+        logits = objective.logits
+        losses.append(objective.loss.detach())
+        correct.append(objective.correct)
+        if with_gradients:
+            _backward(module, objective.loss, scale, gradients)
+        h = out.detach()
+        del out, objective
+    module_losses = torch.stack(losses)
+    loss = losses[0] if len(losses) == 1 else module_losses.sum()
+    if with_gradients and gradients.parameters:
+        loss = _HandOver.apply(loss, scale, gradients, *gradients.parameters)
+    return LocalOutput(loss, logits.detach(), module_losses, torch.stack(correct))
+
+
+def _backward(module: LocalModule, loss: Tensor, scale: Tensor | None, gradients: Gradients) -> None:
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        return
+    outer = None if scale is None else scale.to(loss.dtype)
+    with torch.autocast(loss.device.type, enabled=False), _hooks_held_back(parameters):
+        values = torch.autograd.grad(loss, parameters, outer, allow_unused=True)
+    gradients.add(parameters, values)

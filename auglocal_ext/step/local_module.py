@@ -1,0 +1,149 @@
+"""One gradient-isolated local module, as the training pass and a user's own loop see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..auxiliary.context import ContextSupply
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """``ignore_index``: label that counts nowhere; ``label_smoothing``: in [0, 1], as in ``F.cross_entropy``."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a local module's loss yields: scalar ``loss`` with graph, detached ``logits`` and top-1 count."""
+
+    loss: Tensor
+    logits: Tensor
+    correct: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LocalModule:
+    """A run of layers with the context it is supplied and the auxiliary network that trains it.
+
+    A view of the parts of a :class:`auglocal_ext.LocalSequential`, which owns them. A loop of one's own::
+
+        h, history = x, []
+        for module in net.local_modules:
+            out = module(h, history)
+            loss = module.local_loss(out, y)
+            loss.backward()
+            h = out.detach()
+
+    Attributes:
+        index: k, from 0.
+        layers: children of the primary network that form the module; the last module's include the classifier.
+        context: encoders of the supplied context, None where the rule has none.
+        auxiliary: auxiliary network; None for the last module, which ends in the network's own classifier.
+        kept: indices of module inputs that later modules are supplied with.
+        options: settings of the cross-entropy.
+    """
+
+    index: int
+    layers: tuple[nn.Module, ...]
+    context: ContextSupply | None
+    auxiliary: nn.Module | None
+    kept: frozenset[int]
+    options: LossOptions
+
+    def forward(self, h: Tensor, history: list[Tensor | None] | None = None) -> Tensor:
+        """Output of the module's layers, ``(N, C, H, W)``; of the last module the logits ``(N, num_classes)``.
+
+        Args:
+            h: detached output of the previous module; the image for the first.
+            history: inputs of the modules before this one. The module appends its own and lets go of those no
+                later module is supplied with. Needed only where a rule supplies context.
+        """
+        h = self.supply(h, history)
+        for layer in self.layers:
+            h = layer(h)
+        return h
+
+    __call__ = forward
+
+    def supply(self, h: Tensor, history: list[Tensor | None] | None) -> Tensor:
+        """``h`` with the module's context added; records the result in ``history``."""
+        if self.context is not None:
+            if history is None:
+                raise ValueError(
+                    f"local module {self.index} is supplied with context: pass the list of earlier module inputs as "
+                    "history, the same list to each module, starting with an empty one"
+                )
+            if len(history) != self.index:
+                raise ValueError(
+                    f"history holds {len(history)} module inputs, expected {self.index}: run the modules in order "
+                    "with one list that starts empty for each batch"
+                )
+            h = self.context(h, history)
+        if history is not None:
+            history.append(h.detach())
+            for i in range(len(history)):
+                if i not in self.kept:
+                    history[i] = None
+        return h
+
+    def objective(self, out: Tensor, target: Tensor, check_labels: bool = True) -> Objective:
+        """Local cross-entropy of the module's output; see :meth:`local_loss`."""
+        options = self.options
+        if self.auxiliary is not None:
+            result = self.auxiliary.loss(  # type: ignore[operator]
+                out,
+                target,
+                ignore_index=options.ignore_index,
+                label_smoothing=options.label_smoothing,
+                check_labels=check_labels,
+            )
+            return Objective(result.loss, result.logits, result.correct)
+        loss = F.cross_entropy(
+            out, target, ignore_index=options.ignore_index, label_smoothing=options.label_smoothing
+        )
+        logits = out.detach()
+        hits = (logits.argmax(1) == target) & (target != options.ignore_index)
+        return Objective(loss, logits, hits.sum())
+
+    def local_loss(self, out: Tensor, target: Tensor) -> Tensor:
+        """Scalar local loss of this module, to call ``backward()`` on.
+
+        Args:
+            out: what :meth:`forward` returned.
+            target: class indices ``(N,)``, int64.
+        """
+        return self.objective(out, target).loss
+
+    def parts(self) -> Iterator[nn.Module]:
+        """The modules trained by this module's local loss: context encoders, layers, auxiliary network."""
+        if self.context is not None:
+            yield self.context
+        yield from self.layers
+        if self.auxiliary is not None:
+            yield self.auxiliary
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters trained by this module's local loss, each once."""
+        seen: set[int] = set()
+        for part in self.parts():
+            for parameter in part.parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield parameter
+
+
+def run_forward(modules: Sequence[LocalModule], x: Tensor) -> Tensor:
+    """Logits of the whole network, context included, auxiliary networks left out."""
+    h = x
+    history: list[Tensor | None] | None = [] if any(m.context is not None for m in modules) else None
+    for module in modules:
+        h = module(h, history)
+    return h
+
