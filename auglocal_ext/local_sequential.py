@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops.labels import check_labels
-from .partition import Balanced, describe, evaluating, probe_input, shape_only
+from .partition import Balanced, describe, evaluating, probe_input
 from .rules.balance import balanced_ends
 from .rules.base import Network, Rule
 from .step import LocalModule, LocalOutput, LossOptions, local_pass, run_forward
@@ -85,15 +85,17 @@ class LocalSequential(nn.Module):
         self.network = Network(layers, described, shape, num_classes, ends)
         self.primary = layers
         self._options = LossOptions(ignore_index, label_smoothing)
-        template = probe_input(layers, shape, 0)
         last = self.network.num_modules - 1
-        self.auxiliary = nn.ModuleList(
-            rule.build_auxiliary(self.network, k).to(template.device, template.dtype) for k in range(last)
-        )
-        contexts = {str(k): rule.build_context(self.network, k) for k in range(1, last + 1)}
-        self.context = nn.ModuleDict(
-            {k: c.to(template.device, template.dtype) for k, c in contexts.items() if c is not None}
-        )
+        template = probe_input(layers, shape, 0)
+        # Parts are made where they are used; .to() is left out where nothing changes, since fake tensors refuse it.
+        with template.device:
+            auxiliary = [rule.build_auxiliary(self.network, k) for k in range(last)]
+            supplies = {str(k): rule.build_context(self.network, k) for k in range(1, last + 1)}
+        self.auxiliary = nn.ModuleList(auxiliary)
+        self.context = nn.ModuleDict({k: supply for k, supply in supplies.items() if supply is not None})
+        if template.dtype != torch.get_default_dtype():
+            self.auxiliary.to(template.dtype)
+            self.context.to(template.dtype)
         self._refuse_shared_layers()
         self._one_image_norms = self._dry_run()
         self._warned_fp16 = False
@@ -111,7 +113,7 @@ class LocalSequential(nn.Module):
                     )
 
     def _dry_run(self) -> list[str]:
-        """Runs every part on shapes alone; names BatchNorm layers that see one value per channel and image."""
+        """Runs every part on one image of zeros; names BatchNorm layers that see one value per channel and image."""
         single: list[str] = []
         names = {module: name for name, module in self.named_modules()}
 
@@ -122,7 +124,7 @@ class LocalSequential(nn.Module):
         norms = [m for m in names if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         hooks = [norm.register_forward_pre_hook(note) for norm in norms]
         try:
-            with shape_only(), evaluating(self):
+            with evaluating(self):
                 h = probe_input(self.primary, self.network.input_shape)
                 history: list[Tensor | None] = []
                 for module in self.local_modules:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -94,7 +93,7 @@ def _classify(children: Sequence[nn.Module]) -> tuple[str, nn.Module]:
     return type(weighted[0]).__name__, weighted[0]
 
 
-def _output_width(layer_kind: str, block: nn.Module, shape: tuple[int, ...]) -> int:
+def _output_width(layer_kind: str, block: nn.Module, channels: int) -> int:
     # The classifier belongs to the last layer, whose width is therefore read from the block, not from the output.
     if layer_kind == "basic":
         return block.conv2.out_channels  # type: ignore[union-attr,return-value]
@@ -104,7 +103,7 @@ def _output_width(layer_kind: str, block: nn.Module, shape: tuple[int, ...]) -> 
         return block.out_channels  # type: ignore[return-value]
     if layer_kind == "linear":
         return block.out_features  # type: ignore[return-value]
-    return shape[0]
+    return channels
 
 
 @contextmanager
@@ -121,17 +120,7 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-@contextmanager
-def shape_only() -> Iterator[None]:
-    """Within the context tensors have shapes but no data (a fake tensor mode, unless one is active already)."""
-    if isinstance(torch.empty(0), FakeTensor):
-        yield
-    else:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
-
-
-def probe_input(module: nn.Module, shape: Sequence[int], batch: int = 2) -> Tensor:
+def probe_input(module: nn.Module, shape: Sequence[int], batch: int = 1) -> Tensor:
     """Zeros ``(batch, *shape)`` on the device and in the dtype of the module's first parameter."""
     parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
     if parameter is None:
@@ -140,7 +129,7 @@ def probe_input(module: nn.Module, shape: Sequence[int], batch: int = 2) -> Tens
 
 
 def describe(layers: nn.Sequential, input_shape: Sequence[int], num_classes: int) -> tuple[Layer, ...]:
-    """The layers of a network with kinds, output shapes and widths, found by a pass that computes shapes only.
+    """The layers of a network with kinds, output shapes and widths, found by a pass of one image of zeros in eval mode.
 
     Neither the weights nor BatchNorm's running statistics nor the random state are touched.
 
@@ -151,9 +140,10 @@ def describe(layers: nn.Sequential, input_shape: Sequence[int], num_classes: int
     ranges = group_children(layers)
     children = list(layers)
     described = []
-    with shape_only(), evaluating(layers):
+    with evaluating(layers):
         h = probe_input(layers, input_shape)
         for index, (start, stop) in enumerate(ranges):
+            channels = None
             for position in range(start, stop):
                 try:
                     h = children[position](h)
@@ -168,9 +158,12 @@ def describe(layers: nn.Sequential, input_shape: Sequence[int], num_classes: int
                         f"layers[{position}] ({type(children[position]).__name__}) returns {type(h).__name__}; "
                         "each layer must map one tensor to one tensor"
                     )
+                if channels is None and _has_parameters(children[position]):
+                    channels = int(h.shape[1])
             kind, block = _classify(children[start:stop])
             shape = tuple(int(s) for s in h.shape[1:])
-            described.append(Layer(index, start, stop, kind, block, shape, _output_width(kind, block, shape)))
+            width = _output_width(kind, block, shape[0] if channels is None else channels)
+            described.append(Layer(index, start, stop, kind, block, shape, width))
     if described[-1].shape != (num_classes,):
         raise ValueError(
             f"the network's output has shape (N, {', '.join(map(str, described[-1].shape))}), expected "
@@ -245,7 +238,7 @@ def cut_points(num_layers: int, modules: int | Sequence[int] | None) -> tuple[in
 CONTSUP_BALANCED: dict[tuple[int, int], tuple[int, ...]] = {
     (16, 2): (4,),
     (16, 4): (3, 5, 8),
-    (16, 8): (2, 3, 4, 6, 7, 9, 11),
+    (16, 8): (2, 3, 4, 7, 8, 12, 13),
     (55, 2): (15,),
     (55, 3): (10, 21),
     (55, 4): (7, 15, 27),
@@ -256,7 +249,7 @@ CONTSUP_BALANCED: dict[tuple[int, int], tuple[int, ...]] = {
 class Balanced:
     """``modules=Balanced(K)``: K local modules cut so that the largest module's saved activations are smallest.
 
-    The bytes that autograd saves for each layer, head and context encoder are counted on shapes alone when the
+    The bytes that autograd saves for each layer, head and context encoder are counted on two images of zeros when the
     wrapper is built; a module's cost is the sum over its layers, its head and its context.
     """
 

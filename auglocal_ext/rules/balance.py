@@ -1,13 +1,14 @@
-"""Memory-balanced cuts: bytes that autograd saves for each layer, head and context, counted on shapes."""
+"""Memory-balanced cuts: bytes that autograd saves for each layer, head and context."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..partition import Layer, balance, probe_input, shape_only
+from ..partition import Layer, balance, evaluating, probe_input
 from .base import Network, Rule
 
 _BATCH = 2
@@ -46,34 +47,23 @@ def balanced_ends(
     """Module ends with the smallest maximum of saved bytes; see :class:`auglocal_ext.partition.Balanced`."""
     finest = Network(primary, layers, input_shape, num_classes, tuple(range(len(layers))))
     children = list(primary)
-    modes = [(part, part.training) for part in primary.modules()]
     cost: list[int] = []
     head_cost: list[int] = []
     context_cost: list[int] = [0]
-    with torch.random.fork_rng(devices=[]), shape_only():
-        try:
-            primary.train()
-            inputs: list[Tensor] = []
-            h = probe_input(primary, input_shape, _BATCH)
-            for layer in layers:
-                if layer.index > 0:
-                    context = rule.build_context(finest, layer.index)
-                    context_cost.append(
-                        0 if context is None else _cost(context, lambda c=context, h=h: c(h, inputs), inputs)
-                    )
-                inputs.append(h)
-                run = nn.Sequential(*children[layer.start : layer.stop])
-                results: list[Tensor] = []
-                cost.append(_cost(run, lambda r=run, h=h, out=results: out.append(r(h)) or out[0], []))
-                h = results[0].detach()
-                if layer.index < len(layers) - 1:
-                    head = rule.build_auxiliary(finest, layer.index)
-                    head_cost.append(_cost(head, lambda m=head, h=h: m(h), [h]))
-                else:
-                    head_cost.append(0)
-        finally:
-            for part, mode in modes:
-                part.training = mode
+    # In eval mode BatchNorm saves the same maps but moves no running statistic.
+    with torch.random.fork_rng(devices=[]), evaluating(primary):
+        inputs: list[Tensor] = []
+        h = probe_input(primary, input_shape, _BATCH)
+        for layer in layers:
+            if layer.index > 0:
+                context = rule.build_context(finest, layer.index)
+                context_cost.append(0 if context is None else _cost(context, partial(context, h, inputs), inputs))
+            inputs.append(h)
+            run = nn.Sequential(*children[layer.start : layer.stop])
+            cost.append(_cost(run, partial(run, h), []))
+            head = rule.build_auxiliary(finest, layer.index) if layer.index < len(layers) - 1 else None
+            h = run(h)
+            head_cost.append(0 if head is None else _cost(head, partial(head, h), [h]))
     return balance(len(layers), num_modules, cost, head_cost, context_cost)
 
 

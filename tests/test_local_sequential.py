@@ -1,0 +1,567 @@
+"""The wrapper: parity with backpropagation, handing over gradients, precision, state, errors."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import auglocal_ext
+from auglocal_ext import AugLocal, ContSup, LocalSequential, models
+
+
+def small(rule=None, modules=None, **options):
+    torch.manual_seed(7)
+    layers = models.resnet_cifar(8, width=4)
+    return LocalSequential(layers, rule or AugLocal(2), 10, (3, 16, 16), modules=modules, **options)
+
+
+def batch(n=6):
+    generator = torch.Generator().manual_seed(11)
+    return torch.randn(n, 3, 16, 16, generator=generator), torch.randint(0, 10, (n,), generator=generator)
+
+
+def grads(net):
+    return {name: p.grad for name, p in net.named_parameters()}
+
+
+# --- parity and isolation ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [AugLocal(2), ContSup("R1E")], ids=["auglocal", "contsup"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_one_module_is_backpropagation_bit_for_bit(rule, smoothing):
+    net = small(rule, modules=1, label_smoothing=smoothing)
+    twin = copy.deepcopy(net.primary)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4) for m in (net, twin)]
+    for step in range(3):
+        torch.manual_seed(step)
+        x, y = torch.randn(6, 3, 16, 16), torch.randint(0, 10, (6,))
+        out = net(x, y)
+        logits = twin(x)
+        loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
+        assert torch.equal(out.loss.detach(), loss.detach()) and torch.equal(out.logits, logits.detach())
+        for optimizer, value in zip(optimizers, (out.loss, loss), strict=True):
+            optimizer.zero_grad()
+            value.backward()
+        for (name, ours), theirs in zip(net.primary.named_parameters(), twin.parameters(), strict=True):
+            assert torch.equal(ours.grad, theirs.grad), name
+        for optimizer in optimizers:
+            optimizer.step()
+    for key, value in net.primary.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[key]), key
+
+
+def test_output():
+    net = small(modules=3)
+    x, y = batch()
+    out = net(x, y)
+    assert out.loss.dim() == 0 and out.loss.requires_grad
+    assert out.logits.shape == (6, 10) and not out.logits.requires_grad
+    assert out.module_losses.shape == (3,) and not out.module_losses.requires_grad
+    torch.testing.assert_close(out.loss.detach(), out.module_losses.sum())
+    assert out.module_correct.shape == (3,) and out.module_correct.dtype == torch.int64
+    assert int(out.module_correct[-1]) == int((out.logits.argmax(1) == y).sum())
+
+
+def test_ignored_labels_count_nowhere():
+    net = small(ignore_index=-1).eval()  # in eval mode images do not influence each other
+    x, y = batch()
+    y[2:4] = -1
+    kept = torch.tensor([0, 1, 4, 5])
+    out, reference = net(x, y), net(x[kept], y[kept])
+    torch.testing.assert_close(out.module_losses, reference.module_losses)
+    assert torch.equal(out.module_correct, reference.module_correct)
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+def test_a_modules_graph_is_gone_before_the_next_runs():
+    net = small(ContSup("R0"))
+    alive: list[weakref.ref] = []
+    seen = []
+
+    x, y = batch()
+    lasting = {t.untyped_storage()._cdata for t in (*net.parameters(), *net.buffers(), x, y)}
+
+    def watch(module, args):
+        seen.append(sum(ref() is not None for ref in alive))
+
+    def pack(tensor):
+        # What autograd keeps for backward, by weak reference to its storage.
+        if tensor.untyped_storage()._cdata not in lasting:
+            alive.append(weakref.ref(tensor.untyped_storage()))
+        return tensor
+
+    for child in list(net.primary)[:-1]:
+        child.register_forward_pre_hook(watch)
+    gc.disable()  # nothing may wait for the garbage collector
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = net(x, y)
+        after = sum(ref() is not None for ref in alive)
+    finally:
+        gc.enable()
+    assert len(alive) > 20
+    assert seen[0] == 0 and max(seen) <= 2, seen  # the detached output, saved by two layers; no other map
+    assert after <= 1, after  # logits
+    del out
+
+
+def test_auxiliary_networks_never_run_in_inference():
+    net = small(ContSup("R1E"))
+
+    def refuse(*_):
+        raise AssertionError("an auxiliary network ran")
+
+    for auxiliary in net.auxiliary:
+        for module in auxiliary.modules():
+            module.register_forward_pre_hook(refuse)
+    x, _ = batch()
+    assert net(x).shape == (6, 10)
+    assert net.eval()(x).shape == (6, 10)
+    assert net.export()(x).shape == (6, 10)
+
+
+# --- handing over -----------------------------------------------------------------------------------------------------
+
+
+def test_second_backward_is_refused():
+    net = small()
+    out = net(*batch())
+    out.loss.backward(retain_graph=True)
+    before = {name: grad.clone() for name, grad in grads(net).items()}
+    with pytest.raises(RuntimeError, match="second time for one pass.*net\\(x, y\\) again"):
+        out.loss.backward()
+    for name, grad in grads(net).items():
+        assert torch.equal(grad, before[name])
+
+
+def test_gradients_are_handed_over_without_a_copy():
+    net = small()
+    out = net(*batch())
+    inside = {v.data_ptr() for v in out.loss.grad_fn.gradients._values}
+    out.loss.backward()
+    assert {p.grad.data_ptr() for p in net.parameters()} <= inside
+
+
+def test_scaling_accumulation_and_clipping():
+    net = small()
+    x, y = batch()
+    net.eval()  # the same normalisation in both passes
+    net(x, y).loss.backward()
+    once = {name: grad.clone() for name, grad in grads(net).items()}
+    net.zero_grad()
+    for _ in range(2):
+        (net(x, y).loss / 4).backward()
+    for name, grad in grads(net).items():
+        torch.testing.assert_close(grad, once[name] / 2)
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+    expected = torch.stack([g.norm() for g in once.values()]).norm() / 2
+    torch.testing.assert_close(norm, expected)
+    torch.testing.assert_close(nn.utils.get_total_norm([p.grad for p in net.parameters()]), torch.tensor(1e-3))
+
+
+def test_tensor_hooks_run_once_and_accumulation_hooks_too():
+    net = small()
+    x, y = batch()
+    net.eval()
+    net(x, y).loss.backward()
+    expected = {name: grad.clone() for name, grad in grads(net).items()}
+    net.zero_grad()
+    accumulated = []
+    handles = [p.register_hook(lambda g: g * 2) for p in net.parameters()]
+    handles += [p.register_post_accumulate_grad_hook(lambda p: accumulated.append(1)) for p in net.parameters()]
+    net(x, y).loss.backward()
+    assert len(accumulated) == len(expected)
+    for name, grad in grads(net).items():
+        torch.testing.assert_close(grad, expected[name] * 2)
+
+
+def test_frozen_and_shared_parameters():
+    net = small()
+    frozen = net.primary[1]
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(False)
+    net(*batch()).loss.backward()
+    assert all(p.grad is None for p in frozen.parameters())
+    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
+
+    shared = nn.Linear(8, 8)
+    layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), shared, nn.ReLU(), nn.Sequential(shared), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.warns(UserWarning, match="local modules 1 and 2 share a parameter"):
+        tied = LocalSequential(layers, ContSup("R0", "0c1f"), 3, (6,))
+    x, y = torch.randn(5, 6), torch.randint(0, 3, (5,))
+    tied(x, y).loss.backward()
+    combined = shared.weight.grad.clone()
+    tied.zero_grad()
+    h, history = x, []
+    for module in tied.local_modules:
+        out = module(h, history)
+        module.local_loss(out, y).backward()
+        h = out.detach()
+    torch.testing.assert_close(combined, shared.weight.grad)
+
+
+def test_no_grad_gives_the_loss_only():
+    net = small()
+    x, y = batch()
+    with torch.no_grad():
+        out = net(x, y)
+    assert not out.loss.requires_grad
+    with torch.inference_mode():
+        assert not net(x, y).loss.requires_grad
+    net.eval()
+    with torch.no_grad():
+        silent = net(x, y)
+    torch.testing.assert_close(net(x, y).module_losses, silent.module_losses)
+
+
+# --- precision and layout ---------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_autocast():
+    net = small(ContSup("R1E"))
+    x, y = batch(16)
+    net(x, y).loss.backward()
+    exact = {name: grad.clone() for name, grad in grads(net).items()}
+    net.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = net(x, y)
+    out.loss.backward()
+    assert out.loss.dtype == torch.float32
+    assert {grad.dtype for grad in grads(net).values()} == {torch.float32}
+    found, expected = (torch.cat([g.flatten() for g in d.values()]) for d in (grads(net), exact))
+    assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+def test_autocast_keeps_no_weight_casts():
+    net = small()
+    casts = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter):
+                casts.append(weakref.ref(out.untyped_storage()))
+            return out
+
+    x, y = batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with Watch():
+            out = net(x, y)
+        assert casts and not any(ref() is not None for ref in casts)
+    out.loss.backward()
+
+
+def mlp(scale=1.0):
+    torch.manual_seed(5)
+    layers = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    return LocalSequential(layers, ContSup("R0", "0c1f"), 4, (12,))
+
+
+def test_float16_with_grad_scaler_keeps_small_gradients():
+    x, y = torch.randn(64, 12) * 1e-5, torch.randint(0, 4, (64,))
+
+    def run(scaler, dtype):
+        net = mlp()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            out = net(x, y, grad_scaler=scaler)
+        (out.loss if scaler is None else scaler.scale(out.loss)).backward()
+        return net, net.primary[0].weight.grad
+
+    _, exact = run(None, torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+    net, scaled = run(scaler, torch.float16)
+    torch.testing.assert_close(scaled / 2.0**14, exact, rtol=2e-2, atol=exact.abs().max().item() * 1e-2)
+    with pytest.warns(UserWarning, match="without grad_scaler"):
+        _, unscaled = run(None, torch.float16)
+    # without the scale most of these gradients are zero, which is what the test is about
+    assert ((unscaled == 0) & (exact != 0)).sum() > 20 * ((scaled == 0) & (exact != 0)).sum() + 10
+
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    scaler.unscale_(optimizer)
+    torch.testing.assert_close(net.primary[0].weight.grad, scaled)  # unscaled in place
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**14
+
+
+def test_grad_scaler_skips_overflow():
+    net = mlp()
+    before = net.primary[0].weight.detach().clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, backoff_factor=0.5)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with torch.autocast("cpu", dtype=torch.float16):
+        out = net(torch.randn(8, 12), torch.randint(0, 4, (8,)), grad_scaler=scaler)
+    scaler.scale(out.loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(net.primary[0].weight, before) and scaler.get_scale() == 2.0**119
+
+
+def test_channels_last():
+    net = small(ContSup("R1E"))
+    x, y = batch()
+    state = copy.deepcopy(net.state_dict())
+    net(x, y).loss.backward()
+    expected = {name: grad.clone() for name, grad in grads(net).items()}
+    net.zero_grad()
+    net.load_state_dict(state)
+    net.to(memory_format=torch.channels_last)
+    out = net(x.contiguous(memory_format=torch.channels_last), y)
+    out.loss.backward()
+    for name, grad in grads(net).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_double():
+    net = small(ContSup("R1E")).double()
+    x, y = batch()
+    out = net(x.double(), y)
+    assert out.loss.dtype == torch.float64
+    out.loss.backward()
+    assert net.primary[0].conv.weight.grad.dtype == torch.float64
+    layers = models.resnet_cifar(8, width=4).double()
+    assert {p.dtype for p in LocalSequential(layers, AugLocal(2), 10, (3, 16, 16)).parameters()} == {torch.float64}
+
+
+# --- state ------------------------------------------------------------------------------------------------------------
+
+
+def test_state_dict_keys():
+    layers = models.resnet_cifar(8, width=4)
+    keys = set(layers.state_dict())
+    net = LocalSequential(layers, ContSup("R1E"), 10, (3, 16, 16))
+    assert net.primary is layers and set(layers.state_dict()) == keys
+    prefixes = {key.split(".")[0] for key in net.state_dict()}
+    assert prefixes == {"primary", "auxiliary", "context"}
+    assert {key.removeprefix("primary.") for key in net.state_dict() if key.startswith("primary.")} == keys
+    assert set(LocalSequential(layers, AugLocal(2), 10, (3, 16, 16)).export().state_dict()) == keys
+
+
+@pytest.mark.parametrize("rule", [AugLocal(3), ContSup("R1E")], ids=["auglocal", "contsup"])
+def test_copies_are_independent_and_equal(rule):
+    net = small(rule)
+    x, y = batch()
+    buffer = io.BytesIO()
+    torch.save(net.state_dict(), buffer)
+    buffer.seek(0)
+    reloaded = LocalSequential(models.resnet_cifar(8, width=4), rule, 10, (3, 16, 16))
+    reloaded.load_state_dict(torch.load(buffer, weights_only=True))
+    expected = net.eval()(x, y)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), reloaded.eval()):
+        assert torch.equal(twin(x, y).module_losses, expected.module_losses)
+        assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in net.parameters()}
+        assert twin.network.primary is twin.primary
+        twin(x, y).loss.backward()
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_export_is_a_copy_in_eval_mode():
+    net = small(ContSup("R1E")).train()
+    exported = net.export()
+    assert net.training and not any(m.training for m in exported.modules())
+    x, _ = batch()
+    expected = exported(x)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    assert torch.equal(exported(x), expected)
+    assert not any("auxiliary" in key for key in exported.state_dict())
+
+
+@pytest.mark.parametrize("rule", [AugLocal(2), ContSup("R1E")], ids=["auglocal", "contsup"])
+def test_torch_export(rule):
+    exported = small(rule).export()
+    x, _ = batch()
+    program = torch.export.export(exported, (x,))
+    torch.testing.assert_close(program.module()(x), exported(x))
+
+
+@pytest.mark.parametrize("rule", [AugLocal(2), ContSup("R1E")], ids=["auglocal", "contsup"])
+def test_onnx_export(rule, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator
+
+    exported = small(rule).export()
+    x, _ = batch(2)
+    path = tmp_path / "net.onnx"
+    torch.onnx.export(exported, (x,), path, dynamo=True, verbose=False)
+    (found,) = ReferenceEvaluator(onnx.load(path)).run(None, {onnx.load(path).graph.input[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), exported(x).detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_compile_of_the_exported_network():
+    exported = small(ContSup("R1E")).export()
+    x, _ = batch()
+    compiled = torch.compile(exported, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), exported(x))
+
+
+def test_repr_names_rule_and_modules():
+    text = repr(small(AugLocal(2)))
+    assert "rule=AugLocal(depth=2" in text and "module_ends=(0, 1, 3)" in text
+
+
+# --- wrong use --------------------------------------------------------------------------------------------------------
+
+
+def test_errors_when_built():
+    layers = models.resnet_cifar(8, width=4)
+    with pytest.raises(TypeError, match="rule must be a learning rule.*got 'auglocal'"):
+        LocalSequential(layers, "auglocal", 10, (3, 16, 16))
+    with pytest.raises(TypeError, match="layers must be an nn.Sequential"):
+        LocalSequential(nn.Linear(3, 3), AugLocal(2), 10, (3, 16, 16))
+    with pytest.raises(ValueError, match="layers\\[0\\] \\(Sequential\\) does not accept.*input_shape=\\(4, 16, 16\\)"):
+        LocalSequential(layers, AugLocal(2), 10, (4, 16, 16))
+    with pytest.raises(ValueError, match="output has shape \\(N, 10\\), expected \\(N, num_classes\\) = \\(N, 100\\)"):
+        LocalSequential(layers, AugLocal(2), 100, (3, 16, 16))
+    with pytest.raises(ValueError, match="modules=9 local modules asked for, but the network has 4 layers"):
+        LocalSequential(layers, AugLocal(2), 10, (3, 16, 16), modules=9)
+    with pytest.raises(ValueError, match="label_smoothing"):
+        LocalSequential(layers, AugLocal(2), 10, (3, 16, 16), label_smoothing=1.5)
+    bad = AugLocal(2, block=lambda i, o, s, layer: nn.Conv2d(i, o + 1, 1))
+    with pytest.raises((ValueError, RuntimeError)):
+        LocalSequential(layers, bad, 10, (3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x, y: (x, y.float()), TypeError, "int64"),
+        (lambda x, y: (x, y.int()), TypeError, "int64"),
+        (lambda x, y: (x, F.one_hot(y, 10)), ValueError, "\\(N,\\)|shape"),
+        (lambda x, y: (x, y + 10), ValueError, "range|0 .. 9|\\[0, 10\\)"),
+        (lambda x, y: (x, y - 11), ValueError, "range|0 .. 9|\\[0, 10\\)"),
+        (lambda x, y: (x, y[:-1]), ValueError, "one label per input"),
+        (lambda x, y: (x[:, :2], y), ValueError, "x must have shape \\(N, 3, 16, 16\\)"),
+        (lambda x, y: (x[:, :, :8], y), ValueError, "x must have shape \\(N, 3, 16, 16\\)"),
+        (lambda x, y: (x[0], y), ValueError, "x must have shape"),
+        (lambda x, y: (x[:0], y[:0]), ValueError, "empty"),
+        (lambda x, y: ((x * 10).byte(), y), TypeError, "floating point"),
+        (lambda x, y: (x.requires_grad_(), y), ValueError, "x.detach\\(\\)"),
+    ],
+)
+def test_wrong_batches_are_refused_before_any_work(change, error, message):
+    net = small()
+    state = copy.deepcopy(net.state_dict())
+    with pytest.raises(error, match=message):
+        net(*change(*batch()))
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+def test_batch_of_one_image():
+    net = small(AugLocal(2))  # one sampled layer: BatchNorm1d in the head
+    x, y = batch(1)
+    with pytest.raises(ValueError, match="batch of one image: auxiliary.0.head.norm is a BatchNorm"):
+        net(x, y)
+    net.eval()(x, y).loss.backward()
+    small(ContSup("R0"))(x, y).loss.backward()  # maps have many values per channel
+
+
+def test_history_is_checked():
+    net = small(ContSup("E"))
+    x, _ = batch()
+    first, second = net.local_modules[:2]
+    with pytest.raises(ValueError, match="pass the list of earlier module inputs"):
+        second(first(x))
+    with pytest.raises(ValueError, match="holds 0 module inputs, expected 1"):
+        second(first(x), [])
+
+
+def test_import_is_silent_and_light():
+    import subprocess
+    import sys
+
+    code = "import sys, auglocal_ext; print([m for m in ('torchvision', 'matplotlib', 'tensorboard') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-W", "default", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]" and done.stderr == ""
+    assert auglocal_ext.__version__
+
+
+# --- several processes and devices ------------------------------------------------------------------------------------
+
+
+def _ddp_worker(rank, port, path):
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    net = mlp()
+    ddp = DistributedDataParallel(net)
+    x, y = torch.load(path, weights_only=True)
+    for _ in range(2):  # the second iteration is where wrong hook use shows
+        net.zero_grad()
+        ddp(x[rank::2], y[rank::2]).loss.backward()
+    torch.save(grads(net), f"{path}.{rank}")
+    dist.destroy_process_group()
+
+
+def test_distributed_data_parallel(tmp_path):
+    import socket
+
+    import torch.multiprocessing as mp
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    x, y = torch.randn(8, 12), torch.randint(0, 4, (8,))
+    path = str(tmp_path / "data.pt")
+    torch.save((x, y), path)
+    mp.spawn(_ddp_worker, (port, path), nprocs=2)
+    net = mlp()
+    net(x, y).loss.backward()
+    for rank in range(2):
+        found = torch.load(f"{path}.{rank}", weights_only=True)
+        for name, grad in grads(net).items():
+            torch.testing.assert_close(found[name], grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", [AugLocal(3), ContSup("R1E")], ids=["auglocal", "contsup"])
+def test_no_synchronisation_on_cuda(rule):
+    net = small(rule).cuda()
+    x, y = (t.cuda() for t in batch())
+    net(x, y).loss.backward()  # library initialisation may synchronise
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        net(x, y).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_labels_out_of_range_on_cuda_are_reported_later():
+    net = small().cuda()
+    x, y = (t.cuda() for t in batch())
+    net(x, y + 10)
+    torch.cuda.synchronize()
+    with pytest.raises(ValueError, match="labels"):
+        net(x, y)
+    net(x, y).loss.backward()  # the device is still usable
+
+
+@pytest.mark.gpu
+def test_cuda_agrees_with_cpu():
+    net = small(ContSup("R1E"))
+    x, y = batch()
+    net(x, y).loss.backward()
+    expected = {name: grad.clone() for name, grad in grads(net).items()}
+    twin = small(ContSup("R1E")).cuda()
+    torch.backends.cudnn.allow_tf32 = False
+    twin(x.cuda(), y.cuda()).loss.backward()
+    for name, grad in grads(twin).items():
+        torch.testing.assert_close(grad.cpu(), expected[name], rtol=1e-3, atol=1e-4)

@@ -1,0 +1,156 @@
+"""Where a network is cut."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from auglocal_ext import Balanced, ContSup, LocalSequential, models
+from auglocal_ext.partition import CONTSUP_BALANCED, balance, cut_points, describe, group_children
+
+# [stage, block] after which a module ends, ContSup's "equal layers" partitions; a stage has 5 or 18 blocks.
+EQUAL_RESNET32 = {
+    2: [(2, 1)],
+    3: [(1, 4), (2, 4)],
+    4: [(1, 2), (2, 1), (3, 0)],
+    8: [(1, 0), (1, 2), (1, 4), (2, 1), (2, 3), (3, 0), (3, 2)],
+    16: [(0, 0)] + [(s, b) for s in (1, 2, 3) for b in range(5)][:-1],
+}
+EQUAL_RESNET110 = {
+    2: [(2, 8)],
+    3: [(1, 17), (2, 17)],
+    4: [(1, 11), (2, 7), (3, 3)],
+    8: [(1, 4), (1, 11), (2, 0), (2, 7), (2, 14), (3, 3), (3, 10)],
+    16: [(1, 1), (1, 4), (1, 7), (1, 10), (1, 13), (1, 16), (2, 1), (2, 4), (2, 7), (2, 11), (2, 15), (3, 1), (3, 5), (3, 9), (3, 13)],
+}
+BALANCED_RESNET110 = {2: [(1, 14)], 3: [(1, 9), (2, 2)], 4: [(1, 6), (1, 14), (2, 8)]}
+BALANCED_RESNET32 = {
+    2: [(1, 3)],
+    4: [(1, 2), (1, 4), (2, 2)],
+    8: [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (3, 1), (3, 2)],
+}
+
+
+def layer_index(stage, block, per_stage):
+    return 0 if stage == 0 else 1 + (stage - 1) * per_stage + block
+
+
+@pytest.mark.parametrize(("table", "per_stage"), [(EQUAL_RESNET32, 5), (EQUAL_RESNET110, 18)])
+def test_equal_partition_is_the_published_one(table, per_stage):
+    total = 3 * per_stage + 1
+    for k, boundaries in table.items():
+        expected = [layer_index(s, b, per_stage) for s, b in boundaries] + [total - 1]
+        assert list(cut_points(total, k)) == expected, k
+
+
+@pytest.mark.parametrize(("table", "per_stage"), [(BALANCED_RESNET32, 5), (BALANCED_RESNET110, 18)])
+def test_published_balanced_partitions(table, per_stage):
+    total = 3 * per_stage + 1
+    for k, boundaries in table.items():
+        assert list(CONTSUP_BALANCED[total, k]) == [layer_index(s, b, per_stage) for s, b in boundaries]
+        assert cut_points(total, CONTSUP_BALANCED[total, k])[-1] == total - 1
+
+
+def test_parameter_free_children_join_the_layer_before():
+    net = nn.Sequential(
+        nn.Identity(),
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3),
+        nn.ReLU(),
+        nn.Dropout(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+    assert group_children(net) == [(0, 5), (5, 11)]
+    layers = describe(net, (3, 16, 16), 4)
+    assert [(layer.kind, layer.width, layer.shape) for layer in layers] == [("conv", 8, (8, 7, 7)), ("conv", 8, (4,))]
+
+
+def test_multilayer_perceptron_and_single_layer():
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    assert [layer.kind for layer in describe(net, (5,), 3)] == ["linear", "linear"]
+    assert group_children(nn.Sequential(nn.Flatten(), nn.Linear(8, 3))) == [(0, 2)]
+
+
+def test_torchvision_children_are_understood():
+    torchvision = pytest.importorskip("torchvision", exc_type=Exception)
+    r = torchvision.models.resnet18(weights=None, num_classes=6)
+    blocks = itertools.chain(r.layer1, r.layer2, r.layer3, r.layer4)
+    net = nn.Sequential(r.conv1, r.bn1, r.relu, r.maxpool, *blocks, r.avgpool, nn.Flatten(), r.fc)
+    layers = describe(net, (3, 64, 64), 6)
+    assert [layer.kind for layer in layers] == ["conv"] + ["basic"] * 8
+    assert (layers[-1].start, layers[-1].stop) == (11, 15)
+
+
+def test_describing_changes_nothing():
+    net = models.resnet_cifar(8, width=4).train()
+    net[1].eval()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    modes = [m.training for m in net.modules()]
+    state = torch.get_rng_state()
+    describe(net, (3, 32, 32), 10)
+    assert [m.training for m in net.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize(
+    ("modules", "error", "message"),
+    [
+        (17, ValueError, "modules=17 local modules asked for, but the network has 16 layers"),
+        (0, ValueError, "choose 1 .. 16"),
+        ([3, 3], ValueError, "ascending"),
+        ([15], ValueError, "within 0 .. 14"),
+        ("4", TypeError, "modules must be None"),
+        (2.5, TypeError, "modules must be None"),
+    ],
+)
+def test_wrong_cuts(modules, error, message):
+    with pytest.raises(error, match=message):
+        cut_points(16, modules)
+
+
+def test_layers_must_be_a_sequential():
+    with pytest.raises(TypeError, match="nn.Sequential.*got Linear"):
+        group_children(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="no child with parameters"):
+        group_children(nn.Sequential(nn.ReLU()))
+
+
+def test_balance_is_optimal():
+    """Against an exhaustive search over all partitions."""
+    generator = torch.Generator().manual_seed(1)
+    for total, k in itertools.product((5, 7), (1, 2, 3, 5)):
+        cost, head, context = (torch.randint(0, 50, (total,), generator=generator).tolist() for _ in range(3))
+        head[-1] = context[0] = 0
+
+        def peak(ends, cost=cost, head=head, context=context):
+            first, worst = 0, 0
+            for end in ends:
+                worst = max(worst, sum(cost[first : end + 1]) + head[end] + context[first])
+                first = end + 1
+            return worst
+
+        found = balance(total, k, cost, head, context)
+        best = min(peak((*cuts, total - 1)) for cuts in itertools.combinations(range(total - 1), k - 1))
+        assert len(found) == k and peak(found) == best
+
+
+def test_balanced_modules_touch_no_weight_and_flatten_the_peak():
+    layers = models.resnet_cifar(20)
+    before = {k: v.clone() for k, v in layers.state_dict().items()}
+    net = LocalSequential(layers, ContSup("E"), 10, (3, 32, 32), modules=Balanced(3))
+    assert net.num_modules == 3
+    # Maps of the first stage are larger, so balanced modules are shorter there.
+    sizes = [b - a for a, b in zip((-1, *net.network.ends), net.network.ends, strict=False)]
+    assert sizes[0] < sizes[-1]
+    for key, value in layers.state_dict().items():
+        assert torch.equal(value, before[key]), key
