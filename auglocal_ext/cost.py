@@ -1,0 +1,87 @@
+"""What a network costs: parameters, multiply-accumulates of a forward pass, operations of a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils.flop_counter import FlopCounterMode
+
+from auglocal_ext.partition import evaluating, probe_input
+
+
+def count_parameters(module: nn.Module, *, inference: bool = False) -> int:
+    """Number of trainable parameter elements; a parameter shared by several modules counts once.
+
+    Args:
+        module: any module.
+        inference: count what is deployed instead: every parameter, trainable or not, except those that only a
+            local-learning wrapper's ``auxiliary`` networks have.
+    """
+    if not inference:
+        return sum(p.numel() for p in module.parameters() if p.requires_grad)
+    kept = [child for name, child in module.named_children() if name != "auxiliary"]
+    parameters = set(module.parameters(recurse=False)).union(*(child.parameters() for child in kept))
+    return sum(p.numel() for p in parameters)
+
+
+def count_macs(module: nn.Module, input_shape: Sequence[int]) -> int:
+    """Multiply-accumulates of the convolution and linear layers in one forward pass, per image.
+
+    A layer counts as often as it is called: k*k*(C_in/groups)*C_out per output position of a convolution,
+    in_features*out_features per row of a linear layer (anything with ``in_features`` and ``out_features``).
+    Biases, normalisation, activation and pooling are not counted. The pass runs in eval mode on fake tensors:
+    no memory, no change to the module.
+
+    Args:
+        module: called with one tensor of shape (1, *input_shape).
+        input_shape: (C, H, W) of one image, or the shape of one sample.
+
+    Raises:
+        ValueError: a size in ``input_shape`` is not positive.
+    """
+    if any(size < 1 for size in input_shape):
+        raise ValueError(f"expected positive sizes in input_shape, got {tuple(input_shape)}")
+    macs = 0
+
+    def add(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        nonlocal macs
+        if isinstance(layer, _ConvTransposeNd):  # every input element meets the kernel once
+            macs += inputs[0].numel() * layer.weight[0].numel()
+        elif isinstance(layer, _ConvNd):
+            macs += output.numel() * layer.weight[0].numel()
+        else:
+            macs += output.numel() * cast(int, layer.in_features)
+
+    layers = [m for m in module.modules() if isinstance(m, _ConvNd) or _is_linear(m)]
+    mode = detect_fake_mode(list(module.parameters())) or FakeTensorMode(allow_non_fake_inputs=True)
+    handles = [layer.register_forward_hook(add) for layer in layers]
+    try:
+        with mode, evaluating(module):
+            module(probe_input(module, input_shape, batch=1))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return macs
+
+
+def count_flops(function: Callable[[], Any]) -> int:
+    """Floating-point operations of ``function()``, 2 per multiply-accumulate, forward and backward.
+
+    Counted by ``torch.utils.flop_counter`` (convolutions and matrix products) on fake tensors, so a whole
+    training step costs no memory and needs no GPU. ``function`` makes its modules and tensors itself, or is
+    called under the ``FakeTensorMode`` they were made in; tensors with real data are refused by torch.
+    """
+    mode = detect_fake_mode() or FakeTensorMode()
+    counter = FlopCounterMode(display=False)
+    with mode, counter:
+        function()
+    return counter.get_total_flops()
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return hasattr(module, "in_features") and hasattr(module, "out_features")

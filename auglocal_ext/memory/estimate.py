@@ -1,0 +1,156 @@
+"""Memory of one training step: predicted under fake tensors, or measured on a CUDA device."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from auglocal_ext.cost import count_flops
+from auglocal_ext.memory.device import read_device_memory, release_device_memory
+from auglocal_ext.memory.meter import Mark, MemoryMeter
+
+PREDICTED = "predicted"
+MEASURED = "measured"
+
+Step = Callable[[Callable[[str], None]], Any]
+BuildStep = Callable[[], tuple[Step, Sequence[Any]]]
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Memory of one training step, in bytes.
+
+    ``kind`` is ``"predicted"`` (tensor bytes under fake tensors, no library workspace) or ``"measured"`` (on
+    CUDA). Predicted reports hold the timeline, marks and categories; measured ones the allocator's and the
+    driver's figures and the times of the repeated steps. What the other kind knows is None or empty.
+    """
+
+    kind: str
+    peak_bytes: int
+    live_before: int
+    live_after: int
+    timeline: tuple[tuple[int, int], ...] = ()
+    marks: tuple[Mark, ...] = ()
+    categories: dict[str, int] | None = None
+    flops: int | None = None
+    requested_peak_bytes: int | None = None
+    reserved_peak_bytes: int | None = None
+    warmup_peak_bytes: int | None = None
+    driver_used_bytes: int | None = None
+    driver_total_bytes: int | None = None
+    seconds: tuple[float, ...] = ()
+
+    @property
+    def median_seconds(self) -> float | None:
+        """Median time of one step; None for a prediction."""
+        return statistics.median(self.seconds) if self.seconds else None
+
+    def as_dict(self, timeline_points: int = 1000) -> dict[str, Any]:
+        """Plain values for JSON, the timeline thinned to about ``timeline_points`` points, peaks kept."""
+        values = asdict(self)
+        values["timeline"] = decimate(self.timeline, timeline_points)
+        values["seconds_median"] = self.median_seconds
+        return values
+
+
+def estimate_step(build_step: BuildStep, *, flops: bool = False) -> MemoryReport:
+    """Predict the tensor bytes of one training step on any machine, with no GPU and no memory.
+
+    ``build_step()`` runs under ``FakeTensorMode`` on fake CPU tensors and returns ``(step, tracked)``:
+    ``step(mark)`` runs one whole training step and may name its phases, ``mark("backward")``; ``tracked`` are
+    the modules, optimizers and tensors that live across steps. Two steps run and the second is reported: the
+    optimizer's state, which the first step makes, is there, as in the peak of a real run after its warm-up.
+
+    Counted is every storage that operators make and return, rounded up to 512 bytes; not counted are library
+    workspaces (cuDNN), fragmentation and the CUDA context. An optimizer chooses ``foreach`` by the device:
+    pass ``foreach=True`` to predict a GPU's step, whose temporaries can be as large as all gradients.
+
+    Args:
+        build_step: makes the training step, as above; data-dependent Python (``.item()``) cannot run in it.
+        flops: also count the floating-point operations of a step (2 per multiply-accumulate).
+    """
+    with FakeTensorMode():
+        step, tracked = build_step()
+        count = None
+        if flops:
+            count = count_flops(lambda: step(_unmarked))
+        else:
+            step(_unmarked)
+        with MemoryMeter() as meter:
+            meter.track(*tracked)
+            before = meter.live_bytes
+            step(meter.mark)
+    return MemoryReport(
+        kind=PREDICTED,
+        peak_bytes=meter.peak_bytes,
+        live_before=before,
+        live_after=meter.live_bytes,
+        timeline=tuple(meter.timeline),
+        marks=tuple(meter.marks),
+        categories=meter.peak_categories,
+        flops=count,
+    )
+
+
+def measure_step(
+    build_step: BuildStep, device: torch.device | str = "cuda", *, warmup: int = 3, repeats: int = 10
+) -> MemoryReport:
+    """Measure one training step on a CUDA device: allocated, reserved and driver bytes, and time.
+
+    ``build_step`` as for :func:`estimate_step`; it runs under ``torch.device(device)``, so that what it makes
+    is there; the steps do not. The peaks are those of ``repeats`` steps after ``warmup`` steps and an emptied
+    cache; ``warmup_peak_bytes`` is the allocated peak of the warm-up, where cuDNN's benchmark tries out
+    workspaces.
+
+    Raises ``RuntimeError`` without CUDA; ``torch.OutOfMemoryError`` comes through.
+    """
+    device = torch.device(device)
+    release_device_memory(device)
+    with torch.device(device):  # for what build_step makes; in the steps it would cost time at every operator
+        step, _ = build_step()
+    for _ in range(warmup):
+        step(_unmarked)
+    warm = read_device_memory(device)
+    release_device_memory(device)
+    before = read_device_memory(device)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    with torch.cuda.device(device):
+        events[0].record()
+        for event in events[1:]:
+            step(_unmarked)
+            event.record()
+    after = read_device_memory(device)
+    return MemoryReport(
+        kind=MEASURED,
+        peak_bytes=after.allocated_peak,
+        live_before=before.allocated,
+        live_after=after.allocated,
+        requested_peak_bytes=after.requested_peak,
+        reserved_peak_bytes=after.reserved_peak,
+        warmup_peak_bytes=warm.allocated_peak,
+        driver_used_bytes=after.driver_used,
+        driver_total_bytes=after.driver_total,
+        seconds=tuple(first.elapsed_time(last) / 1e3 for first, last in zip(events, events[1:], strict=False)),
+    )
+
+
+def decimate(timeline: Sequence[tuple[int, int]], points: int) -> list[tuple[int, int]]:
+    """About ``points`` points of a timeline at most: of every run of points its lowest and highest stay."""
+    if len(timeline) <= points:
+        return list(timeline)
+    size = -(-2 * len(timeline) // points)
+    kept: set[int] = {0, len(timeline) - 1}
+    for start in range(0, len(timeline), size):
+        run = range(start, min(start + size, len(timeline)))
+        kept.add(min(run, key=lambda i: timeline[i][1]))
+        kept.add(max(run, key=lambda i: timeline[i][1]))
+    return [timeline[i] for i in sorted(kept)]
+
+
+def _unmarked(label: str) -> None:
+    """A step run only to warm up has no timeline to mark."""

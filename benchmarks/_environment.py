@@ -1,0 +1,80 @@
+"""Where a benchmark ran: what a result file must say so that its numbers can be judged."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def environment() -> dict[str, Any]:
+    """Command, date, machine, GPU, driver, versions and commit, as plain values for JSON."""
+    return {
+        "command": " ".join(["python", *(_relative(part) for part in sys.argv)]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": _commit(),
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "cuda": torch.version.cuda,
+            "auglocal_ext": _version("auglocal_ext"),
+        },
+    }
+
+
+def _relative(argument: str) -> str:
+    """File arguments without the folders of this machine."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    root = Path(__file__).resolve().parents[1]
+    return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
+
+
+def _commit() -> str | None:
+    folder = str(Path(__file__).resolve().parent)
+    commit = _output("git", "-C", folder, "rev-parse", "HEAD")
+    if commit and _output("git", "-C", folder, "status", "--porcelain", "--untracked-files=no"):
+        commit += " with local changes"
+    return commit
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,134 @@
+"""The rows of ``benchmarks/memory.py``: ways of training a network, each as one step of the papers' loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from auglocal_ext import AugLocal, ContSup, LocalSequential, models
+from auglocal_ext.memory.meter import INPUTS
+from auglocal_ext.partition import group_children
+
+CONTEXT_MODULES = 16
+BUDGET = 0.5  # activation_memory_budget of the compiled rival, about where the peak is lowest
+
+# Peaks in GB which the AugLocal paper reports at batch 1024, fp32: max_memory_allocated with cuDNN's
+# workspaces, for ImageNet summed over its GPUs. The paper does not say which depth; d = 6 (CIFAR) and d = 5
+# (ImageNet) fit best.
+PAPER = {
+    "resnet32": {"BP": 3.15, "AugLocal d=6": 1.67},
+    "resnet110": {"BP": 9.27, "BP checkpointing": 3.03, "AugLocal d=6": 1.72},
+    "resnet34": {"BP": 42.95, "AugLocal d=5": 29.04},
+    "resnet101": {"BP": 157.12, "AugLocal d=5": 97.65},
+}
+PAPER_BATCH = 1024
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of training: ``make(network name)`` returns the modules to train and the loss of a batch."""
+
+    name: str
+    family: str
+    make: Callable[[str], tuple[nn.Module, Loss]]
+    compiled: bool = False
+    budget: float | None = None
+
+
+def backpropagation(network: str) -> tuple[nn.Module, Loss]:
+    net = models.build(network)
+    return net, lambda x, y: F.cross_entropy(net(x), y)
+
+
+def compiled_backpropagation(network: str) -> tuple[nn.Module, Loss]:
+    net = models.build(network)
+    run = torch.compile(net)
+    return net, lambda x, y: F.cross_entropy(run(x), y)
+
+
+def checkpointing(network: str) -> tuple[nn.Module, Loss]:
+    """Every child but the classifier keeps its input alone and runs again in the backward pass."""
+    net = models.build(network)
+    *blocks, classifier = net
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        for block in blocks:
+            # the blocks have no dropout, so no random state is to be kept
+            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+        return F.cross_entropy(classifier(x), y)
+
+    return net, loss
+
+
+def auglocal(network: str, depth: int) -> tuple[nn.Module, Loss]:
+    """AugLocal as released: pyramid and joint tail for CIFAR, neither for ImageNet."""
+    if models.input_shape(network)[1] == 32:
+        rule = AugLocal(depth=depth, pyramid=0.5)
+    else:
+        head = "vgg" if network.startswith("vgg") else "linear"
+        rule = AugLocal(depth=depth, pyramid=0.0, joint_tail=False, single_layer_norm=False, head=head)
+    return local(network, rule, None)
+
+
+def contsup(network: str, context: str) -> tuple[nn.Module, Loss]:
+    return local(network, ContSup(context=context, head="1c2f"), CONTEXT_MODULES)
+
+
+def local(network: str, rule: Any, modules: int | None) -> tuple[nn.Module, Loss]:
+    net = models.build(network)
+    layers = len(group_children(net))
+    net = LocalSequential(
+        net,
+        rule=rule,
+        num_classes=num_classes(network),
+        input_shape=models.input_shape(network),
+        modules=None if modules is None else min(modules, layers),
+    )
+    return net, lambda x, y: net(x, y).loss
+
+
+def num_classes(network: str) -> int:
+    return 10 if models.input_shape(network)[1] == 32 else 1000
+
+
+def rows(cuda: bool) -> list[Row]:
+    table = [Row("BP", "BP", backpropagation), Row("BP checkpointing", "checkpointing", checkpointing)]
+    if cuda:
+        table.append(Row("BP compile", "compile", compiled_backpropagation, compiled=True))
+        name = f"BP compile, budget {BUDGET}"
+        table.append(Row(name, "compile", compiled_backpropagation, compiled=True, budget=BUDGET))
+    for depth in range(2, 7):
+        table.append(Row(f"AugLocal d={depth}", "AugLocal", lambda network, d=depth: auglocal(network, d)))
+    for context in ("R0", "R1", "E", "R1E"):
+        table.append(Row(f"ContSup {context}", "ContSup", lambda network, c=context: contsup(network, c)))
+    return table
+
+
+def build_step(row: Row, network: str, batch: int, dtype: str) -> tuple[Callable[..., None], Sequence[Any]]:
+    """The papers' loop: gradients to none, loss, backward, one SGD step over everything at the end."""
+    net, loss_of = row.make(network)
+    # foreach is what torch chooses on a GPU; said here so that the prediction runs the same optimizer
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, foreach=True)
+    x = torch.randn(batch, *models.input_shape(network))
+    y = torch.randint(0, num_classes(network), (batch,))
+
+    def step(mark: Callable[[str], None]) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        mark("forward")
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=dtype == "bf16"):
+            loss = loss_of(x, y)
+        mark("backward")
+        loss.backward()
+        del loss
+        mark("optimizer")
+        optimizer.step()
+
+    return step, (net, optimizer, {INPUTS: (x, y)})

@@ -1,0 +1,102 @@
+"""``benchmarks/memory.py`` at a tiny size: table, JSON, picture, and rows that fail."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "memory.py"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    spec = importlib.util.spec_from_file_location("benchmark_memory", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "benchmark_memory", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_table_json_and_picture(benchmark, tmp_path, capsys):
+    arguments = ["--network", "resnet8", "--batch", "8", "--device", "cpu", "--output", str(tmp_path)]
+    arguments += ["--rows", "BP", "d=2", "d=6", "R0", "R1E"]
+    assert benchmark.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "predicted, tensor bytes under fake tensors, no library workspace" in printed
+    assert "peak GB" in printed and "ContSup R1E" in printed
+    assert "depth <= 3" in printed  # what AugLocal says about d=6 on four layers; the other rows go on
+
+    record = json.loads((tmp_path / "memory-predicted.json").read_text())
+    assert record["kind"] == "predicted"
+    assert record["settings"] == {"batch": 8, "dtype": "fp32", "optimizer": record["settings"]["optimizer"]}
+    assert record["versions"]["torch"] == torch.__version__
+    rows = {row["name"]: row for row in record["networks"]["resnet8"]}
+    assert rows["BP"]["predicted"]["peak_bytes"] > rows["ContSup R0"]["predicted"]["peak_bytes"]
+    assert rows["BP checkpointing"]["predicted"]["flops"] > rows["BP"]["predicted"]["flops"]
+    assert rows["BP"]["paper_gb"] is None  # the paper's figures are for its own batch and networks
+    assert rows["AugLocal d=6"]["error"].startswith("ValueError") and rows["AugLocal d=6"]["predicted"] is None
+    assert rows["AugLocal d=2"]["parameters_trained"] > rows["AugLocal d=2"]["parameters_deployed"]
+    timeline = rows["BP"]["predicted"]["timeline"]
+    assert max(live for _, live in timeline) == rows["BP"]["predicted"]["peak_bytes"]
+    assert (tmp_path / "memory-predicted.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_half_precision_rows_need_less(benchmark):
+    peaks = {}
+    for dtype in ("fp32", "bf16"):
+        for row in benchmark.rows(cuda=False):
+            if row.name in ("BP", "AugLocal d=2"):
+                peaks[row.name, dtype] = benchmark.run_row(row, "resnet8", 256, dtype, cuda=False).peak_bytes
+    assert peaks["BP", "bf16"] < 0.7 * peaks["BP", "fp32"]
+    assert peaks["AugLocal d=2", "bf16"] < 0.7 * peaks["AugLocal d=2", "fp32"]
+
+
+def test_papers_figures_stand_at_their_own_settings(benchmark, monkeypatch):
+    monkeypatch.setattr(benchmark, "estimate_step", lambda build, flops: None)
+    bp = benchmark.rows(cuda=False)[0]
+    assert benchmark.run_row(bp, "resnet32", 1024, "fp32", cuda=False).paper_gb == 3.15
+    assert benchmark.run_row(bp, "resnet32", 512, "fp32", cuda=False).paper_gb is None
+    assert benchmark.run_row(bp, "resnet32", 1024, "bf16", cuda=False).paper_gb is None
+
+
+@pytest.mark.parametrize("arguments", [["--batch", "1"], ["--rows", "nothing"], ["--network", "lenet"]])
+def test_wrong_options_end_with_a_message(benchmark, arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(arguments)
+    assert stop.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_runs_from_another_folder_without_an_installed_package(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--network",
+        "resnet8",
+        "--batch",
+        "4",
+        "--rows",
+        "BP",
+        "--device",
+        "cpu",
+    ]
+    done = subprocess.run(
+        [*command, "--output", "out"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "BP checkpointing" in done.stdout
+    assert (tmp_path / "out" / "memory-predicted.png").is_file()

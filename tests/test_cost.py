@@ -1,0 +1,78 @@
+"""Parameters, multiply-accumulates and floating-point operations against counts made by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from auglocal_ext import AugLocal, ContSup, LocalSequential, models
+from auglocal_ext.cost import count_flops, count_macs, count_parameters
+
+
+def small():
+    return nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1, groups=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 2, 2, stride=2),
+        nn.Flatten(),
+        nn.Linear(2 * 8 * 8, 5),
+    )
+
+
+def test_parameters():
+    net = small()
+    every = (8 * 2 * 9 + 8) + (8 + 8) + (8 * 2 * 4 + 2) + (128 * 5 + 5)
+    assert count_parameters(net) == count_parameters(net, inference=True) == every
+    net[0].weight.requires_grad_(False)
+    assert count_parameters(net) == every - 8 * 2 * 9
+    assert count_parameters(net, inference=True) == every
+    shared = nn.Linear(3, 3)
+    assert count_parameters(nn.ModuleList([shared, shared])) == 12
+
+
+@pytest.mark.parametrize(("rule", "extra"), [(AugLocal(depth=2), 0), (ContSup(context="E"), 3912)])
+def test_deployed_parameters_are_those_of_the_export(rule, extra):
+    primary = models.build("resnet32")
+    net = LocalSequential(primary, rule, num_classes=10, input_shape=(3, 32, 32), modules=2)
+    deployed = count_parameters(net, inference=True)
+    assert deployed == sum(p.numel() for p in net.export().parameters()) == 466_906 + extra
+    assert count_parameters(net) > deployed
+
+
+def test_macs_by_hand_and_nothing_is_touched():
+    net = small()
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    assert count_macs(net, (4, 4, 4)) == 16 * 8 * 2 * 9 + 16 * 8 * 2 * 4 + 128 * 5
+    assert net.training and all(not module._forward_hooks for module in net.modules())
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+    with pytest.raises(ValueError, match="positive"):
+        count_macs(net, (4, 0, 4))
+
+
+def test_macs_of_a_layer_count_per_call():
+    layer = nn.Linear(6, 6)
+    assert count_macs(nn.Sequential(layer, layer), (6,)) == 2 * 36
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "macs"), [("resnet32", 466_906, 69.12e6), ("resnet110", 1_730_714, 253.15e6)]
+)
+def test_cifar_networks_cost_what_the_papers_code_counts(name, parameters, macs):
+    with FakeTensorMode():
+        net = models.build(name)
+    assert count_parameters(net) == parameters
+    assert count_macs(net, models.input_shape(name)) == pytest.approx(macs, rel=1e-4)
+
+
+def test_flops_of_a_step():
+    def step():
+        net = nn.Sequential(nn.Linear(16, 32, bias=False), nn.ReLU(), nn.Linear(32, 8, bias=False))
+        net(torch.ones(4, 16)).sum().backward()
+
+    # forward, gradients of both weights, and of the second layer's input alone
+    assert count_flops(step) == 2 * 4 * (16 * 32 * 2 + 32 * 8 * 3)
+    with FakeTensorMode():
+        assert count_flops(step) == 2 * 4 * (16 * 32 * 2 + 32 * 8 * 3)
