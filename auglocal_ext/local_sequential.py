@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from .auxiliary.context import ContextSupply
 from .ops.labels import check_labels
 from .partition import Balanced, describe, evaluating, probe_input
 from .rules.balance import balanced_ends
@@ -70,9 +73,7 @@ class LocalSequential(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(rule, Rule):
-            raise TypeError(
-                f"rule must be a learning rule such as AugLocal(depth=6) or ContSup('R1E'), got {rule!r}"
-            )
+            raise TypeError(f"rule must be a learning rule such as AugLocal(depth=6) or ContSup('R1E'), got {rule!r}")
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing must be within 0 .. 1, got {label_smoothing}")
         shape = tuple(int(s) for s in input_shape)
@@ -150,7 +151,10 @@ class LocalSequential(nn.Module):
     def local_modules(self) -> tuple[LocalModule, ...]:
         """The local modules in order, for a training loop of one's own (:class:`auglocal_ext.LocalModule`)."""
         children = list(self.primary)
-        contexts = [self.context[str(k)] if str(k) in self.context else None for k in range(self.num_modules)]
+        contexts = [
+            cast("ContextSupply", self.context[str(k)]) if str(k) in self.context else None
+            for k in range(self.num_modules)
+        ]
         modules, first = [], 0
         for k, end in enumerate(self.network.ends):
             later = [c.needed for c in contexts[k + 1 :] if c is not None]
@@ -238,9 +242,7 @@ class LocalSequential(nn.Module):
         if y.device != x.device:
             raise ValueError(f"x is on {x.device} and y on {y.device}; move y to {x.device}")
         if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                "x requires a gradient, but local modules hand none to their input; pass x.detach()"
-            )
+            raise ValueError("x requires a gradient, but local modules hand none to their input; pass x.detach()")
         if len(x) == 1 and self.training and self._one_image_norms:
             active = [n for n in self._one_image_norms if self.get_submodule(n).training]
             if active:
@@ -254,7 +256,12 @@ class LocalSequential(nn.Module):
 
         Without context this is an ``nn.Sequential`` with the user's own state-dict keys; with context an
         :class:`InferenceNetwork`. Both can be given to ``torch.export.export`` and ``torch.onnx.export``.
+
+        Raises:
+            RuntimeError: if the network was built under a fake tensor mode and so has no weights to copy.
         """
+        if any(isinstance(p, FakeTensor) for p in self.primary.parameters()):
+            raise RuntimeError("export() copies weights, but this network was built of fake tensors, which have none")
         if len(self.context) == 0:
             return copy.deepcopy(self.primary).eval()
         return InferenceNetwork(copy.deepcopy(self.primary), self.local_modules, copy.deepcopy(self.context)).eval()

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class Layer:
     start: int
     stop: int
     kind: str
-    block: nn.Module
+    block: Any
     shape: tuple[int, ...]
     width: int
 
@@ -93,16 +94,16 @@ def _classify(children: Sequence[nn.Module]) -> tuple[str, nn.Module]:
     return type(weighted[0]).__name__, weighted[0]
 
 
-def _output_width(layer_kind: str, block: nn.Module, channels: int) -> int:
+def _output_width(layer_kind: str, block: Any, channels: int) -> int:
     # The classifier belongs to the last layer, whose width is therefore read from the block, not from the output.
     if layer_kind == "basic":
-        return block.conv2.out_channels  # type: ignore[union-attr,return-value]
+        return block.conv2.out_channels
     if layer_kind == "bottleneck":
-        return block.conv3.out_channels // type(block).expansion  # type: ignore[union-attr,operator,return-value]
+        return block.conv3.out_channels // type(block).expansion
     if layer_kind == "conv":
-        return block.out_channels  # type: ignore[return-value]
+        return block.out_channels
     if layer_kind == "linear":
-        return block.out_features  # type: ignore[return-value]
+        return block.out_features
     return channels
 
 
@@ -206,9 +207,7 @@ def cut_points(num_layers: int, modules: int | Sequence[int] | None) -> tuple[in
         return tuple(range(num_layers))
     if isinstance(modules, Sequence) and not isinstance(modules, str | bytes):
         cuts = [operator.index(c) for c in modules]
-        if any(b <= a for a, b in zip(cuts, cuts[1:], strict=False)) or any(
-            c < 0 or c > num_layers - 2 for c in cuts
-        ):
+        if any(b <= a for a, b in zip(cuts, cuts[1:], strict=False)) or any(c < 0 or c > num_layers - 2 for c in cuts):
             raise ValueError(
                 f"cut points are the index of the last layer of each module but the last, ascending within 0 .. "
                 f"{num_layers - 2} for this network of {num_layers} layers; got {list(modules)}"
@@ -257,7 +256,11 @@ class Balanced:
 
 
 def balance(
-    num_layers: int, num_modules: int, cost: Sequence[int], head_cost: Sequence[int], context_cost: Sequence[int]
+    num_layers: int,
+    num_modules: int,
+    cost: Sequence[int],
+    head_cost: Sequence[int],
+    context_cost: Sequence[int],
 ) -> tuple[int, ...]:
     """Ends of the contiguous partition with the smallest maximum module cost (dynamic programme, O(K L^2)).
 
@@ -284,9 +287,7 @@ def balance(
     for count in range(2, num_modules + 1):
         step: list[tuple[int, int]] = []
         for j in range(num_layers):
-            options = [
-                (max(best[i - 1][0], module_cost(i, j)), i) for i in range(count - 1, j + 1) if i >= 1
-            ]
+            options = [(max(best[i - 1][0], module_cost(i, j)), i) for i in range(count - 1, j + 1) if i >= 1]
             step.append(min(options) if options else (sum(cost) + sum(head_cost) + sum(context_cost) + 1, 0))
         best = step
         history.append(best)

@@ -32,9 +32,6 @@ def grads(net):
     return {name: p.grad for name, p in net.named_parameters()}
 
 
-# --- parity and isolation ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("rule", [AugLocal(2), ContSup("R1E")], ids=["auglocal", "contsup"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_one_module_is_backpropagation_bit_for_bit(rule, smoothing):
@@ -79,9 +76,6 @@ def test_ignored_labels_count_nowhere():
     out, reference = net(x, y), net(x[kept], y[kept])
     torch.testing.assert_close(out.module_losses, reference.module_losses)
     assert torch.equal(out.module_correct, reference.module_correct)
-
-
-# --- activations ------------------------------------------------------------------------------------------------------
 
 
 def test_a_modules_graph_is_gone_before_the_next_runs():
@@ -129,9 +123,6 @@ def test_auxiliary_networks_never_run_in_inference():
     assert net(x).shape == (6, 10)
     assert net.eval()(x).shape == (6, 10)
     assert net.export()(x).shape == (6, 10)
-
-
-# --- handing over -----------------------------------------------------------------------------------------------------
 
 
 def test_second_backward_is_refused():
@@ -196,7 +187,9 @@ def test_frozen_and_shared_parameters():
     assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
 
     shared = nn.Linear(8, 8)
-    layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), shared, nn.ReLU(), nn.Sequential(shared), nn.ReLU(), nn.Linear(8, 3))
+    layers = nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(), shared, nn.ReLU(), nn.Sequential(shared), nn.ReLU(), nn.Linear(8, 3)
+    )
     with pytest.warns(UserWarning, match="local modules 1 and 2 share a parameter"):
         tied = LocalSequential(layers, ContSup("R0", "0c1f"), 3, (6,))
     x, y = torch.randn(5, 6), torch.randint(0, 3, (5,))
@@ -223,9 +216,6 @@ def test_no_grad_gives_the_loss_only():
     with torch.no_grad():
         silent = net(x, y)
     torch.testing.assert_close(net(x, y).module_losses, silent.module_losses)
-
-
-# --- precision and layout ---------------------------------------------------------------------------------------------
 
 
 def test_bfloat16_autocast():
@@ -334,9 +324,6 @@ def test_double():
     assert {p.dtype for p in LocalSequential(layers, AugLocal(2), 10, (3, 16, 16)).parameters()} == {torch.float64}
 
 
-# --- state ------------------------------------------------------------------------------------------------------------
-
-
 def test_state_dict_keys():
     layers = models.resnet_cifar(8, width=4)
     keys = set(layers.state_dict())
@@ -413,9 +400,6 @@ def test_repr_names_rule_and_modules():
     assert "rule=AugLocal(depth=2" in text and "module_ends=(0, 1, 3)" in text
 
 
-# --- wrong use --------------------------------------------------------------------------------------------------------
-
-
 def test_errors_when_built():
     layers = models.resnet_cifar(8, width=4)
     with pytest.raises(TypeError, match="rule must be a learning rule.*got 'auglocal'"):
@@ -484,13 +468,12 @@ def test_import_is_silent_and_light():
     import subprocess
     import sys
 
-    code = "import sys, auglocal_ext; print([m for m in ('torchvision', 'matplotlib', 'tensorboard') if m in sys.modules])"
+    code = (
+        "import sys, auglocal_ext; print([m for m in ('torchvision', 'matplotlib', 'tensorboard') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-W", "default", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]" and done.stderr == ""
     assert auglocal_ext.__version__
-
-
-# --- several processes and devices ------------------------------------------------------------------------------------
 
 
 def _ddp_worker(rank, port, path):
@@ -565,3 +548,10 @@ def test_cuda_agrees_with_cpu():
     twin(x.cuda(), y.cuda()).loss.backward()
     for name, grad in grads(twin).items():
         torch.testing.assert_close(grad.cpu(), expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_export_of_fake_weights_is_refused():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="built of fake tensors"):
+        small().export()

@@ -55,7 +55,8 @@ TORCHVISION = {name: name for name in ("resnet18", "resnet34", "resnet50", "resn
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet18", "resnet50", "vgg13"] + [pytest.param(n, marks=pytest.mark.slow) for n in ("resnet34", "resnet101", "vgg19")],
+    ["resnet18", "resnet50", "vgg13"]
+    + [pytest.param(n, marks=pytest.mark.slow) for n in ("resnet34", "resnet101", "vgg19")],
 )
 def test_torchvision_weights_give_equal_outputs(name):
     torchvision = pytest.importorskip("torchvision", exc_type=Exception)

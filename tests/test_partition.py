@@ -24,7 +24,23 @@ EQUAL_RESNET110 = {
     3: [(1, 17), (2, 17)],
     4: [(1, 11), (2, 7), (3, 3)],
     8: [(1, 4), (1, 11), (2, 0), (2, 7), (2, 14), (3, 3), (3, 10)],
-    16: [(1, 1), (1, 4), (1, 7), (1, 10), (1, 13), (1, 16), (2, 1), (2, 4), (2, 7), (2, 11), (2, 15), (3, 1), (3, 5), (3, 9), (3, 13)],
+    16: [
+        (1, 1),
+        (1, 4),
+        (1, 7),
+        (1, 10),
+        (1, 13),
+        (1, 16),
+        (2, 1),
+        (2, 4),
+        (2, 7),
+        (2, 11),
+        (2, 15),
+        (3, 1),
+        (3, 5),
+        (3, 9),
+        (3, 13),
+    ],
 }
 BALANCED_RESNET110 = {2: [(1, 14)], 3: [(1, 9), (2, 2)], 4: [(1, 6), (1, 14), (2, 8)]}
 BALANCED_RESNET32 = {
@@ -70,7 +86,10 @@ def test_parameter_free_children_join_the_layer_before():
     )
     assert group_children(net) == [(0, 5), (5, 11)]
     layers = describe(net, (3, 16, 16), 4)
-    assert [(layer.kind, layer.width, layer.shape) for layer in layers] == [("conv", 8, (8, 7, 7)), ("conv", 8, (4,))]
+    assert [(layer.kind, layer.width, layer.shape) for layer in layers] == [
+        ("conv", 8, (8, 7, 7)),
+        ("conv", 8, (4,)),
+    ]
 
 
 def test_multilayer_perceptron_and_single_layer():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import cast
 
 from torch import nn
 
@@ -18,13 +19,13 @@ BlockFactory = Callable[[int, int, int, nn.Module], nn.Module]
 def output_channels(layer: Layer) -> int:
     """Channels (or features) a block modelled on ``layer`` puts out."""
     if layer.kind == "bottleneck":
-        return layer.block.conv3.out_channels  # type: ignore[union-attr,return-value]
+        return layer.block.conv3.out_channels
     return layer.width
 
 
 def _conv_block(children: list[nn.Module], source: nn.Conv2d, in_channels: int, pool: bool) -> nn.Sequential:
     """Convolution with the sampled layer's kernel, stride 1, and its normalisation and activation, fresh."""
-    kernel = source.kernel_size
+    kernel, dilation = (cast("tuple[int, int]", size) for size in (source.kernel_size, source.dilation))
     if any(k % 2 == 0 for k in kernel):
         raise ValueError(
             f"an auxiliary block keeps the size of its map, which a convolution of kernel {kernel} cannot with equal "
@@ -36,8 +37,8 @@ def _conv_block(children: list[nn.Module], source: nn.Conv2d, in_channels: int, 
             in_channels,
             source.out_channels,
             kernel,
-            padding=tuple((k // 2) * d for k, d in zip(kernel, source.dilation, strict=True)),
-            dilation=source.dilation,
+            padding=(kernel[0] // 2 * dilation[0], kernel[1] // 2 * dilation[1]),
+            dilation=dilation,
             bias=source.bias is not None,
         )
     )
@@ -81,7 +82,11 @@ def _after(children: list[nn.Module], source: nn.Module) -> list[nn.Module]:
 
 
 def make_block(
-    layer: Layer, children: list[nn.Module], in_channels: int, stride: int, factory: BlockFactory | None = None
+    layer: Layer,
+    children: list[nn.Module],
+    in_channels: int,
+    stride: int,
+    factory: BlockFactory | None = None,
 ) -> nn.Module:
     """A fresh, independently initialised block of the kind of ``layer``; only its width is taken over.
 
@@ -106,18 +111,17 @@ def make_block(
             in_channels,
             output_channels(layer),
             stride,
-            block.conv2.out_channels,  # type: ignore[union-attr,arg-type]
-            block.conv2.groups,  # type: ignore[union-attr,arg-type]
+            block.conv2.out_channels,
+            block.conv2.groups,
         )
     if layer.kind == "conv":
-        made = _conv_block(_after(children, block), block, in_channels, stride == 2)  # type: ignore[arg-type]
+        made = _conv_block(_after(children, block), block, in_channels, stride == 2)
         initialise(made)
         return made
     if layer.kind == "linear":
-        return _linear_block(_after(children, block), block, in_channels)  # type: ignore[arg-type]
+        return _linear_block(_after(children, block), block, in_channels)
     raise ValueError(
         f"layer {layer.index} is a {layer.kind}, of which no auxiliary block can be made; known are BasicBlock, "
         "Bottleneck, convolution and linear layers. Pass AugLocal(block=factory) with a "
         "factory(in_channels, out_channels, stride, layer) that returns an nn.Module"
     )
-

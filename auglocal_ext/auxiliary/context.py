@@ -27,8 +27,9 @@ def parse_context(context: str) -> tuple[int, bool]:
 
 
 def _match_size(z: Tensor, h: Tensor) -> Tensor:
-    size = h.shape[-2:]
-    return z if z.shape[-2:] == size else F.adaptive_avg_pool2d(z, [int(s) for s in size])
+    if z.shape[-2:] == h.shape[-2:]:
+        return z
+    return F.adaptive_avg_pool2d(z, (h.shape[-2], h.shape[-1]))
 
 
 class ImageEncoder(nn.Module):

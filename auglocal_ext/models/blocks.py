@@ -111,9 +111,7 @@ def conv_bn_relu(
     ``pool_before`` puts a 2x2 max pooling in front (VGG: a pooling belongs to the convolution after it);
     ``max_pool_after`` a 3x3 max pooling of stride 2 behind (the stem of an ImageNet ResNet).
     """
-    conv = nn.Conv2d(
-        in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=bias
-    )
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=bias)
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     if pool_before:
         parts["pool"] = nn.MaxPool2d(2)

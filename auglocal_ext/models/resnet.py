@@ -11,9 +11,7 @@ from .blocks import BasicBlock, Bottleneck, conv_bn_relu
 
 def _classifier(width: int, num_classes: int) -> nn.Sequential:
     return nn.Sequential(
-        OrderedDict(
-            pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(width, num_classes)
-        )
+        OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(width, num_classes))
     )
 
 

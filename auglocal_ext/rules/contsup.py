@@ -77,5 +77,5 @@ def _last_width(network: Network) -> int:
     """Channels of the last stage: of the deepest layer before the classifier."""
     last = network.layers[-1]
     if last.kind == "bottleneck":
-        return last.block.conv3.out_channels  # type: ignore[union-attr,return-value]
+        return last.block.conv3.out_channels
     return last.width

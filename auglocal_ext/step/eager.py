@@ -127,15 +127,16 @@ def local_pass(modules: Sequence[LocalModule], x: Tensor, target: Tensor, scale:
     logits = h = x
     for module in modules:
         with _uncached_autocast(x.device.type):
-            out = module(h, history)
-            objective = module.objective(out, target, check_labels=False)
+            # One name for input and output: with context the module keeps the merged input, and h must not outlive it.
+            h = module(h, history)
+            objective = module.objective(h, target, check_labels=False)
         logits = objective.logits
         losses.append(objective.loss.detach())
         correct.append(objective.correct)
         if with_gradients:
             _backward(module, objective.loss, scale, gradients)
-        h = out.detach()
-        del out, objective
+        h = h.detach()
+        del objective
     module_losses = torch.stack(losses)
     loss = losses[0] if len(losses) == 1 else module_losses.sum()
     if with_gradients and gradients.parameters:

@@ -105,9 +105,7 @@ class LocalModule:
                 check_labels=check_labels,
             )
             return Objective(result.loss, result.logits, result.correct)
-        loss = F.cross_entropy(
-            out, target, ignore_index=options.ignore_index, label_smoothing=options.label_smoothing
-        )
+        loss = F.cross_entropy(out, target, ignore_index=options.ignore_index, label_smoothing=options.label_smoothing)
         logits = out.detach()
         hits = (logits.argmax(1) == target) & (target != options.ignore_index)
         return Objective(loss, logits, hits.sum())
@@ -146,4 +144,3 @@ def run_forward(modules: Sequence[LocalModule], x: Tensor) -> Tensor:
     for module in modules:
         h = module(h, history)
     return h
-

@@ -47,7 +47,10 @@ def test_conv_head_errors():
 
 def test_linear_head_norm_and_vgg_head():
     y = torch.randint(0, 5, (6,))
-    for head, x in ((LinearHead(8, 5, norm=True), torch.randn(6, 8, 4, 4)), (VGGHead(5), torch.randn(6, 32, 7, 7))):
+    for head, x in (
+        (LinearHead(8, 5, norm=True), torch.randn(6, 8, 4, 4)),
+        (VGGHead(5), torch.randn(6, 32, 7, 7)),
+    ):
         twin = F.cross_entropy(head(x), y)
         torch.testing.assert_close(head.loss(x, y).loss, twin)
     assert isinstance(LinearHead(8, 5, norm=True).norm, torch.nn.BatchNorm1d)
@@ -68,7 +71,14 @@ def test_global_average_pool_gradient_is_a_broadcast():
 
 @pytest.mark.parametrize(
     ("text", "parsed"),
-    [("R0", (0, False)), ("E", (0, True)), ("R1", (1, False)), ("R1E", (1, True)), ("R16", (16, False)), ("R4E", (4, True))],
+    [
+        ("R0", (0, False)),
+        ("E", (0, True)),
+        ("R1", (1, False)),
+        ("R1E", (1, True)),
+        ("R16", (16, False)),
+        ("R4E", (4, True)),
+    ],
 )
 def test_parse_context(text, parsed):
     assert parse_context(text) == parsed
@@ -101,7 +111,8 @@ def test_supply_adds_and_writes_nothing():
     copies = [t.clone() for t in (*history, h)]
     merged = supply(h, history)
     expected = h + sum(
-        F.adaptive_avg_pool2d(encoder.encoder(history[i]), 4) for i, encoder in zip(supply.sources, supply.inputs, strict=True)
+        F.adaptive_avg_pool2d(encoder.encoder(history[i]), 4)
+        for i, encoder in zip(supply.sources, supply.inputs, strict=True)
     )
     torch.testing.assert_close(merged, expected)
     for tensor, copy in zip((*history, h), copies, strict=True):

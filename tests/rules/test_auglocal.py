@@ -60,7 +60,8 @@ def test_parameter_counts(name, m):
 
 
 @pytest.mark.parametrize(
-    ("name", "m"), [pytest.param(n, m, marks=[pytest.mark.slow] if n == "resnet110" or m in (2, 4) else []) for n, m in CASES]
+    ("name", "m"),
+    [pytest.param(n, m, marks=[pytest.mark.slow] if n == "resnet110" or m in (2, 4) else []) for n, m in CASES],
 )
 def test_arithmetic(name, m):
     slopes = (0.5, 0.0) if m >= 3 else (0.5,)  # for m <= 2 the pyramid of slope 0.5 changes nothing
@@ -70,7 +71,12 @@ def test_arithmetic(name, m):
 
 @pytest.mark.parametrize(
     ("name", "slope", "millions"),
-    [("resnet34", 0.0, 176.2), ("resnet34", 0.5, 150.2), ("resnet101", 0.0, 451.5), ("resnet101", 0.5, 420.2)],
+    [
+        ("resnet34", 0.0, 176.2),
+        ("resnet34", 0.5, 150.2),
+        ("resnet101", 0.0, 451.5),
+        ("resnet101", 0.5, 420.2),
+    ],
 )
 def test_imagenet_parameter_counts(name, slope, millions):
     with torch.device("meta"):
@@ -171,7 +177,14 @@ def test_grouped_modules_sample_from_their_last_layer():
 
 def mlp():
     return nn.Sequential(
-        nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 8), nn.GELU(), nn.Linear(8, 3)
+        nn.Linear(6, 8),
+        nn.GELU(),
+        nn.Linear(8, 12),
+        nn.BatchNorm1d(12),
+        nn.Tanh(),
+        nn.Linear(12, 8),
+        nn.GELU(),
+        nn.Linear(8, 3),
     )
 
 
@@ -203,7 +216,9 @@ class Strange(nn.Module):
 
 def test_unknown_kind_needs_a_factory():
     def layers():
-        return nn.Sequential(nn.Conv2d(3, 8, 3), Strange(), Strange(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3), Strange(), Strange(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+        )
 
     with pytest.raises(ValueError, match="layer 2 is a Strange.*block=factory"):
         LocalSequential(layers(), AugLocal(2), 4, (3, 8, 8))
@@ -220,7 +235,13 @@ def test_unknown_kind_needs_a_factory():
 
 def test_narrowing_widths_are_refused():
     layers = nn.Sequential(
-        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+        nn.Conv2d(3, 16, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 8, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
     )
     with pytest.raises(ValueError, match="layer 1 is narrower \\(8\\) than layer 0 before it \\(16\\)"):
         LocalSequential(layers, AugLocal(2), 4, (3, 8, 8), modules=2)

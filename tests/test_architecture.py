@@ -1,0 +1,87 @@
+"""The import directions stated in docs/architecture.md hold in the code."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "auglocal_ext"
+
+
+def floors() -> dict[str, int]:
+    """Room -> floor, from the table in docs/architecture.md."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    found = {}
+    for floor, rooms in re.findall(r"^\| (\d) \| ([^|]+) \|", text, flags=re.M):
+        for room in re.findall(r"`([\w./]+)`", rooms):
+            found[room.rstrip("/").removesuffix(".py")] = int(floor)
+    return found
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of the package that a file imports, also inside functions."""
+    relative = path.relative_to(ROOT).with_suffix("")
+    here = list(relative.parts[:-1])  # the package the file is in, for relative imports
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(here[: len(here) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "auglocal_ext":
+                rooms.add(parts[1] if len(parts) > 1 else "__init__")
+    return rooms
+
+
+def room_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE).with_suffix("")
+    return relative.parts[0]
+
+
+def test_every_room_has_a_floor():
+    known = floors()
+    for path in PACKAGE.rglob("*.py"):
+        room = room_of(path)
+        if room not in ("__init__", "__main__", "_build_info"):
+            assert room in known, f"{room} is not in the table of docs/architecture.md"
+
+
+def test_no_import_runs_upward():
+    known = floors()
+    edges: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        room = room_of(path)
+        if room not in known:
+            continue
+        for target in imported_rooms(path) - {room}:
+            if target in known:
+                assert known[target] <= known[room], f"{path.relative_to(ROOT)} imports {target} from a floor above"
+                edges.setdefault(room, set()).add(target)
+            elif target == "__init__" or not (PACKAGE / target).exists() and not (PACKAGE / f"{target}.py").exists():
+                # a name of the package itself, e.g. LocalSequential: only the top floor may go through __init__
+                assert known[room] >= 5, f"{path.relative_to(ROOT)} imports the whole package"
+    for room, targets in edges.items():  # neighbours on one floor may use each other, in one direction
+        for target in targets:
+            assert room not in edges.get(target, ()), f"{room} and {target} import each other"
+
+
+def test_top_floor_is_not_imported():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        assert not re.search(r"^\s*(from|import) (benchmarks|tests|examples)\b", text, flags=re.M), path
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/architecture.md"])
+def test_documents_name_files_that_exist(name):
+    text = (ROOT / name).read_text()
+    for path in re.findall(r"`((?:auglocal_ext|csrc|benchmarks|tests|docs)/[\w./-]+\.\w+)`", text):
+        assert (ROOT / path).exists(), f"{name} names {path}"
