@@ -38,10 +38,7 @@ def images(tmp_path):
 
 def rows(output):
     with (output / "log.csv").open(newline="") as file:
-        return [
-            {k: v for k, v in row.items() if "second" not in k and "peak" not in k}
-            for row in csv.DictReader(file)
-        ]
+        return [{k: v for k, v in row.items() if "second" not in k and "peak" not in k} for row in csv.DictReader(file)]
 
 
 @pytest.mark.parametrize(
@@ -71,6 +68,13 @@ def test_train(images, tmp_path, capsys, rule):
     assert len(rows(output)) == 2
 
 
+def test_output_is_named_after_network_and_rule(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--data", "images", "--epochs", "1", *SMALL, "--depth", "2"]) == 0
+    assert (tmp_path / "runs" / "resnet8-auglocal" / "checkpoint.pt").exists()
+    assert main(["train", "--resume", "--network", "resnet8"]) == 0
+
+
 def test_cut_points(images, tmp_path, capsys):
     output = tmp_path / "run"
     common = ["train", "--output", str(output), "--modules", "0,2"]
@@ -96,9 +100,7 @@ def test_wrong_input_is_one_message_and_status_1(tmp_path, capsys, arguments, sa
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["train"], ["train", "--output", "x", "--modules", "two"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["train", "--depth", "few"], ["train", "--modules", "two"]])
 def test_wrong_call_is_explained(capsys, arguments):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
@@ -128,7 +130,7 @@ def test_help_names_every_option_group(capsys):
 def test_ctrl_c_then_resume_equals_an_uninterrupted_run(images, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "auglocal_ext", "train"]
-    common = ["--data", str(images), *SMALL, "--depth", "2", "--epochs", "60", "--lr", "0.02"]
+    common = ["--data", str(images), *SMALL, "--depth", "2", "--epochs", "12", "--lr", "0.02"]
 
     def start(output, *arguments):
         return subprocess.Popen(
@@ -140,8 +142,8 @@ def test_ctrl_c_then_resume_equals_an_uninterrupted_run(images, tmp_path):
             text=True,
         )
 
-    stopped = tmp_path / "stopped"
-    run = start(stopped, *common)
+    stopped, straight = tmp_path / "stopped", tmp_path / "straight"
+    run, whole = start(stopped, *common), start(straight, *common)
     try:
         deadline = time.monotonic() + 120
         while not (stopped / "checkpoint.pt").exists() and run.poll() is None and time.monotonic() < deadline:
@@ -154,15 +156,13 @@ def test_ctrl_c_then_resume_equals_an_uninterrupted_run(images, tmp_path):
     assert f"go on with: python -m auglocal_ext train --output {stopped} --resume" in error
     assert "Traceback" not in error
     state = load(stopped / "checkpoint.pt")
-    assert 1 <= state["progress"]["epochs"] < 60
+    assert 1 <= state["progress"]["epochs"] < 12
 
     resumed = start(stopped, "--resume")
     output, error = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, error
-    assert "epoch 60/60" in output
+    assert "epoch 12/12" in output
 
-    straight = tmp_path / "straight"
-    whole = start(straight, *common)
     _, error = whole.communicate(timeout=240)
     assert whole.returncode == 0, error
     assert rows(stopped) == rows(straight)

@@ -1,0 +1,30 @@
+"""Training on real images: data, augmentation, recipes, checkpoints and logs.
+
+config = TrainConfig(data="cifar10", output="runs/first", network="resnet32", rule="auglocal", depth=3)
+summary = Trainer(config).fit()
+"""
+
+from __future__ import annotations
+
+from .config import TrainConfig
+from .data import ImageArrays, ImageFiles, load_data
+from .errors import CheckpointError, DataError, DivergedError, Interrupted, SettingsError, TrainingError
+from .recipes import RECIPES, Recipe
+from .trainer import Summary, Trainer
+
+__all__ = [
+    "RECIPES",
+    "CheckpointError",
+    "DataError",
+    "DivergedError",
+    "ImageArrays",
+    "ImageFiles",
+    "Interrupted",
+    "Recipe",
+    "SettingsError",
+    "Summary",
+    "TrainConfig",
+    "Trainer",
+    "TrainingError",
+    "load_data",
+]

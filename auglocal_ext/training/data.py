@@ -1,0 +1,185 @@
+"""Which data set lies in a folder, and its images: in memory where they fit, as files where they do not."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import DataError, SettingsError
+from .folder import FileList, MixedSizes, check_headers, decode, few, list_folder, sampled_sizes
+from .torchvision_files import MARKS, READERS
+
+DATASETS = ("auto", "folder", *READERS)
+
+RESIDENT_BYTES = 4 * 2**30
+"""Decoded images up to this size are kept on the device; constant, so that a resumed run decides the same."""
+
+
+@dataclass(frozen=True)
+class ImageArrays:
+    """A data set in memory: images (N, 3, H, W) uint8 and labels (N,) int64 of both splits."""
+
+    name: str
+    classes: tuple[str, ...]
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        channels, height, width = self.train_images.shape[1:]
+        return (channels, height, width)
+
+    @property
+    def train_count(self) -> int:
+        return len(self.train_labels)
+
+    @property
+    def test_count(self) -> int:
+        return len(self.test_labels)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """A data set read file by file in every epoch, each image resized to ``image_size`` x ``image_size``."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: FileList
+    test: FileList
+    image_size: int
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        return (3, self.image_size, self.image_size)
+
+    @property
+    def train_count(self) -> int:
+        return len(self.train.paths)
+
+    @property
+    def test_count(self) -> int:
+        return len(self.test.paths)
+
+
+def default_workers() -> int:
+    """One process per core this process may use, and not more than 16."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, usable)
+
+
+def load_data(
+    path: str | Path,
+    dataset: str = "auto",
+    *,
+    image_size: int | None = None,
+    streamed_size: int = 224,
+    train_images: int | None = None,
+    seed: int = 1234,
+    workers: int | None = None,
+    progress: bool = True,
+) -> ImageArrays | ImageFiles:
+    """The images in ``path``: an image folder, or torchvision's CIFAR-10, SVHN or STL-10 files. No download.
+
+    Image folders of equal-sized images which fit in RESIDENT_BYTES, and torchvision's data sets, are decoded
+    once (ImageArrays). Other folders stay files (ImageFiles) and are resized to ``image_size``, or to
+    ``streamed_size`` if that is None. ``train_images`` keeps a random part of the training images, chosen by
+    ``seed``.
+
+    Raises DataError, naming the path and what was expected there, before anything is trained.
+    """
+    root = Path(path).expanduser()
+    kind = detect(root) if dataset == "auto" else dataset
+    if kind not in DATASETS:
+        raise SettingsError(f"--dataset is one of {', '.join(DATASETS)}, not {dataset!r}")
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder")
+    workers = default_workers() if workers is None else workers
+    if kind == "folder":
+        classes, train, test = list_folder(root)
+        if train_images is not None:
+            keep = _part(len(train.paths), train_images, seed)
+            train = FileList(tuple(train.paths[i] for i in keep.tolist()), train.labels[keep])
+        return _load_folder(tuple(classes), train, test, image_size, streamed_size, workers, progress)
+
+    names, *tensors = READERS[kind](root)
+    arrays = ImageArrays(kind, tuple(names), *(tensor.contiguous() for tensor in tensors))
+    if image_size is not None and image_size != arrays.input_shape[1]:
+        size = " x ".join(map(str, arrays.input_shape[1:]))
+        raise SettingsError(f"--image-size {image_size}: {kind} has images of {size}; only folders are resized")
+    if train_images is None:
+        return arrays
+    keep = _part(arrays.train_count, train_images, seed)
+    return ImageArrays(
+        kind,
+        arrays.classes,
+        arrays.train_images[keep],
+        arrays.train_labels[keep],
+        arrays.test_images,
+        arrays.test_labels,
+    )
+
+
+def detect(root: Path) -> str:
+    """The data set's name by what lies in ``root``; DataError if that is nothing known, or more than one."""
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder")
+    found = [name for name, (mark, _) in MARKS.items() if (root / mark).exists()]
+    if (root / "train").is_dir() or (root / "test").is_dir():
+        found.insert(0, "folder")
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(f"{root}: holds more than one data set ({', '.join(found)}); choose one with --dataset")
+
+    hints = [f"; unpack {root / archive}" for _, archive in MARKS.values() if archive and (root / archive).is_file()]
+    hints += [f"; give its parent folder {root.parent}" for mark, _ in MARKS.values() if root.resolve().name == mark]
+    there = sorted(entry.name for entry in os.scandir(root))
+    marks = ", ".join(f"{mark} ({name})" for name, (mark, _) in MARKS.items())
+    raise DataError(
+        f"{root}: no data set recognised; expected train/<class>/<image> and test/<class>/<image>, "
+        f"or torchvision's {marks}; found {few(there)}" + "".join(hints)
+    )
+
+
+def _part(count: int, wanted: int, seed: int) -> Tensor:
+    if not 2 <= wanted <= count:
+        raise SettingsError(f"--train-images must be between 2 and the {count} there are, got {wanted}")
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:wanted].sort().values
+
+
+def _load_folder(
+    classes: tuple[str, ...],
+    train: FileList,
+    test: FileList,
+    image_size: int | None,
+    streamed_size: int,
+    workers: int,
+    progress: bool,
+) -> ImageArrays | ImageFiles:
+    sizes = sampled_sizes(train.paths) | sampled_sizes(test.paths)
+    if len(sizes) == 1:
+        ((height, width),) = sizes
+        fits = 3 * height * width * (len(train.paths) + len(test.paths)) <= RESIDENT_BYTES
+        if fits and image_size in (None, height, width) and (image_size is None or height == width):
+            try:
+                return ImageArrays(
+                    "folder",
+                    classes,
+                    decode(train, (height, width), workers=workers, progress=progress, label="reading train"),
+                    train.labels,
+                    decode(test, (height, width), workers=workers, progress=progress, label="reading test"),
+                    test.labels,
+                )
+            except MixedSizes:
+                pass  # the sample did not show it
+    for files, split in ((train, "train"), (test, "test")):
+        check_headers(files, workers=workers, progress=progress, label=f"checking {split}")
+    return ImageFiles("folder", classes, train, test, image_size or streamed_size)

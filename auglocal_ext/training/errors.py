@@ -1,0 +1,27 @@
+"""What can be wrong with a training run, each with a message for the person at the terminal."""
+
+from __future__ import annotations
+
+
+class TrainingError(Exception):
+    """Base of every error the training room raises about its input; the message says what to do."""
+
+
+class DataError(TrainingError):
+    """Images are missing, unreadable or not laid out as expected."""
+
+
+class SettingsError(TrainingError):
+    """A setting has a value it cannot have, or does not go with another one."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class DivergedError(TrainingError):
+    """The loss is no longer finite."""
+
+
+class Interrupted(TrainingError):
+    """The run was stopped by Ctrl-C after its state had been written to a checkpoint."""

@@ -1,0 +1,368 @@
+"""Whole runs on a toy data set: they learn, resume exactly, and refuse what cannot work."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+
+import pytest
+import torch
+
+from auglocal_ext.training import (
+    CheckpointError,
+    DivergedError,
+    Interrupted,
+    SettingsError,
+    Trainer,
+    checkpoint,
+)
+
+RULES = [
+    pytest.param({"rule": "bp"}, id="bp"),
+    pytest.param({"rule": "auglocal", "depth": 2}, id="auglocal"),
+    pytest.param({"rule": "contsup", "context": "R1E"}, id="contsup"),
+]
+# Times differ from run to run; everything else in the log may not.
+TIMES = ("images_per_second", "seconds", "peak_bytes")
+
+
+def trainer(config, data):
+    return Trainer(config, data, bars=False, say=lambda line: None)
+
+
+def log(config):
+    with open(f"{config.output}/log.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+
+
+def interrupt_after(run, steps):
+    """Ctrl-C, really raised as a signal, within the given step of the run."""
+    step, count = run._learner.step, 0
+
+    def counted(*arguments):
+        nonlocal count
+        count += 1
+        if count == steps:
+            signal.raise_signal(signal.SIGINT)
+        return step(*arguments)
+
+    run._learner.step = counted
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_learns(config, separable, rule):
+    settings = config(epochs=12, lr=0.1, recipe="stl10", **rule)
+    run = trainer(settings, separable)
+    summary = run.fit()
+    assert summary.last_accuracy > 0.8  # chance is a third
+    rows = log(settings)
+    assert [int(row["epoch"]) for row in rows] == list(range(1, 13))
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    losses = [float(loss) for loss in rows[3]["module_losses"].split()]
+    assert len(losses) == {"bp": 1, "auglocal": 3, "contsup": 4}[rule["rule"]]
+    assert sum(losses) == pytest.approx(float(rows[3]["train_loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("after", [8, 11, 9], ids=["end of epoch 2", "within epoch 3", "first step of epoch 3"])
+def test_resume_is_bit_exact(config, separable, tmp_path, rule, after):
+    straight = config(output=str(tmp_path / "straight"), **rule)
+    whole = trainer(straight, separable)
+    whole.fit()
+
+    settings = config(output=str(tmp_path / "stopped"), **rule)
+    first = trainer(settings, separable)
+    interrupt_after(first, after)
+    with pytest.raises(Interrupted, match=f"in epoch {(after - 1) // 4 + 1} after {(after - 1) % 4 + 1} of 4 steps"):
+        first.fit()
+
+    torch.manual_seed(999)  # nothing may depend on what this process drew before
+    second = trainer(settings, separable)
+    second.resume()
+    summary = second.fit()
+    for (name, expected), (_, found) in zip(
+        whole.network.state_dict().items(), second.network.state_dict().items(), strict=True
+    ):
+        assert torch.equal(expected, found), name
+    assert log(settings) == log(straight)
+    assert summary.best_epoch >= 1 and summary.last_accuracy == whole._done.last_accuracy
+
+
+def test_interrupt_during_evaluation_loses_nothing(config, separable, tmp_path, monkeypatch):
+    straight = config(output=str(tmp_path / "straight"))
+    trainer(straight, separable).fit()
+    settings = config(output=str(tmp_path / "stopped"))
+    run = trainer(settings, separable)
+    test = run._batches.test
+
+    def interrupted():
+        for batch in test():
+            signal.raise_signal(signal.SIGINT)
+            yield batch
+
+    monkeypatch.setattr(run._batches, "test", interrupted)
+    with pytest.raises(Interrupted, match="epoch 1 after 4 of 4 steps"):
+        run.fit()
+    again = trainer(settings, separable)
+    again.resume()
+    again.fit()
+    assert log(settings) == log(straight)
+
+
+def test_sigint_means_what_it_did_before_and_after(config, separable):
+    before = signal.getsignal(signal.SIGINT)
+    run = trainer(config(), separable)
+    interrupt_after(run, 2)
+    with pytest.raises(Interrupted):
+        run.fit()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_second_interrupt_stops_at_once(config, separable):
+    run = trainer(config(), separable)
+    step = run._learner.step
+
+    def twice(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return step(*arguments)
+
+    run._learner.step = twice
+    with pytest.raises(KeyboardInterrupt):
+        run.fit()
+
+
+def test_rows_logged_after_the_checkpoint_are_not_repeated(config, separable, tmp_path, monkeypatch):
+    """A crash between the log row and the checkpoint."""
+    settings = config()
+    run = trainer(settings, separable)
+    save, calls = run.save, []
+
+    def crash():
+        calls.append(None)
+        if len(calls) == 3:
+            raise OSError("disk is gone")
+        save()
+
+    monkeypatch.setattr(run, "save", crash)
+    with pytest.raises(OSError, match="disk is gone"):
+        run.fit()
+    assert len(log(settings)) == 3
+    again = trainer(settings, separable)
+    again.resume()
+    again.fit()
+    assert [row["epoch"] for row in log(settings)] == ["1", "2", "3", "4"]
+
+
+def test_resuming_a_finished_run_trains_nothing(config, separable):
+    settings = config(epochs=2)
+    summary = trainer(settings, separable).fit()
+    again = trainer(settings, separable)
+    again.resume()
+    assert again.fit().last_accuracy == summary.last_accuracy
+    assert len(log(settings)) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lr": 0.07}, "--lr: 0.05 in the checkpoint, now 0.07"),
+        ({"epochs": 9}, "--epochs: 4 in the checkpoint, now 9"),
+        ({"rule": "auglocal", "depth": 2}, "--rule: 'bp' in the checkpoint, now 'auglocal'"),
+        ({"seed": 1}, "--seed"),
+    ],
+)
+def test_resume_with_other_settings_is_refused(config, separable, change, said):
+    run = trainer(config(), separable)
+    interrupt_after(run, 1)
+    with pytest.raises(Interrupted):
+        run.fit()
+    with pytest.raises(CheckpointError, match=said):
+        trainer(config(**change), separable).resume()
+
+
+def test_resume_with_other_data_is_refused(config, separable):
+    run = trainer(config(), separable)
+    interrupt_after(run, 1)
+    with pytest.raises(Interrupted):
+        run.fit()
+    fewer = type(separable)(
+        "folder",
+        separable.classes,
+        separable.train_images[:20],
+        separable.train_labels[:20],
+        separable.test_images,
+        separable.test_labels,
+    )
+    with pytest.raises(CheckpointError, match="train_images was 30, now 20"):
+        trainer(config(), fewer).resume()
+
+
+def test_a_folder_with_a_run_is_not_overwritten(config, separable):
+    trainer(config(epochs=1), separable).fit()
+    with pytest.raises(SettingsError, match="holds a run: continue it with --resume"):
+        trainer(config(epochs=1), separable).fit()
+
+
+def test_same_seed_same_run(config, separable, tmp_path):
+    logs = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        settings = config(output=str(tmp_path / name), epochs=1, seed=seed)
+        trainer(settings, separable).fit()
+        logs.append(log(settings))
+    assert logs[0] == logs[1] != logs[2]
+
+
+def test_config_and_checkpoint_hold_the_resolved_settings(config, separable):
+    settings = config(epochs=1, lr=None, rule="auglocal", depth=2, device="auto")
+    run = trainer(settings, separable)
+    run.fit()
+    with open(f"{settings.output}/config.json") as file:
+        written = json.load(file)
+    expected = {
+        "lr": 0.8,
+        "weight_decay": 1e-4,
+        "warmup": 0,
+        "pyramid": 0.5,
+        "joint_tail": True,
+        "recipe": "cifar10",
+    }
+    assert expected.items() <= written["settings"].items()
+    assert written["settings"]["device"] in ("cpu", "cuda")
+    assert written["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert written["data"]["local_modules"] == 3
+    assert checkpoint.load(run.output / "checkpoint.pt")["settings"] == written["settings"]
+
+
+def test_weight_decay_nesterov_on_everything(config, separable):
+    (group,) = trainer(config(), separable)._optimizer.param_groups
+    assert (group["nesterov"], group["momentum"], group["weight_decay"]) == (True, 0.9, 1e-4)
+
+
+def test_learning_rate_follows_the_schedule(config, separable):
+    settings = config(epochs=8, lr=0.1)
+    trainer(settings, separable).fit()
+    rates = [float(row["lr"]) for row in log(settings)]
+    assert rates[0] == pytest.approx(0.01) and rates[7] == pytest.approx(0.0)
+    assert rates[3] == pytest.approx(0.05)  # the cosine's middle, after two epochs of warm-up
+
+
+def test_images_too_small_for_the_recipe_are_refused(config, separable):
+    tiny = type(separable)(
+        "folder",
+        separable.classes,
+        separable.train_images[..., :4, :4],
+        separable.train_labels,
+        separable.test_images[..., :4, :4],
+        separable.test_labels,
+    )
+    with pytest.raises(SettingsError, match="reflected pixels, too many for images of 4 x 4"):
+        trainer(config(), tiny)
+
+
+def test_a_diverging_loss_stops_the_run(config, separable):
+    run = trainer(config(lr=1e30), separable)
+    with pytest.raises(DivergedError, match="lower --lr"):
+        run.fit()
+
+
+def test_a_last_batch_of_one_image_is_left_out(config, separable):
+    run = trainer(config(epochs=1, batch_size=29), separable)
+    assert run._batches.steps == 1
+    run.fit()
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("rule", RULES)
+def test_mixed_precision(config, separable, rule, amp):
+    settings = config(amp=amp, epochs=2, channels_last=True, **rule)
+    run = trainer(settings, separable)
+    run.fit()
+    assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for p in run.network.parameters())
+    if amp == "fp16":
+        again = trainer(settings, separable)
+        again.resume()
+        assert again._scaler.get_scale() == run._scaler.get_scale()
+
+
+def test_evaluation_never_runs_auxiliary_networks(config, separable):
+    run = trainer(config(rule="auglocal", depth=2), separable)
+    for module in run.network.auxiliary.modules():
+        module.register_forward_hook(lambda *_: pytest.fail("an auxiliary network ran"))
+    reading = run.evaluate()
+    with torch.no_grad():
+        logits = torch.cat([run.network.eval()(images) for images, _ in run._batches.test()])
+    labels = separable.test_labels
+    assert reading.loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
+    assert reading.accuracy == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"network": "resnet9"}, "--network is one of resnet8"),
+        ({"rule": "dgl"}, "--rule is one of auglocal, contsup, bp"),
+        ({"rule": "bp", "depth": 3}, "--depth belongs to the rule auglocal, not to bp"),
+        ({"rule": "auglocal", "context": "E"}, "--context belongs to the rule contsup"),
+        ({"rule": "auglocal", "depth": 0}, "depth"),
+        ({"rule": "contsup", "context": "Q"}, "context"),
+        ({"lr": -1.0}, "--lr must be positive"),
+        ({"batch_size": 1}, "--batch-size must be at least 2"),
+        ({"epochs": 0}, "--epochs must be at least 1"),
+        ({"epochs": 3, "warmup": 4}, "--warmup 4 is longer"),
+        ({"amp": "fp8"}, "--amp is one of none, bf16, fp16"),
+    ],
+)
+def test_wrong_settings_are_refused_when_made(config, settings, said):
+    with pytest.raises(SettingsError, match=said):
+        config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rule": "auglocal", "depth": 6}, "depth"),
+        ({"rule": "contsup", "modules": 9}, "modules"),
+        ({"network": "vgg13", "width": 8}, "width"),
+        ({"network": "vgg13", "width": None}, "vgg13"),
+        ({"device": "tpu"}, "--device is auto, cpu, cuda"),
+        ({"device": "cuda:77"}, "torch sees .* CUDA devices"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_training(config, separable, tmp_path, settings, said):
+    with pytest.raises(SettingsError, match=said):
+        trainer(config(**settings), separable)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+@pytest.mark.parametrize("rule", RULES)
+def test_on_cuda(config, separable, tmp_path, rule, amp):
+    settings = config(device="cuda", amp=amp, channels_last=True, epochs=3, **rule)
+    run = trainer(settings, separable)
+    interrupt_after(run, 6)
+    with pytest.raises(Interrupted):
+        run.fit()
+    again = trainer(settings, separable)
+    again.resume()
+    summary = again.fit()
+    assert summary.peak_bytes > 0 and len(log(settings)) == 3
+    assert all(torch.isfinite(p).all() and p.is_cuda for p in again.network.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_on_cuda_never_waits_for_the_device(config, separable, rule):
+    run = trainer(config(device="cuda", **rule), separable)
+    batches = run._batches.train(1)
+    run._learner.step(*next(batches), None)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        images, labels = next(batches)
+        run._sums.add(run._learner.step(images, labels, None), len(labels))
+        run._optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
