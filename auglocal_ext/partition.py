@@ -46,26 +46,34 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
+def _first_children(layers: nn.Sequential) -> list[int]:
+    """Positions of the children that start a layer, then that of the classifier if it is a child of its own."""
+    if not isinstance(layers, nn.Sequential):
+        raise TypeError(
+            f"layers must be an nn.Sequential whose children are the layers, got {type(layers).__name__}; "
+            "wrap the network's stages: nn.Sequential(stem, *blocks, classifier)"
+        )
+    starts = [i for i, c in enumerate(layers) if _has_parameters(c) and not isinstance(c, _NORMS)]
+    if not starts:
+        raise ValueError("layers has no child with parameters, so there is nothing to train")
+    return starts
+
+
 def group_children(layers: nn.Sequential) -> list[tuple[int, int]]:
     """Ranges ``(start, stop)`` of children that form one layer each.
 
     A child with parameters starts a layer. Children without parameters (activation, pooling, flatten, dropout)
     and normalisation layers join the layer before them, leading ones the first layer. The last child with
     parameters is the network's classifier and belongs, with what surrounds it, to the last layer.
+
+    Raises:
+        TypeError: if ``layers`` is no ``nn.Sequential``.
+        ValueError: if no child has parameters.
     """
-    if not isinstance(layers, nn.Sequential):
-        raise TypeError(
-            f"layers must be an nn.Sequential whose children are the layers, got {type(layers).__name__}; "
-            "wrap the network's stages: nn.Sequential(stem, *blocks, classifier)"
-        )
-    children = list(layers)
-    starts = [i for i, c in enumerate(children) if _has_parameters(c) and not isinstance(c, _NORMS)]
-    if not starts:
-        raise ValueError("layers has no child with parameters, so there is nothing to train")
-    if len(starts) > 1:
-        starts = starts[:-1]
+    starts = _first_children(layers)
+    starts = starts[:-1] or starts
     starts[0] = 0
-    return list(zip(starts, [*starts[1:], len(children)], strict=True))
+    return list(zip(starts, [*starts[1:], len(layers)], strict=True))
 
 
 def leaves(module: nn.Module) -> Iterator[nn.Module]:
@@ -87,9 +95,9 @@ def _classify(children: Sequence[nn.Module]) -> tuple[str, nn.Module]:
     if not weighted:
         return type(parts[0]).__name__ if parts else "empty", children[0]
     convs = [leaf for leaf in weighted if isinstance(leaf, nn.Conv2d)]
-    if len(convs) == 1 and all(isinstance(leaf, nn.Conv2d | nn.Linear) for leaf in weighted):
-        return "conv", convs[0]  # linear leaves are the classifier of the last layer
-    if all(isinstance(leaf, nn.Linear) for leaf in weighted):
+    if len(convs) == len(weighted) == 1:
+        return "conv", convs[0]
+    if len(weighted) == 1 and isinstance(weighted[0], nn.Linear):
         return "linear", weighted[0]
     return type(weighted[0]).__name__, weighted[0]
 
@@ -140,6 +148,8 @@ def describe(layers: nn.Sequential, input_shape: Sequence[int], num_classes: int
     """
     ranges = group_children(layers)
     children = list(layers)
+    firsts = _first_children(layers)
+    classifier = firsts[-1] if len(firsts) > 1 else len(children)
     described = []
     with evaluating(layers):
         h = probe_input(layers, input_shape)
@@ -161,7 +171,7 @@ def describe(layers: nn.Sequential, input_shape: Sequence[int], num_classes: int
                     )
                 if channels is None and _has_parameters(children[position]):
                     channels = int(h.shape[1])
-            kind, block = _classify(children[start:stop])
+            kind, block = _classify(children[start : min(stop, classifier)])
             shape = tuple(int(s) for s in h.shape[1:])
             width = _output_width(kind, block, shape[0] if channels is None else channels)
             described.append(Layer(index, start, stop, kind, block, shape, width))

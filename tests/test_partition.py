@@ -98,6 +98,21 @@ def test_multilayer_perceptron_and_single_layer():
     assert group_children(nn.Sequential(nn.Flatten(), nn.Linear(8, 3))) == [(0, 2)]
 
 
+def test_a_convolution_can_be_the_classifier():
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.ReLU()),
+        *(nn.Conv2d(12, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    )
+    assert [(layer.kind, layer.width) for layer in describe(net, (3, 9, 9), 5)] == [("conv", 8), ("conv", 12)]
+
+
+def test_a_layer_of_two_convolutions_is_of_no_known_kind():
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), nn.Flatten(), nn.LazyLinear(4))
+    net(torch.zeros(1, 3, 9, 9))
+    (layer,) = describe(net, (3, 9, 9), 4)
+    assert layer.kind == "Conv2d"
+
+
 def test_torchvision_children_are_understood():
     torchvision = pytest.importorskip("torchvision", exc_type=Exception)
     r = torchvision.models.resnet18(weights=None, num_classes=6)
