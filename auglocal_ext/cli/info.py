@@ -1,0 +1,111 @@
+"""``python -m auglocal_ext info``: versions, devices, and what each op runs on, and why something is missing."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import torch
+
+from .. import native
+from .._version import __version__
+from ..ops import providers
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command to the parser of ``python -m auglocal_ext``."""
+    parser = subparsers.add_parser("info", help="versions, devices and providers, with the reason for what is missing")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; returns the exit status."""
+    found = report()
+    print(json.dumps(found, indent=2) if args.json else as_text(found))
+    return 0
+
+
+def report() -> dict[str, Any]:
+    """Everything ``info`` knows, as one JSON-compatible object."""
+    build = native.build()
+    recorded = {} if isinstance(build, str) else build.info
+    return {
+        "versions": {
+            "auglocal_ext": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version_of("triton"),
+            "cuda of torch": torch.version.cuda,
+        },
+        "gpus": _gpus(),
+        "driver": _driver(),
+        "build": {key: recorded[key] for key in ("torch", "compiler", "sources") if key in recorded},
+        "providers": {name: _provider(name, recorded) for name in providers.NAMES},
+        "ops": {
+            op: {device: providers.choose(op, device, torch.float32) for device in ("cpu", "cuda")}
+            for op in providers.TABLES
+        },
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The report for a person."""
+    lines = [f"{name:14} {version or 'none'}" for name, version in found["versions"].items()]
+    for gpu in found["gpus"]:
+        lines.append(f"{'GPU':14} {gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB")
+    if not found["gpus"]:
+        lines.append(f"{'GPU':14} none")
+    if found["driver"]:
+        lines.append(f"{'driver':14} up to CUDA {found['driver']}")
+    if found["build"]:
+        lines.append(f"{'built with':14} torch {found['build']['torch']}, {found['build']['compiler']}")
+    lines += ["", "providers"]
+    for name, provider in found["providers"].items():
+        state = "available" if provider["available"] else f"missing: {provider['reason']}"
+        details = ", ".join(f"{key} {provider[key]}" for key in ("nvcc", "architectures", "runtime") if key in provider)
+        lines.append(f"  {name:12} {state}" + (f" ({details})" if details else ""))
+    lines += ["", f"{'op (float32)':24} on cpu       on cuda"]
+    for op, chosen in found["ops"].items():
+        lines.append(f"  {op:22} {chosen['cpu']:12} {chosen['cuda']}" + ("" if found["gpus"] else " (no GPU here)"))
+    return "\n".join(lines)
+
+
+def _provider(name: str, recorded: dict[str, Any]) -> dict[str, Any]:
+    reason = providers.missing(name)
+    entry: dict[str, Any] = {"available": reason is None, "reason": reason}
+    if name in native.LIBRARIES:
+        library = recorded.get("libraries", {}).get(name, {})
+        entry["built"] = bool(library.get("built", False))
+        entry |= {key: value for key, value in library.items() if key not in ("built", "reason")}
+    return entry
+
+
+def _gpus() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [
+        {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_gib": round(p.total_memory / 2**30, 1)}
+        for p in properties
+    ]
+
+
+def _driver() -> str | None:
+    if native.path("cuda") is None:
+        return None
+    try:
+        driver = native.cuda_versions()[1]
+    except OSError:  # the reason is among the providers
+        return None
+    return native.dotted(driver) if driver else None
+
+
+def _version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

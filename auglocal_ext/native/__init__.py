@@ -1,0 +1,130 @@
+"""The compiled libraries: where they are, whether they load, and why not."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._version import __version__
+from .sources import sources_hash
+
+LIBRARIES = ("cpu", "cuda")
+
+_HERE = Path(__file__).resolve().parent.parent
+_SOURCES = _HERE.parent / "csrc"
+
+
+@dataclass(frozen=True)
+class Build:
+    """What the build left beside the package it built: ``folder`` with the libraries, ``info`` as it was recorded."""
+
+    folder: Path
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@lru_cache(maxsize=None)
+def build() -> Build | str:
+    """The build that belongs to these Python files, or the reason why there is none."""
+    own = _read_info(_HERE / "_build_info.py")
+    if not (_SOURCES / "cpu").is_dir():  # an installed package: its sources are elsewhere
+        return Build(_HERE, own) if own else "this copy of auglocal_ext was not built; install it with `pip install .`"
+    # A source tree, whose folder shadows an installed package: a library of other sources would not fit these files.
+    expected = {"version": __version__, "sources": sources_hash(_SOURCES)}
+    builds = [Build(_HERE, own)] if own else []
+    builds += _installed()
+    for candidate in builds:
+        if all(candidate.info.get(key) == value for key, value in expected.items()):
+            return candidate
+    if builds:
+        return f"the build in {builds[0].folder} is of other sources than this folder; run `pip install .` again"
+    return "this source folder was not built; run `pip install .` in it"
+
+
+def _installed() -> list[Build]:
+    found = []
+    for distribution in importlib.metadata.distributions(name="auglocal_ext"):
+        folder = Path(str(distribution.locate_file("auglocal_ext"))).resolve()
+        info = _read_info(folder / "_build_info.py")
+        if info and folder != _HERE:
+            found.append(Build(folder, info))
+    return found
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    spec = importlib.util.spec_from_file_location("_auglocal_build_info", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.BUILD
+
+
+@lru_cache(maxsize=None)
+def load(name: str) -> str | None:
+    """Load the library ``name``, once; why that is not possible, or None where it worked."""
+    found = build()
+    if isinstance(found, str):
+        return found
+    record = found.info["libraries"][name]
+    if not record["built"]:
+        return f"not built: {record['reason']}"
+    try:
+        torch.ops.load_library(str(_file(found, name)))
+    except (OSError, RuntimeError) as error:
+        return f"built, but it does not load beside torch {torch.__version__}: {error}"
+    return None
+
+
+@lru_cache(maxsize=None)
+def reason(name: str) -> str | None:
+    """Why the provider with the library ``name`` cannot be used, or None where it can."""
+    # The driver is asked here and not on import, where a process that will fork must not touch CUDA.
+    failed = load(name)
+    return _driver_reason() if failed is None and name == "cuda" else failed
+
+
+def path(name: str) -> Path | None:
+    """File of a library, or None where it was not built."""
+    found = build()
+    if isinstance(found, str) or not found.info["libraries"][name]["built"]:
+        return None
+    return _file(found, name)
+
+
+def cuda_versions() -> tuple[int, int]:
+    """CUDA versions (1000 major + 10 minor) of the cuda library's runtime and of the driver (0: there is none)."""
+    runtime, driver = ctypes.c_int(0), ctypes.c_int(0)
+    ctypes.CDLL(str(path("cuda"))).auglocal_cuda_versions(ctypes.byref(runtime), ctypes.byref(driver))
+    return runtime.value, driver.value
+
+
+def _file(found: Build, name: str) -> Path:
+    return found.folder / f"_C_{name}.abi3.so"
+
+
+def _driver_reason() -> str | None:
+    # The library brings its own CUDA runtime, so a driver too old for it would show only at the first launch.
+    runtime, driver = cuda_versions()
+    if driver and driver // 1000 < runtime // 1000:
+        return (
+            f"built with CUDA {dotted(runtime)}, but the GPU driver supports up to {dotted(driver)}; "
+            "update the driver or build with an older toolkit (CUDA_HOME)"
+        )
+    return None
+
+
+def dotted(version: int) -> str:
+    """13020 -> "13.2"."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+for _name in LIBRARIES:  # here, and not at first use, so that a saved graph which holds an op finds its kernel
+    load(_name)

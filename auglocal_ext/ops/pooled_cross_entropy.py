@@ -1,0 +1,205 @@
+"""Global average pool, linear classifier and cross-entropy as one op."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import labels, providers
+from .reference import pooled_cross_entropy as reference
+
+NAME = "pooled_cross_entropy"
+
+
+class PooledCrossEntropy(NamedTuple):
+    """What :func:`pooled_cross_entropy` returns; only the loss is differentiable."""
+
+    loss: Tensor
+    logits: Tensor
+    correct: Tensor
+
+
+def pooled_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    provider: str | None = None,
+    check_labels: bool = True,
+) -> PooledCrossEntropy:
+    """loss = cross_entropy(mean over positions(x) W^T + b, target), its gradients made in the same pass.
+
+    x (N, C) or (N, C, *positions) in float16, bfloat16, float32 or float64, any strides; weight (K, C); bias (K,)
+    or None; target (N,) int64; reduction "mean" (over the labels that count) or "sum". Returns the loss (scalar),
+    the logits (N, K), and the number of top-1 hits among the labels other than ``ignore_index`` (int64 scalar).
+    Loss and logits are float32 (float64 for a double x), and sums are accumulated in that dtype; gradients have the
+    dtypes of the inputs.
+
+    Equal to ``F.cross_entropy(F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), weight, bias), target, ...)``, with
+    two differences in form: backward only scales what the forward pass made, so the loss can be differentiated once,
+    and the gradient of x is an (N, C) tensor expanded over the positions. Under autocast x, weight and bias may
+    differ in dtype; they are used as they are, without a rounding to autocast's dtype.
+
+    ``provider`` is None (automatic) or "reference", "cpu", "cuda", "triton". ``check_labels=False``: the labels have
+    been checked already, and one outside [0, K) is treated as ignored.
+
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device, label or option, RuntimeError for a
+    provider that is not available.
+    """
+    _check(x, weight, bias, target, label_smoothing, reduction)
+    if check_labels:
+        labels.check_labels(target, weight.shape[0], ignore_index)
+    device = x.device.type
+    op = getattr(getattr(torch.ops.auglocal_ext, NAME), providers.choose(NAME, device, x.dtype, provider))
+    grad = torch.is_grad_enabled()
+    arguments = (
+        *(x, weight, bias, target, ignore_index, float(label_smoothing), reduction == "mean"),
+        *(grad and tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)),
+    )
+    if torch.is_autocast_enabled(device):
+        # The providers call matmul themselves, which autocast would send to its own dtype.
+        with torch.autocast(device, enabled=False):
+            return PooledCrossEntropy(*op(*arguments)[:3])
+    return PooledCrossEntropy(*op(*arguments)[:3])
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, label_smoothing: float, reduction: str
+) -> None:
+    labels.check_form(target)
+    if x.dim() < 2 or 0 in x.shape:
+        raise ValueError(
+            f"expected x of shape (N, C) or (N, C, *positions) with at least one image, channel and position, "
+            f"got {tuple(x.shape)}"
+        )
+    if weight.dim() != 2 or weight.shape[1] != x.shape[1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"expected weight of shape (K, {x.shape[1]}) for x {tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"expected bias of shape ({weight.shape[0]},) or None, got {tuple(bias.shape)}")
+    if target.shape[0] != x.shape[0]:
+        raise ValueError(f"expected {x.shape[0]} labels, one per image of x, got {target.shape[0]}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"expected reduction 'mean' or 'sum', got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"expected label_smoothing between 0 and 1, got {label_smoothing}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("target", target)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"expected {name} on {x.device} as x, got it on {tensor.device}; move it with .to(x.device)"
+            )
+    _check_dtypes(x, weight, bias)
+
+
+def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.dtype not in providers.ALL:
+        raise TypeError(f"expected x in float16, bfloat16, float32 or float64, got {x.dtype}")
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        allowed = providers.SINGLE
+    else:
+        allowed = frozenset({x.dtype})
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in allowed:
+            raise TypeError(
+                f"expected {name} in {x.dtype} as x, got {tensor.dtype}; convert one of them, or run under "
+                "torch.autocast, which lets float16, bfloat16 and float32 meet"
+            )
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    mean: bool,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> reference.Outputs:
+    (images, channels), classes = x.shape[:2], weight.shape[0]
+
+    def new(*shape: int, made: bool = True) -> Tensor:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return x.new_empty(shape if made else (0,), dtype=dtype)
+
+    return (
+        new(),
+        new(images, classes),
+        target.new_empty(()),
+        new(images, channels, made=need_x),
+        new(classes, channels, made=need_weight),
+        new(classes, made=need_bias),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: reference.Outputs) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[3:])
+    ctx.shape = inputs[0].shape
+    ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in inputs[:3])
+    ctx.made = inputs[7:]
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{NAME} is differentiable once: its gradients are made in the forward pass. Call backward without "
+            "create_graph=True, or use PooledLinear's forward and F.cross_entropy for second derivatives"
+        )
+    grads: list[Tensor | None] = [None] * 10
+    if grad_loss is None:
+        return tuple(grads)
+    for index, (grad, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
+        if not ctx.needs_input_grad[index]:
+            continue
+        if not ctx.made[index]:
+            raise RuntimeError(f"{NAME}: the gradient of input {index} was not made; set the need_* argument for it")
+        # Scaled before it is rounded: in float16 the gradient of one position alone would underflow.
+        grads[index] = (grad_loss * grad).to(dtype)
+    if grads[0] is not None:
+        grads[0] = grads[0].reshape(*ctx.shape[:2], *(1,) * (len(ctx.shape) - 2)).expand(ctx.shape)
+    return tuple(grads)
+
+
+def _triton(*arguments: Any) -> reference.Outputs:
+    return import_module(f"{__package__}.triton.{NAME}").forward(*arguments)
+
+
+TABLE = providers.register(
+    providers.Table(
+        NAME,
+        (
+            providers.Provider("cuda", ("cuda",), providers.SINGLE),
+            providers.Provider("cpu", ("cpu",), providers.ALL),
+            providers.Provider("triton", ("cuda", "cpu") if providers.interpreted() else ("cuda",), providers.SINGLE),
+            providers.Provider("reference", None, providers.ALL),
+        ),
+    )
+)
+
+_library = torch.library.Library("auglocal_ext", "FRAGMENT")
+for _provider in TABLE.providers:
+    _overload = f"{NAME}.{_provider.name}"
+    _library.define(
+        f"{_overload}(Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index, float label_smoothing, "
+        "bool mean, bool need_x, bool need_weight, bool need_bias) "
+        "-> (Tensor loss, Tensor logits, Tensor correct, Tensor grad_pooled, Tensor grad_weight, Tensor grad_bias)",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    torch.library.register_fake(f"auglocal_ext::{_overload}", _fake, lib=_library)
+    torch.library.register_autograd(f"auglocal_ext::{_overload}", _backward, setup_context=_setup_context, lib=_library)
+# The cpu and cuda implementations register themselves when native loads their libraries.
+_library.impl(f"{NAME}.reference", reference.forward, "CompositeExplicitAutograd")
+for _device in TABLE.row("triton").devices or ():
+    _library.impl(f"{NAME}.triton", _triton, _device.upper())

@@ -1,0 +1,136 @@
+"""Which implementation of an op runs: one table per op, the automatic choice, and the reason for what is missing.
+
+Providers: ``reference`` (plain PyTorch, always there), ``cpu`` and ``cuda`` (the compiled libraries) and ``triton``.
+A call's ``provider=`` wins over the environment variable ``AUGLOCAL_PROVIDER``, which wins over the automatic choice.
+What is asked for by name and missing raises with the recorded reason; the automatic choice takes the next one in
+silence. Compiled code keeps the choice made when it was traced.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from .. import native
+
+NAMES = ("reference", "cpu", "cuda", "triton")
+ENVIRONMENT = "AUGLOCAL_PROVIDER"
+
+LOW = frozenset({torch.float16, torch.bfloat16})
+SINGLE = LOW | {torch.float32}
+ALL = SINGLE | {torch.float64}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One row of an op's table: the devices (None: every one) and the dtypes of the feature map it serves."""
+
+    name: str
+    devices: tuple[str, ...] | None
+    dtypes: frozenset[torch.dtype]
+
+    def serves(self, device: str) -> bool:
+        return self.devices is None or device in self.devices
+
+
+@dataclass(frozen=True)
+class Table:
+    """The providers of one op, the preferred ones first."""
+
+    op: str
+    providers: tuple[Provider, ...]
+
+    def row(self, name: str) -> Provider:
+        for provider in self.providers:
+            if provider.name == name:
+                return provider
+        raise ValueError(f"{self.op} has no provider {name!r}; it has {', '.join(p.name for p in self.providers)}")
+
+
+TABLES: dict[str, Table] = {}
+
+
+def register(table: Table) -> Table:
+    """Make an op's table known to ``python -m auglocal_ext info``."""
+    TABLES[table.op] = table
+    return table
+
+
+def missing(name: str) -> str | None:
+    """Why a provider cannot be used here, or None where it can."""
+    return _REASONS[name]()
+
+
+def available(name: str) -> bool:
+    """Whether a provider can be used here."""
+    return missing(name) is None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter, and therefore on CPU tensors (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+@lru_cache(maxsize=None)
+def _triton_missing() -> str | None:
+    try:
+        import triton  # noqa: F401
+        import triton.language  # noqa: F401
+    except Exception as error:
+        return f"triton cannot be imported ({type(error).__name__}: {error}); install it with `pip install triton`"
+    return None
+
+
+_REASONS: dict[str, Callable[[], str | None]] = {
+    "reference": lambda: None,
+    "cpu": lambda: native.reason("cpu"),
+    "cuda": lambda: native.reason("cuda"),
+    "triton": _triton_missing,
+}
+
+
+def choose(op: str, device: str, dtype: torch.dtype, requested: str | None = None) -> str:
+    """Name of the provider that runs ``op`` for a feature map of this device type and dtype.
+
+    Raises ValueError for an unknown provider or one that does not serve the device, TypeError for a dtype it does not
+    take, RuntimeError (with the recorded reason) where it is missing.
+    """
+    table = TABLES[op]
+    if requested is not None:
+        return _explicit(table, device, dtype, requested, f"provider={requested!r}")
+    preferred = os.environ.get(ENVIRONMENT, "auto")
+    if preferred not in ("", "auto"):
+        if preferred not in NAMES:
+            raise ValueError(f"{ENVIRONMENT}={preferred!r}: expected auto, {', '.join(NAMES)}")
+        # The variable speaks for every tensor of the program: where its provider does not serve a device, as with
+        # cuda for a CPU tensor, it has no opinion.
+        if any(p.name == preferred and p.serves(device) for p in table.providers):
+            return _explicit(table, device, dtype, preferred, f"{ENVIRONMENT}={preferred}")
+    for provider in table.providers:
+        if provider.serves(device) and dtype in provider.dtypes and available(provider.name):
+            return provider.name
+    raise TypeError(f"{op}: no provider takes {dtype} on {device}; expected a floating-point feature map")
+
+
+# What torch.compiler.assume_constant_result sets, without its import of torch._dynamo (over a second at each start).
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _explicit(table: Table, device: str, dtype: torch.dtype, name: str, origin: str) -> str:
+    provider = table.row(name)
+    reason = missing(name)
+    if reason is not None:
+        raise RuntimeError(f"{table.op}: {origin} was asked for, but it is not available here: {reason}")
+    if not provider.serves(device):
+        raise ValueError(
+            f"{table.op}: {origin} serves tensors on {' or '.join(provider.devices or ())}, got one on {device}; "
+            "move the tensor or leave the choice automatic"
+        )
+    if dtype not in provider.dtypes:
+        takes = ", ".join(sorted(str(d).removeprefix("torch.") for d in provider.dtypes))
+        raise TypeError(f"{table.op}: {origin} takes {takes}, got {dtype}; convert it or use provider='reference'")
+    return name

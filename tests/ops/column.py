@@ -1,0 +1,72 @@
+"""What the test of every op shares: its providers as a parameter, layouts, and the comparison with an oracle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from auglocal_ext.ops import providers
+
+CASES = [
+    pytest.param(device, name, id=f"{device}-{name}", marks=[pytest.mark.gpu] if device == "cuda" else [])
+    for device, names in (("cpu", ("reference", "cpu", "triton")), ("cuda", ("reference", "cuda", "triton")))
+    for name in names
+]
+# On top of the error that torch makes in the same dtype: relative to the largest element of the oracle, and absolute.
+TOLERANCE = {
+    torch.float64: (1e-13, 1e-16),
+    torch.float32: (1e-6, 1e-8),
+    torch.float16: (1e-3, 6e-8),
+    torch.bfloat16: (8e-3, 1e-8),
+}
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "channel-slice": lambda x: torch.cat([x, x, x], 1)[:, x.shape[1] : 2 * x.shape[1]],
+    "image-slice": lambda x: torch.cat([x, x]).repeat_interleave(2, 0)[1::2][: x.shape[0]],
+    "row-slice": lambda x: torch.cat([x, x, x], 2)[:, :, x.shape[2] : 2 * x.shape[2]],
+    "column-slice": lambda x: torch.cat([x, x], 3)[..., 1 : x.shape[3] + 1],
+    "transposed": lambda x: x.transpose(2, 3),
+    "expanded-positions": lambda x: x[:, :, :1, :1].expand_as(x),
+    "expanded-images": lambda x: x[:1].expand_as(x),
+    "unaligned-images": lambda x: F.pad(x.flatten(1), (0, 1))[:, :-1].unflatten(1, x.shape[1:]),
+    "unaligned-start": lambda x: F.pad(x.flatten(), (1, 0))[1:].view(x.shape),
+}
+
+
+def need(device: str, name: str) -> None:
+    """Skip where a provider cannot run, with its reason; fail where the environment promises that it was built."""
+    if name == "triton" and device == "cpu" and not providers.interpreted():
+        pytest.skip("runs in Triton's interpreter: see test_without_gpu.py")
+    reason = providers.missing(name)
+    if reason is not None:
+        if os.environ.get("AUGLOCAL_FORCE_EXT") == "1" and name in ("cpu", "cuda"):
+            pytest.fail(f"{name} must be there: {reason}")
+        pytest.skip(reason)
+
+
+def serves(op: str, name: str, dtype: torch.dtype) -> None:
+    """Skip a dtype which the provider does not take."""
+    if dtype not in providers.TABLES[op].row(name).dtypes:
+        pytest.skip(f"{name} does not take {dtype}")
+
+
+def assert_close(what: str, ours: Tensor, same_dtype: Tensor, oracle: Tensor) -> None:
+    """|oracle - ours| <= |oracle - torch in the same dtype| + tolerance: torch's own error and little more."""
+    assert ours.shape == oracle.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(oracle.shape)}"
+    relative, absolute = TOLERANCE[ours.dtype]
+    tolerance = relative * oracle.abs().max() + absolute
+    ours_wide, same_wide = ours.detach().to(oracle), same_dtype.detach().to(oracle)
+    excess = (oracle - ours_wide).abs() - (oracle - same_wide).abs() - tolerance
+    excess = torch.where(ours_wide.isnan() & ~oracle.isnan(), float("inf"), excess)
+    worst = int(excess.flatten().argmax())
+    assert not (excess > 0).any(), (
+        f"{what}[{worst}]: ours {ours_wide.flatten()[worst]:.9g}, torch in the same dtype "
+        f"{same_wide.flatten()[worst]:.9g}, oracle {oracle.flatten()[worst]:.9g}, tolerance {float(tolerance):.3g}"
+    )

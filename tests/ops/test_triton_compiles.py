@@ -1,0 +1,55 @@
+"""The Triton kernels compile to GPU code, which needs no GPU and finds what the interpreter lets pass."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from auglocal_ext.ops import providers
+
+pytest.importorskip("triton")
+
+POOL = {"images": "i32", "channels": "i32", "positions": "i32", "classes": "i32", "ignore_index": "i32"}
+POOL |= {f"stride_{name}": "i64" for name in ("xn", "xc", "xp", "t")}
+KERNELS: list[Any] = [
+    ("_pool_kernel", {"X_ptr": f"*{dtype}", "S_ptr": "*fp32", "T_ptr": "*i64", "V_ptr": "*fp32", **POOL}, constants)
+    for dtype, constants in (
+        ("fp32", {"MEAN": True, "BLOCK_C": 16, "BLOCK_P": 128, "BLOCK_N": 256}),
+        ("fp16", {"MEAN": False, "BLOCK_C": 128, "BLOCK_P": 16, "BLOCK_N": 256}),
+        ("bf16", {"MEAN": True, "BLOCK_C": 1, "BLOCK_P": 1, "BLOCK_N": 256}),
+    )
+]
+ROWS = {"Z_ptr": "*fp32", "B_ptr": "*fp32", "T_ptr": "*i64", "V_ptr": "*fp32", "D_ptr": "*fp32", "L_ptr": "*fp32"}
+ROWS |= {"H_ptr": "*i64", "classes": "i32", "positions": "i32", "ignore_index": "i32", "smoothing": "fp32"}
+ROWS |= {"stride_t": "i64"}
+KERNELS += [
+    ("_rows_kernel", ROWS, {"HAS_BIAS": flag, "NEED_GRAD": flag, "BLOCK_K": size})
+    for flag, size in ((True, 1024), (False, 1))
+]
+FINISH = {"L_ptr": "*fp32", "H_ptr": "*i64", "V_ptr": "*fp32", "D_ptr": "*fp32", "loss_ptr": "*fp32"}
+FINISH |= {"correct_ptr": "*i64", "DB_ptr": "*fp32", "images": "i32", "classes": "i32", "positions": "i32"}
+KERNELS.append(("_finish_kernel", FINISH, {"BLOCK_N": 128, "BLOCK_K": 32}))
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # Triton 3.9 announces a default of 3.10
+@pytest.mark.parametrize(("kernel", "types", "constants"), KERNELS)
+def test_kernel_compiles(
+    kernel: str, types: dict[str, str], constants: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if providers.interpreted():
+        pytest.skip("kernels are interpreted in this run")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    function = getattr(import_module("auglocal_ext.ops.triton.pooled_cross_entropy"), kernel)
+    assert set(function.arg_names) == set(types) | set(constants)
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    compiled = triton.compile(
+        ASTSource(fn=function, signature=signature, constexprs=constants), target=GPUTarget("cuda", 90, 32)
+    )
+    assert compiled.asm["cubin"]
