@@ -1,0 +1,80 @@
+"""What `kernels.py` measures: for each op its shapes, the composition it stands for, and the op itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from auglocal_ext.ops import pooled_cross_entropy
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape. Both functions take ``inputs``, ``fused`` a provider as well, and return a loss first."""
+
+    op: str
+    shape: str
+    inputs: tuple[Any, ...]
+    composition: Callable[..., tuple[Tensor, ...]]
+    fused: Callable[..., tuple[Tensor, ...]]
+    bytes: int  # that any implementation has to move: inputs read once, results written once
+    dtype: torch.dtype
+
+
+def cases(device: str, dtype: torch.dtype, first_only: bool = False) -> Iterator[Case]:
+    """Every op at its shapes (or the first of them): those of the networks on CUDA, small ones on the CPU."""
+    for op in (_pooled_cross_entropy,):
+        yield from islice(op(device, dtype), 1 if first_only else None)
+
+
+# (batch, channels, height, width), classes: ends of the stages of the CIFAR and the ImageNet ResNets
+_MAPS = {
+    "cuda": [
+        ((1024, 16, 32, 32), 10),
+        ((1024, 32, 16, 16), 10),
+        ((1024, 64, 8, 8), 10),
+        ((256, 256, 56, 56), 1000),
+        ((256, 1024, 14, 14), 1000),
+        ((256, 2048, 7, 7), 1000),
+    ],
+    "cpu": [((64, 16, 32, 32), 10), ((64, 64, 8, 8), 10), ((16, 512, 7, 7), 1000)],
+}
+
+
+def _pooled_cross_entropy(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    for (images, channels, *positions), classes in _MAPS[device]:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(images, channels, *positions, device=device).to(dtype, memory_format=layout)
+            weight = (torch.randn(classes, channels, device=device) / channels**0.5).to(dtype)
+            bias = torch.zeros(classes, device=device, dtype=dtype)
+            target = torch.randint(classes, (images,), device=device)
+            for tensor in (x, weight, bias):
+                tensor.requires_grad_()
+            name = "channels-last" if layout == torch.channels_last else "contiguous"
+            yield Case(
+                op="pooled_cross_entropy",
+                shape=f"{images}x{channels}x{'x'.join(map(str, positions))} -> {classes}, {name}",
+                inputs=(x, weight, bias, target),
+                composition=_composition,
+                fused=_fused,
+                # the map and both parameters in; logits, the gradient per image and channel, the parameters' out
+                bytes=(x.numel() + 2 * weight.numel() + 2 * bias.numel() + images * channels) * x.element_size()
+                + images * (classes * 4 + 8),
+                dtype=dtype,
+            )
+
+
+def _composition(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    logits = F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), weight, bias)
+    return F.cross_entropy(logits, target), (logits.detach().argmax(1) == target).sum()
+
+
+def _fused(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, provider: str) -> tuple[Tensor, ...]:
+    out = pooled_cross_entropy(x, weight, bias, target, provider=provider, check_labels=False)
+    return out.loss, out.correct

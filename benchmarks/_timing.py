@@ -1,0 +1,88 @@
+"""Time, copy bandwidth and peak memory of a function, on CUDA or on the CPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from auglocal_ext.memory import MemoryMeter, release_device_memory
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median of the times in seconds, with the 20th and 80th percentile."""
+
+    median: float
+    low: float
+    high: float
+    runs: int
+
+
+def measure(function: Callable[[], Any], device: str, seconds: float) -> Spread:
+    """Time ``function`` repeatedly for about ``seconds``, each time with cold caches.
+
+    On CUDA by events on the stream, after a write larger than the L2 cache, which also lets the host run ahead; on the
+    CPU by the clock, after a write of 64 MiB.
+    """
+    flush = torch.empty(_cache_bytes(device), dtype=torch.int8, device=device)
+    for _ in range(3):
+        function()
+    times: list[float] = []
+    once = _time_cuda if device == "cuda" else _time_cpu
+    end = time.perf_counter() + seconds
+    while len(times) < 10 or (time.perf_counter() < end and len(times) < 1000):
+        times.append(once(function, flush))
+    low, *_, high = statistics.quantiles(times, n=5)
+    return Spread(statistics.median(times), low, high, len(times))
+
+
+def copy_bandwidth(device: str, seconds: float) -> float:
+    """Bytes read and written per second by a plain copy much larger than the caches."""
+    source = torch.empty((1 << 30) if device == "cuda" else (1 << 27), dtype=torch.int8, device=device).zero_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / measure(lambda: target.copy_(source), device, seconds).median
+
+
+def peak_bytes(function: Callable[[], Any], device: str) -> int:
+    """Most bytes alive during ``function`` beyond those before it.
+
+    On CUDA the allocator's figure; on the CPU counted operator by operator, without what one takes and gives back.
+    """
+    function()
+    if device == "cuda":
+        release_device_memory()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with MemoryMeter() as meter:
+        function()
+    return meter.peak_bytes
+
+
+def _cache_bytes(device: str) -> int:
+    if device == "cuda":
+        return max(2 * torch.cuda.get_device_properties().L2_cache_size, 1 << 28)
+    return 1 << 26
+
+
+def _time_cuda(function: Callable[[], Any], flush: torch.Tensor) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _time_cpu(function: Callable[[], Any], flush: torch.Tensor) -> float:
+    flush.zero_()
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
