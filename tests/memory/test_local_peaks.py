@@ -139,7 +139,7 @@ def test_backpropagation_peak_is_the_known_one(network):
     assert estimate_step(build).peak_bytes / GB == pytest.approx(BACKPROPAGATION[network], rel=0.02)
 
 
-@pytest.mark.parametrize(("network", "depth"), [("resnet32", 3), ("resnet32", 6), ("resnet110", 3)])
+@pytest.mark.parametrize(("network", "depth"), RELEASED_AUGLOCAL)
 def test_released_loop_peak_is_the_known_one(network, depth):
     def build():
         net = LocalSequential(models.build(network), AugLocal(depth), num_classes=10, input_shape=(3, 32, 32))
