@@ -1,4 +1,7 @@
-"""Where a benchmark ran: what a result file must say so that its numbers can be judged."""
+"""Where a benchmark ran: what a result file must say so that its numbers can be judged.
+
+Imported before the package by every benchmark: it makes a checkout that is not installed importable.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    from auglocal_ext import __version__
+except ModuleNotFoundError:  # run from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from auglocal_ext import __version__
 
 
 def environment() -> dict[str, Any]:
@@ -32,7 +41,7 @@ def environment() -> dict[str, Any]:
             "torch": torch.__version__,
             "triton": _version("triton"),
             "cuda": torch.version.cuda,
-            "auglocal_ext": _version("auglocal_ext"),
+            "auglocal_ext": __version__,
         },
     }
 

@@ -20,16 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
-try:
-    import auglocal_ext  # noqa: F401
-except ModuleNotFoundError:  # run from a checkout that is not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from _environment import environment
 from _kernel_cases import Case, cases
 from _timing import Spread, copy_bandwidth, measure, peak_bytes
+from torch import Tensor
 
 from auglocal_ext.ops import providers
 

@@ -22,15 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
-
-try:
-    import auglocal_ext  # noqa: F401
-except ModuleNotFoundError:  # run from a checkout that is not installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from _environment import environment
 from _memory_rows import PAPER, PAPER_BATCH, Row, build_step, rows
+from tqdm import tqdm
 
 from auglocal_ext import models
 from auglocal_ext.cost import count_parameters

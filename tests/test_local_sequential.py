@@ -475,12 +475,12 @@ def test_import_is_silent_and_light():
     assert auglocal_ext.__version__
 
 
-def _ddp_worker(rank, port, path):
+def _ddp_worker(rank, path):
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{path}.meeting", rank=rank, world_size=2)
     net = mlp()
     ddp = DistributedDataParallel(net)
     x, y = torch.load(path, weights_only=True)
@@ -492,17 +492,12 @@ def _ddp_worker(rank, port, path):
 
 
 def test_distributed_data_parallel(tmp_path):
-    import socket
-
     import torch.multiprocessing as mp
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     x, y = torch.randn(8, 12), torch.randint(0, 4, (8,))
     path = str(tmp_path / "data.pt")
     torch.save((x, y), path)
-    mp.spawn(_ddp_worker, (port, path), nprocs=2)
+    mp.spawn(_ddp_worker, (path,), nprocs=2)
     net = mlp()
     net(x, y).loss.backward()
     for rank in range(2):

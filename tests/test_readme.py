@@ -1,0 +1,51 @@
+"""The README's example runs as written, and its commands are the ones CI runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+def test_the_example_runs():
+    (example,) = [block for block in blocks("python") if block.startswith("import torch")]
+    names: dict = {}
+    exec(
+        compile(example.replace("torch.randn(64,", "torch.randn(4,").replace("(64,)", "(4,)"), "README.md", "exec"),
+        names,
+    )
+    assert names["logits"].shape == (4, 10)
+    assert not torch.equal(names["logits"], names["out"].logits)  # after the optimizer's step
+    assert names["plain"](names["x"]).shape == (4, 10)
+
+
+def test_ci_runs_the_commands_as_written():
+    commands = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    assert "pip install . && python benchmarks/memory.py" in commands
+    assert "pip install '.[test]' && pytest" in commands
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "pip install -q '.[test]' && pytest" in script
+
+
+def test_figures_are_those_of_the_result_files():
+    import json
+
+    report = json.loads((ROOT / "benchmarks" / "results" / "memory-predicted.json").read_text())
+    rows = {(network, row["name"]): row for network, rows in report["networks"].items() for row in rows}
+    table = re.findall(r"^\| (.+?) \| ([\d.]+) \| (\d+) % \| ([\d.]+) \| (\d+) % \|", README, flags=re.M)
+    assert len(table) == 7
+    names = {"backpropagation": "BP", "+ checkpointing per block": "BP checkpointing"}
+    for label, peak32, share32, peak110, share110 in table:
+        name = names.get(label) or re.sub(r" \(K = \d+\)", "", label).replace("d = ", "d=")
+        for network, peak, share in (("resnet32", peak32, share32), ("resnet110", peak110, share110)):
+            bytes_ = rows[network, name]["predicted"]["peak_bytes"]
+            assert f"{bytes_ / 1e9:.2f}" == peak, (network, name)
+            assert f"{100 * bytes_ / rows[network, 'BP']['predicted']['peak_bytes']:.0f}" == share, (network, name)
