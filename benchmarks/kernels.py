@@ -52,9 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=0.3, help="time spent on each line")
     parser.add_argument("--variant", nargs="+", help="lines to measure (eager, compile, a provider); default: all")
     parser.add_argument("--quick", action="store_true", help="the first shape of each op, ten runs a line")
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON file"
-    )
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the JSON file")
     options = parser.parse_args(arguments)
     if options.quick:
         options.seconds = 0.0

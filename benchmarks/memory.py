@@ -227,9 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="cpu: predict, also beside a GPU"
     )
     parser.add_argument("--rows", nargs="+", metavar="TEXT", help="only rows whose name contains one of these")
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "results", help="folder for JSON and PNG"
-    )
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for JSON and PNG")
     options = parser.parse_args(arguments)
     if options.batch < 2:
         parser.error(f"--batch is at least 2 (BatchNorm), got {options.batch}")

@@ -46,7 +46,7 @@ def main() -> int:
     )
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), metavar="ROW")
     parser.add_argument("--settings", default=SETTINGS, help=f"options common to all rows (default: {SETTINGS})")
-    parser.add_argument("--json", default="benchmarks/results/cpu_cifar10_resnet8.json", metavar="FILE")
+    parser.add_argument("--json", default="runs/benchmarks/training.json", metavar="FILE")
     options = parser.parse_args()
 
     report = environment() | {"settings": options.settings, "rows": []}

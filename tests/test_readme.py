@@ -49,3 +49,16 @@ def test_figures_are_those_of_the_result_files():
             bytes_ = rows[network, name]["predicted"]["peak_bytes"]
             assert f"{bytes_ / 1e9:.2f}" == peak, (network, name)
             assert f"{100 * bytes_ / rows[network, 'BP']['predicted']['peak_bytes']:.0f}" == share, (network, name)
+
+
+def test_accuracies_are_those_of_the_result_file():
+    import json
+
+    report = json.loads((ROOT / "benchmarks" / "results" / "cpu_cifar10_resnet8.json").read_text())
+    found = {
+        options.strip(): value for options, value in re.findall(r"\| `(--rule [^`]+)` \| \d+ \| ([\d.]+) % \|", README)
+    }
+    assert len(found) == len(report["rows"]) == 6
+    for row in report["rows"]:
+        (options,) = [options for options in found if row["command"].endswith(options)]
+        assert f"{100 * row['last_test_accuracy']:.2f}" == found[options]
