@@ -16,7 +16,7 @@ from .ops.labels import check_labels
 from .partition import Balanced, describe, evaluating, probe_input
 from .rules.balance import balanced_ends
 from .rules.base import Network, Rule
-from .step import LocalModule, LocalOutput, LossOptions, local_pass, run_forward
+from .step import RECOMPUTE, LocalModule, LocalOutput, LossOptions, Recompute, local_pass, run_forward
 
 
 class LocalSequential(nn.Module):
@@ -47,6 +47,9 @@ class LocalSequential(nn.Module):
             backpropagation.
         label_smoothing: of every local cross-entropy, in [0, 1].
         ignore_index: label that counts nowhere.
+        recompute: what keeps only its input and runs a second time for its backward: ``"none"``, the blocks of the
+            ``"auxiliary"`` networks, or ``"all"`` (also layers and context encoders); or one of these per module. The
+            results are the same, to the bit on the CPU.
 
     Attributes:
         primary: the ``layers`` object itself, with its own state-dict keys under ``primary.``.
@@ -70,6 +73,7 @@ class LocalSequential(nn.Module):
         *,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
+        recompute: Recompute | Sequence[Recompute] = "none",
     ) -> None:
         super().__init__()
         if not isinstance(rule, Rule):
@@ -86,6 +90,7 @@ class LocalSequential(nn.Module):
         self.network = Network(layers, described, shape, num_classes, ends)
         self.primary = layers
         self._options = LossOptions(ignore_index, label_smoothing)
+        self._recompute = _recompute_per_module(recompute, self.network.num_modules)
         last = self.network.num_modules - 1
         template = probe_input(layers, shape, 0)
         # Parts are made where they are used; .to() is left out where nothing changes, since fake tensors refuse it.
@@ -161,11 +166,14 @@ class LocalSequential(nn.Module):
             modules.append(
                 LocalModule(
                     index=k,
-                    layers=tuple(children[self.network.layers[first].start : self.network.layers[end].stop]),
+                    groups=tuple(
+                        tuple(children[layer.start : layer.stop]) for layer in self.network.layers[first : end + 1]
+                    ),
                     context=contexts[k],
                     auxiliary=self.auxiliary[k] if k < self.num_modules - 1 else None,
                     kept=frozenset().union(*later),
                     options=self._options,
+                    recompute=self._recompute[k],
                 )
             )
             first = end + 1
@@ -268,6 +276,16 @@ class LocalSequential(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rule={self.rule!r}, modules={self.num_modules}, module_ends={self.network.ends}"
+
+
+def _recompute_per_module(recompute: Recompute | Sequence[Recompute], modules: int) -> tuple[Recompute, ...]:
+    chosen = (recompute,) * modules if isinstance(recompute, str) else tuple(recompute)
+    if len(chosen) != modules or any(choice not in RECOMPUTE for choice in chosen):
+        raise ValueError(
+            f"recompute is one of {', '.join(RECOMPUTE)}, or a sequence with one of these for each of the {modules} "
+            f"local modules; got {recompute!r}"
+        )
+    return chosen
 
 
 class InferenceNetwork(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..models.blocks import conv_bn_relu
-from ..nn import PooledLinear
+from ..nn import PooledLinear, recomputed
 from ..ops import PooledCrossEntropy
 from .pooling import global_average_pool
 
@@ -74,7 +74,8 @@ class VGGHead(nn.Module):
 class AuxiliaryNetwork(nn.Module):
     """Blocks, then a head: ``head(blocks(h))``.
 
-    ``forward(h)`` returns logits ``(N, num_classes)``; ``loss(h, target)`` the local loss with its top-1 count.
+    ``forward(h)`` returns logits ``(N, num_classes)``; ``loss(h, target)`` the local loss with its top-1 count. With
+    ``recompute=True`` the loss keeps only the input of each block and runs the block again for its backward.
 
     Args:
         blocks: maps the module's output ``(N, C, H, W)`` to what the head is fed.
@@ -89,8 +90,10 @@ class AuxiliaryNetwork(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         return self.head(self.blocks(h))
 
-    def loss(self, h: Tensor, target: Tensor, **options: Any) -> PooledCrossEntropy:
-        return self.head.loss(self.blocks(h), target, **options)  # type: ignore[operator]
+    def loss(self, h: Tensor, target: Tensor, *, recompute: bool = False, **options: Any) -> PooledCrossEntropy:
+        for block in self.blocks:
+            h = recomputed(block, h) if recompute else block(h)
+        return self.head.loss(h, target, **options)  # type: ignore[operator]
 
 
 CONV_HEADS = ("0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")

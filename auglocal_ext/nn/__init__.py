@@ -1,7 +1,8 @@
-"""Modules over the ops."""
+"""Modules over the ops, and how modules are run."""
 
 from __future__ import annotations
 
 from .pooled_linear import PooledLinear
+from .recompute import recomputed
 
-__all__ = ["PooledLinear"]
+__all__ = ["PooledLinear", "recomputed"]

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..auxiliary.context import ContextSupply
+from ..nn import recomputed
+
+Recompute = Literal["none", "auxiliary", "all"]
+RECOMPUTE: tuple[str, ...] = get_args(Recompute)
 
 
 @dataclass(frozen=True)
@@ -43,19 +48,28 @@ class LocalModule:
 
     Attributes:
         index: k, from 0.
-        layers: children of the primary network that form the module; the last module's include the classifier.
+        groups: for each layer of the module its children of the primary network; the last module's include the
+            classifier.
         context: encoders of the supplied context, None where the rule has none.
         auxiliary: auxiliary network; None for the last module, which ends in the network's own classifier.
         kept: indices of module inputs that later modules are supplied with.
         options: settings of the cross-entropy.
+        recompute: what keeps only its input and runs again for its backward: ``"none"``, the blocks of the
+            ``"auxiliary"`` network, or ``"all"``: also the layers and the context encoders.
     """
 
     index: int
-    layers: tuple[nn.Module, ...]
+    groups: tuple[tuple[nn.Module, ...], ...]
     context: ContextSupply | None
     auxiliary: nn.Module | None
     kept: frozenset[int]
     options: LossOptions
+    recompute: Recompute = "none"
+
+    @property
+    def layers(self) -> tuple[nn.Module, ...]:
+        """The children of the primary network that form the module, in order."""
+        return tuple(child for group in self.groups for child in group)
 
     def forward(self, h: Tensor, history: list[Tensor | None] | None = None) -> Tensor:
         """Output of the module's layers, ``(N, C, H, W)``; of the last module the logits ``(N, num_classes)``.
@@ -66,6 +80,10 @@ class LocalModule:
                 later module is supplied with. Needed only where a rule supplies context.
         """
         h = self.supply(h, history)
+        if self.recompute == "all":
+            for group in self.groups:
+                h = recomputed(nn.Sequential(*group), h)
+            return h
         for layer in self.layers:
             h = layer(h)
         return h
@@ -85,7 +103,8 @@ class LocalModule:
                     f"history holds {len(history)} module inputs, expected {self.index}: run the modules in order "
                     "with one list that starts empty for each batch"
                 )
-            h = self.context(h, history)
+            # The history is copied: entries are let go of before a recomputation reads them.
+            h = recomputed(self.context, h, tuple(history)) if self.recompute == "all" else self.context(h, history)
         if history is not None:
             history.append(h.detach())
             for i in range(len(history)):
@@ -103,6 +122,7 @@ class LocalModule:
                 ignore_index=options.ignore_index,
                 label_smoothing=options.label_smoothing,
                 check_labels=check_labels,
+                **({} if self.recompute == "none" else {"recompute": True}),
             )
             return Objective(result.loss, result.logits, result.correct)
         loss = F.cross_entropy(out, target, ignore_index=options.ignore_index, label_smoothing=options.label_smoothing)

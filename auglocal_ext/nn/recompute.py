@@ -1,0 +1,31 @@
+"""Run a module keeping only its inputs: the rest is computed again when backward needs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+
+def recomputed(module: nn.Module, *inputs: Any) -> Any:
+    """``module(*inputs)`` under gradient checkpointing; without gradients just the call.
+
+    Equal to the plain call: the second run works on copies of the buffers, so BatchNorm's running statistics move
+    once, and it repeats the random state and autocast of the first, so dropout repeats.
+    """
+    if not torch.is_grad_enabled():
+        return module(*inputs)
+    runs = 0
+
+    def run(*inputs: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        if runs == 1:
+            return module(*inputs)
+        copies = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        return functional_call(module, copies, inputs)
+
+    return checkpoint(run, *inputs, use_reentrant=False)

@@ -1,0 +1,122 @@
+"""Recomputation changes memory, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from auglocal_ext import AugLocal, ContSup, LocalSequential, models
+from auglocal_ext.memory import MemoryMeter
+from auglocal_ext.memory.meter import ACTIVATIONS
+
+RULES = {"auglocal": AugLocal(3), "contsup": ContSup("R2E")}
+
+
+def wrap(rule, recompute, **options):
+    torch.manual_seed(5)
+    return LocalSequential(models.resnet_cifar(14, width=4), rule, 10, (3, 16, 16), recompute=recompute, **options)
+
+
+def train(net, steps=3):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for step in range(steps):
+        torch.manual_seed(100 + step)
+        x, y = torch.randn(6, 3, 16, 16), torch.randint(0, 10, (6,))
+        optimizer.zero_grad()
+        out = net(x, y)
+        out.loss.backward()
+        optimizer.step()
+    return out, net.state_dict()
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("modules", [None, 1, 3])
+@pytest.mark.parametrize("recompute", ["auxiliary", "all"])
+def test_equal_to_the_bit(rule, modules, recompute):
+    """Weights, momenta's effect, and BatchNorm's running statistics and counters after three steps."""
+    plain, expected = train(wrap(rule, "none", modules=modules))
+    out, state = train(wrap(rule, recompute, modules=modules))
+    assert torch.equal(out.module_losses, plain.module_losses) and torch.equal(out.logits, plain.logits)
+    for key, value in state.items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_per_module():
+    choice = ["all", "none", "auxiliary"]
+    net = wrap(ContSup("R1"), choice, modules=3)
+    assert [module.recompute for module in net.local_modules] == choice
+    _, expected = train(wrap(ContSup("R1"), "none", modules=3))
+    _, state = train(copy.deepcopy(net))
+    for key, value in state.items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_dropout_repeats():
+    def run(recompute):
+        torch.manual_seed(5)
+        stages = [m for i in (3, 8) for m in (nn.Conv2d(i, 8, 3), nn.Dropout(0.5), nn.BatchNorm2d(8), nn.ReLU())]
+        layers = nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(8, 10))
+        net = LocalSequential(layers, ContSup("R0"), 10, (3, 16, 16), recompute=recompute)
+        torch.manual_seed(9)
+        net(torch.randn(6, 3, 16, 16), torch.randint(0, 10, (6,))).loss.backward()
+        return {name: p.grad for name, p in net.named_parameters()}
+
+    expected = run("none")
+    for name, grad in run("all").items():
+        assert torch.equal(grad, expected[name]), name
+
+
+def test_autocast():
+    def run(recompute):
+        net = wrap(ContSup("R1E"), recompute)
+        torch.manual_seed(9)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = net(torch.randn(6, 3, 16, 16), torch.randint(0, 10, (6,)))
+        out.loss.backward()
+        return {name: p.grad for name, p in net.named_parameters()}
+
+    expected = run("none")
+    for name, grad in run("all").items():
+        assert torch.equal(grad, expected[name]), name
+
+
+def test_no_grad_and_inference_run_once():
+    net = wrap(ContSup("R1E"), "all")
+    runs = []
+    net.primary[1].register_forward_pre_hook(lambda *_: runs.append(1))
+    x, y = torch.randn(4, 3, 16, 16), torch.randint(0, 10, (4,))
+    with torch.no_grad():
+        net(x, y)
+        net(x)
+    assert len(runs) == 2
+    net(x, y)
+    assert len(runs) == 4  # once more for its backward
+
+
+def peak(network, rule, recompute, modules=None, batch=256):
+    """Peak of what is neither parameter, gradient nor input, in bytes, on shapes alone."""
+    with FakeTensorMode():
+        net = LocalSequential(models.build(network), rule, 10, (3, 32, 32), modules, recompute=recompute)
+        x, y = torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
+        with MemoryMeter() as meter:
+            meter.track(net, x, y)
+            net(x, y).loss.backward()
+    return meter.peak_categories[ACTIVATIONS]
+
+
+def test_it_saves_memory():
+    none, auxiliary = (peak("resnet32", AugLocal(6), choice) for choice in ("none", "auxiliary"))
+    assert auxiliary < 0.7 * none
+    # an image encoder is run again as a whole and so stays the peak; many blocks in one module are where "all" pays
+    none, everything = (peak("resnet32", ContSup("R0"), choice, modules=2) for choice in ("none", "all"))
+    assert everything < 0.4 * none
+
+
+@pytest.mark.parametrize("wrong", ["some", ["all"], ["all", "none", "some"], 3])
+def test_wrong_choices(wrong):
+    with pytest.raises((ValueError, TypeError), match="recompute is one of none, auxiliary, all|not iterable"):
+        wrap(ContSup("R0"), wrong, modules=3)
