@@ -113,7 +113,7 @@ def test_it_saves_memory():
     assert auxiliary < 0.7 * none
     # an image encoder is run again as a whole and so stays the peak; many blocks in one module are where "all" pays
     none, everything = (peak("resnet32", ContSup("R0"), choice, modules=2) for choice in ("none", "all"))
-    assert everything < 0.4 * none
+    assert everything < 0.5 * none
 
 
 @pytest.mark.parametrize("wrong", ["some", ["all"], ["all", "none", "some"], 3])
