@@ -100,7 +100,7 @@ def load_data(
     if kind not in DATASETS:
         raise SettingsError(f"--dataset is one of {', '.join(DATASETS)}, not {dataset!r}")
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder")
+        raise DataError(f"{root}: no such folder; {_expected()}")
     workers = default_workers() if workers is None else workers
     if kind == "folder":
         classes, train, test = list_folder(root)
@@ -130,7 +130,7 @@ def load_data(
 def detect(root: Path) -> str:
     """The data set's name by what lies in ``root``; DataError if that is nothing known, or more than one."""
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder")
+        raise DataError(f"{root}: no such folder; {_expected()}")
     found = [name for name, (mark, _) in MARKS.items() if (root / mark).exists()]
     if (root / "train").is_dir() or (root / "test").is_dir():
         found.insert(0, "folder")
@@ -142,11 +142,12 @@ def detect(root: Path) -> str:
     hints = [f"; unpack {root / archive}" for _, archive in MARKS.values() if archive and (root / archive).is_file()]
     hints += [f"; give its parent folder {root.parent}" for mark, _ in MARKS.values() if root.resolve().name == mark]
     there = sorted(entry.name for entry in os.scandir(root))
+    raise DataError(f"{root}: no data set recognised; {_expected()}; found {few(there)}" + "".join(hints))
+
+
+def _expected() -> str:
     marks = ", ".join(f"{mark} ({name})" for name, (mark, _) in MARKS.items())
-    raise DataError(
-        f"{root}: no data set recognised; expected train/<class>/<image> and test/<class>/<image>, "
-        f"or torchvision's {marks}; found {few(there)}" + "".join(hints)
-    )
+    return f"expected train/<class>/<image> and test/<class>/<image>, or torchvision's {marks}"
 
 
 def _part(count: int, wanted: int, seed: int) -> Tensor:

@@ -18,10 +18,13 @@ def learning_rate(epoch: int, epochs: int, lr: float, warmup: int) -> float:
 
     With W = 10 this is the released code's formula. Its cosine is zero in the last epoch, e = E, where only
     BatchNorm's running statistics still move. A peak rate below 0.01 takes the 0.01's place, so that a
-    warm-up never comes down from above.
+    warm-up never comes down from above. A run of one epoch would be that last epoch alone and train nothing: it
+    has the constant rate ``lr``.
     """
     if not 1 <= epoch <= epochs:
         raise ValueError(f"epoch counts from 1 to {epochs}, got {epoch}")
+    if epochs == 1:
+        return lr
     if epoch > warmup:
         return cosine(epoch, epochs, lr)
     start = min(WARMUP_START, lr)

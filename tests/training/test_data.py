@@ -107,7 +107,7 @@ def refuse(root, *parts, **options):
 
 
 def test_no_such_folder(tmp_path):
-    refuse(tmp_path / "nowhere", "no such folder")
+    refuse(tmp_path / "nowhere", "no such folder", "expected train/<class>/<image>")
     refuse(tmp_path / "nowhere", "no such folder", dataset="folder")
 
 

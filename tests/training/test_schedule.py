@@ -38,3 +38,7 @@ def test_short_runs_shorten_the_default_warmup_to_a_quarter(epochs, warmup):
 def test_epochs_count_from_one(epoch):
     with pytest.raises(ValueError, match="from 1 to 4"):
         learning_rate(epoch, 4, 0.1, 0)
+
+
+def test_one_epoch_has_a_rate():
+    assert learning_rate(1, 1, 0.1, 0) == 0.1
