@@ -283,7 +283,10 @@ def _backward(provider: str, ctx: Any, grad: Tensor | None) -> tuple[Tensor | No
 TABLE = providers.register(
     providers.Table(
         NAME,
-        (providers.Provider("reference", None, providers.ALL),),
+        (
+            providers.Provider("cpu", ("cpu",), providers.ALL),
+            providers.Provider("reference", None, providers.ALL),
+        ),
     )
 )
 
@@ -314,6 +317,7 @@ def _define(overload: str, signature: str, fake: Callable[..., Any]) -> None:
 
 
 for _provider in (row.name for row in TABLE.providers):
+    # The cpu and cuda implementations of the primitives register themselves when native loads their libraries.
     for _name, (_signature, _fake, _function) in _PRIMITIVES.items():
         _define(f"{_name}.{_provider}", _signature, _fake)
         if _provider == "reference":
