@@ -27,7 +27,7 @@ TORCH_TARGET = "0x020b000000000000"  # stable ABI of torch 2.11, one hexadecimal
 DEFAULT_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 SOURCES = {
     "cpu": ["csrc/cpu/batch_norm_act.cpp", "csrc/cpu/pooled_cross_entropy.cpp"],
-    "cuda": ["csrc/cuda/pooled_cross_entropy.cu", "csrc/cuda/versions.cu"],
+    "cuda": ["csrc/cuda/batch_norm_act.cu", "csrc/cuda/pooled_cross_entropy.cu", "csrc/cuda/versions.cu"],
 }
 
 

@@ -13,7 +13,7 @@ namespace auglocal {
 // the sum of squared differences from their mean.
 template <typename Real>
 struct Moments {
-  Real count = 0, mean = 0, squares = 0;
+  Real count, mean, squares;
 };
 
 template <typename Real>
@@ -29,7 +29,7 @@ AUGLOCAL_HOST_DEVICE Moments<Real> merged(const Moments<Real>& a, const Moments<
 // shift is a value far from all the others.
 template <typename Real>
 struct Shifted {
-  Real sum = 0, squares = 0;
+  Real sum, squares;
 };
 
 template <typename Real>

@@ -284,6 +284,7 @@ TABLE = providers.register(
     providers.Table(
         NAME,
         (
+            providers.Provider("cuda", ("cuda",), providers.SINGLE),
             providers.Provider("cpu", ("cpu",), providers.ALL),
             providers.Provider("reference", None, providers.ALL),
         ),

@@ -187,7 +187,7 @@ void stats(const FeatureMap& map, Tensor& mean, Tensor& var) {
     });
   }
   for (int64_t c = 0; c < width; ++c) {
-    Moments<double> all;
+    Moments<double> all{};
     for (int64_t chunk = 0; chunk < chunks; ++chunk) all = merged(all, partial[chunk * width + c]);
     mean.mutable_data_ptr<Real>()[c] = static_cast<Real>(origin(c) + all.mean);
     var.mutable_data_ptr<Real>()[c] = static_cast<Real>(all.squares / all.count);
@@ -392,14 +392,17 @@ void input_grad(const Problem& problem, const std::optional<Tensor>& sum_g,
                });
 }
 
-#define AUGLOCAL_DISPATCH(x, ...)                                                                         \
-  THO_DISPATCH_V2((x).scalar_type(), "batch_norm_act", AT_WRAP([&] { __VA_ARGS__; }), ScalarType::Double, \
-                  ScalarType::Float, ScalarType::Half, ScalarType::BFloat16)
+// Calls f with an element of x's dtype.
+template <typename F>
+void dispatch(const Tensor& x, const F& f) {
+  THO_DISPATCH_V2(x.scalar_type(), "batch_norm_act", AT_WRAP([&] { f(scalar_t()); }), ScalarType::Double,
+                  ScalarType::Float, ScalarType::Half, ScalarType::BFloat16);
+}
 
 TwoTensors batch_norm_stats(Tensor x) {
   const FeatureMap map = checked_map(x);
   Tensor mean = per_channel(x), var = per_channel(x);
-  AUGLOCAL_DISPATCH(x, stats<scalar_t>(map, mean, var));
+  dispatch(x, [&](auto element) { stats<decltype(element)>(map, mean, var); });
   return {mean, var};
 }
 
@@ -407,7 +410,7 @@ Tensor batch_norm_act_apply(Tensor x, Tensor mean, Tensor rstd, std::optional<Te
                             std::optional<Tensor> bias, std::optional<Tensor> residual, double slope) {
   const Problem problem = make_problem({}, x, mean, rstd, weight, bias, residual, slope);
   Tensor y = empty_map(x);
-  AUGLOCAL_DISPATCH(x, apply<scalar_t>(problem, feature_map(y)));
+  dispatch(x, [&](auto element) { apply<decltype(element)>(problem, feature_map(y)); });
   return y;
 }
 
@@ -416,7 +419,7 @@ TwoTensors batch_norm_act_reduce(Tensor grad, Tensor x, Tensor mean, Tensor rstd
                                  std::optional<Tensor> residual, double slope) {
   const Problem problem = make_problem(grad, x, mean, rstd, weight, bias, residual, slope);
   Tensor sum_g = per_channel(x), sum_g_xhat = per_channel(x);
-  AUGLOCAL_DISPATCH(x, reduce<scalar_t>(problem, sum_g, sum_g_xhat));
+  dispatch(x, [&](auto element) { reduce<decltype(element)>(problem, sum_g, sum_g_xhat); });
   return {sum_g, sum_g_xhat};
 }
 
@@ -432,8 +435,9 @@ TwoTensors batch_norm_act_input_grad(Tensor grad, Tensor x, Tensor mean, Tensor 
          grad_residual = need_residual ? empty_map(x) : torch::stable::new_empty(x, {0});
   std::optional<FeatureMap> output_residual;
   if (need_residual) output_residual = feature_map(grad_residual);
-  AUGLOCAL_DISPATCH(x,
-                    input_grad<scalar_t>(problem, sum_g, sum_g_xhat, feature_map(grad_x), output_residual));
+  dispatch(x, [&](auto element) {
+    input_grad<decltype(element)>(problem, sum_g, sum_g_xhat, feature_map(grad_x), output_residual);
+  });
   return {grad_x, grad_residual};
 }
 
