@@ -1,7 +1,24 @@
-"""Modules over the ops."""
+"""Modules over the ops, and ``fuse``, which runs those of a network by them."""
 
 from __future__ import annotations
 
+from .chain import FusedSequential, run_chain
+from .fuse import FusionReport, eager_type, fuse, unfuse
+from .norm_act_conv import norm_act_conv
+from .norm_shortcut_act import Branch, norm_shortcut_act
 from .pooled_linear import PooledLinear
+from .residual import FusedResidual
 
-__all__ = ["PooledLinear"]
+__all__ = [
+    "Branch",
+    "FusedResidual",
+    "FusedSequential",
+    "FusionReport",
+    "PooledLinear",
+    "eager_type",
+    "fuse",
+    "norm_act_conv",
+    "norm_shortcut_act",
+    "run_chain",
+    "unfuse",
+]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..auxiliary.context import ContextSupply
+from ..nn import run_chain
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class LocalModule:
         auxiliary: auxiliary network; None for the last module, which ends in the network's own classifier.
         kept: indices of module inputs that later modules are supplied with.
         options: settings of the cross-entropy.
+        fused: run the layers as one chain (:func:`auglocal_ext.nn.run_chain`), as :func:`auglocal_ext.fuse` does.
     """
 
     index: int
@@ -56,6 +58,7 @@ class LocalModule:
     auxiliary: nn.Module | None
     kept: frozenset[int]
     options: LossOptions
+    fused: bool = False
 
     def forward(self, h: Tensor, history: list[Tensor | None] | None = None) -> Tensor:
         """Output of the module's layers, ``(N, C, H, W)``; of the last module the logits ``(N, num_classes)``.
@@ -66,6 +69,8 @@ class LocalModule:
                 later module is supplied with. Needed only where a rule supplies context.
         """
         h = self.supply(h, history)
+        if self.fused:
+            return run_chain(self.layers, h)
         for layer in self.layers:
             h = layer(h)
         return h
