@@ -10,6 +10,12 @@ from .batch_norm_act import (
     batch_norm_factors,
     batch_norm_stats,
 )
+from .batch_norm_act_max_pool import (
+    batch_norm_act_max_pool,
+    batch_norm_act_max_pool_apply,
+    batch_norm_act_max_pool_input_grad,
+    batch_norm_act_max_pool_reduce,
+)
 from .labels import check_labels, raise_deferred_errors
 from .pooled_cross_entropy import PooledCrossEntropy, pooled_cross_entropy
 
@@ -18,6 +24,10 @@ __all__ = [
     "batch_norm_act",
     "batch_norm_act_apply",
     "batch_norm_act_input_grad",
+    "batch_norm_act_max_pool",
+    "batch_norm_act_max_pool_apply",
+    "batch_norm_act_max_pool_input_grad",
+    "batch_norm_act_max_pool_reduce",
     "batch_norm_act_reduce",
     "batch_norm_factors",
     "batch_norm_stats",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -280,12 +281,17 @@ def _backward(provider: str, ctx: Any, grad: Tensor | None) -> tuple[Tensor | No
     return tuple(grads)
 
 
+def _triton(function: str, *arguments: Any) -> Any:
+    return getattr(import_module(f"{__package__}.triton.{NAME}"), function)(*arguments)
+
+
 TABLE = providers.register(
     providers.Table(
         NAME,
         (
             providers.Provider("cuda", ("cuda",), providers.SINGLE),
             providers.Provider("cpu", ("cpu",), providers.ALL),
+            providers.Provider("triton", ("cuda", "cpu") if providers.interpreted() else ("cuda",), providers.SINGLE),
             providers.Provider("reference", None, providers.ALL),
         ),
     )
@@ -323,6 +329,8 @@ for _provider in (row.name for row in TABLE.providers):
         _define(f"{_name}.{_provider}", _signature, _fake)
         if _provider == "reference":
             _library.impl(f"{_name}.reference", getattr(reference, _function), "CompositeExplicitAutograd")
+        for _device in (TABLE.row("triton").devices or ()) if _provider == "triton" else ():
+            _library.impl(f"{_name}.triton", partial(_triton, _function), _device.upper())
     _define(f"{NAME}.{_provider}", f"(Tensor x, {_FACTORS}, bool training) -> Tensor", _fake_forward)
     _library.impl(f"{NAME}.{_provider}", partial(_forward, _provider), "CompositeExplicitAutograd")
     torch.library.register_autograd(
