@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .batch_norm_act import BatchNormAct1d, BatchNormAct2d
 from .chain import FusedSequential, run_chain
 from .fuse import FusionReport, eager_type, fuse, unfuse
 from .norm_act_conv import norm_act_conv
@@ -10,6 +11,8 @@ from .pooled_linear import PooledLinear
 from .residual import FusedResidual
 
 __all__ = [
+    "BatchNormAct1d",
+    "BatchNormAct2d",
     "Branch",
     "FusedResidual",
     "FusedSequential",

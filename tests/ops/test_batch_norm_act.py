@@ -550,3 +550,123 @@ def test_wrong_use_is_explained(changes: dict, error: type[Exception], message: 
     positional = [arguments.pop(name) for name in ("x", "weight", "bias", "running_mean", "running_var")]
     with pytest.raises(error, match=message):
         batch_norm_act(*positional, **arguments)
+
+
+@pytest.mark.gpu
+@cases
+def test_side_stream(device: str, provider: str) -> None:
+    if device == "cpu":
+        pytest.skip("streams are CUDA's")
+    x, weight, bias, mean, var, residual = inputs((64, 128, 32, 32), torch.float32, device)
+    leaves = [t.requires_grad_() for t in (weight, bias)]
+
+    def run(x: Tensor) -> list[Tensor]:
+        y = batch_norm_act(x, *leaves, mean.clone(), var.clone(), residual=residual, training=True, provider=provider)
+        return [y.detach(), *torch.autograd.grad(y.sum(), leaves)]
+
+    expected = run(x)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(x)
+        torch.cuda._sleep(100_000_000)
+        late.copy_(x)
+        found = run(late)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+@cases
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+def test_graph_capture(device: str, provider: str, layout: str) -> None:
+    if device == "cpu":
+        pytest.skip("CUDA graphs are CUDA's")
+    x, weight, bias, mean, var, residual = inputs((16, 32, 8, 8), torch.bfloat16, device)
+    x = column.LAYOUTS[layout](x)
+    leaves = [t.requires_grad_() for t in (x, weight, bias, residual)]
+    start = mean.clone(), var.clone()
+
+    def step() -> list[Tensor]:
+        y = batch_norm_act(*leaves[:3], mean, var, residual=leaves[3], training=True, provider=provider)
+        return [y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    results = []
+    for replay in (True, False):
+        for running, value in zip((mean, var), start, strict=True):
+            running.copy_(value)
+        if replay:
+            graph.replay()
+        results.append([t.clone() for t in (*(captured if replay else step()), mean, var)])
+    for found, wanted in zip(*results, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.gpu
+@cases
+def test_second_device(device: str, provider: str) -> None:
+    if device == "cpu" or torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    torch.cuda.set_device(0)
+    compare(*inputs((5, 7, 3, 4), torch.float32, "cuda:1"), provider, training=True)
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.gpu
+@cases
+def test_does_not_synchronise(device: str, provider: str) -> None:
+    if device == "cpu":
+        pytest.skip("synchronisation is CUDA's")
+    x, weight, bias, mean, var, residual = inputs((16, 32, 8, 8), torch.float32, device)
+    leaves = [t.requires_grad_() for t in (x, weight, bias, residual)]
+
+    def step() -> None:
+        y = batch_norm_act(*leaves[:3], mean, var, residual=leaves[3], training=True, provider=provider)
+        torch.autograd.grad(y, leaves, x)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.large
+@cases
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+def test_more_than_two_billion_elements(device: str, provider: str, layout: str) -> None:
+    if device == "cpu":
+        pytest.skip("takes too long on a CPU")
+    if provider == "reference":
+        pytest.skip("plain torch, several copies of the map in float32")
+    channels = 16
+    x = column.LAYOUTS[layout](torch.randn(33, channels, 2048, 2048, dtype=torch.float16, device=device))
+    assert x.numel() > 2**31
+    mean, var = batch_norm_stats(x, provider=provider)
+    torch.testing.assert_close(mean, x.mean((0, 2, 3), dtype=torch.float32), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(var, torch.ones_like(var), rtol=1e-3, atol=0)
+    rstd, none = var.rsqrt(), (None, None, None)
+    y = batch_norm_act_apply(x, mean, rstd, *none, "none", provider=provider)
+    last = (x[-1].float() - mean[:, None, None]) * rstd[:, None, None]
+    torch.testing.assert_close(y[-1].float(), last, rtol=2e-3, atol=1e-3)
+    sums = batch_norm_act_reduce(y, x, mean, rstd, *none, "relu", provider=provider)
+    count = x.numel() // channels
+    torch.testing.assert_close(sums[1] / count, torch.full_like(var, 0.5), rtol=1e-2, atol=0)
+    grad_x, _ = batch_norm_act_input_grad(
+        *(y, x, mean, rstd, *none, "relu", 0.0, *sums, True, False), provider=provider
+    )
+    masked = torch.where(last > 0, y[-1].float(), 0)
+    expected = masked - (sums[0] / count)[:, None, None] - last * (sums[1] / count)[:, None, None]
+    torch.testing.assert_close(grad_x[-1].float(), expected * rstd[:, None, None], rtol=4e-3, atol=4e-3)
