@@ -85,7 +85,7 @@ class LocalSequential(nn.Module):
         unfuse(layers)
         described = describe(layers, shape, num_classes)
         if isinstance(modules, Balanced):
-            ends = balanced_ends(layers, rule, described, shape, num_classes, modules.modules)
+            ends = balanced_ends(layers, rule, described, shape, num_classes, modules.modules, fused)
         else:
             ends = rule.ends(len(described), modules)
         self.rule = rule
