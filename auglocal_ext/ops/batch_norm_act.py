@@ -55,7 +55,7 @@ def batch_norm_act(
     _check(x, vectors, residual)
     slope = _slope(activation, negative_slope)
     mean, rstd = batch_norm_factors(
-        x.detach(), running_mean, running_var, training=training, momentum=momentum, eps=eps, provider=provider
+        x, running_mean, running_var, training=training, momentum=momentum, eps=eps, provider=provider
     )
     return _op(NAME, x, provider)(x, mean, rstd, weight, bias, residual, slope, training)
 
@@ -83,12 +83,13 @@ def batch_norm_factors(
     count = x.numel() // max(x.shape[1], 1)
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
-    mean, var = batch_norm_stats(x, provider=provider)
-    if running_mean is not None:
-        running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-    if running_var is not None:
-        running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
-    return mean, var.add_(eps).rsqrt_()
+    with torch.no_grad():
+        mean, var = batch_norm_stats(x, provider=provider)
+        if running_mean is not None:
+            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+        if running_var is not None:
+            running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
+        return mean, var.add_(eps).rsqrt_()
 
 
 def batch_norm_stats(x: Tensor, *, provider: str | None = None) -> tuple[Tensor, Tensor]:
