@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .auxiliary.context import ContextSupply
-from .nn import fuse, unfuse
+from .nn import FusedSequential, fuse, unfuse
 from .ops.labels import check_labels
 from .partition import Balanced, describe, evaluating, probe_input
 from .rules.balance import balanced_ends
@@ -103,7 +103,6 @@ class LocalSequential(nn.Module):
         if template.dtype != torch.get_default_dtype():
             self.auxiliary.to(template.dtype)
             self.context.to(template.dtype)
-        self._fused = bool(fused)
         if fused:
             for part in (layers, self.auxiliary, self.context):
                 fuse(part)
@@ -176,7 +175,7 @@ class LocalSequential(nn.Module):
                     auxiliary=self.auxiliary[k] if k < self.num_modules - 1 else None,
                     kept=frozenset().union(*later),
                     options=self._options,
-                    fused=self._fused,
+                    fused=isinstance(self.primary, FusedSequential),
                 )
             )
             first = end + 1
@@ -281,7 +280,7 @@ class LocalSequential(nn.Module):
         return InferenceNetwork(primary, self.local_modules, context).eval()
 
     def extra_repr(self) -> str:
-        return f"rule={self.rule!r}, modules={self.num_modules}, module_ends={self.network.ends}, fused={self._fused}"
+        return f"rule={self.rule!r}, modules={self.num_modules}, module_ends={self.network.ends}"
 
 
 class InferenceNetwork(nn.Module):

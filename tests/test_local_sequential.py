@@ -126,6 +126,9 @@ def test_flat_layers_are_one_chain():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         net.local_modules[0].objective(net.local_modules[0](x), y)
     assert len(set(kept)) == 3  # the image and the two raw convolution outputs
+    assert net.local_modules[0].fused
+    auglocal_ext.unfuse(net)
+    assert not net.local_modules[0].fused
 
 
 def test_output():

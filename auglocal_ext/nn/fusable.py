@@ -61,7 +61,8 @@ def must_be_eager(x: Tensor) -> bool:
     Global module hooks want every module's call; an empty batch is torch's to judge.
     """
     return (
-        torch.compiler.is_compiling()
+        not isinstance(x, Tensor)
+        or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or _has_any_global_hook()

@@ -309,6 +309,7 @@ def test_torch_func_and_export_and_trace_run_eagerly():
     assert not any("auglocal_ext" in str(node.target) for node in program.graph.nodes)
     traced = torch.jit.trace(ours, x)
     torch.testing.assert_close(traced(x), theirs(x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(ours)(x), theirs(x))
 
 
 @pytest.mark.slow
