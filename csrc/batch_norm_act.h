@@ -3,6 +3,7 @@
 // Forward and backward make the normalised value by the same function, so that both see the same mask.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "host_device.h"
@@ -43,6 +44,27 @@ AUGLOCAL_HOST_DEVICE Moments<Real> moments(const Shifted<Real>& sums, Real count
   const Real squares = sums.squares - sums.sum * (sums.sum / count);
   // Rounding must not make a variance negative; a NaN stays one.
   return {count, (shift - origin) + sums.sum / count, squares < 0 ? Real(0) : squares};
+}
+
+// What the statistics of a channel are used for in training.
+template <typename Real>
+struct Update {
+  Real momentum, eps;
+};
+
+template <typename Real>
+AUGLOCAL_HOST_DEVICE Real updated(Real running, Real value, const Update<Real>& update) {
+  return (1 - update.momentum) * running + update.momentum * value;
+}
+
+template <typename Real>
+AUGLOCAL_HOST_DEVICE Real unbiased(Real var, Real count) {
+  return var * (count / (count - 1));
+}
+
+template <typename Real>
+AUGLOCAL_HOST_DEVICE Real reciprocal_deviation(Real var, const Update<Real>& update) {
+  return 1 / std::sqrt(var + update.eps);
 }
 
 // What normalises a channel: z = (x - mean) scale + bias with scale = rstd weight.

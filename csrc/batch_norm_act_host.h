@@ -40,6 +40,13 @@ inline FeatureMap checked_map(const Tensor& x) {
   return map;
 }
 
+// A running statistic, which is written to.
+inline void check_running(const std::optional<Tensor>& running, const Tensor& x) {
+  STD_TORCH_CHECK(!running || (running->dim() == 1 && running->size(0) == x.size(1) &&
+                               running->scalar_type() == accumulation(x) && running->is_contiguous()),
+                  "expected running statistics (C,) in the accumulation dtype for ", x.size(1), " channels");
+}
+
 // The tensors that every pass but the statistics reads; per-channel ones in the accumulation dtype.
 struct Problem {
   FeatureMap x;

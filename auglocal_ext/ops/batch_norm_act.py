@@ -80,10 +80,18 @@ def batch_norm_factors(
             raise ValueError("expected running_mean and running_var for training=False; pass them or training=True")
         wide = _wide(x)
         return running_mean.to(wide), running_var.to(wide).add(eps).rsqrt_()
-    count = x.numel() // max(x.shape[1], 1)
+    _check_map(x)
+    count = x.numel() // x.shape[1]
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+    running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
     with torch.no_grad():
+        if all(tensor.dtype == _wide(x) and tensor.is_contiguous() for tensor in running):
+            op = _op("batch_norm_factors_", x, provider)
+            mean, rstd = op(x, running_mean, running_var, float(momentum), float(eps))
+            if running and not torch.compiler.is_compiling():
+                torch.autograd.graph.increment_version(running)  # which an op defined by a library leaves undone
+            return mean, rstd
         mean, var = batch_norm_stats(x, provider=provider)
         if running_mean is not None:
             running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
@@ -223,7 +231,7 @@ def _check(x: Tensor, vectors: dict[str, Tensor | None], residual: Tensor | None
             )
 
 
-def _fake_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_stats(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     mean = x.new_empty(x.shape[1], dtype=_wide(x))
     return mean, torch.empty_like(mean)
 
@@ -302,6 +310,12 @@ _FACTORS = "Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? resi
 # name -> arguments and results, fake kernel, name of the reference's and of triton's function
 _PRIMITIVES: dict[str, tuple[str, Callable[..., Any], str]] = {
     "batch_norm_stats": ("(Tensor x) -> (Tensor mean, Tensor var)", _fake_stats, "stats"),
+    "batch_norm_factors_": (
+        "(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps) "
+        "-> (Tensor mean, Tensor rstd)",
+        _fake_stats,
+        "factors_",
+    ),
     "batch_norm_act_apply": (f"(Tensor x, {_FACTORS}) -> Tensor", _fake_forward, "apply"),
     "batch_norm_act_reduce": (
         f"(Tensor grad, Tensor x, {_FACTORS}) -> (Tensor sum_g, Tensor sum_g_xhat)",

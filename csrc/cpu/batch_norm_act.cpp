@@ -406,6 +406,29 @@ TwoTensors batch_norm_stats(Tensor x) {
   return {mean, var};
 }
 
+TwoTensors batch_norm_factors_(Tensor x, std::optional<Tensor> running_mean,
+                               std::optional<Tensor> running_var, double momentum, double eps) {
+  check_running(running_mean, x);
+  check_running(running_var, x);
+  auto [mean, rstd] = batch_norm_stats(x);
+  const auto update = [&](auto element) {
+    using Real = decltype(element);
+    const Update<Real> with{static_cast<Real>(momentum), static_cast<Real>(eps)};
+    const Real count = static_cast<Real>(x.numel() / x.size(1));
+    Real *means = mean.template mutable_data_ptr<Real>(), *vars = rstd.template mutable_data_ptr<Real>();
+    Real* old_mean = running_mean ? running_mean->mutable_data_ptr<Real>() : nullptr;
+    Real* old_var = running_var ? running_var->mutable_data_ptr<Real>() : nullptr;
+    for (int64_t c = 0; c < x.size(1); ++c) {
+      if (old_mean) old_mean[c] = updated(old_mean[c], means[c], with);
+      if (old_var) old_var[c] = updated(old_var[c], unbiased(vars[c], count), with);
+      vars[c] = reciprocal_deviation(vars[c], with);
+    }
+  };
+  if (accumulation(x) == ScalarType::Double) update(double());
+  else update(float());
+  return {mean, rstd};
+}
+
 Tensor batch_norm_act_apply(Tensor x, Tensor mean, Tensor rstd, std::optional<Tensor> weight,
                             std::optional<Tensor> bias, std::optional<Tensor> residual, double slope) {
   const Problem problem = make_problem({}, x, mean, rstd, weight, bias, residual, slope);
@@ -445,6 +468,7 @@ TwoTensors batch_norm_act_input_grad(Tensor grad, Tensor x, Tensor mean, Tensor 
 
 STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CPU, m) {
   m.impl("batch_norm_stats.cpu", TORCH_BOX(&batch_norm_stats));
+  m.impl("batch_norm_factors_.cpu", TORCH_BOX(&batch_norm_factors_));
   m.impl("batch_norm_act_apply.cpu", TORCH_BOX(&batch_norm_act_apply));
   m.impl("batch_norm_act_reduce.cpu", TORCH_BOX(&batch_norm_act_reduce));
   m.impl("batch_norm_act_input_grad.cpu", TORCH_BOX(&batch_norm_act_input_grad));

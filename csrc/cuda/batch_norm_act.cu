@@ -294,7 +294,10 @@ struct FinishParams {
   const void* x;  // element (0, c, 0) is the origin of channel c
   int64_t stride_c;
   const float* rstd;
-  float *first, *second;  // (C,): mean and var, or sum_g and sum_g_xhat
+  float *first, *second;  // (C,): mean and var, or mean and rstd, or sum_g and sum_g_xhat
+  bool updates;           // make rstd, and update the running statistics that are there
+  Update<float> update;
+  float *running_mean, *running_var;  // (C,) or null
 };
 
 // One block per channel merges its splits.
@@ -311,8 +314,13 @@ __global__ void __launch_bounds__(kThreads) finish_stats_kernel(const FinishPara
   const int64_t c = blockIdx.x;
   const Moments<float> all = merge_splits<Moments<float>>(params);
   if (threadIdx.x != 0) return;
-  params.first[c] = static_cast<float>(static_cast<const T*>(params.x)[c * params.stride_c]) + all.mean;
-  params.second[c] = all.squares / all.count;
+  const float mean = static_cast<float>(static_cast<const T*>(params.x)[c * params.stride_c]) + all.mean;
+  const float var = all.squares / all.count;
+  params.first[c] = mean;
+  params.second[c] = params.updates ? reciprocal_deviation(var, params.update) : var;
+  if (params.running_mean) params.running_mean[c] = updated(params.running_mean[c], mean, params.update);
+  if (params.running_var)
+    params.running_var[c] = updated(params.running_var[c], unbiased(var, all.count), params.update);
 }
 
 __global__ void __launch_bounds__(kThreads) finish_reduce_kernel(const FinishParams params) {
@@ -436,30 +444,46 @@ void dispatch(const Tensor& x, const F& f) {
                   ScalarType::Half, ScalarType::BFloat16);
 }
 
-TwoTensors batch_norm_stats(Tensor x) {
+// mean and var of x, or as `finish` says mean and rstd.
+TwoTensors statistics(const Tensor& x, FinishParams finish) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device());
   const cudaStream_t stream = current_stream(x);
   const FeatureMap map = checked_map(x);
-  Tensor mean = per_channel(x), var = per_channel(x), partial;
+  Tensor first = per_channel(x), second = per_channel(x), partial;
   Params params{};
   const bool channels = along_channels(map);
   params.x = map_of(map, channels);
   params.walk = walk_over(map);
   dispatch(x, [&](auto element) {
     using T = decltype(element);
-    partial = run<Pass::kStats, T>(params, channels, mean, stream);
-    const FinishParams finish{params.partial,
-                              params.walk.splits,
-                              map.channels,
-                              map.tensor.const_data_ptr(),
-                              map.stride_c,
-                              nullptr,
-                              mean.mutable_data_ptr<float>(),
-                              var.mutable_data_ptr<float>()};
+    partial = run<Pass::kStats, T>(params, channels, first, stream);
+    finish.partial = params.partial;
+    finish.splits = params.walk.splits;
+    finish.channels = map.channels;
+    finish.x = map.tensor.const_data_ptr();
+    finish.stride_c = map.stride_c;
+    finish.first = first.mutable_data_ptr<float>();
+    finish.second = second.mutable_data_ptr<float>();
     finish_stats_kernel<T><<<blocks(map.channels), kThreads, 0, stream>>>(finish);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
-  return {mean, var};
+  return {first, second};
+}
+
+TwoTensors batch_norm_stats(Tensor x) {
+  return statistics(x, FinishParams{});
+}
+
+TwoTensors batch_norm_factors_(Tensor x, std::optional<Tensor> running_mean,
+                               std::optional<Tensor> running_var, double momentum, double eps) {
+  check_running(running_mean, x);
+  check_running(running_var, x);
+  FinishParams finish{};
+  finish.updates = true;
+  finish.update = {static_cast<float>(momentum), static_cast<float>(eps)};
+  finish.running_mean = running_mean ? running_mean->mutable_data_ptr<float>() : nullptr;
+  finish.running_var = running_var ? running_var->mutable_data_ptr<float>() : nullptr;
+  return statistics(x, finish);
 }
 
 Tensor batch_norm_act_apply(Tensor x, Tensor mean, Tensor rstd, std::optional<Tensor> weight,
@@ -486,14 +510,13 @@ TwoTensors batch_norm_act_reduce(Tensor grad, Tensor x, Tensor mean, Tensor rstd
   dispatch(x, [&](auto element) {
     partial = run<Pass::kReduce, decltype(element)>(params, along_channels(problem.x), sum_g, stream);
   });
-  const FinishParams finish{params.partial,
-                            params.walk.splits,
-                            problem.x.channels,
-                            nullptr,
-                            0,
-                            params.rstd,
-                            sum_g.mutable_data_ptr<float>(),
-                            sum_g_xhat.mutable_data_ptr<float>()};
+  FinishParams finish{};
+  finish.partial = params.partial;
+  finish.splits = params.walk.splits;
+  finish.channels = problem.x.channels;
+  finish.rstd = params.rstd;
+  finish.first = sum_g.mutable_data_ptr<float>();
+  finish.second = sum_g_xhat.mutable_data_ptr<float>();
   finish_reduce_kernel<<<blocks(problem.x.channels), kThreads, 0, stream>>>(finish);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return {sum_g, sum_g_xhat};
@@ -526,6 +549,7 @@ TwoTensors batch_norm_act_input_grad(Tensor grad, Tensor x, Tensor mean, Tensor 
 
 STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CUDA, m) {
   m.impl("batch_norm_stats.cuda", TORCH_BOX(&batch_norm_stats));
+  m.impl("batch_norm_factors_.cuda", TORCH_BOX(&batch_norm_factors_));
   m.impl("batch_norm_act_apply.cuda", TORCH_BOX(&batch_norm_act_apply));
   m.impl("batch_norm_act_reduce.cuda", TORCH_BOX(&batch_norm_act_reduce));
   m.impl("batch_norm_act_input_grad.cuda", TORCH_BOX(&batch_norm_act_input_grad));

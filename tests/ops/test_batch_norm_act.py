@@ -136,7 +136,7 @@ def test_shapes(device: str, provider: str, dtype: torch.dtype, shape: tuple[int
 
 
 @cases
-@dtypes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", column.LAYOUTS)
 def test_layouts(device: str, provider: str, dtype: torch.dtype, layout: str, poison: None) -> None:
     x, *vectors, residual = inputs((4, 24, 4, 8), dtype, device)
@@ -390,6 +390,8 @@ def test_opcheck(device: str, provider: str, layout: str) -> None:
     factors = (mean, var, weight, bias)
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias, residual)]
     torch.library.opcheck(op("batch_norm_stats", provider), (x,))
+    torch.library.opcheck(op("batch_norm_factors_", provider), (x, mean.clone(), var.clone(), 0.1, 1e-5))
+    torch.library.opcheck(op("batch_norm_factors_", provider), (x, None, None, 0.1, 1e-5))
     torch.library.opcheck(op("batch_norm_act_apply", provider), (x, *factors, None, 0.0))
     torch.library.opcheck(op("batch_norm_act_reduce", provider), (grad, x, *factors, residual, 0.2))
     gradient = op("batch_norm_act_input_grad", provider)
@@ -517,6 +519,15 @@ def test_factors_without_running_statistics_touch_nothing(device: str, provider:
     assert not torch.equal(mean, kept[0]) and not torch.equal(var, kept[1])
     constant = batch_norm_factors(x, mean, var, training=False, eps=0.5, provider=provider)
     torch.testing.assert_close(constant, (mean, 1 / (var + 0.5).sqrt()))
+
+
+@cases
+def test_running_statistics_that_backward_needs_must_not_change(device: str, provider: str) -> None:
+    x, weight, bias, mean, var, _ = inputs((4, 6, 3, 2), torch.float32, device)
+    y = batch_norm_act(x.requires_grad_(), weight, bias, mean, var, training=False, provider=provider)
+    batch_norm_factors(x, mean, var, training=True, provider=provider)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def _with(**changes: Any) -> dict[str, Any]:

@@ -53,7 +53,8 @@ for dtype, activation, flag, blocks in (
     maps = {name: f"*{dtype}" for name in ("X_ptr", "R_ptr", "G_ptr", "DX_ptr", "DR_ptr", "Y_ptr")}
     options = {**dict.fromkeys(OPTIONS, flag), "ACTIVATION": activation, **blocks}
     x = {"X_ptr": maps["X_ptr"]}
-    finish = {"channels": "i32", "splits": "i32"}
+    finish, square = {"channels": "i32", "splits": "i32"}, {"BLOCK_C": 32, "BLOCK_S": 32}
+    outputs = dict.fromkeys(("M_ptr", "mean_ptr", "var_ptr", "RM_ptr", "RV_ptr"), "*fp32")
     backward = {name: maps[name] for name in ("G_ptr", "X_ptr", "R_ptr", "DX_ptr", "DR_ptr")}
     backward |= {"S_ptr": "*fp32", "sum_g_ptr": "*fp32", "sum_gx_ptr": "*fp32", "count": "fp32"}
     KERNELS += [
@@ -62,8 +63,8 @@ for dtype, activation, flag, blocks in (
             ("_stats_kernel", {**x, "M_ptr": "*fp32", **WALK, **strides("x")}, blocks),
             (
                 "_finish_stats_kernel",
-                {**x, "M_ptr": "*fp32", "mean_ptr": "*fp32", "var_ptr": "*fp32", **finish, "stride_xc": "i64"},
-                {"BLOCK_C": 32, "BLOCK_S": 32},
+                {**x, **outputs, **finish, "stride_xc": "i64", "momentum": "fp32", "eps": "fp32"},
+                {**dict.fromkeys(("UPDATE", "HAS_RUNNING_MEAN", "HAS_RUNNING_VAR"), flag), **square},
             ),
             (
                 "_apply_kernel",
@@ -81,7 +82,7 @@ for dtype, activation, flag, blocks in (
             (
                 "_finish_sums_kernel",
                 {"S_ptr": "*fp32", "rstd_ptr": "*fp32", "sum_g_ptr": "*fp32", "sum_gx_ptr": "*fp32", **finish},
-                {"BLOCK_C": 32, "BLOCK_S": 32},
+                square,
             ),
         )
     ]

@@ -24,6 +24,23 @@ def stats(
     return mean + correction, difference.square_().mean(dims).sub_(correction.square()).clamp_(min=0)
 
 
+def factors_(
+    x: Tensor,
+    running_mean: Tensor | None,  # (C,), updated, as the one below
+    running_var: Tensor | None,  # (C,)
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """mean and rstd = 1 / sqrt(var + eps); r <- (1 - momentum) r + momentum s with s the mean and the unbiased var."""
+    mean, var = stats(x)
+    count = x.numel() // x.shape[1]
+    if running_mean is not None:
+        running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+    if running_var is not None:
+        running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
+    return mean, var.add_(eps).rsqrt_()
+
+
 def apply(
     x: Tensor,  # (N, C) or (N, C, *positions)
     mean: Tensor,  # (C,)

@@ -108,10 +108,17 @@ def _finish_stats_kernel(
     X_ptr,  # feature map; its value (0, c, 0) is the origin of channel c
     M_ptr,  # (splits, 3, C)
     mean_ptr,  # (C,) float32
-    var_ptr,  # (C,) float32
+    var_ptr,  # (C,) float32; UPDATE: 1 / sqrt(var + eps)
+    RM_ptr,  # running mean, (C,) float32, updated, or anything
+    RV_ptr,  # running variance, (C,) float32, updated, or anything
+    momentum,
+    eps,
     channels,
     splits,
     stride_xc,
+    UPDATE: tl.constexpr,
+    HAS_RUNNING_MEAN: tl.constexpr,
+    HAS_RUNNING_VAR: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,  # splits at a time
 ):
@@ -140,8 +147,19 @@ def _finish_stats_kernel(
         squares += tl.where(mask, n * apart * apart, 0.0)
         first += BLOCK_S
     origin = tl.load(X_ptr + o_c * stride_xc, mask=m_c, other=0.0).to(tl.float32)
-    tl.store(mean_ptr + o_c, origin + mean, mask=m_c)
-    tl.store(var_ptr + o_c, tl.sum(squares, axis=0) / count_all, mask=m_c)
+    mean += origin
+    var = tl.sum(squares, axis=0) / count_all
+    if HAS_RUNNING_MEAN:
+        running = tl.load(RM_ptr + o_c, mask=m_c, other=0.0)
+        tl.store(RM_ptr + o_c, (1 - momentum) * running + momentum * mean, mask=m_c)
+    if HAS_RUNNING_VAR:
+        running = tl.load(RV_ptr + o_c, mask=m_c, other=0.0)
+        unbiased = var * (count_all / (count_all - 1))
+        tl.store(RV_ptr + o_c, (1 - momentum) * running + momentum * unbiased, mask=m_c)
+    if UPDATE:
+        var = 1 / tl.sqrt(var + eps)
+    tl.store(mean_ptr + o_c, mean, mask=m_c)
+    tl.store(var_ptr + o_c, var, mask=m_c)
 
 
 @triton.jit
@@ -366,14 +384,39 @@ def _new(x: Tensor, *shape: int) -> Tensor:
 
 def stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """The contract of the reference's ``stats``."""
+    return _statistics(x, None, None, 0.0, 0.0, update=False)
+
+
+def factors_(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The contract of the reference's ``factors_``."""
+    return _statistics(x, running_mean, running_var, momentum, eps, update=True)
+
+
+def _statistics(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    update: bool,
+) -> tuple[Tensor, Tensor]:
     plan = _Plan(x, reduces=True)
     flat = plan.flat(x)
     partial = _new(x, plan.splits, 3, plan.channels)
     mean, var = _new(x, plan.channels), _new(x, plan.channels)
+    running = (mean if running_mean is None else running_mean, var if running_var is None else running_var)
     grid, blocks = plan.finish
     with _device(x):
         _stats_kernel[plan.grid](flat, partial, *plan.sizes, *flat.stride(), **plan.blocks)
-        _finish_stats_kernel[grid](flat, partial, mean, var, plan.channels, plan.splits, flat.stride(1), **blocks)
+        _finish_stats_kernel[grid](
+            *(flat, partial, mean, var, *running, momentum, eps, plan.channels, plan.splits, flat.stride(1)),
+            UPDATE=update,
+            HAS_RUNNING_MEAN=running_mean is not None,
+            HAS_RUNNING_VAR=running_var is not None,
+            **blocks,
+        )
     return mean, var
 
 
