@@ -27,7 +27,8 @@ namespace {
 // sum.
 constexpr int64_t kBlocks = 2048;
 constexpr int64_t kLeastSteps = 4;   // of a thread, before a second block shares its work
-constexpr int64_t kMostSteps = 512;  // of a thread that adds up in float32
+constexpr int64_t kMostSteps = 512;  // of a thread that adds up in float32, where there are images enough
+constexpr int64_t kWideMap = 8;      // vectors of a map, in blocks, from which a block reads one at a time
 
 struct Map {
   void* data;  // null: not there
@@ -356,7 +357,9 @@ bool aligned(const Map& map, const Walk& walk, bool channels) {
 void share(Walk& walk, bool channels, int vector, bool reduces) {
   const int64_t inner = channels ? walk.channels : walk.positions;
   const int64_t rows = channels ? walk.images * walk.positions : walk.images;
-  walk.lanes = power_of_two(ceil_div(inner, vector), kWarp);
+  // A large map is read by the whole block, so that a few images are enough for many short sums.
+  const bool large = !channels && inner >= int64_t(kThreads) * kWideMap * vector;
+  walk.lanes = power_of_two(ceil_div(inner, vector), large ? kThreads : kWarp);
   const int64_t width = static_cast<int64_t>(walk.lanes) * vector, groups = kThreads / walk.lanes;
   walk.tiles = channels ? ceil_div(inner, width) : walk.channels;
   const int64_t steps_a_row = channels ? 1 : ceil_div(inner, width),

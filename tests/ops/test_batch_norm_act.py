@@ -165,7 +165,9 @@ def test_layouts_of_residual_and_gradient(
 @cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
-@pytest.mark.parametrize("shape", [(2, 3, 17, 19), (2, 8, 24, 36), (1, 264, 3, 8), (70, 4, 8, 8)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 17, 19), (2, 8, 24, 36), (1, 264, 3, 8), (70, 4, 8, 8), (2, 1, 96, 97)], ids=str
+)
 def test_maps_larger_than_one_pass_of_a_block(
     device: str, provider: str, dtype: torch.dtype, layout: str, shape: tuple[int, ...], poison: None
 ) -> None:
