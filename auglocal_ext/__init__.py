@@ -8,6 +8,7 @@
 
 from ._version import __version__
 from .local_sequential import InferenceNetwork, LocalSequential
+from .nn import FusionReport, fuse, unfuse
 from .partition import Balanced
 from .rules import AugLocal, ContSup, Rule
 from .step import LocalModule, LocalOutput
@@ -16,10 +17,13 @@ __all__ = [
     "AugLocal",
     "Balanced",
     "ContSup",
+    "FusionReport",
     "InferenceNetwork",
     "LocalModule",
     "LocalOutput",
     "LocalSequential",
     "Rule",
     "__version__",
+    "fuse",
+    "unfuse",
 ]

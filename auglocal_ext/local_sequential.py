@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .auxiliary.context import ContextSupply
+from .nn import FusedSequential, fuse, unfuse
 from .ops.labels import check_labels
 from .partition import Balanced, describe, evaluating, probe_input
 from .rules.balance import balanced_ends
@@ -50,6 +51,9 @@ class LocalSequential(nn.Module):
         recompute: what keeps only its input and runs a second time for its backward: ``"none"``, the blocks of the
             ``"auxiliary"`` networks, or ``"all"`` (also layers and context encoders); or one of these per module. The
             results are the same, to the bit on the CPU.
+        fused: run BatchNorm with its activation and convolution by ops that keep one tensor per convolution
+            (:func:`auglocal_ext.fuse`): of ``layers``, whose parts change class but nothing else, of auxiliary
+            networks and of context encoders. False runs all of them as torch does.
 
     Attributes:
         primary: the ``layers`` object itself, with its own state-dict keys under ``primary.``.
@@ -74,6 +78,7 @@ class LocalSequential(nn.Module):
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         recompute: Recompute | Sequence[Recompute] = "none",
+        fused: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(rule, Rule):
@@ -81,9 +86,10 @@ class LocalSequential(nn.Module):
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing must be within 0 .. 1, got {label_smoothing}")
         shape = tuple(int(s) for s in input_shape)
+        unfuse(layers)
         described = describe(layers, shape, num_classes)
         if isinstance(modules, Balanced):
-            ends = balanced_ends(layers, rule, described, shape, num_classes, modules.modules)
+            ends = balanced_ends(layers, rule, described, shape, num_classes, modules.modules, fused)
         else:
             ends = rule.ends(len(described), modules)
         self.rule = rule
@@ -102,6 +108,9 @@ class LocalSequential(nn.Module):
         if template.dtype != torch.get_default_dtype():
             self.auxiliary.to(template.dtype)
             self.context.to(template.dtype)
+        if fused:
+            for part in (layers, self.auxiliary, self.context):
+                fuse(part)
         self._refuse_shared_layers()
         self._one_image_norms = self._dry_run()
         self._warned_fp16 = False
@@ -174,6 +183,7 @@ class LocalSequential(nn.Module):
                     kept=frozenset().union(*later),
                     options=self._options,
                     recompute=self._recompute[k],
+                    fused=isinstance(self.primary, FusedSequential),
                 )
             )
             first = end + 1
@@ -270,9 +280,12 @@ class LocalSequential(nn.Module):
         """
         if any(isinstance(p, FakeTensor) for p in self.primary.parameters()):
             raise RuntimeError("export() copies weights, but this network was built of fake tensors, which have none")
+        primary, context = copy.deepcopy(self.primary), copy.deepcopy(self.context)
+        unfuse(primary)
+        unfuse(context)
         if len(self.context) == 0:
-            return copy.deepcopy(self.primary).eval()
-        return InferenceNetwork(copy.deepcopy(self.primary), self.local_modules, copy.deepcopy(self.context)).eval()
+            return primary.eval()
+        return InferenceNetwork(primary, self.local_modules, context).eval()
 
     def extra_repr(self) -> str:
         return f"rule={self.rule!r}, modules={self.num_modules}, module_ends={self.network.ends}"

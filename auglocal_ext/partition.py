@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .nn import eager_type
+
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
     nn.LayerNorm,
@@ -88,7 +90,7 @@ def leaves(module: nn.Module) -> Iterator[nn.Module]:
 def _classify(children: Sequence[nn.Module]) -> tuple[str, nn.Module]:
     parts = [leaf for child in children for leaf in leaves(child)]
     for leaf in parts:
-        name = type(leaf).__name__
+        name = eager_type(leaf).__name__
         if name in ("BasicBlock", "Bottleneck") and hasattr(leaf, "conv2") and hasattr(leaf, "bn2"):
             return {"BasicBlock": "basic", "Bottleneck": "bottleneck"}[name], leaf
     weighted = [leaf for leaf in parts if _has_parameters(leaf) and not isinstance(leaf, _NORMS)]

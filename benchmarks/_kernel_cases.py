@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from auglocal_ext.ops import pooled_cross_entropy
+from auglocal_ext.ops import batch_norm_act, pooled_cross_entropy
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape. Both functions take ``inputs``, ``fused`` a provider as well, and return a loss first."""
+    """One op at one shape. Both functions take ``inputs``, ``fused`` a provider as well.
+
+    What they return first is differentiated: a loss, or a map with the upstream gradient ``grad``.
+    """
 
     op: str
     shape: str
@@ -25,11 +28,12 @@ class Case:
     fused: Callable[..., tuple[Tensor, ...]]
     bytes: int  # that any implementation has to move: inputs read once, results written once
     dtype: torch.dtype
+    grad: Tensor | None = None
 
 
 def cases(device: str, dtype: torch.dtype, first_only: bool = False) -> Iterator[Case]:
     """Every op at its shapes (or the first of them): those of the networks on CUDA, small ones on the CPU."""
-    for op in (_pooled_cross_entropy,):
+    for op in (_pooled_cross_entropy, _batch_norm_act):
         yield from islice(op(device, dtype), 1 if first_only else None)
 
 
@@ -78,3 +82,57 @@ def _composition(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> tup
 def _fused(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, provider: str) -> tuple[Tensor, ...]:
     out = pooled_cross_entropy(x, weight, bias, target, provider=provider, check_labels=False)
     return out.loss, out.correct
+
+
+# (batch, channels, height, width): inside the stages of the CIFAR ResNets, stage 1 and the stem of the ImageNet ones
+_NORMALISED = {
+    "cuda": [
+        (1024, 16, 32, 32),
+        (1024, 32, 16, 16),
+        (1024, 64, 8, 8),
+        (256, 64, 56, 56),
+        (256, 256, 56, 56),
+        (128, 64, 112, 112),
+    ],
+    "cpu": [(64, 16, 32, 32), (64, 64, 8, 8), (8, 64, 56, 56)],
+}
+
+
+def _batch_norm_act(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    for shape, layout, with_residual in product(
+        _NORMALISED[device], (torch.contiguous_format, torch.channels_last), (False, True)
+    ):
+        x, grad, residual = (torch.randn(shape, device=device).to(dtype, memory_format=layout) for _ in range(3))
+        weight, bias = (torch.randn(shape[1], device=device) for _ in range(2))
+        running = torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)
+        leaves = (x, weight, bias, residual if with_residual else None)
+        for tensor in leaves:
+            if tensor is not None:
+                tensor.requires_grad_()
+        name = "channels-last" if layout == torch.channels_last else "contiguous"
+        # The sums over all positions come before the first result, so x is read twice forward, and x and the gradient
+        # (and for the mask the residual) twice backward; the residual is read once forward; each result is written.
+        passes = 12 if with_residual else 8
+        yield Case(
+            op="batch_norm_act",
+            shape=f"{'x'.join(map(str, shape))}{' + residual' if with_residual else ''}, {name}",
+            inputs=(*leaves, *running),
+            composition=_normalise,
+            fused=_fused_normalise,
+            bytes=passes * x.numel() * x.element_size(),
+            dtype=dtype,
+            grad=grad,
+        )
+
+
+def _normalise(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, mean: Tensor, var: Tensor
+) -> tuple[Tensor, ...]:
+    y = F.batch_norm(x, mean, var, weight, bias, True)
+    return (F.relu(y if residual is None else y + residual),)
+
+
+def _fused_normalise(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, mean: Tensor, var: Tensor, provider: str
+) -> tuple[Tensor, ...]:
+    return (batch_norm_act(x, weight, bias, mean, var, residual=residual, training=True, provider=provider),)

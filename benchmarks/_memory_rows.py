@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,13 +35,19 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """One way of training: ``make(network name)`` returns the modules to train and the loss of a batch."""
+    """One way of training: ``make(network name)`` returns the modules to train and the loss of a batch.
+
+    ``fused``: whether BatchNorm runs by the fused ops (``LocalSequential(fused=...)``). ``paper``: the name the row has
+    in ``PAPER``, where it is the paper's way of working.
+    """
 
     name: str
     family: str
     make: Callable[[str], tuple[nn.Module, Loss]]
     compiled: bool = False
     budget: float | None = None
+    fused: bool = False
+    paper: str = ""
 
 
 def backpropagation(network: str) -> tuple[nn.Module, Loss]:
@@ -68,21 +75,21 @@ def checkpointing(network: str) -> tuple[nn.Module, Loss]:
     return net, loss
 
 
-def auglocal(network: str, depth: int) -> tuple[nn.Module, Loss]:
+def auglocal(network: str, depth: int, fused: bool) -> tuple[nn.Module, Loss]:
     """AugLocal as released: pyramid and joint tail for CIFAR, neither for ImageNet."""
     if models.input_shape(network)[1] == 32:
         rule = AugLocal(depth=depth, pyramid=0.5)
     else:
         head = "vgg" if network.startswith("vgg") else "linear"
         rule = AugLocal(depth=depth, pyramid=0.0, joint_tail=False, single_layer_norm=False, head=head)
-    return local(network, rule, None)
+    return local(network, rule, None, fused)
 
 
-def contsup(network: str, context: str) -> tuple[nn.Module, Loss]:
-    return local(network, ContSup(context=context, head="1c2f"), CONTEXT_MODULES)
+def contsup(network: str, context: str, fused: bool) -> tuple[nn.Module, Loss]:
+    return local(network, ContSup(context=context, head="1c2f"), CONTEXT_MODULES, fused)
 
 
-def local(network: str, rule: Any, modules: int | None) -> tuple[nn.Module, Loss]:
+def local(network: str, rule: Any, modules: int | None, fused: bool) -> tuple[nn.Module, Loss]:
     net = models.build(network)
     layers = len(group_children(net))
     net = LocalSequential(
@@ -91,6 +98,7 @@ def local(network: str, rule: Any, modules: int | None) -> tuple[nn.Module, Loss
         num_classes=num_classes(network),
         input_shape=models.input_shape(network),
         modules=None if modules is None else min(modules, layers),
+        fused=fused,
     )
     return net, lambda x, y: net(x, y).loss
 
@@ -100,16 +108,27 @@ def num_classes(network: str) -> int:
 
 
 def rows(cuda: bool) -> list[Row]:
-    table = [Row("BP", "BP", backpropagation), Row("BP checkpointing", "checkpointing", checkpointing)]
+    table = [
+        Row("BP", "BP", backpropagation, paper="BP"),
+        Row("BP checkpointing", "checkpointing", checkpointing, paper="BP checkpointing"),
+    ]
     if cuda:
         table.append(Row("BP compile", "compile", compiled_backpropagation, compiled=True))
         name = f"BP compile, budget {BUDGET}"
         table.append(Row(name, "compile", compiled_backpropagation, compiled=True, budget=BUDGET))
     for depth in range(2, 7):
-        table.append(Row(f"AugLocal d={depth}", "AugLocal", lambda network, d=depth: auglocal(network, d)))
+        table += _fused_and_eager(f"AugLocal d={depth}", "AugLocal", partial(auglocal, depth=depth))
     for context in ("R0", "R1", "E", "R1E"):
-        table.append(Row(f"ContSup {context}", "ContSup", lambda network, c=context: contsup(network, c)))
+        table += _fused_and_eager(f"ContSup {context}", "ContSup", partial(contsup, context=context))
     return table
+
+
+def _fused_and_eager(name: str, family: str, make: Callable[..., tuple[nn.Module, Loss]]) -> list[Row]:
+    """The papers' code is eager, so their figures stand in the eager row."""
+    return [
+        Row(name, family, partial(make, fused=True), fused=True),
+        Row(f"{name} eager", family, partial(make, fused=False), paper=name),
+    ]
 
 
 def build_step(row: Row, network: str, batch: int, dtype: str) -> tuple[Callable[..., None], Sequence[Any]]:

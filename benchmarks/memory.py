@@ -1,4 +1,4 @@
-"""Memory of one training step: backpropagation, checkpointing, AugLocal and ContSup side by side.
+"""Memory of one training step: backpropagation, checkpointing, AugLocal and ContSup, fused and eager, side by side.
 
     python benchmarks/memory.py                              # ResNet-32 and ResNet-110, batch 1024, fp32
     python benchmarks/memory.py --network resnet34 --rows BP AugLocal --dtype bf16
@@ -68,7 +68,7 @@ def run_row(row: Row, network: str, batch: int, dtype: str, cuda: bool) -> Resul
     """One row; what goes wrong in it is its result, and the others go on."""
     result = Result(row, cuda)
     if batch == PAPER_BATCH and dtype == "fp32":
-        result.paper_gb = PAPER.get(network, {}).get(row.name)
+        result.paper_gb = PAPER.get(network, {}).get(row.paper)
 
     def build() -> tuple[Callable[..., None], Sequence[Any]]:
         step, tracked = build_step(row, network, batch, dtype)
@@ -106,7 +106,7 @@ def activation_budget(budget: float | None) -> Iterator[None]:
 def columns(result: Result, base: Result | None) -> dict[str, str]:
     """The cells of one line by their headings; GB of 1e9 bytes, costs relative to the BP row."""
     predicted, measured = result.predicted, result.measured
-    cells = {"method": result.row.name}
+    cells = {"method": result.row.name, "BatchNorm": "fused" if result.row.fused else "eager"}
     if result.cuda:
         cells["allocated GB"] = gigabytes(measured and measured.peak_bytes)
         cells["reserved GB"] = gigabytes(measured and measured.reserved_peak_bytes)
@@ -197,6 +197,7 @@ def as_json(result: Result) -> dict[str, Any]:
     return {
         "name": result.row.name,
         "family": result.row.family,
+        "fused": result.row.fused,
         "parameters_trained": result.parameters,
         "parameters_deployed": result.deployed,
         "paper_gb": result.paper_gb,

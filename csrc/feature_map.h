@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <vector>
 
 namespace auglocal {
 
@@ -22,6 +23,30 @@ inline FeatureMap feature_map(const torch::stable::Tensor& x) {
   torch::stable::Tensor flat =
       x.dim() == 2 ? torch::stable::unsqueeze(x, 2) : torch::stable::flatten(x, 2, -1);
   return {flat, flat.size(0), flat.size(1), flat.size(2), flat.stride(0), flat.stride(1), flat.stride(2)};
+}
+
+// Whether the elements lie together in the order (N, *positions, C).
+inline bool is_channels_last(const torch::stable::Tensor& x) {
+  int64_t expected = 1;
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    const int64_t dim = i == 0 ? 1 : i == x.dim() - 1 ? 0 : x.dim() - i;
+    if (x.size(dim) != 1 && x.stride(dim) != expected) return false;
+    expected *= x.size(dim);
+  }
+  return true;
+}
+
+// Memory for a map of x's shape and dtype: channels-last where the channels of x lie together, else
+// contiguous. The rule is that of auglocal_ext/ops/layout.py.
+inline torch::stable::Tensor empty_map(const torch::stable::Tensor& x) {
+  if (x.is_contiguous() || is_channels_last(x)) return torch::stable::empty_like(x);
+  std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
+  if (x.dim() == 2 || x.stride(1) != 1) return torch::stable::new_empty(x, size);
+  size.erase(size.begin() + 1);
+  size.push_back(x.size(1));
+  torch::stable::Tensor map = torch::stable::new_empty(x, size);
+  for (int64_t dim = x.dim() - 2; dim > 0; --dim) map = torch::stable::transpose(map, dim, dim + 1);
+  return map;
 }
 
 }  // namespace auglocal

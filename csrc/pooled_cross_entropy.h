@@ -8,11 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define AUGLOCAL_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define AUGLOCAL_HOST_DEVICE inline
-#endif
+#include "host_device.h"
 
 namespace auglocal {
 

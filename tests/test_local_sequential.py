@@ -35,7 +35,7 @@ def grads(net):
 @pytest.mark.parametrize("rule", [AugLocal(2), ContSup("R1E")], ids=["auglocal", "contsup"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_one_module_is_backpropagation_bit_for_bit(rule, smoothing):
-    net = small(rule, modules=1, label_smoothing=smoothing)
+    net = small(rule, modules=1, label_smoothing=smoothing, fused=False)
     twin = copy.deepcopy(net.primary)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4) for m in (net, twin)]
     for step in range(3):
@@ -54,6 +54,81 @@ def test_one_module_is_backpropagation_bit_for_bit(rule, smoothing):
             optimizer.step()
     for key, value in net.primary.state_dict().items():
         assert torch.equal(value, twin.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("rule", [AugLocal(2), ContSup("R1E")], ids=["auglocal", "contsup"])
+@pytest.mark.parametrize("modules", [1, 3, None])
+def test_fused_is_eager_within_rounding(rule, modules):
+    fused, eager = small(rule, modules).double(), small(rule, modules, fused=False).double()
+    eager.load_state_dict(fused.state_dict())
+    x, y = batch()
+    for _ in range(3):
+        outs = []
+        for net in (fused, eager):
+            net.zero_grad()
+            outs.append(net(x.double(), y))
+            outs[-1].loss.backward()
+        for found, expected in zip(*outs, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        expected = grads(eager)
+        for name, grad in grads(fused).items():
+            assert (grad - expected[name]).norm() <= 1e-9 * (expected[name].norm() + 1e-3), name
+    for key, value in eager.state_dict().items():
+        torch.testing.assert_close(fused.state_dict()[key], value, rtol=1e-9, atol=1e-9)
+    fused.eval(), eager.eval()
+    torch.testing.assert_close(fused(x.double()), eager(x.double()), rtol=1e-9, atol=1e-9)
+
+
+def test_one_fused_module_is_backpropagation_within_rounding():
+    net = small(modules=1)
+    twin = copy.deepcopy(net.primary)
+    auglocal_ext.unfuse(twin)
+    x, y = batch()
+    out = net(x, y)
+    loss = F.cross_entropy(twin(x), y)
+    torch.testing.assert_close(out.loss.detach(), loss.detach(), rtol=1e-5, atol=1e-5)
+    out.loss.backward()
+    loss.backward()
+    for (name, ours), theirs in zip(net.primary.named_parameters(), twin.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() <= 1e-5 * (1 + theirs.grad.norm()), name
+
+
+def test_fused_changes_the_class_of_parts_alone():
+    layers = models.resnet_cifar(8, width=4)
+    kinds = [type(module) for module in layers.modules()]
+    names = [name for name, _ in layers.named_modules()]
+    net = LocalSequential(layers, AugLocal(2), 10, (3, 16, 16))
+    assert net.primary is layers and [name for name, _ in layers.named_modules()] == names
+    assert any(type(module) is models.FusedBasicBlock for module in net.auxiliary.modules())
+    assert any(type(module) is models.FusedBasicBlock for module in layers)
+    assert [type(module) for module in net.export().modules()] == kinds
+    again = LocalSequential(layers, AugLocal(2), 10, (3, 16, 16), fused=False)
+    assert [type(module) for module in layers.modules()] == kinds
+    assert not any(type(module) is models.FusedBasicBlock for module in again.modules())
+    assert [layer.kind for layer in net.network.layers] == [layer.kind for layer in again.network.layers]
+
+
+def test_flat_layers_are_one_chain():
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2)),
+        *(nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)),
+    )
+    net = LocalSequential(layers, ContSup("R0", "0c1f"), 10, (3, 16, 16), modules=1)
+    kept = []
+    x, y = batch()
+
+    def pack(tensor):
+        if tensor.dim() == 4 and len(tensor) == len(x):
+            kept.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        net.local_modules[0].objective(net.local_modules[0](x), y)
+    assert len(set(kept)) == 3  # the image and the two raw convolution outputs
+    assert net.local_modules[0].fused
+    auglocal_ext.unfuse(net)
+    assert not net.local_modules[0].fused
 
 
 def test_output():

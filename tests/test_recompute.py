@@ -110,7 +110,7 @@ def peak(network, rule, recompute, modules=None, batch=256):
 
 def test_it_saves_memory():
     none, auxiliary = (peak("resnet32", AugLocal(6), choice) for choice in ("none", "auxiliary"))
-    assert auxiliary < 0.7 * none
+    assert auxiliary < 0.75 * none
     # an image encoder is run again as a whole and so stays the peak; many blocks in one module are where "all" pays
     none, everything = (peak("resnet32", ContSup("R0"), choice, modules=2) for choice in ("none", "all"))
     assert everything < 0.5 * none

@@ -91,8 +91,11 @@ class AuxiliaryNetwork(nn.Module):
         return self.head(self.blocks(h))
 
     def loss(self, h: Tensor, target: Tensor, *, recompute: bool = False, **options: Any) -> PooledCrossEntropy:
-        for block in self.blocks:
-            h = recomputed(block, h) if recompute else block(h)
+        if recompute:
+            for block in self.blocks:
+                h = recomputed(block, h)
+        else:
+            h = self.blocks(h)
         return self.head.loss(h, target, **options)  # type: ignore[operator]
 
 

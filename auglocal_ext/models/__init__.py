@@ -12,6 +12,7 @@ from collections.abc import Callable
 from torch import nn
 
 from .blocks import BasicBlock, Bottleneck, conv_bn_relu
+from .fused import FusedBasicBlock, FusedBottleneck
 from .resnet import resnet18, resnet34, resnet50, resnet101, resnet_cifar
 from .torchvision_weights import from_torchvision
 from .vgg import vgg13, vgg19
@@ -73,6 +74,8 @@ __all__ = [
     "NAMES",
     "BasicBlock",
     "Bottleneck",
+    "FusedBasicBlock",
+    "FusedBottleneck",
     "build",
     "conv_bn_relu",
     "from_torchvision",

@@ -1,8 +1,29 @@
-"""Modules over the ops, and how modules are run."""
+"""Modules over the ops, and ``fuse``, which runs those of a network by them."""
 
 from __future__ import annotations
 
+from .batch_norm_act import BatchNormAct1d, BatchNormAct2d
+from .chain import FusedSequential, run_chain
+from .fuse import FusionReport, eager_type, fuse, unfuse
+from .norm_act_conv import norm_act_conv
+from .norm_shortcut_act import Branch, norm_shortcut_act
 from .pooled_linear import PooledLinear
 from .recompute import recomputed
+from .residual import FusedResidual
 
-__all__ = ["PooledLinear", "recomputed"]
+__all__ = [
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "Branch",
+    "FusedResidual",
+    "FusedSequential",
+    "FusionReport",
+    "PooledLinear",
+    "eager_type",
+    "fuse",
+    "norm_act_conv",
+    "norm_shortcut_act",
+    "recomputed",
+    "run_chain",
+    "unfuse",
+]

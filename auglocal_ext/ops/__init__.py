@@ -2,7 +2,36 @@
 
 from __future__ import annotations
 
+from .batch_norm_act import (
+    batch_norm_act,
+    batch_norm_act_apply,
+    batch_norm_act_input_grad,
+    batch_norm_act_reduce,
+    batch_norm_factors,
+    batch_norm_stats,
+)
+from .batch_norm_act_max_pool import (
+    batch_norm_act_max_pool,
+    batch_norm_act_max_pool_apply,
+    batch_norm_act_max_pool_input_grad,
+    batch_norm_act_max_pool_reduce,
+)
 from .labels import check_labels, raise_deferred_errors
 from .pooled_cross_entropy import PooledCrossEntropy, pooled_cross_entropy
 
-__all__ = ["PooledCrossEntropy", "check_labels", "pooled_cross_entropy", "raise_deferred_errors"]
+__all__ = [
+    "PooledCrossEntropy",
+    "batch_norm_act",
+    "batch_norm_act_apply",
+    "batch_norm_act_input_grad",
+    "batch_norm_act_max_pool",
+    "batch_norm_act_max_pool_apply",
+    "batch_norm_act_max_pool_input_grad",
+    "batch_norm_act_max_pool_reduce",
+    "batch_norm_act_reduce",
+    "batch_norm_factors",
+    "batch_norm_stats",
+    "check_labels",
+    "pooled_cross_entropy",
+    "raise_deferred_errors",
+]

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..nn import fuse, unfuse
 from ..partition import Layer, balance, evaluating, probe_input
 from .base import Network, Rule
 
@@ -43,8 +44,13 @@ def balanced_ends(
     input_shape: tuple[int, ...],
     num_classes: int,
     num_modules: int,
+    fused: bool = False,
 ) -> tuple[int, ...]:
-    """Module ends with the smallest maximum of saved bytes; see :class:`auglocal_ext.partition.Balanced`."""
+    """Module ends with the smallest maximum of saved bytes; see :class:`auglocal_ext.partition.Balanced`.
+
+    ``fused`` counts what is kept by parts that :func:`auglocal_ext.nn.fuse` has changed; it changes ``primary``'s.
+    """
+    change = fuse if fused else unfuse
     finest = Network(primary, layers, input_shape, num_classes, tuple(range(len(layers))))
     children = list(primary)
     cost: list[int] = []
@@ -57,11 +63,16 @@ def balanced_ends(
         for layer in layers:
             if layer.index > 0:
                 context = rule.build_context(finest, layer.index)
+                if context is not None:
+                    change(context)
                 context_cost.append(0 if context is None else _cost(context, partial(context, h, inputs), inputs))
             inputs.append(h)
             run = nn.Sequential(*children[layer.start : layer.stop])
+            change(run)
             cost.append(_cost(run, partial(run, h), []))
             head = rule.build_auxiliary(finest, layer.index) if layer.index < len(layers) - 1 else None
+            if head is not None:
+                change(head)
             h = run(h)
             head_cost.append(0 if head is None else _cost(head, partial(head, h), [h]))
     return balance(len(layers), num_modules, cost, head_cost, context_cost)

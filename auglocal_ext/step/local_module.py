@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..auxiliary.context import ContextSupply
-from ..nn import recomputed
+from ..nn import FusedSequential, recomputed, run_chain
 
 Recompute = Literal["none", "auxiliary", "all"]
 RECOMPUTE: tuple[str, ...] = get_args(Recompute)
@@ -56,6 +56,7 @@ class LocalModule:
         options: settings of the cross-entropy.
         recompute: what keeps only its input and runs again for its backward: ``"none"``, the blocks of the
             ``"auxiliary"`` network, or ``"all"``: also the layers and the context encoders.
+        fused: run the layers as one chain (:func:`auglocal_ext.nn.run_chain`), as :func:`auglocal_ext.fuse` does.
     """
 
     index: int
@@ -65,6 +66,7 @@ class LocalModule:
     kept: frozenset[int]
     options: LossOptions
     recompute: Recompute = "none"
+    fused: bool = False
 
     @property
     def layers(self) -> tuple[nn.Module, ...]:
@@ -81,9 +83,12 @@ class LocalModule:
         """
         h = self.supply(h, history)
         if self.recompute == "all":
+            container = FusedSequential if self.fused else nn.Sequential
             for group in self.groups:
-                h = recomputed(nn.Sequential(*group), h)
+                h = recomputed(container(*group), h)
             return h
+        if self.fused:
+            return run_chain(self.layers, h)
         for layer in self.layers:
             h = layer(h)
         return h

@@ -15,30 +15,12 @@
 #include <cmath>
 
 #include "../pooled_cross_entropy_host.h"
+#include "kernel.h"
 
 namespace auglocal {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-
-// kVector elements moved by one instruction.
-template <typename T, int kVector>
-struct alignas(sizeof(T) * kVector) Pack {
-  T values[kVector];
-};
-
-template <typename T, int kVector>
-__device__ __forceinline__ void load(float (&out)[kVector], const T* x) {
-  if constexpr (kVector == 1) {
-    out[0] = static_cast<float>(*x);
-  } else {
-    const Pack<T, kVector> pack = *reinterpret_cast<const Pack<T, kVector>*>(x);
-#pragma unroll
-    for (int v = 0; v < kVector; ++v) out[v] = static_cast<float>(pack.values[v]);
-  }
-}
 
 // Sum over the threads of a block in a fixed order; the result is valid in thread 0.
 template <typename V>
@@ -228,21 +210,6 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishParams par
     for (int r = 1; r < kRows; ++r) sum += partial[r * kWarp + lane];
     params.grad_bias[k] = sum * static_cast<float>(params.positions);
   }
-}
-
-int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-int power_of_two(int64_t wanted, int most) {
-  int lanes = 1;
-  while (lanes < wanted && lanes < most) lanes *= 2;
-  return lanes;
-}
-
-unsigned blocks(int64_t count) {
-  STD_TORCH_CHECK(count < (int64_t(1) << 31), "pooled_cross_entropy: the batch is too large for one launch");
-  return static_cast<unsigned>(count);
 }
 
 template <typename T, int kVector>

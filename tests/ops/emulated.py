@@ -1,6 +1,6 @@
 """pytest plugin: the cuda provider of an op on CPU tensors, its .cu compiled for the host against ``emulator/``.
 
-``python -m pytest -p emulated`` with this folder on the module path; ``AUGLOCAL_EMULATED`` names the library.
+``python -m pytest -p emulated`` with this folder on the module path; ``AUGLOCAL_EMULATED`` names the libraries.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ def host_source(text: str) -> str:
 
 def build(op: str, folder: Path) -> Path:
     """Compile one op's .cu for the host; returns the library."""
-    for header in SOURCES.glob("*.h"):
-        shutil.copy(header, folder)
+    for header in SOURCES.rglob("*.h"):
+        copy = folder / header.relative_to(SOURCES)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(header, copy)
     source = folder / "cuda" / f"{op}.cpp"
-    source.parent.mkdir()
     source.write_text(host_source((SOURCES / "cuda" / f"{op}.cu").read_text()))
     library = folder / f"{op}.so"
     includes = [f"-I{path}" for path in (HERE / "emulator", *cpp_extension.include_paths())]
@@ -63,7 +64,8 @@ def build(op: str, folder: Path) -> Path:
 
 
 if LIBRARY in os.environ:
-    torch.ops.load_library(os.environ[LIBRARY])
+    for _library in os.environ[LIBRARY].split(os.pathsep):
+        torch.ops.load_library(_library)
     providers._REASONS["cuda"] = lambda: None
     for name, table in providers.TABLES.items():
         rows = tuple(replace(row, devices=("cpu",)) if row.name == "cuda" else row for row in table.providers)

@@ -34,10 +34,69 @@ FINISH |= {"correct_ptr": "*i64", "DB_ptr": "*fp32", "images": "i32", "classes":
 KERNELS.append(("_finish_kernel", FINISH, {"BLOCK_N": 128, "BLOCK_K": 32}))
 
 
+KERNELS = [("pooled_cross_entropy", *kernel) for kernel in KERNELS]
+
+WALK = {name: "i32" for name in ("channels", "positions", "units_an_image", "units", "chunk")}
+FACTORS = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "W_ptr": "*fp32", "B_ptr": "*fp32", "slope": "fp32"}
+OPTIONS = ("HAS_RESIDUAL", "HAS_WEIGHT", "HAS_BIAS")
+
+
+def strides(*maps: str) -> dict[str, str]:
+    return {f"stride_{name}{dim}": "i64" for name in maps for dim in "ncp"}
+
+
+for dtype, activation, flag, blocks in (
+    ("fp32", "relu", True, {"BLOCK_C": 128, "BLOCK_P": 16}),
+    ("bf16", "leaky_relu", False, {"BLOCK_C": 2, "BLOCK_P": 1024}),
+    ("fp16", "none", True, {"BLOCK_C": 1, "BLOCK_P": 1}),
+):
+    maps = {name: f"*{dtype}" for name in ("X_ptr", "R_ptr", "G_ptr", "DX_ptr", "DR_ptr", "Y_ptr")}
+    options = {**dict.fromkeys(OPTIONS, flag), "ACTIVATION": activation, **blocks}
+    x = {"X_ptr": maps["X_ptr"]}
+    finish, square = {"channels": "i32", "splits": "i32"}, {"BLOCK_C": 32, "BLOCK_S": 32}
+    outputs = dict.fromkeys(("M_ptr", "mean_ptr", "var_ptr", "RM_ptr", "RV_ptr"), "*fp32")
+    backward = {name: maps[name] for name in ("G_ptr", "X_ptr", "R_ptr", "DX_ptr", "DR_ptr")}
+    backward |= {"S_ptr": "*fp32", "sum_g_ptr": "*fp32", "sum_gx_ptr": "*fp32", "count": "fp32"}
+    KERNELS += [
+        ("batch_norm_act", name, types, constants)
+        for name, types, constants in (
+            ("_stats_kernel", {**x, "M_ptr": "*fp32", **WALK, **strides("x")}, blocks),
+            (
+                "_finish_stats_kernel",
+                {**x, **outputs, **finish, "stride_xc": "i64", "momentum": "fp32", "eps": "fp32"},
+                {**dict.fromkeys(("UPDATE", "HAS_RUNNING_MEAN", "HAS_RUNNING_VAR"), flag), **square},
+            ),
+            (
+                "_apply_kernel",
+                {**x, "R_ptr": f"*{dtype}", "Y_ptr": f"*{dtype}", **FACTORS, **WALK, **strides("x", "r", "y")},
+                options,
+            ),
+            *(
+                (
+                    "_backward_kernel",
+                    {**backward, **FACTORS, **WALK, **strides("g", "x", "r", "d")},
+                    {**options, "REDUCE": reduces, "HAS_SUMS": flag, "NEED_RESIDUAL": flag},
+                )
+                for reduces in (True, False)
+            ),
+            (
+                "_finish_sums_kernel",
+                {"S_ptr": "*fp32", "rstd_ptr": "*fp32", "sum_g_ptr": "*fp32", "sum_gx_ptr": "*fp32", **finish},
+                square,
+            ),
+        )
+    ]
+
+
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # Triton 3.9 announces a default of 3.10
-@pytest.mark.parametrize(("kernel", "types", "constants"), KERNELS)
+@pytest.mark.parametrize(("op", "kernel", "types", "constants"), KERNELS)
 def test_kernel_compiles(
-    kernel: str, types: dict[str, str], constants: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    op: str,
+    kernel: str,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     if providers.interpreted():
         pytest.skip("kernels are interpreted in this run")
@@ -46,7 +105,7 @@ def test_kernel_compiles(
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = getattr(import_module("auglocal_ext.ops.triton.pooled_cross_entropy"), kernel)
+    function = getattr(import_module(f"auglocal_ext.ops.triton.{op}"), kernel)
     assert set(function.arg_names) == set(types) | set(constants)
     signature = {name: types.get(name, "constexpr") for name in function.arg_names}
     compiled = triton.compile(

@@ -16,6 +16,8 @@ from pathlib import Path
 import emulated
 import pytest
 
+from auglocal_ext.ops import providers
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -44,8 +46,8 @@ def test_cuda_kernels_on_the_emulator(tmp_path: Path) -> None:
     if not sys.platform.startswith("linux") or shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("needs Linux and a C++ compiler")
     try:
-        library = emulated.build("pooled_cross_entropy", tmp_path)
+        libraries = [str(emulated.build(op, tmp_path)) for op in providers.TABLES]
     except subprocess.CalledProcessError as error:
         pytest.fail(error.stderr[-4000:])
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    run_cases("cpu-cuda", 90, "-p", "emulated", PYTHONPATH=path, AUGLOCAL_EMULATED=str(library))
+    run_cases("cpu-cuda", 90, "-p", "emulated", PYTHONPATH=path, AUGLOCAL_EMULATED=os.pathsep.join(libraries))

@@ -1,0 +1,55 @@
+"""Batch normalisation with residual and activation as modules, parameters and buffers those of ``nn.BatchNorm``."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..ops.batch_norm_act import ACTIVATIONS, batch_norm_act
+from .fusable import norm_arguments
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """y = act(batch_norm(x) + residual) over (N, C, H, W), activation "relu", "leaky_relu" or "none".
+
+    The first five arguments, initialisation, running statistics and state-dict keys are those of ``nn.BatchNorm2d``.
+    ``forward(x, residual=None)`` takes a residual of x's shape and dtype. Between forward and backward only x, and
+    where there is an activation the residual, is held.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        activation: str = "relu",
+        negative_slope: float = 0.01,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"expected activation {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+        self.activation = activation
+        self.negative_slope = negative_slope
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """See :func:`auglocal_ext.ops.batch_norm_act`."""
+        return batch_norm_act(
+            x,
+            residual=residual,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            **norm_arguments(self, x),
+        )
+
+    def extra_repr(self) -> str:
+        slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
+        return f"{super().extra_repr()}, activation={self.activation!r}{slope}"
+
+
+class BatchNormAct1d(BatchNormAct2d):
+    """y = act(batch_norm(x) + residual) over (N, C) or (N, C, L), otherwise as :class:`BatchNormAct2d`."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        nn.BatchNorm1d._check_input_dim(self, x)  # type: ignore[arg-type]

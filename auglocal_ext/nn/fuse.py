@@ -1,0 +1,154 @@
+"""``fuse``: the same network with its normalisations run by the fused ops, and the way back."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+from torch import nn
+
+from .chain import FusedSequential, is_container, units
+from .fusable import conv_hindrance, norm_hindrance
+from .residual import block_hindrance
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+#: Classes whose forward is replaced, each with the subclass that replaces it: what differs is the class alone, so
+#: parameters, buffers, hooks, copies and pickles of a module are as before.
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {nn.Sequential: FusedSequential}
+_EAGER: dict[type[nn.Module], type[nn.Module]] = {FusedSequential: nn.Sequential}
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """What :func:`fuse` found; ``str()`` of it is a list to read.
+
+    Attributes:
+        fused: what runs fused, by path: ``"layer1_0 (BasicBlock)"``, ``"stem.bn, stem.relu"``.
+        left: ``(path, reason)`` of what could have been but stays eager.
+    """
+
+    fused: tuple[str, ...]
+    left: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        lines = [f"fused: {len(self.fused)}", *(f"  {name}" for name in self.fused), f"left eager: {len(self.left)}"]
+        return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.left)])
+
+
+def register(eager: type[nn.Module], fused: type[nn.Module]) -> None:
+    """Let :func:`fuse` turn modules whose class is ``eager`` into ``fused``, a subclass with another forward."""
+    _FUSED[eager] = fused
+    _EAGER[fused] = eager
+
+
+def eager_type(module: nn.Module) -> type[nn.Module]:
+    """The class of ``module`` before :func:`fuse`."""
+    return _EAGER.get(type(module), type(module))
+
+
+def fuse(module: nn.Module) -> FusionReport:
+    """Run the module's BatchNorm layers, with what is around them, by ops that keep one tensor per convolution.
+
+    Changed, in place, are BasicBlocks and Bottlenecks (of :mod:`auglocal_ext.models` and torchvision's) and every
+    ``nn.Sequential`` with an ``nn.BatchNorm2d`` in it, which becomes one unit with the ReLU or LeakyReLU and the
+    convolution that follow. Only how they run changes: parameters, buffers, state dict, hooks on the changed modules,
+    copies, pickles and, up to rounding, results are as before. Between forward and backward a convolution's raw output
+    is kept, and not its normalised and rectified versions, which backward makes again.
+
+    What a call finds is what counts: a part that was given hooks or replaced since runs eagerly, as do
+    ``torch.compile``, ``torch.export`` and ``torch.func`` transforms. Gradients are differentiable once.
+
+    :func:`unfuse` takes it back.
+    """
+    walk = _Walk({id(part): name for name, part in reversed(list(module.named_modules()))})
+    walk.visit(module)
+    return FusionReport(tuple(walk.fused), tuple(walk.left))
+
+
+def unfuse(module: nn.Module) -> None:
+    """Take :func:`fuse` back, in place: every part has the class it had."""
+    for part in module.modules():
+        if type(part) in _EAGER:
+            part.__class__ = eager_type(part)
+
+
+def _know_torchvision(kind: type[nn.Module]) -> None:
+    """torchvision is only imported where a module is already one of its own."""
+    if kind.__module__ == "torchvision.models.resnet" and kind not in _FUSED:
+        importlib.import_module(".torchvision_blocks", __package__)
+
+
+class _Walk:
+    """One pass of :func:`fuse` over a module; ``names`` are the paths by ``id``."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        self.names = names
+        self.fused: list[str] = []
+        self.left: list[tuple[str, str]] = []
+        self._seen: set[int] = set()
+
+    def visit(self, module: nn.Module) -> None:
+        if id(module) in self._seen:
+            return
+        self._seen.add(id(module))
+        _know_torchvision(type(module))
+        eager = eager_type(module)
+        if (
+            issubclass(eager, nn.Sequential)
+            and eager.forward is nn.Sequential.forward
+            and "forward" not in vars(module)
+        ):
+            self._sequential(module)
+        elif eager in _FUSED:
+            self._block(module, eager)
+        elif isinstance(module, _NORMS):
+            reason = norm_hindrance(module) or "is not in an nn.Sequential or a known residual block"
+            self.left.append((self._path(module), reason))
+        else:
+            for child in module.children():
+                self.visit(child)
+
+    def _block(self, block: nn.Module, eager: type[nn.Module]) -> None:
+        reason = "has a forward of its own" if "forward" in block.__dict__ else block_hindrance(block)
+        if reason is not None:
+            self.left.append((self._path(block), reason))
+            return
+        block.__class__ = _FUSED[eager]
+        self.fused.append(f"{self._path(block)} ({eager.__name__})")
+        if getattr(block, "downsample", None) is not None:
+            self._shortcut(block.downsample)  # type: ignore[arg-type]
+
+    def _shortcut(self, downsample: nn.Module) -> None:
+        """The block runs its shortcut itself where it can; what it cannot, is looked at as any other module."""
+        norms = [part for part in downsample.modules() if isinstance(part, _NORMS)]
+        if not is_container(downsample) or any(norm_hindrance(norm) is not None for norm in norms):
+            self.visit(downsample)
+
+    def _sequential(self, root: nn.Module) -> None:
+        """A Sequential, with those in it that are called through it: their layers are one chain."""
+        found = after_norm = False
+        for unit in units(root.children()):
+            if unit.call is None:
+                parts = [part for part in (unit.norm, unit.act, unit.conv) if part is not None]
+                self.fused.append(", ".join(map(self._path, parts)))
+                found = True
+            else:
+                if after_norm and isinstance(unit.call, nn.Conv2d):
+                    self.left.append((self._path(unit.call), conv_hindrance(unit.call) or "stays eager"))
+                self.visit(unit.call)
+            after_norm = unit.call is None and unit.conv is None
+        if found:
+            self._swap(root)
+
+    def _swap(self, sequential: nn.Module) -> None:
+        self._seen.add(id(sequential))
+        if not any(unit.norm for unit in units(sequential.children())):
+            return
+        if type(sequential) is nn.Sequential:
+            sequential.__class__ = FusedSequential
+        for child in sequential.children():
+            if is_container(child):
+                self._swap(child)
+
+    def _path(self, module: nn.Module) -> str:
+        return self.names.get(id(module)) or eager_type(module).__name__

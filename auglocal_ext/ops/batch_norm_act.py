@@ -1,0 +1,353 @@
+"""Batch normalisation, residual and activation as one op, and the four passes over the feature map it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import providers
+from .layout import empty_like
+from .reference import batch_norm_act as reference
+
+NAME = "batch_norm_act"
+ACTIVATIONS = ("relu", "leaky_relu", "none")
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    provider: str | None = None,
+) -> Tensor:
+    """y = act((x - mean) / sqrt(var + eps) * weight + bias + residual), mean and var per channel.
+
+    x (N, C) or (N, C, *positions) in float16, bfloat16, float32 or float64, any strides; weight and bias (C,) or None;
+    residual of x's shape and dtype, or None; activation "relu", "leaky_relu" (``negative_slope``) or "none". Returns y
+    in x's dtype, channels-last where x is. Weight, bias and running statistics are float32 or of x's dtype (float64
+    for a double x); everything is accumulated in float32 (float64).
+
+    training=True: mean and biased variance of x over images and positions, and where running statistics are given
+    they are updated, r <- (1 - momentum) r + momentum s with s the mean and the unbiased variance. ``momentum`` is a
+    factor: for a cumulative average pass 1 / number of batches. training=False: the running statistics are used.
+
+    Equal to ``F.batch_norm``, ``+ residual`` and the activation, one rounding to x's dtype instead of three. Between
+    forward and backward only x, the (C,) vectors and, where there is an activation, the caller's residual are held:
+    backward makes the normalised value and the mask again. Differentiable once.
+
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or option and, as torch does, for one
+    value per channel in training, RuntimeError for a provider that is not available.
+    """
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    _check(x, vectors, residual)
+    slope = _slope(activation, negative_slope)
+    mean, rstd = batch_norm_factors(
+        x, running_mean, running_var, training=training, momentum=momentum, eps=eps, provider=provider
+    )
+    return _op(NAME, x, provider)(x, mean, rstd, weight, bias, residual, slope, training)
+
+
+def batch_norm_factors(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    provider: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """mean (C,) and rstd = 1 / sqrt(var + eps) (C,) that normalise x; in training the running statistics are updated.
+
+    As in :func:`batch_norm_act`. Without running statistics nothing is updated, which a second run of the same
+    forward pass (recomputation) needs. Not differentiable.
+    """
+    if not training:
+        if running_mean is None or running_var is None:
+            raise ValueError("expected running_mean and running_var for training=False; pass them or training=True")
+        wide = _wide(x)
+        return running_mean.to(wide), running_var.to(wide).add(eps).rsqrt_()
+    _check_map(x)
+    count = x.numel() // x.shape[1]
+    if count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+    running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
+    with torch.no_grad():
+        if all(tensor.dtype == _wide(x) and tensor.is_contiguous() for tensor in running):
+            op = _op("batch_norm_factors_", x, provider)
+            mean, rstd = op(x, running_mean, running_var, float(momentum), float(eps))
+            if running and not torch.compiler.is_compiling():
+                torch.autograd.graph.increment_version(running)  # which an op defined by a library leaves undone
+            return mean, rstd
+        mean, var = batch_norm_stats(x, provider=provider)
+        if running_mean is not None:
+            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+        if running_var is not None:
+            running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
+        return mean, var.add_(eps).rsqrt_()
+
+
+def batch_norm_stats(x: Tensor, *, provider: str | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over images and positions, each (C,) in float32 (float64 for a double x).
+
+    Sums are taken of differences to a value of the channel, so that a mean far from zero costs no digits of the
+    variance. Not differentiable, as the three functions below.
+    """
+    _check_map(x)
+    return _op("batch_norm_stats", x, provider)(x)
+
+
+def batch_norm_act_apply(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    *,
+    provider: str | None = None,
+) -> Tensor:
+    """y = act((x - mean) rstd weight + bias + residual) in x's dtype, channels-last where x is."""
+    slope = _slope(activation, negative_slope)
+    return _op("batch_norm_act_apply", x, provider)(x, mean, rstd, weight, bias, residual, slope)
+
+
+def batch_norm_act_reduce(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    *,
+    provider: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """sum_g and sum_g_xhat (C,), the sums over images and positions of g = grad act'(...) and of g (x - mean) rstd.
+
+    They are the gradients of bias and weight in float32 (float64). ``grad`` has x's shape and dtype and any strides:
+    one expanded over the positions is read as it is. The argument of the activation is made again from x (and
+    residual), with the same arithmetic as in the forward pass.
+    """
+    slope = _slope(activation, negative_slope)
+    return _op("batch_norm_act_reduce", x, provider)(grad, x, mean, rstd, weight, bias, residual, slope)
+
+
+def batch_norm_act_input_grad(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    sum_g: Tensor | None,
+    sum_g_xhat: Tensor | None,
+    training: bool,
+    need_residual: bool,
+    *,
+    provider: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and of the residual (None unless ``need_residual``), each laid out as x.
+
+    grad_residual = g, which without an activation is ``grad`` itself; grad_x = weight rstd (g - (sum_g + xhat
+    sum_g_xhat) / (N P)) in training, weight rstd g in eval mode, where the sums may be None.
+    """
+    slope = _slope(activation, negative_slope)
+    sums = (sum_g, sum_g_xhat) if training else (None, None)
+    grads = _op("batch_norm_act_input_grad", x, provider)(
+        grad, x, mean, rstd, weight, bias, residual, slope, *sums, need_residual and slope != 1
+    )
+    return grads[0], None if not need_residual else grad if slope == 1 else grads[1]
+
+
+def _op(name: str, x: Tensor, provider: str | None) -> Any:
+    return getattr(getattr(torch.ops.auglocal_ext, name), providers.choose(NAME, x.device.type, x.dtype, provider))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _slope(activation: str, negative_slope: float) -> float:
+    """Slope of the activation left of zero: how the providers are told which it is."""
+    if activation == "relu":
+        return 0.0
+    if activation == "none":
+        return 1.0
+    if activation == "leaky_relu":
+        return float(negative_slope)
+    raise ValueError(f"expected activation {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+
+
+def _check_map(x: Tensor) -> None:
+    if x.dim() < 2 or 0 in x.shape:
+        raise ValueError(
+            f"expected x of shape (N, C) or (N, C, *positions) with at least one image, channel and position, "
+            f"got {tuple(x.shape)}"
+        )
+    if x.dtype not in providers.ALL:
+        raise TypeError(f"expected x in float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def _check(x: Tensor, vectors: dict[str, Tensor | None], residual: Tensor | None) -> None:
+    _check_map(x)
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if vector.shape != x.shape[1:2]:
+            raise ValueError(
+                f"expected {name} of shape ({x.shape[1]},) for x {tuple(x.shape)}, got {tuple(vector.shape)}"
+            )
+        if vector.dtype not in (x.dtype, _wide(x)):
+            raise TypeError(f"expected {name} in {_wide(x)} or, as x, {x.dtype}, got {vector.dtype}; convert it")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise (ValueError if residual.dtype == x.dtype else TypeError)(
+            f"expected residual {tuple(x.shape)} in {x.dtype} as x, got {tuple(residual.shape)} in {residual.dtype}"
+        )
+    for name, tensor in {**vectors, "residual": residual}.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"expected {name} on {x.device} as x, got it on {tensor.device}; move it with .to(x.device)"
+            )
+
+
+def _fake_stats(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    mean = x.new_empty(x.shape[1], dtype=_wide(x))
+    return mean, torch.empty_like(mean)
+
+
+def _fake_forward(x: Tensor, *_: Any) -> Tensor:
+    return empty_like(x)
+
+
+def _fake_reduce(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _fake_stats(x)
+
+
+def _fake_input_grad(grad: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return empty_like(x), empty_like(x) if others[-1] else x.new_empty(0)
+
+
+def _forward(provider: str, *arguments: Any) -> Tensor:
+    return getattr(torch.ops.auglocal_ext.batch_norm_act_apply, provider)(*arguments[:-1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, mean, rstd, weight, bias, residual, ctx.slope, ctx.training = inputs
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = tuple(None if vector is None else vector.dtype for vector in (weight, bias))
+    if ctx.slope == 1:  # no mask, which is all that these two are for
+        bias = residual = None
+    ctx.save_for_backward(x, mean, rstd, weight, bias, residual)
+
+
+def _backward(provider: str, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{NAME} is differentiable once. Call backward without create_graph=True, or use F.batch_norm for second "
+            "derivatives"
+        )
+    grads: list[Tensor | None] = [None] * 8
+    if grad is None:
+        return tuple(grads)
+    need_x, _, _, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
+    ops = torch.ops.auglocal_ext
+    arguments = (grad, *ctx.saved_tensors, ctx.slope)
+    sums: tuple[Any, Any] = (None, None)
+    if (need_x and ctx.training) or need_weight or need_bias:
+        sums = getattr(ops.batch_norm_act_reduce, provider)(*arguments)
+        for index, wanted, total, dtype in zip((4, 3), (need_bias, need_weight), sums, ctx.dtypes[::-1], strict=True):
+            if wanted:
+                grads[index] = total.to(dtype)
+    if need_residual and ctx.slope == 1:
+        grads[5] = grad
+        need_residual = False
+    if need_x or need_residual:
+        kept = sums if ctx.training and need_x else (None, None)
+        made = getattr(ops.batch_norm_act_input_grad, provider)(*arguments, *kept, need_residual)
+        grads[0] = made[0] if need_x else None
+        grads[5] = made[1] if need_residual else grads[5]
+    return tuple(grads)
+
+
+def _triton(function: str, *arguments: Any) -> Any:
+    return getattr(import_module(f"{__package__}.triton.{NAME}"), function)(*arguments)
+
+
+TABLE = providers.register(
+    providers.Table(
+        NAME,
+        (
+            providers.Provider("cuda", ("cuda",), providers.SINGLE),
+            providers.Provider("cpu", ("cpu",), providers.ALL),
+            providers.Provider("triton", ("cuda", "cpu") if providers.interpreted() else ("cuda",), providers.SINGLE),
+            providers.Provider("reference", None, providers.ALL),
+        ),
+    )
+)
+
+_FACTORS = "Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? residual, float slope"
+# name -> arguments and results, fake kernel, name of the reference's and of triton's function
+_PRIMITIVES: dict[str, tuple[str, Callable[..., Any], str]] = {
+    "batch_norm_stats": ("(Tensor x) -> (Tensor mean, Tensor var)", _fake_stats, "stats"),
+    "batch_norm_factors_": (
+        "(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps) "
+        "-> (Tensor mean, Tensor rstd)",
+        _fake_stats,
+        "factors_",
+    ),
+    "batch_norm_act_apply": (f"(Tensor x, {_FACTORS}) -> Tensor", _fake_forward, "apply"),
+    "batch_norm_act_reduce": (
+        f"(Tensor grad, Tensor x, {_FACTORS}) -> (Tensor sum_g, Tensor sum_g_xhat)",
+        _fake_reduce,
+        "reduce",
+    ),
+    "batch_norm_act_input_grad": (
+        f"(Tensor grad, Tensor x, {_FACTORS}, Tensor? sum_g, Tensor? sum_g_xhat, bool need_residual) "
+        "-> (Tensor grad_x, Tensor grad_residual)",
+        _fake_input_grad,
+        "input_grad",
+    ),
+}
+
+_library = torch.library.Library("auglocal_ext", "FRAGMENT")
+
+
+def _define(overload: str, signature: str, fake: Callable[..., Any]) -> None:
+    _library.define(overload + signature, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"auglocal_ext::{overload}", fake, lib=_library)
+
+
+for _provider in (row.name for row in TABLE.providers):
+    # The cpu and cuda implementations of the primitives register themselves when native loads their libraries.
+    for _name, (_signature, _fake, _function) in _PRIMITIVES.items():
+        _define(f"{_name}.{_provider}", _signature, _fake)
+        if _provider == "reference":
+            _library.impl(f"{_name}.reference", getattr(reference, _function), "CompositeExplicitAutograd")
+        for _device in (TABLE.row("triton").devices or ()) if _provider == "triton" else ():
+            _library.impl(f"{_name}.triton", partial(_triton, _function), _device.upper())
+    _define(f"{NAME}.{_provider}", f"(Tensor x, {_FACTORS}, bool training) -> Tensor", _fake_forward)
+    _library.impl(f"{NAME}.{_provider}", partial(_forward, _provider), "CompositeExplicitAutograd")
+    torch.library.register_autograd(
+        f"auglocal_ext::{NAME}.{_provider}", partial(_backward, _provider), setup_context=_setup_context, lib=_library
+    )

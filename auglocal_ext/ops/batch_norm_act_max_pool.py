@@ -1,0 +1,286 @@
+"""Batch normalisation, activation and max pooling as one op: the stem of the ImageNet networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import providers
+from .batch_norm_act import _check as check_tensors
+from .batch_norm_act import _slope as slope_of
+from .batch_norm_act import batch_norm_factors
+from .layout import empty_like
+from .reference import batch_norm_act_max_pool as reference
+from .reference.batch_norm_act_max_pool import Window, empty_pooled, pooled_size
+
+NAME = "batch_norm_act_max_pool"
+
+
+def batch_norm_act_max_pool(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    kernel_size: int | Sequence[int] = 3,
+    stride: int | Sequence[int] = 2,
+    padding: int | Sequence[int] = 1,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    provider: str | None = None,
+) -> Tensor:
+    """y = max over windows of act((x - mean) / sqrt(var + eps) * weight + bias), mean and var per channel.
+
+    x (N, C, H, W) in float16, bfloat16, float32 or float64, any strides; kernel_size, stride and padding one number or
+    (height, width), a window of at most 256 elements (16x16), padding at most half of it. Returns y (N, C, H', W') with
+    H' = floor((H + 2 padding - kernel_size) / stride) + 1, in x's dtype, channels-last where x is. All other arguments,
+    and the running statistics, are those of :func:`auglocal_ext.ops.batch_norm_act`.
+
+    Equal to ``F.max_pool2d(act(F.batch_norm(x)))``: maxima are taken of values rounded to x's dtype, the first of equal
+    ones gets the gradient, a NaN is larger than every number. Between forward and backward x, a byte for each element
+    of y (the place in its window) and the (C,) vectors are held, and no normalised map. Differentiable once.
+
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device, window or option and for one value per
+    channel in training, RuntimeError for a provider that is not available.
+    """
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    check_tensors(x, vectors, None)
+    window = _window(x, kernel_size, stride, padding)
+    slope = slope_of(activation, negative_slope)
+    mean, rstd = batch_norm_factors(
+        x.detach(), running_mean, running_var, training=training, momentum=momentum, eps=eps, provider=provider
+    )
+    return _op(NAME, x, provider)(x, mean, rstd, weight, bias, slope, *window, training)[0]
+
+
+def batch_norm_act_max_pool_apply(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    *,
+    kernel_size: int | Sequence[int] = 3,
+    stride: int | Sequence[int] = 2,
+    padding: int | Sequence[int] = 1,
+    provider: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y and indices (N, C, H', W') uint8, the place of each maximum: row of its window times kernel width plus column.
+
+    Both channels-last where x is. Not differentiable, as the two functions below.
+    """
+    window, slope = _window(x, kernel_size, stride, padding), slope_of(activation, negative_slope)
+    return _op(f"{NAME}_apply", x, provider)(x, mean, rstd, weight, bias, slope, *window)
+
+
+def batch_norm_act_max_pool_reduce(
+    grad: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    *,
+    kernel_size: int | Sequence[int] = 3,
+    stride: int | Sequence[int] = 2,
+    padding: int | Sequence[int] = 1,
+    provider: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """sum_g and sum_g_xhat (C,), the gradients of bias and weight in float32 (float64 for a double x).
+
+    g is the gradient of the normalised value: ``grad``, (N, C, H', W') in x's dtype and any strides, at the element
+    which ``indices`` names, times act'.
+    """
+    window, slope = _window(x, kernel_size, stride, padding), slope_of(activation, negative_slope)
+    _check_pooled(grad, indices, x, window)
+    return _op(f"{NAME}_reduce", x, provider)(grad, indices, x, mean, rstd, weight, bias, slope, *window)
+
+
+def batch_norm_act_max_pool_input_grad(
+    grad: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    sum_g: Tensor | None,
+    sum_g_xhat: Tensor | None,
+    training: bool,
+    *,
+    kernel_size: int | Sequence[int] = 3,
+    stride: int | Sequence[int] = 2,
+    padding: int | Sequence[int] = 1,
+    provider: str | None = None,
+) -> Tensor:
+    """Gradient of x, laid out as x; in eval mode (``training=False``) the sums are not read and may be None."""
+    window, slope = _window(x, kernel_size, stride, padding), slope_of(activation, negative_slope)
+    _check_pooled(grad, indices, x, window)
+    sums = (sum_g, sum_g_xhat) if training else (None, None)
+    arguments = (grad, indices, x, mean, rstd, weight, bias, slope, *sums, *window)
+    return _op(f"{NAME}_input_grad", x, provider)(*arguments)
+
+
+def _op(name: str, x: Tensor, provider: str | None) -> Any:
+    return getattr(getattr(torch.ops.auglocal_ext, name), providers.choose(NAME, x.device.type, x.dtype, provider))
+
+
+def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or min(pair) < least:
+        raise ValueError(f"expected {name} of at least {least}, one number or (height, width), got {value!r}")
+    return pair[0], pair[1]
+
+
+def _window(
+    x: Tensor, kernel_size: int | Sequence[int], stride: int | Sequence[int], padding: int | Sequence[int]
+) -> Window:
+    if x.dim() != 4:
+        raise ValueError(f"expected x of shape (N, C, H, W), got {tuple(x.shape)}")
+    kernel = _pair("kernel_size", kernel_size, 1)
+    window = (*kernel, *_pair("stride", stride, 1), *_pair("padding", padding, 0))
+    if kernel[0] * kernel[1] > 256:
+        raise ValueError(
+            f"expected a window of at most 256 elements, whose places fit into a byte, got kernel_size {kernel}; "
+            "use batch_norm_act and F.max_pool2d"
+        )
+    if 2 * window[4] > kernel[0] or 2 * window[5] > kernel[1]:
+        raise ValueError(f"expected padding of at most half of kernel_size {kernel}, got {window[4:]}")
+    if min(pooled_size(x, window)) < 1:
+        raise ValueError(
+            f"expected a map no smaller than kernel_size {kernel} less twice the padding {window[4:]}, "
+            f"got x {tuple(x.shape)}"
+        )
+    return window
+
+
+def _check_pooled(grad: Tensor, indices: Tensor, x: Tensor, window: Window) -> None:
+    shape = (*x.shape[:2], *pooled_size(x, window))
+    for name, tensor, dtype in (("grad", grad, x.dtype), ("indices", indices, torch.uint8)):
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise ValueError(f"expected {name} {shape} in {dtype}, got {tuple(tensor.shape)} in {tensor.dtype}")
+
+
+def _fake_apply(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, slope: float, *window: int
+) -> tuple[Tensor, Tensor]:
+    size: Any = window[:6]
+    return empty_pooled(x, size, x.dtype), empty_pooled(x, size, torch.uint8)
+
+
+def _fake_reduce(grad: Tensor, indices: Tensor, x: Tensor, mean: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(mean), torch.empty_like(mean)
+
+
+def _fake_input_grad(grad: Tensor, indices: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return empty_like(x)
+
+
+def _forward(provider: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return getattr(getattr(torch.ops.auglocal_ext, f"{NAME}_apply"), provider)(*arguments[:-1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, mean, rstd, weight, bias, ctx.slope, *window, ctx.training = inputs
+    ctx.window = tuple(window)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.dtypes = tuple(None if vector is None else vector.dtype for vector in (weight, bias))
+    # Without an activation there is no mask, which is all that backward needs the bias for.
+    ctx.save_for_backward(output[1], x, mean, rstd, weight, None if ctx.slope == 1 else bias)
+
+
+def _backward(provider: str, ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{NAME} is differentiable once. Call backward without create_graph=True, or use F.batch_norm and "
+            "F.max_pool2d for second derivatives"
+        )
+    grads: list[Tensor | None] = [None] * 13
+    if grad is None:
+        return tuple(grads)
+    need_x, _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
+    arguments = (grad, *ctx.saved_tensors, ctx.slope)
+    sums: tuple[Any, Any] = (None, None)
+    if (need_x and ctx.training) or need_weight or need_bias:
+        sums = getattr(getattr(torch.ops.auglocal_ext, f"{NAME}_reduce"), provider)(*arguments, *ctx.window)
+        grads[3] = sums[1].to(ctx.dtypes[0]) if need_weight else None
+        grads[4] = sums[0].to(ctx.dtypes[1]) if need_bias else None
+    if need_x:
+        kept = sums if ctx.training else (None, None)
+        input_grad = getattr(getattr(torch.ops.auglocal_ext, f"{NAME}_input_grad"), provider)
+        grads[0] = input_grad(*arguments, *kept, *ctx.window)
+    return tuple(grads)
+
+
+def _triton(function: str, *arguments: Any) -> Any:
+    return getattr(import_module(f"{__package__}.triton.{NAME}"), function)(*arguments)
+
+
+TABLE = providers.register(
+    providers.Table(
+        NAME,
+        (
+            providers.Provider("cuda", ("cuda",), providers.SINGLE),
+            providers.Provider("cpu", ("cpu",), providers.ALL),
+            providers.Provider("triton", ("cuda", "cpu") if providers.interpreted() else ("cuda",), providers.SINGLE),
+            providers.Provider("reference", None, providers.ALL),
+        ),
+    )
+)
+
+_FACTORS = "Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, float slope"
+_WINDOW = "int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w"
+# name -> arguments and results, fake kernel, name of the reference's and of triton's function
+_PRIMITIVES: dict[str, tuple[str, Callable[..., Any], str]] = {
+    f"{NAME}_apply": (f"({_FACTORS}, {_WINDOW}) -> (Tensor y, Tensor indices)", _fake_apply, "apply"),
+    f"{NAME}_reduce": (
+        f"(Tensor grad, Tensor indices, {_FACTORS}, {_WINDOW}) -> (Tensor sum_g, Tensor sum_g_xhat)",
+        _fake_reduce,
+        "reduce",
+    ),
+    f"{NAME}_input_grad": (
+        f"(Tensor grad, Tensor indices, {_FACTORS}, Tensor? sum_g, Tensor? sum_g_xhat, {_WINDOW}) -> Tensor",
+        _fake_input_grad,
+        "input_grad",
+    ),
+}
+
+_library = torch.library.Library("auglocal_ext", "FRAGMENT")
+
+
+def _define(overload: str, signature: str, fake: Callable[..., Any]) -> None:
+    _library.define(overload + signature, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"auglocal_ext::{overload}", fake, lib=_library)
+
+
+for _provider in (row.name for row in TABLE.providers):
+    # The cpu and cuda implementations of the primitives register themselves when native loads their libraries.
+    for _name, (_signature, _fake, _function) in _PRIMITIVES.items():
+        _define(f"{_name}.{_provider}", _signature, _fake)
+        if _provider == "reference":
+            _library.impl(f"{_name}.reference", getattr(reference, _function), "CompositeExplicitAutograd")
+        if _provider == "triton":
+            for _device in TABLE.row("triton").devices or ():
+                _library.impl(f"{_name}.triton", partial(_triton, _function), _device.upper())
+    _define(f"{NAME}.{_provider}", f"({_FACTORS}, {_WINDOW}, bool training) -> (Tensor y, Tensor indices)", _fake_apply)
+    _library.impl(f"{NAME}.{_provider}", partial(_forward, _provider), "CompositeExplicitAutograd")
+    torch.library.register_autograd(
+        f"auglocal_ext::{NAME}.{_provider}", partial(_backward, _provider), setup_context=_setup_context, lib=_library
+    )

@@ -1,0 +1,528 @@
+"""batch_norm_act in Triton: two reductions, each partial sums and their merge, and two passes element by element.
+
+A program has BLOCK_C channels and a run of units, each BLOCK_P positions of one image.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import empty_like
+
+PROGRAMS = 2048  # of a launch, enough for any GPU; the same on all of them, and so are the bits of a sum
+LEAST_UNITS = 4  # of a program, before a second one shares its work
+MOST_UNITS = 512  # of a program that adds up in float32
+
+
+@triton.jit
+def _channel(values_ptr, o_c, m_c, default, GIVEN: tl.constexpr):
+    """Per-channel values as a column, or the default where there are none."""
+    if GIVEN:
+        values = tl.load(values_ptr + o_c, mask=m_c, other=0.0)
+    else:
+        values = tl.zeros_like(o_c).to(tl.float32) + default
+    return values[:, None]
+
+
+@triton.jit
+def _activated(value, z, slope, ACTIVATION: tl.constexpr):
+    """value act'(z): a NaN passes ReLU, which multiplies nothing by zero, and falls left in leaky ReLU."""
+    if ACTIVATION == "relu":
+        value = tl.where(z <= 0, 0.0, value)
+    elif ACTIVATION == "leaky_relu":
+        value = tl.where(z > 0, value, value * slope)
+    return value
+
+
+@triton.jit
+def _place(unit, positions, units_an_image, BLOCK_P: tl.constexpr):
+    """Image and positions of a unit, and which of the positions there are."""
+    i_n = unit // units_an_image
+    o_p = (unit % units_an_image) * BLOCK_P + tl.arange(0, BLOCK_P)
+    return i_n, o_p[None, :], (o_p < positions)[None, :]
+
+
+@triton.jit
+def _stats_kernel(
+    X_ptr,  # feature map, (N, C, P), any strides
+    M_ptr,  # count, mean less the channel's first value, sum of squared differences from the mean, (splits, 3, C)
+    channels,
+    positions,
+    units_an_image,
+    units,
+    chunk,  # units of a program
+    stride_xn,
+    stride_xc,
+    stride_xp,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    split = tl.program_id(1).to(tl.int64)
+    o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < channels
+    unit = split * chunk
+    end = tl.minimum(unit + chunk, units)
+    c_offsets = o_c[:, None] * stride_xc
+    origin = tl.load(X_ptr + c_offsets, mask=m_c[:, None], other=0.0).to(tl.float32)
+    # Every lane sums what differs from the first value it met, so that huge means cost no digits of the variance.
+    i_n, o_p, m_p = _place(unit, positions, units_an_image, BLOCK_P)
+    mask = m_c[:, None] & m_p
+    shift = tl.load(X_ptr + i_n * stride_xn + c_offsets + o_p * stride_xp, mask=mask, other=0.0).to(tl.float32)
+    # A lane whose first unit ends before it has no first value, and takes that of the channel.
+    shift = tl.where(m_p, shift, origin)
+    sums = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.float32)
+    counts = tl.zeros((1, BLOCK_P), dtype=tl.float32)
+    # `while`: with numpy >= 2.5 the interpreter of Triton 3.6 cannot take the bound of a `range` from an argument.
+    while unit < end:
+        i_n, o_p, m_p = _place(unit, positions, units_an_image, BLOCK_P)
+        mask = m_c[:, None] & m_p
+        x = tl.load(X_ptr + i_n * stride_xn + c_offsets + o_p * stride_xp, mask=mask, other=0.0).to(tl.float32)
+        difference = tl.where(mask, x - shift, 0.0)
+        sums += difference
+        squares += difference * difference
+        counts += m_p.to(tl.float32)
+        unit += 1
+    several = tl.maximum(counts, 1.0)
+    means = tl.where(counts > 0, (shift - origin) + sums / several, 0.0)
+    squares = squares - sums * (sums / several)
+    squares = tl.where(squares < 0, 0.0, squares)  # by rounding; a NaN stays one
+    count = tl.sum(counts, axis=1)
+    mean = tl.sum(means * counts, axis=1) / count
+    apart = tl.where(counts > 0, means - mean[:, None], 0.0)
+    total = tl.sum(squares, axis=1) + tl.sum(apart * apart * counts, axis=1)
+    M_ptr += split * 3 * channels + o_c
+    tl.store(M_ptr, tl.zeros_like(mean) + count, mask=m_c)
+    tl.store(M_ptr + channels, mean, mask=m_c)
+    tl.store(M_ptr + 2 * channels, total, mask=m_c)
+
+
+@triton.jit
+def _finish_stats_kernel(
+    X_ptr,  # feature map; its value (0, c, 0) is the origin of channel c
+    M_ptr,  # (splits, 3, C)
+    mean_ptr,  # (C,) float32
+    var_ptr,  # (C,) float32; UPDATE: 1 / sqrt(var + eps)
+    RM_ptr,  # running mean, (C,) float32, updated, or anything
+    RV_ptr,  # running variance, (C,) float32, updated, or anything
+    momentum,
+    eps,
+    channels,
+    splits,
+    stride_xc,
+    UPDATE: tl.constexpr,
+    HAS_RUNNING_MEAN: tl.constexpr,
+    HAS_RUNNING_VAR: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # splits at a time
+):
+    o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < channels
+    o_s = tl.arange(0, BLOCK_S).to(tl.int64)[:, None]
+    M_ptr += o_c[None, :]
+    count = tl.zeros((BLOCK_S, BLOCK_C), dtype=tl.float32)
+    weighted = tl.zeros((BLOCK_S, BLOCK_C), dtype=tl.float32)
+    first = 0
+    while first < splits:
+        mask = (first + o_s < splits) & m_c[None, :]
+        n = tl.load(M_ptr + (first + o_s) * 3 * channels, mask=mask, other=0.0)
+        count += n
+        weighted += n * tl.load(M_ptr + ((first + o_s) * 3 + 1) * channels, mask=mask, other=0.0)
+        first += BLOCK_S
+    count_all = tl.sum(count, axis=0)
+    mean = tl.sum(weighted, axis=0) / count_all
+    squares = tl.zeros((BLOCK_S, BLOCK_C), dtype=tl.float32)
+    first = 0
+    while first < splits:
+        mask = (first + o_s < splits) & m_c[None, :]
+        n = tl.load(M_ptr + (first + o_s) * 3 * channels, mask=mask, other=0.0)
+        apart = tl.load(M_ptr + ((first + o_s) * 3 + 1) * channels, mask=mask, other=0.0) - mean[None, :]
+        squares += tl.load(M_ptr + ((first + o_s) * 3 + 2) * channels, mask=mask, other=0.0)
+        squares += tl.where(mask, n * apart * apart, 0.0)
+        first += BLOCK_S
+    origin = tl.load(X_ptr + o_c * stride_xc, mask=m_c, other=0.0).to(tl.float32)
+    mean += origin
+    var = tl.sum(squares, axis=0) / count_all
+    if HAS_RUNNING_MEAN:
+        running = tl.load(RM_ptr + o_c, mask=m_c, other=0.0)
+        tl.store(RM_ptr + o_c, (1 - momentum) * running + momentum * mean, mask=m_c)
+    if HAS_RUNNING_VAR:
+        running = tl.load(RV_ptr + o_c, mask=m_c, other=0.0)
+        unbiased = var * (count_all / (count_all - 1))
+        tl.store(RV_ptr + o_c, (1 - momentum) * running + momentum * unbiased, mask=m_c)
+    if UPDATE:
+        var = 1 / tl.sqrt(var + eps)
+    tl.store(mean_ptr + o_c, mean, mask=m_c)
+    tl.store(var_ptr + o_c, var, mask=m_c)
+
+
+@triton.jit
+def _apply_kernel(
+    X_ptr,  # feature map, (N, C, P), any strides
+    R_ptr,  # residual, (N, C, P), any strides, or anything
+    Y_ptr,  # (N, C, P), any strides
+    mean_ptr,  # (C,) float32, as the three below
+    rstd_ptr,
+    W_ptr,  # weight, or anything
+    B_ptr,  # bias, or anything
+    slope,
+    channels,
+    positions,
+    units_an_image,
+    units,
+    chunk,  # units of a program
+    stride_xn,
+    stride_xc,
+    stride_xp,
+    stride_rn,
+    stride_rc,
+    stride_rp,
+    stride_yn,
+    stride_yc,
+    stride_yp,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < channels
+    mean = _channel(mean_ptr, o_c, m_c, 0.0, True)
+    scale = _channel(rstd_ptr, o_c, m_c, 0.0, True) * _channel(W_ptr, o_c, m_c, 1.0, HAS_WEIGHT)
+    bias = _channel(B_ptr, o_c, m_c, 0.0, HAS_BIAS)
+    o_c = o_c[:, None]
+    unit = tl.program_id(1).to(tl.int64) * chunk
+    end = tl.minimum(unit + chunk, units)
+    while unit < end:
+        i_n, o_p, m_p = _place(unit, positions, units_an_image, BLOCK_P)
+        mask = m_c[:, None] & m_p
+        x = tl.load(X_ptr + i_n * stride_xn + o_c * stride_xc + o_p * stride_xp, mask=mask, other=0.0).to(tl.float32)
+        z = (x - mean) * scale + bias
+        if HAS_RESIDUAL:
+            r_offsets = i_n * stride_rn + o_c * stride_rc + o_p * stride_rp
+            z += tl.load(R_ptr + r_offsets, mask=mask, other=0.0).to(tl.float32)
+        y = _activated(z, z, slope, ACTIVATION).to(Y_ptr.dtype.element_ty)
+        tl.store(Y_ptr + i_n * stride_yn + o_c * stride_yc + o_p * stride_yp, y, mask=mask)
+        unit += 1
+
+
+@triton.jit
+def _backward_kernel(
+    G_ptr,  # gradient of y, (N, C, P), any strides
+    X_ptr,  # feature map, (N, C, P), any strides
+    R_ptr,  # residual, (N, C, P), any strides, or anything
+    mean_ptr,  # (C,) float32, as the three below
+    rstd_ptr,
+    W_ptr,  # weight, or anything
+    B_ptr,  # bias, or anything
+    S_ptr,  # REDUCE: partial sums of g and of g (x - mean), (splits, 2, C) float32; else anything
+    sum_g_ptr,  # (C,) float32, or anything
+    sum_gx_ptr,  # (C,) float32, or anything
+    DX_ptr,  # gradient of x, (N, C, P), or anything
+    DR_ptr,  # gradient of the residual, with the strides of DX, or anything
+    slope,
+    count,  # N P
+    channels,
+    positions,
+    units_an_image,
+    units,
+    chunk,  # units of a program
+    stride_gn,
+    stride_gc,
+    stride_gp,
+    stride_xn,
+    stride_xc,
+    stride_xp,
+    stride_rn,
+    stride_rc,
+    stride_rp,
+    stride_dn,
+    stride_dc,
+    stride_dp,
+    REDUCE: tl.constexpr,  # make the sums; else the gradients
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    NEED_RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    split = tl.program_id(1).to(tl.int64)
+    o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < channels
+    mean = _channel(mean_ptr, o_c, m_c, 0.0, True)
+    rstd = _channel(rstd_ptr, o_c, m_c, 0.0, True)
+    scale = rstd * _channel(W_ptr, o_c, m_c, 1.0, HAS_WEIGHT)
+    bias = _channel(B_ptr, o_c, m_c, 0.0, HAS_BIAS)
+    S_ptr += split * 2 * channels + o_c
+    mean_g = _channel(sum_g_ptr, o_c, m_c, 0.0, HAS_SUMS) / count
+    inner = _channel(sum_gx_ptr, o_c, m_c, 0.0, HAS_SUMS) / count * rstd
+    o_c = o_c[:, None]
+    sum_g = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.float32)
+    sum_gx = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.float32)
+    unit = split * chunk
+    end = tl.minimum(unit + chunk, units)
+    while unit < end:
+        i_n, o_p, m_p = _place(unit, positions, units_an_image, BLOCK_P)
+        mask = m_c[:, None] & m_p
+        x = tl.load(X_ptr + i_n * stride_xn + o_c * stride_xc + o_p * stride_xp, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(G_ptr + i_n * stride_gn + o_c * stride_gc + o_p * stride_gp, mask=mask, other=0.0).to(tl.float32)
+        difference = x - mean
+        if ACTIVATION != "none":
+            z = difference * scale + bias
+            if HAS_RESIDUAL:
+                r_offsets = i_n * stride_rn + o_c * stride_rc + o_p * stride_rp
+                z += tl.load(R_ptr + r_offsets, mask=mask, other=0.0).to(tl.float32)
+            g = _activated(g, z, slope, ACTIVATION)
+        if REDUCE:
+            sum_g += g
+            sum_gx += g * difference
+        else:
+            d_offsets = i_n * stride_dn + o_c * stride_dc + o_p * stride_dp
+            if NEED_RESIDUAL:
+                tl.store(DR_ptr + d_offsets, g.to(DR_ptr.dtype.element_ty), mask=mask)
+            if HAS_SUMS:
+                g = g - mean_g - difference * inner
+            tl.store(DX_ptr + d_offsets, (g * scale).to(DX_ptr.dtype.element_ty), mask=mask)
+        unit += 1
+    if REDUCE:
+        tl.store(S_ptr, tl.sum(sum_g, axis=1), mask=m_c)
+        tl.store(S_ptr + channels, tl.sum(sum_gx, axis=1), mask=m_c)
+
+
+@triton.jit
+def _finish_sums_kernel(
+    S_ptr,  # (splits, 2, C)
+    rstd_ptr,  # (C,) float32
+    sum_g_ptr,  # (C,) float32
+    sum_gx_ptr,  # (C,) float32, of g xhat
+    channels,
+    splits,
+    BLOCK_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # splits at a time
+):
+    o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < channels
+    o_s = tl.arange(0, BLOCK_S).to(tl.int64)[:, None]
+    sum_g = tl.zeros((BLOCK_S, BLOCK_C), dtype=tl.float32)
+    sum_gx = tl.zeros((BLOCK_S, BLOCK_C), dtype=tl.float32)
+    first = 0
+    while first < splits:
+        mask = (first + o_s < splits) & m_c[None, :]
+        offsets = (first + o_s) * 2 * channels + o_c[None, :]
+        sum_g += tl.load(S_ptr + offsets, mask=mask, other=0.0)
+        sum_gx += tl.load(S_ptr + offsets + channels, mask=mask, other=0.0)
+        first += BLOCK_S
+    rstd = tl.load(rstd_ptr + o_c, mask=m_c, other=0.0)
+    tl.store(sum_g_ptr + o_c, tl.sum(sum_g, axis=0), mask=m_c)
+    tl.store(sum_gx_ptr + o_c, tl.sum(sum_gx, axis=0) * rstd, mask=m_c)
+
+
+class _Plan:
+    """How programs share a map, and it and others of its shape as (N, C, P)."""
+
+    def __init__(self, x: Tensor, reduces: bool) -> None:
+        self.single = x.dim() == 2 or x.shape[2:].numel() == 1
+        flat = self.flat(x)
+        images, self.channels, positions = flat.shape
+        block_c, block_p = _tile(flat)
+        units_an_image = triton.cdiv(positions, block_p)
+        units, tiles = images * units_an_image, triton.cdiv(self.channels, block_c)
+        splits = min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(units, LEAST_UNITS))
+        if reduces:
+            splits = max(splits, triton.cdiv(units, MOST_UNITS))
+        chunk = triton.cdiv(units, splits)
+        self.splits = triton.cdiv(units, chunk)
+        self.grid = (tiles, self.splits)
+        self.sizes = (self.channels, positions, units_an_image, units, chunk)
+        self.blocks = {"BLOCK_C": block_c, "BLOCK_P": block_p}
+        self.finish = ((triton.cdiv(self.channels, 32),), {"BLOCK_C": 32, "BLOCK_S": 32})
+
+    def flat(self, x: Tensor) -> Tensor:
+        """A view where the positions have one common stride, a copy otherwise; (N, C) is one image of N positions."""
+        if self.single:
+            return x.flatten(1).t().unsqueeze(0)
+        return x.flatten(2)
+
+
+def _tile(flat: Tensor) -> tuple[int, int]:
+    """Channels and positions of a unit: long along the dimension that lies together in memory."""
+    channels, positions = (triton.next_power_of_2(size) for size in flat.shape[1:])
+    if flat.stride(1) == 1 and flat.stride(2) != 1:  # channels-last
+        block_c = min(128, channels)
+        return block_c, min(2048 // block_c, positions)
+    block_p = min(1024, positions)
+    return min(2048 // block_p, channels), block_p
+
+
+def _device(x: Tensor) -> AbstractContextManager[Any]:
+    # Triton launches on the current device, whatever the tensors' device.
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _vector(vector: Tensor | None, otherwise: Tensor) -> Tensor:
+    return otherwise if vector is None else vector.to(torch.float32).contiguous()
+
+
+def _activation(slope: float) -> str:
+    return {0.0: "relu", 1.0: "none"}.get(slope, "leaky_relu")
+
+
+def _new(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+def stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The contract of the reference's ``stats``."""
+    return _statistics(x, None, None, 0.0, 0.0, update=False)
+
+
+def factors_(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The contract of the reference's ``factors_``."""
+    return _statistics(x, running_mean, running_var, momentum, eps, update=True)
+
+
+def _statistics(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    update: bool,
+) -> tuple[Tensor, Tensor]:
+    plan = _Plan(x, reduces=True)
+    flat = plan.flat(x)
+    partial = _new(x, plan.splits, 3, plan.channels)
+    mean, var = _new(x, plan.channels), _new(x, plan.channels)
+    running = (mean if running_mean is None else running_mean, var if running_var is None else running_var)
+    grid, blocks = plan.finish
+    with _device(x):
+        _stats_kernel[plan.grid](flat, partial, *plan.sizes, *flat.stride(), **plan.blocks)
+        _finish_stats_kernel[grid](
+            *(flat, partial, mean, var, *running, momentum, eps, plan.channels, plan.splits, flat.stride(1)),
+            UPDATE=update,
+            HAS_RUNNING_MEAN=running_mean is not None,
+            HAS_RUNNING_VAR=running_var is not None,
+            **blocks,
+        )
+    return mean, var
+
+
+def apply(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slope: float,
+) -> Tensor:
+    """The contract of the reference's ``apply``."""
+    plan = _Plan(x, reduces=False)
+    y = empty_like(x)
+    flat, out = plan.flat(x), plan.flat(y)
+    added = flat if residual is None else plan.flat(residual)
+    mean, rstd = mean.contiguous(), rstd.contiguous()
+    with _device(x):
+        _apply_kernel[plan.grid](
+            *(flat, added, out, mean, rstd, _vector(weight, mean), _vector(bias, mean), slope, *plan.sizes),
+            *(*flat.stride(), *added.stride(), *out.stride()),
+            HAS_RESIDUAL=residual is not None,
+            HAS_WEIGHT=weight is not None,
+            HAS_BIAS=bias is not None,
+            ACTIVATION=_activation(slope),
+            **plan.blocks,
+        )
+    return y
+
+
+def reduce(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    """The contract of the reference's ``reduce``."""
+    plan = _Plan(x, reduces=True)
+    partial = _new(x, plan.splits, 2, plan.channels)
+    sum_g, sum_g_xhat = _new(x, plan.channels), _new(x, plan.channels)
+    grid, blocks = plan.finish
+    with _device(x):
+        _backward(plan, grad, x, mean, rstd, weight, bias, residual, slope, partial=partial)
+        _finish_sums_kernel[grid](partial, rstd.contiguous(), sum_g, sum_g_xhat, plan.channels, plan.splits, **blocks)
+    return sum_g, sum_g_xhat
+
+
+def input_grad(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slope: float,
+    sum_g: Tensor | None,
+    sum_g_xhat: Tensor | None,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor]:
+    """The contract of the reference's ``input_grad``."""
+    plan = _Plan(x, reduces=False)
+    grad_x, grad_residual = empty_like(x), empty_like(x) if need_residual else x.new_empty(0)
+    with _device(x):
+        _backward(
+            *(plan, grad, x, mean, rstd, weight, bias, residual, slope),
+            sums=(sum_g, sum_g_xhat),
+            grads=(grad_x, grad_residual if need_residual else None),
+        )
+    return grad_x, grad_residual
+
+
+def _backward(
+    plan: _Plan,
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slope: float,
+    partial: Tensor | None = None,
+    sums: tuple[Tensor | None, Tensor | None] = (None, None),
+    grads: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> None:
+    flat, flat_grad, activation = plan.flat(x), plan.flat(grad), _activation(slope)
+    added = flat if residual is None or activation == "none" else plan.flat(residual)
+    mean, rstd = mean.contiguous(), rstd.contiguous()
+    grad_x, grad_residual = (flat if g is None else plan.flat(g) for g in grads)
+    _backward_kernel[plan.grid](
+        *(flat_grad, flat, added, mean, rstd, _vector(weight, mean), _vector(bias, mean)),
+        *(mean if partial is None else partial, _vector(sums[0], mean), _vector(sums[1], mean)),
+        *(grad_x, grad_residual, slope, float(x.numel() // plan.channels), *plan.sizes),
+        *(*flat_grad.stride(), *flat.stride(), *added.stride(), *grad_x.stride()),
+        REDUCE=partial is not None,
+        HAS_RESIDUAL=residual is not None,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        HAS_SUMS=sums[0] is not None and sums[1] is not None,
+        NEED_RESIDUAL=grads[1] is not None,
+        ACTIVATION=activation,
+        **plan.blocks,
+    )

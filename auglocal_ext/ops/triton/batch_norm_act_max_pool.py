@@ -1,0 +1,489 @@
+"""batch_norm_act_max_pool in Triton: one pass forward; backward partial sums, their merge, and one pass that gathers.
+
+A program has BLOCK_C channels and a run of units, each BLOCK_P positions of one image: of the pooled map in the first
+two kernels, of x in the last. The window is a constant, and small ones are unrolled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import empty_like
+from ..reference.batch_norm_act_max_pool import empty_pooled, pooled_size
+from .batch_norm_act import (
+    LEAST_UNITS,
+    MOST_UNITS,
+    PROGRAMS,
+    _activated,
+    _activation,
+    _channel,
+    _device,
+    _finish_sums_kernel,
+    _new,
+    _vector,
+)
+
+MOST_UNROLLED = 16  # elements of a window, or windows around an element
+
+
+@triton.jit
+def _place(unit, positions, units_an_image, width, BLOCK_P: tl.constexpr):
+    """Image of a unit, rows and columns of its positions, and which of them there are."""
+    i_n = unit // units_an_image
+    o_p = ((unit % units_an_image) * BLOCK_P).to(tl.int32) + tl.arange(0, BLOCK_P)
+    o_h = o_p // width
+    return i_n, o_h[None, :], (o_p - o_h * width)[None, :], (o_p < positions)[None, :]
+
+
+@triton.jit
+def _compared(
+    index,
+    largest,
+    found,
+    X_ptr,
+    top,
+    left,
+    mask,
+    mean,
+    scale,
+    bias,
+    slope,
+    height,
+    width,
+    stride_xh,
+    stride_xw,
+    KERNEL_W: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """The largest so far and where it was, after the element `index` of the window: the first of equals, or a NaN."""
+    o_h = top + index // KERNEL_W
+    o_w = left + index % KERNEL_W
+    mask = mask & (o_h >= 0) & (o_h < height) & (o_w >= 0) & (o_w < width)
+    offsets = o_h.to(tl.int64) * stride_xh + o_w.to(tl.int64) * stride_xw
+    x = tl.load(X_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    z = (x - mean) * scale + bias
+    # What is compared has the precision of the map.
+    value = _activated(z, z, slope, ACTIVATION).to(X_ptr.dtype.element_ty).to(tl.float32)
+    taken = mask & ((value > largest) | (value != value))
+    return tl.where(taken, value, largest), tl.where(taken, index, found)
+
+
+@triton.jit
+def _apply_kernel(
+    X_ptr,  # feature map, (N, C, H, W), any strides
+    Y_ptr,  # (N, C, H', W'), any strides
+    I_ptr,  # indices, (N, C, H', W') uint8, with the strides of Y
+    mean_ptr,  # (C,) float32, as the three below
+    rstd_ptr,
+    W_ptr,  # weight, or anything
+    B_ptr,  # bias, or anything
+    slope,
+    channels,
+    positions,  # H' W'
+    units_an_image,
+    units,
+    chunk,  # units of a program
+    height,
+    width,
+    pooled_width,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    stride_yn,
+    stride_yc,
+    stride_yh,
+    stride_yw,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    UNROLL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < channels
+    mean = _channel(mean_ptr, o_c, m_c, 0.0, True)
+    scale = _channel(rstd_ptr, o_c, m_c, 0.0, True) * _channel(W_ptr, o_c, m_c, 1.0, HAS_WEIGHT)
+    bias = _channel(B_ptr, o_c, m_c, 0.0, HAS_BIAS)
+    o_c = o_c[:, None]
+    unit = tl.program_id(1).to(tl.int64) * chunk
+    end = tl.minimum(unit + chunk, units)
+    # `while`: with numpy >= 2.5 the interpreter of Triton 3.6 cannot take the bound of a `range` from an argument.
+    while unit < end:
+        i_n, o_h, o_w, m_p = _place(unit, positions, units_an_image, pooled_width, BLOCK_P)
+        mask = m_c[:, None] & m_p
+        top = o_h * STRIDE_H - PADDING_H
+        left = o_w * STRIDE_W - PADDING_W
+        origin = X_ptr + i_n * stride_xn + o_c * stride_xc
+        largest = tl.full((BLOCK_C, BLOCK_P), float("-inf"), dtype=tl.float32)
+        found = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.int32)
+        found += tl.maximum(-top, 0) * KERNEL_W + tl.maximum(-left, 0)
+        if UNROLL:
+            for step in tl.static_range(KERNEL_H * KERNEL_W):
+                largest, found = _compared(
+                    *(step, largest, found, origin, top, left, mask, mean, scale, bias, slope),
+                    *(height, width, stride_xh, stride_xw, KERNEL_W, ACTIVATION),
+                )
+        else:
+            index = 0
+            while index < KERNEL_H * KERNEL_W:
+                largest, found = _compared(
+                    *(index, largest, found, origin, top, left, mask, mean, scale, bias, slope),
+                    *(height, width, stride_xh, stride_xw, KERNEL_W, ACTIVATION),
+                )
+                index += 1
+        offsets = i_n * stride_yn + o_c * stride_yc + o_h.to(tl.int64) * stride_yh + o_w.to(tl.int64) * stride_yw
+        tl.store(Y_ptr + offsets, largest.to(Y_ptr.dtype.element_ty), mask=mask)
+        tl.store(I_ptr + offsets, found.to(tl.uint8), mask=mask)
+        unit += 1
+
+
+@triton.jit
+def _reduce_kernel(
+    G_ptr,  # gradient of y, (N, C, H', W'), any strides
+    I_ptr,  # indices, (N, C, H', W') uint8, any strides
+    X_ptr,  # feature map, (N, C, H, W), any strides
+    S_ptr,  # partial sums of g and of g (x - mean), (splits, 2, C) float32
+    mean_ptr,  # (C,) float32, as the three below
+    rstd_ptr,
+    W_ptr,  # weight, or anything
+    B_ptr,  # bias, or anything
+    slope,
+    channels,
+    positions,  # H' W'
+    units_an_image,
+    units,
+    chunk,  # units of a program
+    pooled_width,
+    stride_gn,
+    stride_gc,
+    stride_gh,
+    stride_gw,
+    stride_in,
+    stride_ic,
+    stride_ih,
+    stride_iw,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    split = tl.program_id(1).to(tl.int64)
+    o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < channels
+    mean = _channel(mean_ptr, o_c, m_c, 0.0, True)
+    scale = _channel(rstd_ptr, o_c, m_c, 0.0, True) * _channel(W_ptr, o_c, m_c, 1.0, HAS_WEIGHT)
+    bias = _channel(B_ptr, o_c, m_c, 0.0, HAS_BIAS)
+    S_ptr += split * 2 * channels + o_c
+    o_c = o_c[:, None]
+    sum_g = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.float32)
+    sum_gx = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.float32)
+    unit = split * chunk
+    end = tl.minimum(unit + chunk, units)
+    while unit < end:
+        i_n, o_h, o_w, m_p = _place(unit, positions, units_an_image, pooled_width, BLOCK_P)
+        mask = m_c[:, None] & m_p
+        h, w = o_h.to(tl.int64), o_w.to(tl.int64)
+        index = tl.load(I_ptr + i_n * stride_in + o_c * stride_ic + h * stride_ih + w * stride_iw, mask=mask, other=0)
+        g = tl.load(G_ptr + i_n * stride_gn + o_c * stride_gc + h * stride_gh + w * stride_gw, mask=mask, other=0.0)
+        index = index.to(tl.int32)
+        x_h = h * STRIDE_H - PADDING_H + index // KERNEL_W
+        x_w = w * STRIDE_W - PADDING_W + index % KERNEL_W
+        x_offsets = i_n * stride_xn + o_c * stride_xc + x_h * stride_xh + x_w * stride_xw
+        difference = tl.load(X_ptr + x_offsets, mask=mask, other=0.0).to(tl.float32) - mean
+        g = _activated(g.to(tl.float32), difference * scale + bias, slope, ACTIVATION)
+        g = tl.where(mask, g, 0.0)
+        sum_g += g
+        sum_gx += tl.where(mask, g * difference, 0.0)
+        unit += 1
+    tl.store(S_ptr, tl.sum(sum_g, axis=1), mask=m_c)
+    tl.store(S_ptr + channels, tl.sum(sum_gx, axis=1), mask=m_c)
+
+
+@triton.jit
+def _gathered(
+    step,  # which of the windows around each element
+    G_ptr,
+    I_ptr,
+    o_h,
+    o_w,
+    mask,
+    pooled_height,
+    pooled_width,
+    stride_gh,
+    stride_gw,
+    stride_ih,
+    stride_iw,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    WINDOWS_H: tl.constexpr,
+    WINDOWS_W: tl.constexpr,
+):
+    """The gradient of those windows that have their largest value here, 0 of the others."""
+    i_h = (o_h + PADDING_H) // STRIDE_H - (WINDOWS_H - 1 - step // WINDOWS_W)
+    i_w = (o_w + PADDING_W) // STRIDE_W - (WINDOWS_W - 1 - step % WINDOWS_W)
+    row = o_h + PADDING_H - i_h * STRIDE_H
+    column = o_w + PADDING_W - i_w * STRIDE_W
+    mask = mask & (i_h >= 0) & (i_h < pooled_height) & (i_w >= 0) & (i_w < pooled_width)
+    mask = mask & (row < KERNEL_H) & (column < KERNEL_W)
+    i_h = i_h.to(tl.int64)
+    i_w = i_w.to(tl.int64)
+    index = tl.load(I_ptr + i_h * stride_ih + i_w * stride_iw, mask=mask, other=0).to(tl.int32)
+    g = tl.load(G_ptr + i_h * stride_gh + i_w * stride_gw, mask=mask, other=0.0).to(tl.float32)
+    return tl.where(mask & (index == row * KERNEL_W + column), g, 0.0)
+
+
+@triton.jit
+def _input_grad_kernel(
+    G_ptr,  # gradient of y, (N, C, H', W'), any strides
+    I_ptr,  # indices, (N, C, H', W') uint8, any strides
+    X_ptr,  # feature map, (N, C, H, W), any strides
+    mean_ptr,  # (C,) float32, as the three below
+    rstd_ptr,
+    W_ptr,  # weight, or anything
+    B_ptr,  # bias, or anything
+    sum_g_ptr,  # (C,) float32, or anything
+    sum_gx_ptr,  # (C,) float32, or anything
+    DX_ptr,  # gradient of x, (N, C, H, W), any strides
+    slope,
+    count,  # N H W
+    channels,
+    positions,  # H W
+    units_an_image,
+    units,
+    chunk,  # units of a program
+    width,
+    pooled_height,
+    pooled_width,
+    stride_gn,
+    stride_gc,
+    stride_gh,
+    stride_gw,
+    stride_in,
+    stride_ic,
+    stride_ih,
+    stride_iw,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    stride_dn,
+    stride_dc,
+    stride_dh,
+    stride_dw,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    WINDOWS_H: tl.constexpr,  # at most, around one element
+    WINDOWS_W: tl.constexpr,
+    UNROLL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < channels
+    mean = _channel(mean_ptr, o_c, m_c, 0.0, True)
+    rstd = _channel(rstd_ptr, o_c, m_c, 0.0, True)
+    scale = rstd * _channel(W_ptr, o_c, m_c, 1.0, HAS_WEIGHT)
+    bias = _channel(B_ptr, o_c, m_c, 0.0, HAS_BIAS)
+    mean_g = _channel(sum_g_ptr, o_c, m_c, 0.0, HAS_SUMS) / count
+    inner = _channel(sum_gx_ptr, o_c, m_c, 0.0, HAS_SUMS) / count * rstd
+    o_c = o_c[:, None]
+    unit = tl.program_id(1).to(tl.int64) * chunk
+    end = tl.minimum(unit + chunk, units)
+    while unit < end:
+        i_n, o_h, o_w, m_p = _place(unit, positions, units_an_image, width, BLOCK_P)
+        mask = m_c[:, None] & m_p
+        grads = G_ptr + i_n * stride_gn + o_c * stride_gc
+        indices = I_ptr + i_n * stride_in + o_c * stride_ic
+        g = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.float32)
+        if UNROLL:
+            for step in tl.static_range(WINDOWS_H * WINDOWS_W):
+                g += _gathered(
+                    *(step, grads, indices, o_h, o_w, mask, pooled_height, pooled_width),
+                    *(stride_gh, stride_gw, stride_ih, stride_iw, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W),
+                    *(PADDING_H, PADDING_W, WINDOWS_H, WINDOWS_W),
+                )
+        else:
+            window = 0
+            while window < WINDOWS_H * WINDOWS_W:
+                g += _gathered(
+                    *(window, grads, indices, o_h, o_w, mask, pooled_height, pooled_width),
+                    *(stride_gh, stride_gw, stride_ih, stride_iw, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W),
+                    *(PADDING_H, PADDING_W, WINDOWS_H, WINDOWS_W),
+                )
+                window += 1
+        h, w = o_h.to(tl.int64), o_w.to(tl.int64)
+        x_offsets = i_n * stride_xn + o_c * stride_xc + h * stride_xh + w * stride_xw
+        difference = tl.load(X_ptr + x_offsets, mask=mask, other=0.0).to(tl.float32) - mean
+        g = _activated(g, difference * scale + bias, slope, ACTIVATION)
+        if HAS_SUMS:
+            g = g - mean_g - difference * inner
+        d_offsets = i_n * stride_dn + o_c * stride_dc + h * stride_dh + w * stride_dw
+        tl.store(DX_ptr + d_offsets, (g * scale).to(DX_ptr.dtype.element_ty), mask=mask)
+        unit += 1
+
+
+class _Plan:
+    """How programs share a map (N, C, H, W) of the shape and the layout of ``like``."""
+
+    def __init__(self, like: Tensor, reduces: bool) -> None:
+        images, self.channels, height, width = like.shape
+        positions = height * width
+        if positions >= 2**31:
+            raise ValueError(f"expected a map of less than 2^31 positions, got {height}x{width}; use another provider")
+        block_c, block_p = _tile(like, positions)
+        units_an_image = triton.cdiv(positions, block_p)
+        units, tiles = images * units_an_image, triton.cdiv(self.channels, block_c)
+        splits = min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(units, LEAST_UNITS))
+        if reduces:
+            splits = max(splits, triton.cdiv(units, MOST_UNITS))
+        chunk = triton.cdiv(units, splits)
+        self.splits = triton.cdiv(units, chunk)
+        self.grid = (tiles, self.splits)
+        self.sizes = (self.channels, positions, units_an_image, units, chunk)
+        self.blocks = {"BLOCK_C": block_c, "BLOCK_P": block_p}
+
+
+def _tile(like: Tensor, positions: int) -> tuple[int, int]:
+    """Channels and positions of a unit: long along the dimension that lies together in memory."""
+    channels, positions = triton.next_power_of_2(like.shape[1]), triton.next_power_of_2(positions)
+    if like.stride(1) == 1 and like.stride(3) != 1:  # channels-last
+        block_c = min(64, channels)
+        return block_c, min(1024 // block_c, positions)
+    block_p = min(512, positions)
+    return min(1024 // block_p, channels), block_p
+
+
+def _window(window: tuple[int, ...]) -> dict[str, int]:
+    names = ("KERNEL_H", "KERNEL_W", "STRIDE_H", "STRIDE_W", "PADDING_H", "PADDING_W")
+    return dict(zip(names, window, strict=True))
+
+
+def _options(weight: Tensor | None, bias: Tensor | None, slope: float) -> dict[str, Any]:
+    return {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "ACTIVATION": _activation(slope)}
+
+
+def apply(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slope: float,
+    *window: int,
+) -> tuple[Tensor, Tensor]:
+    """The contract of the reference's ``apply``."""
+    size: Any = window
+    y, indices = empty_pooled(x, size, x.dtype), empty_pooled(x, size, torch.uint8)
+    plan = _Plan(y, reduces=False)
+    mean = mean.contiguous()
+    with _device(x):
+        _apply_kernel[plan.grid](
+            *(x, y, indices, mean, rstd.contiguous(), _vector(weight, mean), _vector(bias, mean), slope),
+            *(*plan.sizes, *x.shape[2:], y.shape[3], *x.stride(), *y.stride()),
+            UNROLL=window[0] * window[1] <= MOST_UNROLLED,
+            **_window(window),
+            **_options(weight, bias, slope),
+            **plan.blocks,
+        )
+    return y, indices
+
+
+def reduce(
+    grad: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slope: float,
+    *window: int,
+) -> tuple[Tensor, Tensor]:
+    """The contract of the reference's ``reduce``."""
+    plan = _Plan(indices, reduces=True)
+    partial = _new(x, plan.splits, 2, plan.channels)
+    sum_g, sum_g_xhat = _new(x, plan.channels), _new(x, plan.channels)
+    mean, rstd, constants = mean.contiguous(), rstd.contiguous(), _window(window)
+    del constants["KERNEL_H"]
+    with _device(x):
+        _reduce_kernel[plan.grid](
+            *(grad, indices, x, partial, mean, rstd, _vector(weight, mean), _vector(bias, mean), slope),
+            *(*plan.sizes, grad.shape[3], *grad.stride(), *indices.stride(), *x.stride()),
+            **constants,
+            **_options(weight, bias, slope),
+            **plan.blocks,
+        )
+        _finish_sums_kernel[(triton.cdiv(plan.channels, 32),)](
+            *(partial, rstd, sum_g, sum_g_xhat, plan.channels, plan.splits), BLOCK_C=32, BLOCK_S=32
+        )
+    return sum_g, sum_g_xhat
+
+
+def input_grad(
+    grad: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slope: float,
+    sum_g: Tensor | None,
+    sum_g_xhat: Tensor | None,
+    *window: int,
+) -> Tensor:
+    """The contract of the reference's ``input_grad``."""
+    grad_x = empty_like(x)
+    plan = _Plan(grad_x, reduces=False)
+    mean = mean.contiguous()
+    pooled = pooled_size(x, window)  # type: ignore[arg-type]
+    windows_h, windows_w = triton.cdiv(window[0], window[2]), triton.cdiv(window[1], window[3])
+    with _device(x):
+        _input_grad_kernel[plan.grid](
+            *(grad, indices, x, mean, rstd.contiguous(), _vector(weight, mean), _vector(bias, mean)),
+            *(_vector(sum_g, mean), _vector(sum_g_xhat, mean), grad_x, slope, float(x.numel() // x.shape[1])),
+            *(*plan.sizes, x.shape[3], *pooled, *grad.stride(), *indices.stride(), *x.stride(), *grad_x.stride()),
+            WINDOWS_H=windows_h,
+            WINDOWS_W=windows_w,
+            UNROLL=windows_h * windows_w <= MOST_UNROLLED,
+            HAS_SUMS=sum_g is not None and sum_g_xhat is not None,
+            **_window(window),
+            **_options(weight, bias, slope),
+            **plan.blocks,
+        )
+    return grad_x

@@ -1,0 +1,94 @@
+// What the cpu and the cuda provider of batch_norm_act share on the host: arguments, checks and outputs.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+#include "feature_map.h"
+
+namespace auglocal {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+using TwoTensors = std::tuple<Tensor, Tensor>;
+
+inline ScalarType accumulation(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor per_channel(const Tensor& x) {
+  return torch::stable::new_empty(x, {x.size(1)}, accumulation(x));
+}
+
+// Whether a kernel runs along the channels, which lie together in channels-last maps and are all there is in
+// (N, C), or along the positions.
+inline bool along_channels(const FeatureMap& map) {
+  return map.positions == 1 || (map.stride_c == 1 && map.stride_p != 1);
+}
+
+inline FeatureMap checked_map(const Tensor& x) {
+  FeatureMap map = feature_map(x);
+  STD_TORCH_CHECK(map.images > 0 && map.channels > 0 && map.positions > 0,
+                  "expected a feature map with elements");
+  return map;
+}
+
+// A running statistic, which is written to.
+inline void check_running(const std::optional<Tensor>& running, const Tensor& x) {
+  STD_TORCH_CHECK(!running || (running->dim() == 1 && running->size(0) == x.size(1) &&
+                               running->scalar_type() == accumulation(x) && running->is_contiguous()),
+                  "expected running statistics (C,) in the accumulation dtype for ", x.size(1), " channels");
+}
+
+// The tensors that every pass but the statistics reads; per-channel ones in the accumulation dtype.
+struct Problem {
+  FeatureMap x;
+  std::optional<FeatureMap> residual;  // none where it is not read
+  std::optional<FeatureMap> grad;      // none in the forward pass
+  Tensor mean, rstd, weight, bias;     // (C,); weight and bias may be undefined
+  double slope;
+
+  int64_t count() const { return x.images * x.positions; }
+};
+
+inline FeatureMap matching_map(const Tensor& tensor, const Tensor& x, const char* name) {
+  FeatureMap map = feature_map(tensor);
+  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type() && map.images == x.size(0) &&
+                      map.channels == x.size(1) && tensor.numel() == x.numel(),
+                  "expected ", name, " in the shape and the dtype of x");
+  return map;
+}
+
+inline Tensor vector(const std::optional<Tensor>& tensor, const Tensor& x, const char* name) {
+  if (!tensor) return Tensor();
+  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == x.size(1), "expected ", name, " (C,) for ",
+                  x.size(1), " channels");
+  return torch::stable::contiguous(torch::stable::to(*tensor, accumulation(x)));
+}
+
+inline Problem make_problem(const std::optional<Tensor>& grad, const Tensor& x, const Tensor& mean,
+                            const Tensor& rstd, const std::optional<Tensor>& weight,
+                            const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                            double slope) {
+  Problem problem{checked_map(x),
+                  {},
+                  {},
+                  vector(mean, x, "mean"),
+                  vector(rstd, x, "rstd"),
+                  vector(weight, x, "weight"),
+                  vector(bias, x, "bias"),
+                  slope};
+  if (grad) problem.grad = matching_map(*grad, x, "grad");
+  // Backward reads the residual for the mask alone.
+  if (residual && !(grad && slope == 1)) problem.residual = matching_map(*residual, x, "residual");
+  return problem;
+}
+
+}  // namespace auglocal

@@ -1,0 +1,603 @@
+"""batch_norm_act_max_pool: every provider against F.max_pool2d of the activated F.batch_norm, wide and alike."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import column
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from auglocal_ext.memory import MemoryMeter
+from auglocal_ext.ops import (
+    batch_norm_act,
+    batch_norm_act_apply,
+    batch_norm_act_max_pool,
+    batch_norm_act_max_pool_apply,
+    batch_norm_act_max_pool_input_grad,
+    batch_norm_act_max_pool_reduce,
+    batch_norm_factors,
+    providers,
+)
+from auglocal_ext.ops.layout import empty_like
+
+OP = "batch_norm_act_max_pool"
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+# kernel, stride, padding: of the stem, without overlap, with gaps, of differing sides, and wider than a map
+WINDOWS = [
+    (3, 2, 1),
+    (2, 2, 0),
+    (3, 1, 1),
+    (2, 1, 1),
+    (3, 3, 0),
+    (2, 3, 1),
+    ((3, 2), (1, 2), (0, 1)),
+    (1, 1, 0),
+    (5, 1, 2),
+    (16, 3, 8),
+]
+
+cases = pytest.mark.parametrize(("device", "provider"), column.CASES)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+windows = pytest.mark.parametrize(("kernel_size", "stride", "padding"), WINDOWS, ids=str)
+activations = pytest.mark.parametrize("activation", ["relu", "leaky_relu", "none"])
+
+
+@pytest.fixture(autouse=True)
+def _needed(request: pytest.FixtureRequest) -> None:
+    arguments = getattr(request.node, "callspec", None)
+    if arguments is not None and "provider" in arguments.params:
+        column.need(arguments.params.get("device", "cpu"), arguments.params["provider"])
+        if "dtype" in arguments.params:
+            column.serves(OP, arguments.params["provider"], arguments.params["dtype"])
+
+
+def composition(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    kernel_size: Any = 3,
+    stride: Any = 2,
+    padding: Any = 1,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """The ops of torch that the op stands for."""
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if activation != "none":
+        y = F.relu(y) if activation == "relu" else F.leaky_relu(y, negative_slope)
+    return F.max_pool2d(y, kernel_size, stride, padding)
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str, parameters: torch.dtype | None = None) -> list:
+    """x, weight, bias, running mean, running variance; the vectors in float32 where x is in less.
+
+    The values of x within one 5x5 window lie so far apart that rounding does not change which is the largest: they
+    are drawn without repetition from 25 levels, which a plane repeats every 5 rows and columns.
+    """
+    if parameters is None:
+        parameters = torch.float64 if dtype == torch.float64 else torch.float32
+    images, channels, height, width = shape
+    vectors = [torch.randn(channels, device=device) for _ in range(3)] + [torch.rand(channels, device=device) + 0.5]
+    levels = torch.rand(images, channels, 25, device=device).argsort(-1).unflatten(-1, (5, 5)) * 0.25 - 2.5
+    x = levels.tile(height // 5 + 1, width // 5 + 1)[:, :, :height, :width]
+    x = x + 0.06 * torch.rand(shape, device=device)
+    return [x.to(dtype), *(v.to(parameters) for v in vectors)]
+
+
+def distinct(shape: tuple[int, ...], device: str = "cpu") -> Tensor:
+    """float32 values no two of which are equal, for windows of any size."""
+    return (torch.randperm(torch.Size(shape).numel(), device=device).float() * 1e-2).view(shape)
+
+
+def compare(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    provider: str,
+    change: Callable[[Tensor], Tensor] = lambda grad: grad,
+    **options: Any,
+) -> None:
+    """Result, running statistics and every gradient against the composition in float64 and in the inputs' dtype."""
+    window = {name: options[name] for name in ("kernel_size", "stride", "padding") if name in options}
+    shape = composition(x.double(), None, None, None, None, **window, training=True).shape
+    grad = change(torch.randn(shape, device=x.device).to(x.dtype))
+
+    def run(function: Callable[..., Tensor], wide: bool = False) -> list[Tensor]:
+        def new(tensor: Tensor | None) -> Tensor | None:
+            # detach keeps the strides
+            return None if tensor is None else (tensor.double() if wide else tensor).detach().requires_grad_()
+
+        leaves = [new(tensor) for tensor in (x, weight, bias)]
+        running = [None if r is None else (r.double() if wide else r.clone()) for r in (running_mean, running_var)]
+        y = function(*leaves, *running, **options)
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        grads = torch.autograd.grad(y, wanted, grad.to(y.dtype))
+        assert [g.dtype for g in grads] == [leaf.dtype for leaf in wanted]
+        return [y.detach(), *(r for r in running if r is not None), *grads]
+
+    ours = run(lambda *a, **o: batch_norm_act_max_pool(*a, **o, provider=provider))
+    named = zip(("running_mean", "running_var"), (running_mean, running_var), strict=True)
+    names = ["y", *(name for name, r in named if r is not None), "gradient of x"]
+    names += [f"gradient of {n}" for n, t in (("weight", weight), ("bias", bias)) if t is not None]
+    same, oracle = run(composition), run(composition, wide=True)
+    for name, mine, other, exact in zip(names, ours, same, oracle, strict=True):
+        column.assert_close(name, mine, other, exact)
+
+
+@cases
+@dtypes
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 7, 9, 6), (2, 8, 8, 16), (1, 1, 4, 3), (12, 24, 3, 2)],
+    ids=lambda s: "x".join(map(str, s)),
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+def test_shapes(
+    device: str, provider: str, dtype: torch.dtype, shape: tuple[int, ...], layout: str, poison: None
+) -> None:
+    x, *vectors = inputs(shape, dtype, device)
+    compare(column.LAYOUTS[layout](x), *vectors, provider, training=True)
+
+
+@cases
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@windows
+def test_windows(
+    device: str,
+    provider: str,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    layout: str,
+    poison: None,
+) -> None:
+    if kernel_size == 16 and provider == "triton" and device == "cpu":
+        pytest.skip("256 loads for each element take long in the interpreter")
+    shape = (2, 8, 11, 36)
+    _, *vectors = inputs(shape, torch.float32, device)
+    x = column.LAYOUTS[layout](distinct(shape, device))
+    compare(x, *vectors, provider, training=True, kernel_size=kernel_size, stride=stride, padding=padding)
+
+
+@cases
+@dtypes
+@pytest.mark.parametrize("layout", column.LAYOUTS)
+def test_layouts(device: str, provider: str, dtype: torch.dtype, layout: str, poison: None) -> None:
+    x, *vectors = inputs((4, 24, 4, 8), dtype, device)
+    x = column.LAYOUTS[layout](x)
+    # Where a window has several of the same values, rounding chooses which of them gets the gradient.
+    if layout != "expanded-positions":
+        compare(x, *vectors, provider, training=True)
+    y = batch_norm_act_max_pool(x, *vectors, training=True, provider=provider)
+    assert y.is_contiguous(
+        memory_format=torch.channels_last if empty_like(x).stride(1) == 1 else torch.contiguous_format
+    )
+
+
+@cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("x_layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize(
+    "other",
+    ["channels-last", "channel-slice", "expanded-positions", "expanded-images", "transposed", "unaligned-start"],
+)
+def test_layouts_of_the_gradient(
+    device: str, provider: str, dtype: torch.dtype, x_layout: str, other: str, poison: None
+) -> None:
+    x, *vectors = inputs((3, 8, 8, 8), dtype, device)
+    compare(column.LAYOUTS[x_layout](x), *vectors, provider, column.LAYOUTS[other], training=True)
+
+
+@cases
+@activations
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_options(device: str, provider: str, activation: str, training: bool, poison: None) -> None:
+    tensors = inputs((3, 6, 7, 6), torch.float32, device)
+    options = {"training": training, "activation": activation, "negative_slope": 0.2}
+    compare(*tensors, provider, **options)
+    compare(*tensors, provider, **options, momentum=0.7, eps=0.3)
+
+
+@cases
+@pytest.mark.parametrize(("affine", "tracked"), list(itertools.product((True, False), repeat=2)))
+def test_without_weights_or_running_statistics(device: str, provider: str, affine: bool, tracked: bool) -> None:
+    x, weight, bias, mean, var = inputs((3, 6, 7, 6), torch.float32, device)
+    parameters, running = (weight, bias) if affine else (None, None), (mean, var) if tracked else (None, None)
+    compare(x, *parameters, *running, provider, training=True)
+    if tracked:
+        compare(x, *parameters, *running, provider, training=False)
+    if affine:
+        compare(x, weight, None, *running, provider, training=True)
+
+
+@cases
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_parameters_in_the_dtype_of_the_map(device: str, provider: str, dtype: torch.dtype) -> None:
+    x, *vectors = inputs((3, 6, 7, 6), dtype, device, parameters=dtype)
+    compare(x, *vectors, provider, training=True)
+
+
+@cases
+def test_each_input_alone_requires_grad(device: str, provider: str) -> None:
+    x, weight, bias, mean, var = inputs((3, 6, 7, 6), torch.float32, device)
+    grad = torch.randn(3, 6, 4, 3, device=device)
+
+    def grads(wanted: tuple[int, ...], **options: Any) -> list[Tensor | None]:
+        leaves = [t.detach().requires_grad_(bool(w)) for t, w in zip((x, weight, bias), wanted, strict=True)]
+        y = batch_norm_act_max_pool(*leaves, mean.clone(), var, provider=provider, **options)
+        assert y.requires_grad == any(wanted)
+        if any(wanted):
+            y.backward(grad)
+        return [leaf.grad for leaf in leaves]
+
+    for training, activation in itertools.product((True, False), ("relu", "none")):
+        options = {"training": training, "activation": activation}
+        everything = grads((1, 1, 1), **options)
+        for wanted in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (0, 0, 0)):
+            for found, expected, want in zip(grads(wanted, **options), everything, wanted, strict=True):
+                assert torch.equal(found, expected) if want else found is None
+
+
+def window_places(x: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
+    """What ``F.max_pool2d`` returns as flat indices of the plane, as places in the windows."""
+    _, flat = F.max_pool2d(x, kernel_size, stride, padding, return_indices=True)
+    rows = torch.arange(flat.shape[2], device=x.device).unsqueeze(1) * stride - padding
+    columns = torch.arange(flat.shape[3], device=x.device) * stride - padding
+    return ((flat // x.shape[3] - rows) * kernel_size + flat % x.shape[3] - columns).to(torch.uint8)
+
+
+@cases
+@dtypes
+@activations
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+def test_is_the_pooled_map_to_the_bit(
+    device: str, provider: str, dtype: torch.dtype, activation: str, layout: str
+) -> None:
+    """Ties, NaN and infinities too: with few different values, and with a NaN or two in many windows."""
+    x, weight, bias, mean, var = inputs((2, 8, 9, 10), dtype, device)
+    x = torch.randint(-3, 3, x.shape, device=device).to(dtype)
+    x[:, 1] = x[:, 1].where(torch.rand(2, 9, 10, device=device) < 0.8, float("nan"))
+    x[:, 2] = x[:, 2].where(torch.rand(2, 9, 10, device=device) < 0.8, float("inf"))
+    x[:, 3] = x[:, 3].where(torch.rand(2, 9, 10, device=device) < 0.5, float("-inf"))
+    x[1, 4] = float("-inf")
+    x, window = column.LAYOUTS[layout](x), (3, 2, 1)
+    factors = (x, mean, var.rsqrt(), weight, bias)
+    y, indices = batch_norm_act_max_pool_apply(*factors, activation, 0.1, provider=provider)
+    whole = batch_norm_act_apply(*factors, None, activation, 0.1, provider=provider)
+    expected = F.max_pool2d(whole, *window)
+    assert indices.dtype == torch.uint8 and indices.stride() == y.stride()
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(indices, window_places(whole, *window))
+
+
+@cases
+@dtypes
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "column-slice"])
+def test_primitives(device: str, provider: str, dtype: torch.dtype, layout: str, poison: None) -> None:
+    x, weight, bias, mean, var = inputs((6, 8, 5, 8), dtype, device)
+    x = column.LAYOUTS[layout](x)
+    factors = (x, mean, (var + 1e-5).rsqrt(), weight, bias)
+    grad = torch.randn(6, 8, 3, 4, device=device).to(dtype)
+    for activation in ("relu", "leaky_relu", "none"):
+
+        def run(made_by: str, activation: str = activation) -> list[Tensor]:
+            y, indices = batch_norm_act_max_pool_apply(*factors, activation, 0.3, provider=made_by)
+            arguments = (grad, indices, *factors, activation, 0.3)
+            sums = batch_norm_act_max_pool_reduce(*arguments, provider=made_by)
+            grad_x = batch_norm_act_max_pool_input_grad(*arguments, *sums, True, provider=made_by)
+            constant = batch_norm_act_max_pool_input_grad(*arguments, None, None, False, provider=made_by)
+            assert grad_x.stride() == constant.stride() == empty_like(x).stride()
+            return [y, indices, *sums, grad_x, constant]
+
+        names = ("y", "indices", "sum_g", "sum_g_xhat", "grad_x", "constant")
+        for what, found, expected in zip(names, run(provider), run("reference"), strict=True):
+            assert found.stride() == expected.stride()
+            if what == "indices":
+                assert torch.equal(found, expected)
+            else:
+                column.assert_close(what, found, expected, expected.double())
+
+
+@pytest.mark.parametrize("provider", ["reference", "cpu"])
+@activations
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_gradcheck(provider: str, activation: str, training: bool) -> None:
+    x, weight, bias, mean, var = inputs((2, 4, 5, 4), torch.float64, "cpu")
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        running = (None, None) if training else (mean, var)
+        options = {"training": training, "activation": activation, "negative_slope": 0.3}
+        return batch_norm_act_max_pool(x, weight, bias, *running, **options, provider=provider)
+
+    torch.autograd.gradcheck(function, leaves)
+
+
+@cases
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_nan_and_inf_pass_through(device: str, provider: str, value: float, training: bool) -> None:
+    x, weight, bias, mean, var = inputs((3, 5, 6, 6), torch.float32, device)
+    weight[0] = 0  # zero times infinity
+    x[1, 0, 1, 2] = x[2, 2, 0, 0] = value
+    grad = torch.randn(3, 5, 3, 3, device=device)
+    grad[2, 4, 2, 2] = value
+
+    def run(function: Callable[..., Tensor], **more: Any) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        y = function(*leaves, mean.clone(), var.clone(), training=training, **more)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+    found, expected = run(batch_norm_act_max_pool, provider=provider), run(composition)
+    assert torch.equal(found[0].isnan(), expected[0].isnan())
+    for name, mine, other in zip(("y", "x", "weight", "bias"), found, expected, strict=True):
+        # Torch adds zero times infinity for an infinite x that is not the largest of a window; we do not look at it.
+        if name != "weight":
+            assert torch.equal(mine.isfinite(), other.isfinite()), name
+        torch.testing.assert_close(mine[other.isfinite()], other[other.isfinite()], rtol=1e-4, atol=1e-5)
+
+
+def op(name: str, provider: str) -> Any:
+    return getattr(getattr(torch.ops.auglocal_ext, name), provider)
+
+
+@cases
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "row-slice"])
+def test_opcheck(device: str, provider: str, layout: str) -> None:
+    x, weight, bias, mean, var = inputs((2, 6, 5, 4), torch.float32, device)
+    x = column.LAYOUTS[layout](x)
+    window, factors = (3, 3, 2, 2, 1, 1), (x, mean, var, weight, bias)
+    torch.library.opcheck(op(f"{OP}_apply", provider), (*factors, 0.0, *window))
+    _, indices = op(f"{OP}_apply", provider)(*factors, 0.2, *window)
+    grad = torch.randn(2, 6, 3, 2, device=device)
+    torch.library.opcheck(op(f"{OP}_reduce", provider), (grad, indices, *factors, 0.2, *window))
+    torch.library.opcheck(op(f"{OP}_input_grad", provider), (grad, indices, *factors, 0.2, mean, var, *window))
+    bare = (x, mean, var, None, None)
+    torch.library.opcheck(op(f"{OP}_input_grad", provider), (grad, indices, *bare, 1.0, None, None, *window))
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    for slope, training in ((0.0, True), (1.0, False)):
+        arguments = (leaves[0], mean, var, *leaves[1:], slope, *window, training)
+        torch.library.opcheck(op(OP, provider), arguments)
+
+
+@cases
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_compiles_as_one_graph(device: str, provider: str, training: bool) -> None:
+    x, weight, bias, mean, var = inputs((2, 6, 5, 4), torch.float32, device)
+
+    def step(leaves: list[Tensor], running: list[Tensor]) -> Tensor:
+        x, weight, bias = leaves
+        return batch_norm_act_max_pool(x * 2, weight, bias, *running, training=training, provider=provider)
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        running = [mean.clone(), var.clone()]
+        y = function(leaves, running)
+        (y * y).sum().backward()
+        results.append([y.detach(), *running, *(leaf.grad for leaf in leaves)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_automatic_choice_compiles() -> None:
+    tensors = inputs((2, 6, 5, 4), torch.float32, "cpu")
+    compiled = torch.compile(batch_norm_act_max_pool, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*tensors, training=True), composition(*tensors, training=True))
+
+
+@cases
+def test_fake_tensors(device: str, provider: str) -> None:
+    with FakeTensorMode():
+        x = torch.empty(4, 6, 9, 8, dtype=torch.float16, device=device).to(memory_format=torch.channels_last)
+        x.requires_grad_()
+        weight = torch.empty(6, device=device, requires_grad=True)
+        running = torch.empty(6, device=device), torch.empty(6, device=device)
+        y = batch_norm_act_max_pool(x, weight, None, *running, training=True, provider=provider)
+        grads = torch.autograd.grad(y.sum(), (x, weight))
+    assert y.shape == (4, 6, 5, 4) and y.dtype == x.dtype and y.stride(1) == 1
+    assert [(g.shape, g.dtype, g.stride()) for g in grads] == [(t.shape, t.dtype, t.stride()) for t in (x, weight)]
+
+
+@cases
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+def test_bitwise_repeatable(device: str, provider: str, layout: str) -> None:
+    images = 70 if device == "cuda" else 5
+    x, weight, bias, mean, var = inputs((images, 33, 7, 8), torch.float32, device)
+    x, grad = column.LAYOUTS[layout](x), torch.randn(images, 33, 4, 4, device=device)
+
+    def once() -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        y = batch_norm_act_max_pool(*leaves, mean.clone(), var.clone(), training=True, provider=provider)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+    for first, again in zip(once(), once(), strict=True):
+        assert torch.equal(first, again)
+
+
+@cases
+@pytest.mark.parametrize("activation", ["relu", "none"])
+def test_saves_the_input_bytes_and_vectors_alone(device: str, provider: str, activation: str) -> None:
+    x, weight, bias, mean, var = inputs((4, 6, 32, 32), torch.float32, device)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), MemoryMeter() as meter:
+        meter.track(leaves, mean, var)
+        before = meter.live_bytes
+        y = batch_norm_act_max_pool(*leaves, mean, var, training=True, activation=activation, provider=provider)
+        held = meter.live_bytes - before
+    large = [tensor for tensor in saved if tensor.numel() > 6]
+    assert {(t.shape, t.dtype) for t in large} == {(x.shape, x.dtype), (y.shape, torch.uint8)}
+    assert x.data_ptr() in {t.data_ptr() for t in large}
+    # y itself, a byte for each of its elements, mean and rstd; the meter counts in pages of 512 bytes
+    assert held == y.numel() * 4 + y.numel() + 2 * 512
+    y.sum().backward()
+
+
+@cases
+def test_differentiable_once(device: str, provider: str) -> None:
+    x, *vectors = inputs((2, 6, 5, 4), torch.float32, device)
+    x.requires_grad_()
+    y = batch_norm_act_max_pool(x, *vectors, training=True, provider=provider)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@cases
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_autocast_changes_nothing(device: str, provider: str, low: torch.dtype) -> None:
+    x, weight, bias, mean, var = inputs((3, 7, 6, 4), low, device)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+
+    def run() -> list[Tensor]:
+        y = batch_norm_act_max_pool(*leaves, mean.clone(), var.clone(), training=True, provider=provider)
+        return [y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)]
+
+    expected = run()
+    with torch.autocast(device, low):
+        found = run()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.zeros(4, 6)}, ValueError, r"expected x of shape \(N, C, H, W\), got \(4, 6\)"),
+        ({"x": torch.zeros(0, 6, 5, 4)}, ValueError, "at least one image"),
+        ({"x": torch.zeros(2, 6, 5, 4, dtype=torch.int32)}, TypeError, "expected x in float16"),
+        ({"weight": torch.zeros(5)}, ValueError, r"expected weight of shape \(6,\).*\(5,\)"),
+        ({"kernel_size": 17}, ValueError, "a window of at most 256 elements.*batch_norm_act and F.max_pool2d"),
+        ({"kernel_size": (3, 3, 3)}, ValueError, "expected kernel_size of at least 1, one number or"),
+        ({"kernel_size": 0}, ValueError, "expected kernel_size of at least 1"),
+        ({"stride": 0}, ValueError, "expected stride of at least 1"),
+        ({"padding": 2}, ValueError, r"padding of at most half of kernel_size \(3, 3\), got \(2, 2\)"),
+        ({"kernel_size": 7}, ValueError, r"no smaller than kernel_size \(7, 7\)"),
+        ({"activation": "gelu"}, ValueError, "expected activation 'relu', 'leaky_relu', 'none', got 'gelu'"),
+        ({"provider": "metal"}, ValueError, "has no provider 'metal'"),
+        ({"provider": "cuda"}, (ValueError, RuntimeError), "cuda"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_use_is_explained(changes: dict, error: type[Exception], message: str) -> None:
+    names = ("x", "weight", "bias", "running_mean", "running_var")
+    arguments = dict(zip(names, inputs((2, 6, 4, 4), torch.float32, "cpu"), strict=True)) | {"training": True} | changes
+    positional = [arguments.pop(name) for name in names]
+    with pytest.raises(error, match=message):
+        batch_norm_act_max_pool(*positional, **arguments)
+
+
+def test_primitives_check_what_forward_returned() -> None:
+    x, weight, bias, mean, var = inputs((2, 6, 5, 4), torch.float32, "cpu")
+    y, indices = batch_norm_act_max_pool_apply(x, mean, var, weight, bias)
+    for grad, places in ((y.half(), indices), (y[:, :, 1:], indices), (y, indices.long())):
+        with pytest.raises(ValueError, match=r"expected (grad|indices) \(2, 6, 3, 2\) in"):
+            batch_norm_act_max_pool_reduce(grad, places, x, mean, var, weight, bias)
+
+
+@pytest.mark.gpu
+@cases
+def test_side_stream(device: str, provider: str) -> None:
+    if device == "cpu":
+        pytest.skip("streams are CUDA's")
+    x, *vectors = inputs((32, 64, 56, 56), torch.float32, device)
+    expected = batch_norm_act_max_pool(x, *vectors, training=True, provider=provider)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(x)
+        torch.cuda._sleep(100_000_000)
+        late.copy_(x)
+        found = batch_norm_act_max_pool(late, *vectors, training=True, provider=provider)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+@cases
+def test_graph_capture(device: str, provider: str) -> None:
+    if device == "cpu":
+        pytest.skip("CUDA graphs are CUDA's")
+    x, weight, bias, mean, var = inputs((8, 16, 16, 16), torch.float32, device)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    grad = torch.randn(8, 16, 8, 8, device=device)
+
+    def step() -> tuple[Tensor, ...]:
+        y = batch_norm_act_max_pool(*leaves, None, None, training=True, provider=provider)
+        return (y, *torch.autograd.grad(y, leaves, grad))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    for found, wanted in zip(captured, step(), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.gpu
+@cases
+def test_second_device(device: str, provider: str) -> None:
+    if device == "cpu" or torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    torch.cuda.set_device(0)
+    compare(*inputs((3, 8, 7, 6), torch.float32, "cuda:1"), provider, training=True)
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.large
+@cases
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+def test_more_than_two_billion_elements(device: str, provider: str, layout: str) -> None:
+    if device == "cpu":
+        pytest.skip("takes too long on a CPU")
+    if provider == "reference":
+        pytest.skip("makes maps of int64")
+    x = torch.randn(33, 64, 1024, 1024, device=device, dtype=torch.float16)
+    assert x.numel() > 2**31
+    x = column.LAYOUTS[layout](x).requires_grad_()
+    y = batch_norm_act_max_pool(x, None, None, None, None, training=True, provider=provider)
+    (grad_x,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    mean, rstd = batch_norm_factors(x.detach(), None, None, training=True, provider=provider)
+    with torch.no_grad():
+        for image in (0, 32):
+            z = batch_norm_act_apply(x[image : image + 1], mean, rstd, None, None, None, provider=provider)
+            assert torch.equal(y[image : image + 1], F.max_pool2d(z, 3, 2, 1))
+    assert grad_x.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_compiled_provider_is_there(name: str) -> None:
+    column.need(name, name)
+    assert providers.available(name)
+
+
+def test_equals_the_ops_one_after_the_other() -> None:
+    x, *vectors = inputs((2, 8, 9, 10), torch.float32, "cpu")
+    expected = F.max_pool2d(batch_norm_act(x, *vectors, training=True), 3, 2, 1)
+    assert torch.equal(batch_norm_act_max_pool(x, *vectors, training=True), expected)
