@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from auglocal_ext.ops import batch_norm_act, pooled_cross_entropy
+from auglocal_ext.ops import batch_norm_act, batch_norm_act_max_pool, pooled_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Case:
 
 def cases(device: str, dtype: torch.dtype, first_only: bool = False) -> Iterator[Case]:
     """Every op at its shapes (or the first of them): those of the networks on CUDA, small ones on the CPU."""
-    for op in (_pooled_cross_entropy, _batch_norm_act):
+    for op in (_pooled_cross_entropy, _batch_norm_act, _batch_norm_act_max_pool):
         yield from islice(op(device, dtype), 1 if first_only else None)
 
 
@@ -136,3 +136,41 @@ def _fused_normalise(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, mean: Tensor, var: Tensor, provider: str
 ) -> tuple[Tensor, ...]:
     return (batch_norm_act(x, weight, bias, mean, var, residual=residual, training=True, provider=provider),)
+
+
+# (batch, channels, height, width): the stem of the ImageNet ResNets, whose pooling is 3x3 with stride 2 and padding 1
+_STEMS = {"cuda": [(128, 64, 112, 112)], "cpu": [(4, 64, 56, 56)]}
+
+
+def _batch_norm_act_max_pool(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    for shape, layout in product(_STEMS[device], (torch.contiguous_format, torch.channels_last)):
+        images, channels, height, width = shape
+        x = torch.randn(shape, device=device).to(dtype, memory_format=layout)
+        grad = torch.randn(images, channels, height // 2, width // 2, device=device).to(dtype, memory_format=layout)
+        weight, bias = (torch.randn(channels, device=device) for _ in range(2))
+        running = torch.zeros(channels, device=device), torch.ones(channels, device=device)
+        for tensor in (x, weight, bias):
+            tensor.requires_grad_()
+        name = "channels-last" if layout == torch.channels_last else "contiguous"
+        yield Case(
+            op="batch_norm_act_max_pool",
+            shape=f"{'x'.join(map(str, shape))}, {name}",
+            inputs=(x, weight, bias, *running),
+            composition=_pool,
+            fused=_fused_pool,
+            # As for batch_norm_act x is read twice forward and twice backward; its gradient and the result are
+            # written; the upstream gradient is read twice, the byte of each maximum written once and read twice.
+            bytes=5 * x.numel() * x.element_size() + grad.numel() * (3 * x.element_size() + 3),
+            dtype=dtype,
+            grad=grad,
+        )
+
+
+def _pool(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, ...]:
+    return (F.max_pool2d(F.relu(F.batch_norm(x, mean, var, weight, bias, True)), 3, 2, 1),)
+
+
+def _fused_pool(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, provider: str
+) -> tuple[Tensor, ...]:
+    return (batch_norm_act_max_pool(x, weight, bias, mean, var, training=True, provider=provider),)

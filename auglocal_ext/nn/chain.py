@@ -1,4 +1,4 @@
-"""Runs of layers in which every BatchNorm, its activation and the convolution after it are one autograd node."""
+"""Runs of layers in which a BatchNorm, its activation and the convolution or max pooling after it are one node."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from ..ops import batch_norm_act
+from ..ops import batch_norm_act, batch_norm_act_max_pool
 from .fusable import (
     activation_of,
     conv_arguments,
@@ -16,6 +16,8 @@ from .fusable import (
     must_be_eager,
     norm_arguments,
     norm_hindrance,
+    pool_arguments,
+    pool_hindrance,
     replaced_call,
 )
 from .norm_act_conv import norm_act_conv
@@ -23,12 +25,18 @@ from .norm_act_conv import norm_act_conv
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """``conv(act(norm(x)))``, the parts that are there; ``call`` is a layer that is called as it is instead."""
+    """``conv(act(norm(x)))`` or ``pool(act(norm(x)))``, the parts that are there; else ``call``, called as it is."""
 
     call: nn.Module | None = None
     norm: nn.BatchNorm2d | None = None
     act: nn.Module | None = None
     conv: nn.Conv2d | None = None
+    pool: nn.MaxPool2d | None = None
+
+    @property
+    def parts(self) -> tuple[nn.Module, ...]:
+        """What is fused, in the order of the layers."""
+        return tuple(part for part in (self.norm, self.act, self.conv, self.pool) if part is not None)
 
     def run(self, x: Tensor) -> Tensor:
         if self.norm is None:
@@ -36,6 +44,9 @@ class Unit:
         activation = None if self.act is None else activation_of(self.act)
         name, slope = activation or ("none", 0.0)
         norm = norm_arguments(self.norm, x)
+        if self.pool is not None:
+            pool = pool_arguments(self.pool)
+            return batch_norm_act_max_pool(x, **norm, **pool, activation=name, negative_slope=slope)
         if self.conv is None:
             return batch_norm_act(x, **norm, activation=name, negative_slope=slope)
         return norm_act_conv(x, **norm, **conv_arguments(self.conv), activation=name, negative_slope=slope)
@@ -67,9 +78,10 @@ def units(modules: Iterable[nn.Module]) -> Iterator[Unit]:
                 act = module
                 continue
             conv = cast(nn.Conv2d, module) if conv_hindrance(module) is None else None
-            yield Unit(norm=norm, act=act, conv=conv)
+            pool = cast(nn.MaxPool2d, module) if pool_hindrance(module) is None else None
+            yield Unit(norm=norm, act=act, conv=conv, pool=pool)
             norm = act = None
-            if conv is not None:
+            if conv is not None or pool is not None:
                 continue
         if norm_hindrance(module) is None:
             norm = cast(nn.BatchNorm2d, module)

@@ -31,14 +31,14 @@ def replaced_call(module: nn.Module) -> str | None:
 def norm_hindrance(module: nn.Module) -> str | None:
     """Why a normalisation layer stays eager; None for an ``nn.BatchNorm2d`` that can be fused."""
     if type(module) is not nn.BatchNorm2d:
-        return f"is a {type(module).__name__}, not nn.BatchNorm2d"
+        return f"is of type {type(module).__name__}, not nn.BatchNorm2d"
     return replaced_call(module)
 
 
 def conv_hindrance(module: nn.Module) -> str | None:
     """Why a convolution stays eager; None for an ``nn.Conv2d`` that can be fused."""
     if type(module) is not nn.Conv2d:
-        return f"is a {type(module).__name__}, not nn.Conv2d"
+        return f"is of type {type(module).__name__}, not nn.Conv2d"
     if module.padding_mode != "zeros":
         return f"pads with {module.padding_mode!r}"
     if module.padding == "same" and any(
@@ -46,6 +46,24 @@ def conv_hindrance(module: nn.Module) -> str | None:
     ):
         return "pads one side more than the other"
     return replaced_call(module)
+
+
+def pool_hindrance(module: nn.Module) -> str | None:
+    """Why a max pooling stays eager; None for an ``nn.MaxPool2d`` that can be fused."""
+    if type(module) is not nn.MaxPool2d:
+        return f"is of type {type(module).__name__}, not nn.MaxPool2d"
+    if module.return_indices or module.ceil_mode or _pair(module.dilation) != (1, 1):
+        return "returns indices, rounds its size up or is dilated"
+    height, width = _pair(module.kernel_size)
+    if height * width > 256:
+        return "has a window of more than 256 elements"
+    if any(2 * p > k for p, k in zip(_pair(module.padding), (height, width), strict=True)):
+        return "pads by more than half of its window"
+    return replaced_call(module)
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def activation_of(module: nn.Module) -> Activation | None:
@@ -105,3 +123,8 @@ def conv_arguments(conv: nn.Conv2d) -> dict[str, Any]:
         "dilation": conv.dilation,
         "groups": conv.groups,
     }
+
+
+def pool_arguments(pool: nn.MaxPool2d) -> dict[str, Any]:
+    """What to hand to ``batch_norm_act_max_pool`` so that it does what ``pool`` would."""
+    return {"kernel_size": pool.kernel_size, "stride": pool.stride, "padding": pool.padding}

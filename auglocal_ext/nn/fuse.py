@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .chain import FusedSequential, is_container, units
-from .fusable import conv_hindrance, norm_hindrance
+from .fusable import conv_hindrance, norm_hindrance, pool_hindrance
 from .residual import block_hindrance
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -51,9 +51,9 @@ def fuse(module: nn.Module) -> FusionReport:
 
     Changed, in place, are BasicBlocks and Bottlenecks (of :mod:`auglocal_ext.models` and torchvision's) and every
     ``nn.Sequential`` with an ``nn.BatchNorm2d`` in it, which becomes one unit with the ReLU or LeakyReLU and the
-    convolution that follow. Only how they run changes: parameters, buffers, state dict, hooks on the changed modules,
-    copies, pickles and, up to rounding, results are as before. Between forward and backward a convolution's raw output
-    is kept, and not its normalised and rectified versions, which backward makes again.
+    convolution or max pooling that follow. Only how they run changes: parameters, buffers, state dict, hooks on the
+    changed modules, copies, pickles and, up to rounding, results are as before. Between forward and backward a
+    convolution's raw output is kept, and not its normalised and rectified versions, which backward makes again.
 
     What a call finds is what counts: a part that was given hooks or replaced since runs eagerly, as do
     ``torch.compile``, ``torch.export`` and ``torch.func`` transforms. Gradients are differentiable once.
@@ -129,14 +129,14 @@ class _Walk:
         found = after_norm = False
         for unit in units(root.children()):
             if unit.call is None:
-                parts = [part for part in (unit.norm, unit.act, unit.conv) if part is not None]
-                self.fused.append(", ".join(map(self._path, parts)))
+                self.fused.append(", ".join(map(self._path, unit.parts)))
                 found = True
             else:
-                if after_norm and isinstance(unit.call, nn.Conv2d):
-                    self.left.append((self._path(unit.call), conv_hindrance(unit.call) or "stays eager"))
+                for kind, hindrance in ((nn.Conv2d, conv_hindrance), (nn.MaxPool2d, pool_hindrance)):
+                    if after_norm and isinstance(unit.call, kind):
+                        self.left.append((self._path(unit.call), hindrance(unit.call) or "stays eager"))
                 self.visit(unit.call)
-            after_norm = unit.call is None and unit.conv is None
+            after_norm = unit.call is None and unit.conv is None and unit.pool is None
         if found:
             self._swap(root)
 

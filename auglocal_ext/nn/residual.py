@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..ops import batch_norm_act
-from .chain import FusedSequential, flattened, run_chain
+from .chain import flattened, run_chain
 from .fusable import activation_of, conv_arguments, conv_hindrance, must_be_eager, norm_arguments, norm_hindrance
 from .norm_act_conv import norm_act_conv
 from .norm_shortcut_act import Branch, norm_shortcut_act
@@ -15,12 +15,12 @@ from .norm_shortcut_act import Branch, norm_shortcut_act
 
 def block_hindrance(block: nn.Module) -> str | None:
     """Why a BasicBlock or Bottleneck stays eager; None where it can be fused."""
-    stages = 3 if hasattr(block, "conv3") else 2
-    for stage in range(1, stages + 1):
-        conv, norm = getattr(block, f"conv{stage}"), getattr(block, f"bn{stage}")
-        for name, reason in ((f"conv{stage}", conv_hindrance(conv)), (f"bn{stage}", norm_hindrance(norm))):
-            if reason is not None:
-                return f"its {name} {reason}"
+    parts = ["bn1", "conv2", "bn2", *(("conv3", "bn3") if hasattr(block, "conv3") else ())]
+    for name in parts:  # conv1 is called as it is, whatever it is
+        part = getattr(block, name)
+        reason = norm_hindrance(part) if name.startswith("bn") else conv_hindrance(part)
+        if reason is not None:
+            return f"its {name} {reason}"
     if activation_of(cast(nn.Module, block.relu)) is None:
         return "its relu is not a plain nn.ReLU or nn.LeakyReLU"
     return None
@@ -45,7 +45,6 @@ class FusedResidual:
         if hasattr(block, "conv3"):
             h = norm_act_conv(h, **norm_arguments(norm, h), **conv_arguments(block.conv3), **act)
             norm = block.bn3
-        residual = None
         raw = _raw_shortcut(block.downsample)
         if raw is None:
             residual = x if block.downsample is None else block.downsample(x)
@@ -61,7 +60,7 @@ class FusedResidual:
 
 def _raw_shortcut(downsample: nn.Module | None) -> tuple[list[nn.Module], nn.BatchNorm2d] | None:
     """The layers of a shortcut before its last one, and that one, where it is a BatchNorm that can be fused."""
-    if not isinstance(downsample, nn.Sequential | FusedSequential):
+    if not isinstance(downsample, nn.Sequential):
         return None
     layers = list(flattened([downsample]))
     if not layers or norm_hindrance(layers[-1]) is not None:

@@ -222,6 +222,15 @@ def test_hooks_on_parts_registered_later_run(child):
     assert change.seen == [child] * (2 if child == "relu" else 1)
 
 
+def test_the_first_convolution_may_be_anything():
+    ours, theirs = pair("basic")
+    for block in (ours, theirs):
+        block.conv1.padding_mode = "reflect"
+    assert not fuse(ours).left
+    assert_same_step(ours, theirs, image(ours), 1e-10)
+    assert len(saved_maps(lambda: ours(image(ours)), ours)) < len(saved_maps(lambda: theirs(image(ours)), theirs))
+
+
 def test_shortcut_hooks_and_parts_replaced_later():
     ours, theirs = pair("basic, stride")
     seen = []

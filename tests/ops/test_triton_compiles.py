@@ -88,6 +88,50 @@ for dtype, activation, flag, blocks in (
     ]
 
 
+POOLED = {name: "i32" for name in ("channels", "positions", "units_an_image", "units", "chunk", "pooled_width")}
+VECTORS = {**{name: FACTORS[name] for name in ("mean_ptr", "rstd_ptr", "W_ptr", "B_ptr")}, "slope": "fp32"}
+
+
+def strides_of_planes(*maps: str) -> dict[str, str]:
+    return {f"stride_{name}{dim}": "i64" for name in maps for dim in "nchw"}
+
+
+for dtype, activation, flag, size, blocks in (
+    ("fp32", "relu", True, (3, 3, 2, 2, 1, 1), {"BLOCK_C": 64, "BLOCK_P": 16}),
+    ("bf16", "leaky_relu", False, (3, 2, 1, 3, 0, 1), {"BLOCK_C": 2, "BLOCK_P": 512}),
+    ("fp16", "none", True, (16, 16, 1, 1, 8, 8), {"BLOCK_C": 1, "BLOCK_P": 1}),
+):
+    names = ("KERNEL_H", "KERNEL_W", "STRIDE_H", "STRIDE_W", "PADDING_H", "PADDING_W")
+    window = dict(zip(names, size, strict=True))
+    options = {"HAS_WEIGHT": flag, "HAS_BIAS": flag, "ACTIVATION": activation, **blocks}
+    x = {"X_ptr": f"*{dtype}", "I_ptr": "*u8"}
+    narrow = {name: value for name, value in window.items() if name != "KERNEL_H"}
+    KERNELS += [
+        ("batch_norm_act_max_pool", name, types, constants)
+        for name, types, constants in (
+            (
+                "_apply_kernel",
+                {**x, "Y_ptr": f"*{dtype}", **VECTORS, **POOLED, "height": "i32", "width": "i32"}
+                | strides_of_planes("x", "y"),
+                {**window, **options, "UNROLL": size[0] < 4},
+            ),
+            (
+                "_reduce_kernel",
+                {**x, "G_ptr": f"*{dtype}", "S_ptr": "*fp32", **VECTORS, **POOLED, **strides_of_planes("g", "i", "x")},
+                {**narrow, **options},
+            ),
+            (
+                "_input_grad_kernel",
+                {**x, "G_ptr": f"*{dtype}", "DX_ptr": f"*{dtype}", **VECTORS, **POOLED}
+                | {"sum_g_ptr": "*fp32", "sum_gx_ptr": "*fp32", "count": "fp32", "width": "i32"}
+                | {"pooled_height": "i32", **strides_of_planes("g", "i", "x", "d")},
+                {**window, **options, "WINDOWS_H": -(-size[0] // size[2]), "WINDOWS_W": -(-size[1] // size[3])}
+                | {"UNROLL": size[0] < 4, "HAS_SUMS": flag},
+            ),
+        )
+    ]
+
+
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # Triton 3.9 announces a default of 3.10
 @pytest.mark.parametrize(("op", "kernel", "types", "constants"), KERNELS)
 def test_kernel_compiles(
