@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from auglocal_ext import AugLocal, ContSup, LocalSequential, models
+from auglocal_ext import AugLocal, ContSup, LocalSequential, fuse, models
 from auglocal_ext.memory.meter import INPUTS
 from auglocal_ext.partition import group_children
+from auglocal_ext.step import Recompute
 
 CONTEXT_MODULES = 16
 BUDGET = 0.5  # activation_memory_budget of the compiled rival, about where the peak is lowest
@@ -29,6 +30,8 @@ PAPER = {
     "resnet101": {"BP": 157.12, "AugLocal d=5": 97.65},
 }
 PAPER_BATCH = 1024
+EAGER_DEPTHS = (5, 6)  # where the paper's figures stand: d = 6 (CIFAR) and d = 5 (ImageNet)
+RECOMPUTED_DEPTHS = (6,)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -38,7 +41,8 @@ class Row:
     """One way of training: ``make(network name)`` returns the modules to train and the loss of a batch.
 
     ``fused``: whether BatchNorm runs by the fused ops (``LocalSequential(fused=...)``). ``paper``: the name the row has
-    in ``PAPER``, where it is the paper's way of working.
+    in ``PAPER``, where it is the paper's way of working. ``recompute``: that of ``LocalSequential``, or "block" for
+    checkpointing.
     """
 
     name: str
@@ -47,11 +51,14 @@ class Row:
     compiled: bool = False
     budget: float | None = None
     fused: bool = False
+    recompute: str = "none"
     paper: str = ""
 
 
-def backpropagation(network: str) -> tuple[nn.Module, Loss]:
+def backpropagation(network: str, fused: bool = False) -> tuple[nn.Module, Loss]:
     net = models.build(network)
+    if fused:
+        fuse(net)
     return net, lambda x, y: F.cross_entropy(net(x), y)
 
 
@@ -75,21 +82,23 @@ def checkpointing(network: str) -> tuple[nn.Module, Loss]:
     return net, loss
 
 
-def auglocal(network: str, depth: int, fused: bool) -> tuple[nn.Module, Loss]:
+def auglocal(network: str, depth: int, fused: bool, recompute: Recompute = "none") -> tuple[nn.Module, Loss]:
     """AugLocal as released: pyramid and joint tail for CIFAR, neither for ImageNet."""
     if models.input_shape(network)[1] == 32:
         rule = AugLocal(depth=depth, pyramid=0.5)
     else:
         head = "vgg" if network.startswith("vgg") else "linear"
         rule = AugLocal(depth=depth, pyramid=0.0, joint_tail=False, single_layer_norm=False, head=head)
-    return local(network, rule, None, fused)
+    return local(network, rule, None, fused, recompute)
 
 
 def contsup(network: str, context: str, fused: bool) -> tuple[nn.Module, Loss]:
     return local(network, ContSup(context=context, head="1c2f"), CONTEXT_MODULES, fused)
 
 
-def local(network: str, rule: Any, modules: int | None, fused: bool) -> tuple[nn.Module, Loss]:
+def local(
+    network: str, rule: Any, modules: int | None, fused: bool, recompute: Recompute = "none"
+) -> tuple[nn.Module, Loss]:
     net = models.build(network)
     layers = len(group_children(net))
     net = LocalSequential(
@@ -99,6 +108,7 @@ def local(network: str, rule: Any, modules: int | None, fused: bool) -> tuple[nn
         input_shape=models.input_shape(network),
         modules=None if modules is None else min(modules, layers),
         fused=fused,
+        recompute=recompute,
     )
     return net, lambda x, y: net(x, y).loss
 
@@ -110,25 +120,26 @@ def num_classes(network: str) -> int:
 def rows(cuda: bool) -> list[Row]:
     table = [
         Row("BP", "BP", backpropagation, paper="BP"),
-        Row("BP checkpointing", "checkpointing", checkpointing, paper="BP checkpointing"),
+        Row("BP fused", "BP", partial(backpropagation, fused=True), fused=True),
+        Row("BP checkpointing", "checkpointing", checkpointing, recompute="block", paper="BP checkpointing"),
     ]
     if cuda:
         table.append(Row("BP compile", "compile", compiled_backpropagation, compiled=True))
         name = f"BP compile, budget {BUDGET}"
         table.append(Row(name, "compile", compiled_backpropagation, compiled=True, budget=BUDGET))
     for depth in range(2, 7):
-        table += _fused_and_eager(f"AugLocal d={depth}", "AugLocal", partial(auglocal, depth=depth))
+        make, name = partial(auglocal, depth=depth), f"AugLocal d={depth}"
+        table.append(Row(name, "AugLocal", partial(make, fused=True), fused=True))
+        if depth in RECOMPUTED_DEPTHS:
+            lean = partial(make, fused=True, recompute="auxiliary")
+            table.append(Row(f"{name} recompute", "AugLocal", lean, fused=True, recompute="auxiliary"))
+        if depth in EAGER_DEPTHS:  # as the papers' code works
+            table.append(Row(f"{name} eager", "AugLocal", partial(make, fused=False), paper=name))
     for context in ("R0", "R1", "E", "R1E"):
-        table += _fused_and_eager(f"ContSup {context}", "ContSup", partial(contsup, context=context))
+        make, name = partial(contsup, context=context), f"ContSup {context}"
+        table.append(Row(name, "ContSup", partial(make, fused=True), fused=True))
+    table.append(Row(f"{name} eager", "ContSup", partial(make, fused=False)))
     return table
-
-
-def _fused_and_eager(name: str, family: str, make: Callable[..., tuple[nn.Module, Loss]]) -> list[Row]:
-    """The papers' code is eager, so their figures stand in the eager row."""
-    return [
-        Row(name, family, partial(make, fused=True), fused=True),
-        Row(f"{name} eager", family, partial(make, fused=False), paper=name),
-    ]
 
 
 def build_step(row: Row, network: str, batch: int, dtype: str) -> tuple[Callable[..., None], Sequence[Any]]:

@@ -107,6 +107,7 @@ def columns(result: Result, base: Result | None) -> dict[str, str]:
     """The cells of one line by their headings; GB of 1e9 bytes, costs relative to the BP row."""
     predicted, measured = result.predicted, result.measured
     cells = {"method": result.row.name, "BatchNorm": "fused" if result.row.fused else "eager"}
+    cells["recompute"] = "" if result.row.recompute == "none" else result.row.recompute
     if result.cuda:
         cells["allocated GB"] = gigabytes(measured and measured.peak_bytes)
         cells["reserved GB"] = gigabytes(measured and measured.reserved_peak_bytes)
@@ -198,6 +199,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "name": result.row.name,
         "family": result.row.family,
         "fused": result.row.fused,
+        "recompute": result.row.recompute,
         "parameters_trained": result.parameters,
         "parameters_deployed": result.deployed,
         "paper_gb": result.paper_gb,
