@@ -52,8 +52,8 @@ def batch_norm_act(
     value per channel in training, RuntimeError for a provider that is not available.
     """
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    _check(x, vectors, residual)
-    slope = _slope(activation, negative_slope)
+    check_tensors(x, vectors, residual)
+    slope = slope_of(activation, negative_slope)
     mean, rstd = batch_norm_factors(
         x, running_mean, running_var, training=training, momentum=momentum, eps=eps, provider=provider
     )
@@ -123,7 +123,7 @@ def batch_norm_act_apply(
     provider: str | None = None,
 ) -> Tensor:
     """y = act((x - mean) rstd weight + bias + residual) in x's dtype, channels-last where x is."""
-    slope = _slope(activation, negative_slope)
+    slope = slope_of(activation, negative_slope)
     return _op("batch_norm_act_apply", x, provider)(x, mean, rstd, weight, bias, residual, slope)
 
 
@@ -146,7 +146,7 @@ def batch_norm_act_reduce(
     one expanded over the positions is read as it is. The argument of the activation is made again from x (and
     residual), with the same arithmetic as in the forward pass.
     """
-    slope = _slope(activation, negative_slope)
+    slope = slope_of(activation, negative_slope)
     return _op("batch_norm_act_reduce", x, provider)(grad, x, mean, rstd, weight, bias, residual, slope)
 
 
@@ -172,7 +172,7 @@ def batch_norm_act_input_grad(
     grad_residual = g, which without an activation is ``grad`` itself; grad_x = weight rstd (g - (sum_g + xhat
     sum_g_xhat) / (N P)) in training, weight rstd g in eval mode, where the sums may be None.
     """
-    slope = _slope(activation, negative_slope)
+    slope = slope_of(activation, negative_slope)
     sums = (sum_g, sum_g_xhat) if training else (None, None)
     grads = _op("batch_norm_act_input_grad", x, provider)(
         grad, x, mean, rstd, weight, bias, residual, slope, *sums, need_residual and slope != 1
@@ -188,7 +188,7 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _slope(activation: str, negative_slope: float) -> float:
+def slope_of(activation: str, negative_slope: float) -> float:
     """Slope of the activation left of zero: how the providers are told which it is."""
     if activation == "relu":
         return 0.0
@@ -209,7 +209,7 @@ def _check_map(x: Tensor) -> None:
         raise TypeError(f"expected x in float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
-def _check(x: Tensor, vectors: dict[str, Tensor | None], residual: Tensor | None) -> None:
+def check_tensors(x: Tensor, vectors: dict[str, Tensor | None], residual: Tensor | None) -> None:
     _check_map(x)
     for name, vector in vectors.items():
         if vector is None:

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from . import providers
-from .batch_norm_act import _check as check_tensors
-from .batch_norm_act import _slope as slope_of
-from .batch_norm_act import batch_norm_factors
+from .batch_norm_act import batch_norm_factors, check_tensors, slope_of
 from .layout import empty_like
 from .reference import batch_norm_act_max_pool as reference
 from .reference.batch_norm_act_max_pool import Window, empty_pooled, pooled_size
