@@ -48,6 +48,7 @@ class Result:
 
     row: Row
     cuda: bool
+    dtype: str = "fp32"
     predicted: MemoryReport | None = None
     measured: MemoryReport | None = None
     parameters: int = 0
@@ -66,7 +67,7 @@ class Result:
 
 def run_row(row: Row, network: str, batch: int, dtype: str, cuda: bool) -> Result:
     """One row; what goes wrong in it is its result, and the others go on."""
-    result = Result(row, cuda)
+    result = Result(row, cuda, dtype)
     if batch == PAPER_BATCH and dtype == "fp32":
         result.paper_gb = PAPER.get(network, {}).get(row.paper)
 
@@ -107,6 +108,7 @@ def columns(result: Result, base: Result | None) -> dict[str, str]:
     """The cells of one line by their headings; GB of 1e9 bytes, costs relative to the BP row."""
     predicted, measured = result.predicted, result.measured
     cells = {"method": result.row.name, "BatchNorm": "fused" if result.row.fused else "eager"}
+    cells["dtype"] = result.dtype
     cells["recompute"] = "" if result.row.recompute == "none" else result.row.recompute
     if result.cuda:
         cells["allocated GB"] = gigabytes(measured and measured.peak_bytes)
@@ -200,6 +202,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "family": result.row.family,
         "fused": result.row.fused,
         "recompute": result.row.recompute,
+        "dtype": result.dtype,
         "parameters_trained": result.parameters,
         "parameters_deployed": result.deployed,
         "paper_gb": result.paper_gb,
