@@ -54,32 +54,64 @@ Plane<T> mutable_plane(Tensor& map) {
   return {map.mutable_data_ptr<T>(), strides_of(map)};
 }
 
+// The channels' factors as arrays, which loops along the channels read as vectors.
 template <typename Real>
-std::vector<Channel<Real>> channels_of(const MaxPoolProblem& problem) {
-  std::vector<Channel<Real>> channels(problem.channels);
-  for (int64_t c = 0; c < problem.channels; ++c) {
-    channels[c] = {problem.mean.const_data_ptr<Real>()[c], problem.rstd.const_data_ptr<Real>()[c], 0};
-    if (problem.weight.defined()) channels[c].scale *= problem.weight.const_data_ptr<Real>()[c];
-    if (problem.bias.defined()) channels[c].bias = problem.bias.const_data_ptr<Real>()[c];
-  }
-  return channels;
-}
+struct Channels {
+  std::vector<Real> mean, scale, bias;
 
-// Calls f(channels-last, n, first channel, first row, last row) for tasks of at most `most` of `rows` rows.
+  explicit Channels(const MaxPoolProblem& problem) {
+    const int64_t width = problem.channels;
+    const Real *means = problem.mean.const_data_ptr<Real>(), *rstds = problem.rstd.const_data_ptr<Real>();
+    mean.assign(means, means + width);
+    scale.assign(rstds, rstds + width);
+    for (int64_t c = 0; problem.weight.defined() && c < width; ++c)
+      scale[c] *= problem.weight.const_data_ptr<Real>()[c];
+    bias.resize(width, 0);
+    if (problem.bias.defined()) std::copy_n(problem.bias.const_data_ptr<Real>(), width, bias.begin());
+  }
+};
+
+template <typename Real>
+struct ChannelPointers {
+  const Real* __restrict__ mean, * __restrict__ scale, * __restrict__ bias;
+
+  ChannelPointers(const Channels<Real>& channels, int64_t first)
+      : mean(channels.mean.data() + first),
+        scale(channels.scale.data() + first),
+        bias(channels.bias.data() + first) {}
+  Channel<Real> operator[](int64_t c) const { return {mean[c], scale[c], bias[c]}; }
+};
+
+// What a loop is compiled for: the layout, and ReLU, whose mask the compiler vectorises where it stands
+// alone.
+template <bool kChannelsLast_, bool kRelu_>
+struct Variant {
+  static constexpr bool kChannelsLast = kChannelsLast_;
+
+  template <typename Real>
+  static Real slope(const MaxPoolProblem& problem) {
+    return kRelu_ ? Real(0) : static_cast<Real>(problem.slope);
+  }
+};
+
+// Calls f(variant, n, first channel, first row, last row) for tasks of at most `most` of `rows` rows.
 // In channels-last maps a task has all channels, in others one.
 template <typename F>
 void for_each_task(const MaxPoolProblem& problem, int rows, int most, const F& f) {
   const int64_t chunks = (rows + most - 1) / most, planes = problem.channels_last ? 1 : problem.channels;
   const int64_t elements = problem.count() / (problem.images * planes * chunks);
   with(problem.channels_last, [&](auto channels_last) {
-    torch::stable::parallel_for(0, problem.images * planes * chunks, grain(std::max<int64_t>(elements, 1)),
-                                [&](int64_t begin, int64_t end) {
-                                  for (int64_t i = begin; i < end; ++i) {
-                                    const int first = static_cast<int>(i % chunks) * most;
-                                    f(channels_last, i / chunks / planes, i / chunks % planes, first,
-                                      std::min(rows, first + most));
-                                  }
-                                });
+    with(problem.slope == 0, [&](auto relu) {
+      const auto run = [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int first = static_cast<int>(i % chunks) * most;
+          f(Variant<channels_last, relu>(), i / chunks / planes, i / chunks % planes, first,
+            std::min(rows, first + most));
+        }
+      };
+      const int64_t tasks = problem.images * planes * chunks;
+      torch::stable::parallel_for(0, tasks, grain(std::max<int64_t>(elements, 1)), run);
+    });
   });
 }
 
@@ -91,29 +123,35 @@ void apply(const MaxPoolProblem& problem, Tensor& y, Tensor& indices) {
   const Plane<const T> x = plane<T>(problem.x);
   const Plane<T> out = mutable_plane<T>(y);
   const Plane<uint8_t> places = mutable_plane<uint8_t>(indices);
-  const std::vector<Channel<Real>> channels = channels_of<Real>(problem);
-  const Real slope = static_cast<Real>(problem.slope), lowest = -std::numeric_limits<Real>::infinity();
-  const int64_t padded = problem.width + 2 * window.padding_w;
+  const Channels<Real> channels(problem);
+  const Real lowest = -std::numeric_limits<Real>::infinity();
+  // Columns that windows have in the same place lie side by side: those of each remainder modulo the stride.
+  const int padded = problem.width + 2 * window.padding_w, step = std::min(window.stride_w, padded);
+  const int64_t phase = (padded + step - 1) / step, row_size = phase * step;
+  const auto column = [&](int w) { return w % step * phase + w / step; };
 
   for_each_task(
-      problem, problem.pooled_height, kRows,
-      [&](auto channels_last, int64_t n, int64_t c0, int begin, int end) {
-        const int64_t inner = channels_last ? problem.channels : 1;
+      problem, problem.pooled_height, kRows, [&](auto variant, int64_t n, int64_t c0, int begin, int end) {
+        const int64_t inner = variant.kChannelsLast ? problem.channels : 1;
+        const Real slope = variant.template slope<Real>(problem);
+        const ChannelPointers<Real> at(channels, c0);
         // Activated rows by their number modulo kernel_h; what is beside the map is never the largest.
-        std::vector<Real> rows(window.kernel_h * padded * inner, lowest);
-        std::vector<Real> largest(problem.pooled_width * inner);
-        std::vector<Index> place(problem.pooled_width * inner);
-        const auto row = [&](int h) { return rows.data() + (h % window.kernel_h) * padded * inner; };
+        std::vector<Real> rows(window.kernel_h * row_size * inner, lowest);
+        const int64_t results = problem.pooled_width * inner;
+        std::vector<Real> largest(results);
+        std::vector<Index> place(results);
+        const auto row = [&](int h) { return rows.data() + (h % window.kernel_h) * row_size * inner; };
         int next = 0;
         for (int oh = begin; oh < end; ++oh) {
           const int top = oh * window.stride_h - window.padding_h;
           const int first = std::max(top, 0), last = std::min(top + window.kernel_h, problem.height);
           for (next = std::max(next, first); next < last; ++next) {
-            Real* __restrict__ made = row(next) + window.padding_w * inner;
-            for (int64_t w = 0; w < problem.width; ++w) {
-              const T* in = x.at(n, c0, next, w);
-              for (int64_t c = 0; c < inner; ++c)
-                made[w * inner + c] = pooled_value<T>(channels[c0 + c], static_cast<Real>(in[c]), slope);
+            for (int first_w = 0; first_w < std::min(step, problem.width); ++first_w) {
+              const T* in = x.at(n, c0, next, first_w);
+              Real* __restrict__ made = row(next) + column(window.padding_w + first_w) * inner;
+              for (int w = first_w; w < problem.width; w += step, in += step * x.strides.w, made += inner)
+                for (int64_t c = 0; c < inner; ++c)
+                  made[c] = pooled_value<T>(at[c], static_cast<Real>(in[c]), slope);
             }
           }
           std::fill(largest.begin(), largest.end(), lowest);
@@ -125,14 +163,15 @@ void apply(const MaxPoolProblem& problem, Tensor& y, Tensor& indices) {
           for (int h = first; h < last; ++h) {
             for (int j = 0; j < window.kernel_w; ++j) {
               const Index here = static_cast<Index>((h - top) * window.kernel_w + j);
-              const auto compare = [&](int64_t to, Real value) {
-                const bool taken = takes_over(value, largest[to]);
-                largest[to] = taken ? value : largest[to];
-                place[to] = taken ? here : place[to];
-              };
-              const Real* from = row(h) + j * inner;
-              for (int64_t ow = 0; ow < problem.pooled_width; ++ow, from += window.stride_w * inner)
-                for (int64_t c = 0; c < inner; ++c) compare(ow * inner + c, from[c]);
+              const Real* __restrict__ from = row(h) + column(j) * inner;
+              Real* __restrict__ best = largest.data();
+              Index* __restrict__ found = place.data();
+              for (int64_t i = 0; i < results; ++i) {
+                const Real value = from[i], before = best[i];
+                const bool taken = takes_over(value, before);
+                best[i] = taken ? value : before;
+                found[i] = taken ? here : found[i];
+              }
             }
           }
           for (int64_t ow = 0; ow < problem.pooled_width; ++ow) {
@@ -157,8 +196,7 @@ void reduce(const MaxPoolProblem& problem, const Tensor& grad, const Tensor& ind
   const PoolWindow window = problem.window;
   const Plane<const T> x = plane<T>(problem.x), above = plane<T>(grad);
   const Plane<const uint8_t> places = plane<uint8_t>(indices);
-  const std::vector<Channel<Real>> channels = channels_of<Real>(problem);
-  const Real slope = static_cast<Real>(problem.slope);
+  const Channels<Real> channels(problem);
   const int64_t chunks = (problem.pooled_height + kRows - 1) / kRows;
   std::vector<Sums> partial(problem.images * chunks * problem.channels);
   // Of the elements of a window, from its first one.
@@ -168,18 +206,22 @@ void reduce(const MaxPoolProblem& problem, const Tensor& grad, const Tensor& ind
                  static_cast<int64_t>(i) % window.kernel_w * x.strides.w;
 
   for_each_task(problem, problem.pooled_height, kRows,
-                [&](auto channels_last, int64_t n, int64_t c0, int begin, int end) {
-                  const int64_t inner = channels_last ? problem.channels : 1;
+                [&](auto variant, int64_t n, int64_t c0, int begin, int end) {
+                  const int64_t inner = variant.kChannelsLast ? problem.channels : 1;
+                  const Real slope = variant.template slope<Real>(problem);
+                  const ChannelPointers<Real> at(channels, c0);
                   Sums* sums = partial.data() + (n * chunks + begin / kRows) * problem.channels + c0;
                   for (int oh = begin; oh < end; ++oh) {
                     for (int64_t ow = 0; ow < problem.pooled_width; ++ow) {
                       const int64_t corner = (oh * window.stride_h - window.padding_h) * x.strides.h +
                                              (ow * window.stride_w - window.padding_w) * x.strides.w;
+                      const T* from = x.at(n, c0, 0, 0) + corner;
+                      const T* upstream = above.at(n, c0, oh, ow);
+                      const uint8_t* place = places.at(n, c0, oh, ow);
                       for (int64_t c = 0; c < inner; ++c) {
-                        const Real value = static_cast<Real>(
-                            x.at(n, c0 + c, 0, 0)[corner + offsets[*places.at(n, c0 + c, oh, ow)]]);
-                        const Channel<Real>& channel = channels[c0 + c];
-                        const Real g = activated(static_cast<Real>(*above.at(n, c0 + c, oh, ow)),
+                        const Real value = static_cast<Real>(from[c + offsets[place[c * places.strides.c]]]);
+                        const Channel<Real> channel = at[c];
+                        const Real g = activated(static_cast<Real>(upstream[c * above.strides.c]),
                                                  normalised(channel, value), slope);
                         sums[c].g += g;
                         sums[c].g_difference += g * (value - channel.mean);
@@ -207,54 +249,60 @@ void input_grad(const MaxPoolProblem& problem, const Tensor& grad, const Tensor&
   const Plane<const T> x = plane<T>(problem.x), above = plane<T>(grad);
   const Plane<const uint8_t> places = plane<uint8_t>(indices);
   const Plane<T> out = mutable_plane<T>(grad_x);
-  const std::vector<Channel<Real>> channels = channels_of<Real>(problem);
-  const Real slope = static_cast<Real>(problem.slope);
-  std::vector<Backward<Real>> backward(problem.channels, Backward<Real>{0, 0});
+  const Channels<Real> channels(problem);
+  std::vector<Real> mean_g(problem.channels, 0), inner_g(problem.channels, 0);
   if (sum_g.defined() && sum_g_xhat.defined()) {
     const Real count = static_cast<Real>(problem.count());
-    for (int64_t c = 0; c < problem.channels; ++c)
-      backward[c] = {sum_g.const_data_ptr<Real>()[c] / count,
-                     problem.rstd.const_data_ptr<Real>()[c] * (sum_g_xhat.const_data_ptr<Real>()[c] / count)};
+    for (int64_t c = 0; c < problem.channels; ++c) {
+      mean_g[c] = sum_g.const_data_ptr<Real>()[c] / count;
+      inner_g[c] = problem.rstd.const_data_ptr<Real>()[c] * (sum_g_xhat.const_data_ptr<Real>()[c] / count);
+    }
   }
 
-  for_each_task(
-      problem, problem.height, kRows, [&](auto channels_last, int64_t n, int64_t c0, int begin, int end) {
-        const int64_t inner = channels_last ? problem.channels : 1;
-        const int64_t padded = problem.width + 2 * window.padding_w;
-        std::vector<Real> gathered(padded * inner);  // the gradient of the activated row, columns padded
-        for (int h = begin; h < end; ++h) {
-          std::fill(gathered.begin(), gathered.end(), Real(0));
-          const int last = last_window(h, window.stride_h, window.padding_h, problem.pooled_height);
-          for (int oh = first_window(h, window.kernel_h, window.stride_h, window.padding_h); oh <= last;
-               ++oh) {
-            const int before = (h - (oh * window.stride_h - window.padding_h)) * window.kernel_w;
-            for (int64_t ow = 0; ow < problem.pooled_width; ++ow) {
-              Real* to = gathered.data() + ow * window.stride_w * inner;
-              if constexpr (channels_last) {
-                const uint8_t* place = places.at(n, 0, oh, ow);
-                const T* from = above.at(n, 0, oh, ow);
-                for (int j = 0; j < window.kernel_w; ++j)
-                  for (int64_t c = 0; c < inner; ++c)
-                    to[j * inner + c] += place[c * places.strides.c] == before + j
-                                             ? static_cast<Real>(from[c * above.strides.c])
-                                             : Real(0);
-              } else {
-                const int j = *places.at(n, c0, oh, ow) - before;
-                if (j >= 0 && j < window.kernel_w) to[j] += static_cast<Real>(*above.at(n, c0, oh, ow));
-              }
-            }
-          }
-          const Real* row = gathered.data() + window.padding_w * inner;
-          for (int64_t w = 0; w < problem.width; ++w) {
+  for_each_task(problem, problem.height, kRows, [&](auto variant, int64_t n, int64_t c0, int begin, int end) {
+    const int64_t inner = variant.kChannelsLast ? problem.channels : 1;
+    const Real slope = variant.template slope<Real>(problem);
+    const ChannelPointers<Real> at(channels, c0);
+    const int64_t padded = problem.width + 2 * window.padding_w;
+    std::vector<Real> gathered(padded * inner);  // the gradient of the activated row, columns padded
+    for (int h = begin; h < end; ++h) {
+      std::fill(gathered.begin(), gathered.end(), Real(0));
+      const int last = last_window(h, window.stride_h, window.padding_h, problem.pooled_height);
+      for (int oh = first_window(h, window.kernel_h, window.stride_h, window.padding_h); oh <= last; ++oh) {
+        const int before = (h - (oh * window.stride_h - window.padding_h)) * window.kernel_w;
+        for (int64_t ow = 0; ow < problem.pooled_width; ++ow) {
+          Real* to = gathered.data() + ow * window.stride_w * inner;
+          if constexpr (variant.kChannelsLast) {
+            const uint8_t* place = places.at(n, 0, oh, ow);
+            const T* from = above.at(n, 0, oh, ow);
             for (int64_t c = 0; c < inner; ++c) {
-              const Real value = static_cast<Real>(*x.at(n, c0 + c, h, w));
-              const Channel<Real>& channel = channels[c0 + c];
-              const Real g = activated(row[w * inner + c], normalised(channel, value), slope);
-              *out.at(n, c0 + c, h, w) = static_cast<T>(input_gradient(channel, backward[c0 + c], g, value));
+              const int j = place[c * places.strides.c] - before;
+              const bool here = j >= 0 && j < window.kernel_w;
+              to[(here ? j : 0) * inner + c] += here ? static_cast<Real>(from[c * above.strides.c]) : Real(0);
             }
+          } else {
+            // Without a branch, which nobody could predict.
+            const int j = *places.at(n, c0, oh, ow) - before;
+            const bool here = j >= 0 && j < window.kernel_w;
+            to[here ? j : 0] += here ? static_cast<Real>(*above.at(n, c0, oh, ow)) : Real(0);
           }
         }
-      });
+      }
+      const Real* row = gathered.data() + window.padding_w * inner;
+      const Real* __restrict__ mean_at = mean_g.data() + c0, * __restrict__ inner_at = inner_g.data() + c0;
+      const T* in = x.at(n, c0, h, 0);
+      T* __restrict__ made = out.at(n, c0, h, 0);
+      for (int64_t w = 0; w < problem.width; ++w, in += x.strides.w, made += out.strides.w) {
+        for (int64_t c = 0; c < inner; ++c) {
+          const Real value = static_cast<Real>(in[c]);
+          const Channel<Real> channel = at[c];
+          const Real g = activated(row[w * inner + c], normalised(channel, value), slope);
+          made[c] =
+              static_cast<T>(input_gradient(channel, Backward<Real>{mean_at[c], inner_at[c]}, g, value));
+        }
+      }
+    }
+  });
 }
 
 #define AUGLOCAL_DISPATCH(x, ...)                                                              \
