@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from auglocal_ext.cli import main
+from auglocal_ext.training import TrainConfig, Trainer
 from auglocal_ext.training.checkpoint import load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,6 +86,18 @@ def test_cut_points(images, tmp_path, capsys):
     assert main([*common, "--resume"]) == 0
 
 
+def test_eager_and_recompute_reach_the_network(images, tmp_path):
+    output = tmp_path / "run"
+    arguments = ["--epochs", "1", *SMALL, "--depth", "2", "--eager", "--recompute", "all"]
+    assert main(["train", "--output", str(output), "--data", str(images), *arguments]) == 0
+    settings = json.loads((output / "config.json").read_text())["settings"]
+    assert settings["fused"] is False and settings["recompute"] == "all"
+    config = TrainConfig(**{**settings, "output": str(tmp_path / "other")})
+    net = Trainer(config, bars=False, say=lambda line: None).network
+    assert {module.recompute for module in net.local_modules} == {"all"}
+    assert not any(module.fused for module in net.local_modules)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -91,6 +105,7 @@ def test_cut_points(images, tmp_path, capsys):
         (["--data", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["--resume"], "checkpoint.pt: no checkpoint to resume from"),
         (["--data", ".", "--rule", "bp", "--depth", "2"], "--depth belongs to the rule auglocal, not to bp"),
+        (["--data", ".", "--rule", "bp", "--recompute", "all"], "--recompute belongs to the local rules, not to bp"),
     ],
 )
 def test_wrong_input_is_one_message_and_status_1(tmp_path, capsys, arguments, said):

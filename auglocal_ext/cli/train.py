@@ -11,6 +11,7 @@ from typing import Any
 
 from ..models import NAMES
 from ..rules import AugLocal, ContSup
+from ..step import RECOMPUTE
 from ..training import CheckpointError, Interrupted, SettingsError, TrainConfig, Trainer, TrainingError
 from ..training import checkpoint as checkpoints
 from ..training.config import AMP, RULE_OPTIONS, differences, from_dict
@@ -106,6 +107,15 @@ def add_parser(subparsers: Any) -> None:
         metavar="H",
         help=f"contsup: 0c1f, 0c2f, 1c1f, 1c2f, 1c3f, 2c2f (default {ContSup.head}); auglocal: linear (default), vgg",
     )
+
+    add(
+        "--eager",
+        dest="fused",
+        action="store_const",
+        const=False,
+        help="torch's own layers instead of fused ones, which save memory (and on a CPU not always time)",
+    )
+    add("--recompute", choices=RECOMPUTE, help="what runs a second time to save memory (default none)")
 
     group = parser.add_argument_group("optimisation")
     add = group.add_argument

@@ -12,6 +12,7 @@ from ..models import NAMES
 from ..rules.auglocal import AugLocal
 from ..rules.base import Rule
 from ..rules.contsup import ContSup
+from ..step import RECOMPUTE, Recompute
 from .errors import SettingsError
 from .recipes import RECIPES, Recipe
 from .schedule import default_warmup
@@ -32,7 +33,8 @@ class TrainConfig:
     """What is trained on what, and how; ``None`` stands for the recipe's or the rule's own value.
 
     Rules: ``"auglocal"`` (depth, pyramid, joint_tail, head), ``"contsup"`` (context, head), both with
-    ``modules`` (None, a count, or explicit cut points), and ``"bp"``, backpropagation of the same network.
+    ``modules`` (None, a count, or explicit cut points), ``fused`` and ``recompute`` as
+    :class:`auglocal_ext.LocalSequential` has them, and ``"bp"``, backpropagation of the same network, eager.
     ``amp`` is ``"none"``, ``"bf16"`` or ``"fp16"`` (with a GradScaler); ``device`` is ``"auto"`` or torch's
     name.
 
@@ -52,6 +54,8 @@ class TrainConfig:
     context: str | None = None
     head: str | None = None
     modules: int | tuple[int, ...] | None = None
+    fused: bool = True
+    recompute: Recompute = "none"
     epochs: int | None = None
     batch_size: int | None = None
     lr: float | None = None
@@ -70,6 +74,9 @@ class TrainConfig:
         _one_of("rule", self.rule, RULE_OPTIONS)
         _one_of("recipe", self.recipe, ("auto", *RECIPES))
         _one_of("amp", self.amp, AMP)
+        _one_of("recompute", self.recompute, RECOMPUTE)
+        if self.rule == "bp" and self.recompute != "none":
+            raise SettingsError("--recompute belongs to the local rules, not to bp")
         for name, least in (
             ("width", 1),
             ("epochs", 1),

@@ -43,7 +43,15 @@ def make_learner(
         layers = build(config.network, num_classes=num_classes, width=config.width)
         network: nn.Module = layers
         if rule is not None:
-            network = local = LocalSequential(layers, rule, num_classes, input_shape, config.modules)
+            network = local = LocalSequential(
+                layers,
+                rule,
+                num_classes,
+                input_shape,
+                config.modules,
+                fused=config.fused,
+                recompute=config.recompute,
+            )
     except (TypeError, ValueError) as error:
         raise SettingsError(str(error)) from error
     network.to(device)
