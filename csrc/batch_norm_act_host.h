@@ -48,7 +48,7 @@ inline void check_running(const std::optional<Tensor>& running, const Tensor& x)
 }
 
 // The tensors that every pass but the statistics reads; per-channel ones in the accumulation dtype.
-struct Problem {
+struct BatchNormProblem {
   FeatureMap x;
   std::optional<FeatureMap> residual;  // none where it is not read
   std::optional<FeatureMap> grad;      // none in the forward pass
@@ -73,18 +73,18 @@ inline Tensor vector(const std::optional<Tensor>& tensor, const Tensor& x, const
   return torch::stable::contiguous(torch::stable::to(*tensor, accumulation(x)));
 }
 
-inline Problem make_problem(const std::optional<Tensor>& grad, const Tensor& x, const Tensor& mean,
-                            const Tensor& rstd, const std::optional<Tensor>& weight,
-                            const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                            double slope) {
-  Problem problem{checked_map(x),
-                  {},
-                  {},
-                  vector(mean, x, "mean"),
-                  vector(rstd, x, "rstd"),
-                  vector(weight, x, "weight"),
-                  vector(bias, x, "bias"),
-                  slope};
+inline BatchNormProblem make_problem(const std::optional<Tensor>& grad, const Tensor& x, const Tensor& mean,
+                                     const Tensor& rstd, const std::optional<Tensor>& weight,
+                                     const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                                     double slope) {
+  BatchNormProblem problem{checked_map(x),
+                           {},
+                           {},
+                           vector(mean, x, "mean"),
+                           vector(rstd, x, "rstd"),
+                           vector(weight, x, "weight"),
+                           vector(bias, x, "bias"),
+                           slope};
   if (grad) problem.grad = matching_map(*grad, x, "grad");
   // Backward reads the residual for the mask alone.
   if (residual && !(grad && slope == 1)) problem.residual = matching_map(*residual, x, "residual");

@@ -21,7 +21,7 @@ using torch::stable::Tensor;
 // loss (), logits (N, K), correct () int64, grad_pooled (N, C), grad_weight (K, C), grad_bias (K,)
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-struct Problem {
+struct PooledProblem {
   FeatureMap map;
   Tensor weight;  // (K, C) in the accumulation dtype
   Tensor bias;    // (K,) in the accumulation dtype, or undefined
@@ -37,9 +37,9 @@ struct Problem {
   }
 };
 
-inline Problem make_problem(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                            const Tensor& target, int64_t ignore_index, double smoothing, bool mean,
-                            bool need_x, bool need_weight, bool need_bias) {
+inline PooledProblem make_problem(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                  const Tensor& target, int64_t ignore_index, double smoothing, bool mean,
+                                  bool need_x, bool need_weight, bool need_bias) {
   const bool wide = x.scalar_type() == ScalarType::Double;
   const ScalarType accumulate = wide ? ScalarType::Double : ScalarType::Float;
   FeatureMap map = feature_map(x);
@@ -66,7 +66,8 @@ inline Problem make_problem(const Tensor& x, const Tensor& weight, const std::op
 
 // The gradients that are matrix products of d (N, K): of the pooled feature and of the weight, each where
 // needed.
-inline std::tuple<Tensor, Tensor> products(const Problem& problem, const Tensor& d, const Tensor& sums) {
+inline std::tuple<Tensor, Tensor> products(const PooledProblem& problem, const Tensor& d,
+                                           const Tensor& sums) {
   return {problem.need_x ? torch::stable::matmul(d, problem.weight) : problem.empty({0}),
           problem.need_weight ? torch::stable::matmul(torch::stable::transpose(d, 0, 1), sums)
                               : problem.empty({0})};

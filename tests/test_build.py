@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -246,3 +247,13 @@ def test_compiler_message_is_kept(copy: Path) -> None:
     assert build(copy, CUDA_HOME=str(copy / "absent")).returncode == 0
     (info,) = copy.glob("build/lib*/auglocal_ext/_build_info.py")
     assert "no such luck" in native._read_info(info)["libraries"]["cpu"]["reason"]
+
+
+def test_headers_define_each_name_once():
+    """Several sources become one library, where two types of one name are one symbol for the linker."""
+    csrc = Path(__file__).resolve().parents[1] / "csrc"
+    owner: dict[str, str] = {}
+    for header in sorted(csrc.rglob("*.h")):
+        for name in re.findall(r"^struct (?:alignas\(.*\) )?(\w+) {", header.read_text(), flags=re.M):
+            assert owner.setdefault(name, header.name) == header.name, f"{name} is in {owner[name]} and {header.name}"
+    assert {"FeatureMap", "PooledProblem", "BatchNormProblem", "MaxPoolProblem"} <= set(owner)

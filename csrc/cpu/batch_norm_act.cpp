@@ -56,7 +56,7 @@ template <typename Real>
 struct Channels {
   std::vector<Real> mean, scale, bias;
 
-  explicit Channels(const Problem& problem) {
+  explicit Channels(const BatchNormProblem& problem) {
     const int64_t width = problem.x.channels;
     const Real *means = problem.mean.const_data_ptr<Real>(), *rstds = problem.rstd.const_data_ptr<Real>();
     mean.assign(means, means + width);
@@ -201,13 +201,13 @@ struct Variant {
   static constexpr bool kUnit = kUnit_, kResidual = kResidual_;
 
   template <typename Real>
-  static Real slope(const Problem& problem) {
+  static Real slope(const BatchNormProblem& problem) {
     return kRelu_ ? Real(0) : static_cast<Real>(problem.slope);
   }
 };
 
 template <typename F>
-void with_variant(const Problem& problem, bool unit_stride, const F& f) {
+void with_variant(const BatchNormProblem& problem, bool unit_stride, const F& f) {
   with(unit_stride, [&](auto unit) {
     with(problem.residual.has_value(), [&](auto residual) {
       with(problem.slope == 0, [&](auto relu) { f(Variant<unit, residual, relu>()); });
@@ -223,7 +223,7 @@ Real masked(Real grad, Real x, Real residual, const Channel<Real> channel, Real 
 }
 
 template <typename T>
-void reduce(const Problem& problem, Tensor& sum_g, Tensor& sum_g_xhat) {
+void reduce(const BatchNormProblem& problem, Tensor& sum_g, Tensor& sum_g_xhat) {
   using Real = Accumulate<T>;
   const FeatureMap& map = problem.x;
   const bool channels = along_channels(map), has_residual = problem.residual.has_value();
@@ -300,7 +300,7 @@ void reduce(const Problem& problem, Tensor& sum_g, Tensor& sum_g_xhat) {
 
 // Runs f(variant, along the channels, n, outer, elements) for every row.
 template <typename F>
-void for_each_row(const Problem& problem, bool channels, bool unit_stride, const F& f) {
+void for_each_row(const BatchNormProblem& problem, bool channels, bool unit_stride, const F& f) {
   const FeatureMap& map = problem.x;
   const int64_t outer = channels ? map.positions : map.channels;
   const int64_t inner = channels ? map.channels : map.positions;
@@ -314,7 +314,7 @@ void for_each_row(const Problem& problem, bool channels, bool unit_stride, const
 }
 
 template <typename T>
-void apply(const Problem& problem, const FeatureMap& output) {
+void apply(const BatchNormProblem& problem, const FeatureMap& output) {
   using Real = Accumulate<T>;
   const bool channels = along_channels(problem.x);
   const Rows<const T> x = rows<const T>(problem.x, channels);
@@ -340,7 +340,7 @@ void apply(const Problem& problem, const FeatureMap& output) {
 }
 
 template <typename T>
-void input_grad(const Problem& problem, const std::optional<Tensor>& sum_g,
+void input_grad(const BatchNormProblem& problem, const std::optional<Tensor>& sum_g,
                 const std::optional<Tensor>& sum_g_xhat, const FeatureMap& output,
                 const std::optional<FeatureMap>& output_residual) {
   using Real = Accumulate<T>;
@@ -431,7 +431,7 @@ TwoTensors batch_norm_factors_(Tensor x, std::optional<Tensor> running_mean,
 
 Tensor batch_norm_act_apply(Tensor x, Tensor mean, Tensor rstd, std::optional<Tensor> weight,
                             std::optional<Tensor> bias, std::optional<Tensor> residual, double slope) {
-  const Problem problem = make_problem({}, x, mean, rstd, weight, bias, residual, slope);
+  const BatchNormProblem problem = make_problem({}, x, mean, rstd, weight, bias, residual, slope);
   Tensor y = empty_map(x);
   dispatch(x, [&](auto element) { apply<decltype(element)>(problem, feature_map(y)); });
   return y;
@@ -440,7 +440,7 @@ Tensor batch_norm_act_apply(Tensor x, Tensor mean, Tensor rstd, std::optional<Te
 TwoTensors batch_norm_act_reduce(Tensor grad, Tensor x, Tensor mean, Tensor rstd,
                                  std::optional<Tensor> weight, std::optional<Tensor> bias,
                                  std::optional<Tensor> residual, double slope) {
-  const Problem problem = make_problem(grad, x, mean, rstd, weight, bias, residual, slope);
+  const BatchNormProblem problem = make_problem(grad, x, mean, rstd, weight, bias, residual, slope);
   Tensor sum_g = per_channel(x), sum_g_xhat = per_channel(x);
   dispatch(x, [&](auto element) { reduce<decltype(element)>(problem, sum_g, sum_g_xhat); });
   return {sum_g, sum_g_xhat};
@@ -451,7 +451,7 @@ TwoTensors batch_norm_act_input_grad(Tensor grad, Tensor x, Tensor mean, Tensor 
                                      std::optional<Tensor> residual, double slope,
                                      std::optional<Tensor> sum_g, std::optional<Tensor> sum_g_xhat,
                                      bool need_residual) {
-  const Problem problem = make_problem(grad, x, mean, rstd, weight, bias, residual, slope);
+  const BatchNormProblem problem = make_problem(grad, x, mean, rstd, weight, bias, residual, slope);
   if (sum_g) sum_g = vector(sum_g, x, "sum_g");
   if (sum_g_xhat) sum_g_xhat = vector(sum_g_xhat, x, "sum_g_xhat");
   Tensor grad_x = empty_map(x),

@@ -92,7 +92,7 @@ struct Row {
 };
 
 template <typename T>
-Outputs run(const Problem& problem) {
+Outputs run(const PooledProblem& problem) {
   using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
   const int64_t images = problem.map.images, channels = problem.map.channels,
                 positions = problem.map.positions;
@@ -150,7 +150,7 @@ Outputs run(const Problem& problem) {
 
 Outputs forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor target, int64_t ignore_index,
                 double smoothing, bool mean, bool need_x, bool need_weight, bool need_bias) {
-  const Problem problem =
+  const PooledProblem problem =
       make_problem(x, weight, bias, target, ignore_index, smoothing, mean, need_x, need_weight, need_bias);
   Outputs outputs;
   THO_DISPATCH_V2(x.scalar_type(), "pooled_cross_entropy", AT_WRAP([&] { outputs = run<scalar_t>(problem); }),

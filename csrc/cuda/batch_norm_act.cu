@@ -423,7 +423,7 @@ Walk walk_over(const FeatureMap& map) {
   return {map.images, map.channels, map.positions, 0, 0, 0, 0};
 }
 
-Params make_params(const Problem& problem, const std::optional<FeatureMap>& out) {
+Params make_params(const BatchNormProblem& problem, const std::optional<FeatureMap>& out) {
   const bool channels = along_channels(problem.x);
   Params params{};
   params.x = map_of(problem.x, channels);
@@ -493,7 +493,7 @@ Tensor batch_norm_act_apply(Tensor x, Tensor mean, Tensor rstd, std::optional<Te
                             std::optional<Tensor> bias, std::optional<Tensor> residual, double slope) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device());
   const cudaStream_t stream = current_stream(x);
-  const Problem problem = make_problem({}, x, mean, rstd, weight, bias, residual, slope);
+  const BatchNormProblem problem = make_problem({}, x, mean, rstd, weight, bias, residual, slope);
   Tensor y = empty_map(x);
   Params params = make_params(problem, feature_map(y));
   dispatch(x, [&](auto element) {
@@ -507,7 +507,7 @@ TwoTensors batch_norm_act_reduce(Tensor grad, Tensor x, Tensor mean, Tensor rstd
                                  std::optional<Tensor> residual, double slope) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device());
   const cudaStream_t stream = current_stream(x);
-  const Problem problem = make_problem(grad, x, mean, rstd, weight, bias, residual, slope);
+  const BatchNormProblem problem = make_problem(grad, x, mean, rstd, weight, bias, residual, slope);
   Tensor sum_g = per_channel(x), sum_g_xhat = per_channel(x), partial;
   Params params = make_params(problem, std::nullopt);
   dispatch(x, [&](auto element) {
@@ -532,7 +532,7 @@ TwoTensors batch_norm_act_input_grad(Tensor grad, Tensor x, Tensor mean, Tensor 
                                      bool need_residual) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device());
   const cudaStream_t stream = current_stream(x);
-  const Problem problem = make_problem(grad, x, mean, rstd, weight, bias, residual, slope);
+  const BatchNormProblem problem = make_problem(grad, x, mean, rstd, weight, bias, residual, slope);
   const Tensor sum = vector(sum_g, x, "sum_g"), sum_xhat = vector(sum_g_xhat, x, "sum_g_xhat");
   Tensor grad_x = empty_map(x),
          grad_residual = need_residual ? empty_map(x) : torch::stable::new_empty(x, {0});

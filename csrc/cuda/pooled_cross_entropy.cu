@@ -244,7 +244,7 @@ void pool(const PoolParams& params, cudaStream_t stream) {
 Outputs forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor target, int64_t ignore_index,
                 double smoothing, bool mean, bool need_x, bool need_weight, bool need_bias) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device());
-  const Problem problem =
+  const PooledProblem problem =
       make_problem(x, weight, bias, target, ignore_index, smoothing, mean, need_x, need_weight, need_bias);
   void* current = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &current));
