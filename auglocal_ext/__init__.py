@@ -7,11 +7,11 @@
 """
 
 from ._version import __version__
+from .local_modules import LocalModule, LocalOutput
 from .local_sequential import InferenceNetwork, LocalSequential
 from .nn import FusionReport, fuse, unfuse
 from .partition import Balanced
 from .rules import AugLocal, ContSup, Rule
-from .step import LocalModule, LocalOutput
 
 __all__ = [
     "AugLocal",

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .auxiliary.context import ContextSupply
+from .local_modules import RECOMPUTE, LocalModule, LocalOutput, LossOptions, Recompute, local_pass, run_forward
 from .nn import FusedSequential, fuse, unfuse
 from .ops.labels import check_labels
 from .partition import Balanced, describe, evaluating, probe_input
 from .rules.balance import balanced_ends
 from .rules.base import Network, Rule
-from .step import RECOMPUTE, LocalModule, LocalOutput, LossOptions, Recompute, local_pass, run_forward
 
 
 class LocalSequential(nn.Module):
@@ -111,11 +111,11 @@ class LocalSequential(nn.Module):
         if fused:
             for part in (layers, self.auxiliary, self.context):
                 fuse(part)
-        self._refuse_shared_layers()
+        self._warn_of_shared_parameters()
         self._one_image_norms = self._dry_run()
         self._warned_fp16 = False
 
-    def _refuse_shared_layers(self) -> None:
+    def _warn_of_shared_parameters(self) -> None:
         owner: dict[int, int] = {}
         for module in self.local_modules:
             for parameter in module.parameters():
@@ -169,9 +169,11 @@ class LocalSequential(nn.Module):
             cast("ContextSupply", self.context[str(k)]) if str(k) in self.context else None
             for k in range(self.num_modules)
         ]
+        needed_later: list[frozenset[int]] = [frozenset()]
+        for context in reversed(contexts[1:]):
+            needed_later.append(needed_later[-1].union(() if context is None else context.needed))
         modules, first = [], 0
         for k, end in enumerate(self.network.ends):
-            later = [c.needed for c in contexts[k + 1 :] if c is not None]
             modules.append(
                 LocalModule(
                     index=k,
@@ -180,7 +182,7 @@ class LocalSequential(nn.Module):
                     ),
                     context=contexts[k],
                     auxiliary=self.auxiliary[k] if k < self.num_modules - 1 else None,
-                    kept=frozenset().union(*later),
+                    kept=needed_later[-1 - k],
                     options=self._options,
                     recompute=self._recompute[k],
                     fused=isinstance(self.primary, FusedSequential),

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from auglocal_ext import AugLocal, ContSup, LocalSequential, fuse, models
+from auglocal_ext.local_modules import Recompute
 from auglocal_ext.memory.meter import INPUTS
 from auglocal_ext.partition import group_children
-from auglocal_ext.step import Recompute
 
 CONTEXT_MODULES = 16
 BUDGET = 0.5  # activation_memory_budget of the compiled rival, about where the peak is lowest

@@ -9,9 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..local_modules import RECOMPUTE
 from ..models import NAMES
 from ..rules import AugLocal, ContSup
-from ..step import RECOMPUTE
 from ..training import CheckpointError, Interrupted, SettingsError, TrainConfig, Trainer, TrainingError
 from ..training import checkpoint as checkpoints
 from ..training.config import AMP, RULE_OPTIONS, differences, from_dict

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from ..local_modules import RECOMPUTE, Recompute
 from ..models import NAMES
 from ..rules.auglocal import AugLocal
 from ..rules.base import Rule
 from ..rules.contsup import ContSup
-from ..step import RECOMPUTE, Recompute
 from .errors import SettingsError
 from .recipes import RECIPES, Recipe
 from .schedule import default_warmup

@@ -1,6 +1,6 @@
-"""How a training pass over local modules runs."""
+"""A local module, and the training pass over local modules."""
 
-from .eager import LocalOutput, local_pass
 from .local_module import RECOMPUTE, LocalModule, LossOptions, Recompute, run_forward
+from .local_pass import LocalOutput, local_pass
 
 __all__ = ["RECOMPUTE", "LocalModule", "LocalOutput", "LossOptions", "Recompute", "local_pass", "run_forward"]
