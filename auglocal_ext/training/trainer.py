@@ -23,6 +23,7 @@ from .interrupt import InterruptRequest
 from .learner import autocast, make_learner
 from .logs import CsvLog, EpochRow, TensorBoardLog, describe, peak_bytes, progress_bar
 from .metrics import EpochSums, Reading, StepResult
+from .prefetch import make_feed
 from .schedule import learning_rate
 from .versions import versions
 
@@ -90,6 +91,7 @@ class Trainer:
             channels_last=self.config.channels_last,
             workers=default_workers() if self.config.workers is None else self.config.workers,
         )
+        self._feed = make_feed(self.device)
         self._learner = make_learner(self.config, self.data.input_shape, len(self.data.classes), self.device)
         self.network = self._learner.network
         self._optimizer = torch.optim.SGD(
@@ -147,9 +149,7 @@ class Trainer:
         lr = learning_rate(epoch, self._recipe.epochs, self._recipe.lr, self._recipe.warmup)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._train(epoch)
-        train = self._sums.read()
-        self._require_finite(train, epoch)
+        train = self._train(epoch)
         test = self.evaluate()
         self._stop_if_asked()
 
@@ -168,17 +168,19 @@ class Trainer:
             test_accuracy=test.accuracy,
             images_per_second=sums.images / sums.seconds,
             seconds=sums.seconds,
+            waiting=sums.waiting / sums.seconds,
             peak_bytes=peak_bytes(self.device),
             module_losses=train.module_losses,
         )
 
-    def _train(self, epoch: int) -> None:
+    def _train(self, epoch: int) -> Reading:
+        """The steps of the epoch that are still to do."""
         sums = self._sums
         every = 1 if self.device.type == "cpu" else READ_EVERY
         before, started = sums.seconds, time.perf_counter()
         self.network.train()
         with self._bar(f"epoch {epoch}/{self._recipe.epochs}", self.data.train_count, sums.images) as bar:
-            for images, labels in self._batches.train(epoch, sums.steps):
+            for images, labels in self._feed(self._batches.train(epoch, sums.steps)):
                 self._optimizer.zero_grad(set_to_none=True)
                 sums.add(self._learner.step(images, labels, self._scaler), len(labels))
                 if self._scaler is None:
@@ -187,8 +189,7 @@ class Trainer:
                     self._scaler.step(self._optimizer)
                     self._scaler.update()
                 if sums.steps % every == 0:
-                    reading = sums.read()
-                    self._require_finite(reading, epoch)
+                    reading = self._read(epoch)
                     bar.set_postfix_str(
                         f"loss {reading.loss:.3f}, acc {reading.accuracy:.1%}, "
                         f"peak {peak_bytes(self.device) / 1e6:,.0f} MB",
@@ -197,8 +198,21 @@ class Trainer:
                 bar.update(len(labels))
                 if self._interrupt.requested:
                     break
+        reading = self._read(epoch)  # waits for the last step, which belongs to the time
         sums.seconds = before + time.perf_counter() - started
         self._stop_if_asked()
+        return reading
+
+    def _read(self, epoch: int) -> Reading:
+        """Losses and waits so far; on CUDA the host waits for the device here and nowhere else."""
+        reading = self._sums.read()
+        self._sums.waiting += self._feed.waited()
+        if not math.isfinite(reading.loss):
+            raise DivergedError(
+                f"the loss is {reading.loss} in epoch {epoch}: lower --lr, lengthen --warmup or turn off --amp "
+                f"(the last finished epoch is in {self.output / CHECKPOINT})"
+            )
+        return reading
 
     def evaluate(self) -> Reading:
         """Mean cross-entropy and top-1 accuracy of the network alone, in eval mode, over the test images."""
@@ -272,13 +286,6 @@ class Trainer:
             raise Interrupted(
                 f"stopped in epoch {self._done.epochs + 1} after {self._sums.steps} of {self._batches.steps} "
                 f"steps; saved {self.output / CHECKPOINT}"
-            )
-
-    def _require_finite(self, reading: Reading, epoch: int) -> None:
-        if not math.isfinite(reading.loss):
-            raise DivergedError(
-                f"the loss is {reading.loss} in epoch {epoch}: lower --lr, lengthen --warmup or turn off --amp "
-                f"(the last finished epoch is in {self.output / CHECKPOINT})"
             )
 
     def _bar(self, description: str, total: int, initial: int = 0) -> Any:
