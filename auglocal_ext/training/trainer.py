@@ -94,14 +94,6 @@ class Trainer:
         self._feed = make_feed(self.device)
         self._learner = make_learner(self.config, self.data.input_shape, len(self.data.classes), self.device)
         self.network = self._learner.network
-        self._optimizer = torch.optim.SGD(
-            self.network.parameters(),
-            lr=self._recipe.lr,
-            momentum=self._recipe.momentum,
-            nesterov=True,
-            weight_decay=self._recipe.weight_decay,
-        )
-        self._scaler = torch.amp.GradScaler(self.device.type) if self.config.amp == "fp16" else None
         self._sums = EpochSums(self._learner.modules, self.device)
         self._done = _Progress()
         self._resumed = False
@@ -125,8 +117,11 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
             with self._interrupt:
+                first = self._done.epochs + 1
                 while self._done.epochs < self._recipe.epochs:
                     row = self._epoch()
+                    if row.epoch == first and (outcome := self._learner.outcome()):
+                        self._say(outcome)
                     table.add(row)
                     board.add(row)
                     self.save()
@@ -147,7 +142,7 @@ class Trainer:
     def _epoch(self) -> EpochRow:
         epoch = self._done.epochs + 1
         lr = learning_rate(epoch, self._recipe.epochs, self._recipe.lr, self._recipe.warmup)
-        for group in self._optimizer.param_groups:
+        for group in self._learner.optimizer.param_groups:
             group["lr"] = lr
         train = self._train(epoch)
         test = self.evaluate()
@@ -181,13 +176,7 @@ class Trainer:
         self.network.train()
         with self._bar(f"epoch {epoch}/{self._recipe.epochs}", self.data.train_count, sums.images) as bar:
             for images, labels in self._feed(self._batches.train(epoch, sums.steps)):
-                self._optimizer.zero_grad(set_to_none=True)
-                sums.add(self._learner.step(images, labels, self._scaler), len(labels))
-                if self._scaler is None:
-                    self._optimizer.step()
-                else:
-                    self._scaler.step(self._optimizer)
-                    self._scaler.update()
+                sums.add(self._learner.step(images, labels), len(labels))
                 if sums.steps % every == 0:
                     reading = self._read(epoch)
                     bar.set_postfix_str(
@@ -235,8 +224,7 @@ class Trainer:
             "settings": to_dict(self.config),
             "data": self._data_facts(),
             "network": self.network.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "scaler": None if self._scaler is None else self._scaler.state_dict(),
+            "learner": self._learner.state_dict(),
             "progress": asdict(self._done),
             "epoch_sums": self._sums.state_dict(),
             "batches": self._batches.state_dict(),
@@ -256,14 +244,16 @@ class Trainer:
         if changed:
             raise CheckpointError(f"{path} belongs to a run with other settings:\n  " + "\n  ".join(changed))
         self.network.load_state_dict(state["network"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        if self._scaler is not None:
-            self._scaler.load_state_dict(state["scaler"])
+        self._learner.load_state_dict(state["learner"])
         self._done = _Progress(**state["progress"])
         self._sums.load_state_dict(state["epoch_sums"])
         self._batches.load_state_dict(state["batches"])
         checkpoint.restore_random_state(state["random"], self.device)
         self._resumed = True
+
+    def plan(self) -> str | None:
+        """How the steps will run, for the terminal; None where there is nothing to choose."""
+        return self._learner.plan()
 
     def describe(self) -> dict[str, Any]:
         """Settings, data and versions, as config.json holds them."""
