@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..local_modules import OneStream, Recompute, local_pass
+from ..local_modules import OneStream, Recompute
 from ..local_sequential import LocalSequential
 from .graph import GraphedStep, Graphs
 from .optimizers import ModuleOptimizers, OptimizerFactory
 from .overlap import TwoStreams
-from .updates import Clip, Updates
+from .updates import Clip, Updates, updating_pass
 
 Switch = Literal[True, False, "auto"]
 
@@ -217,18 +217,9 @@ class LocalStep:
 
     def _run(self, x: Tensor, y: Tensor) -> StepOutput:
         """The step itself, eager or under capture."""
-        updates = self._updates
         self._streams = TwoStreams(x.device) if self._overlap and x.is_cuda else OneStream()
-        updates.begin()
-        with torch.enable_grad(), self._autocast(x.device):
-            out = local_pass(self.net.local_modules, x, y, updates.scale(x.device), updates.take, self._streams)
-        updates.end()
+        out = updating_pass(self.net.local_modules, x, y, self._updates, self._autocast_dtype, self._streams)
         return StepOutput(out.loss.detach(), out.logits, out.module_losses, out.module_correct)
-
-    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        if self._autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(device.type, dtype=self._autocast_dtype)
 
 
 def _random_position(device: torch.device) -> int | None:

@@ -1,14 +1,15 @@
-"""What is done with a local module's finished gradients: accumulate, unscale, clip, step, drop."""
+"""What is done with a local module's finished gradients: accumulate, unscale, clip, step, drop; and a pass with it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..local_modules import LocalModule
+from ..local_modules import LocalModule, LocalOutput, OneStream, local_pass
 from .optimizers import ModuleOptimizers
 
 Clip = Literal["module", "global"]
@@ -124,3 +125,25 @@ class Updates:
                 parameter.grad = None
         else:  # the buffers are used again, by a captured step at the same address
             torch._foreach_zero_([p.grad for p in trained])
+
+
+def updating_pass(
+    modules: Sequence[LocalModule],
+    x: Tensor,
+    y: Tensor,
+    updates: Updates,
+    autocast: torch.dtype | None,
+    streams: OneStream,
+) -> LocalOutput:
+    """A pass over the local modules in which each is updated as soon as its gradients are there.
+
+    Args:
+        autocast: None leaves it to a surrounding ``torch.autocast``.
+        streams: where the modules run.
+    """
+    region = nullcontext() if autocast is None else torch.autocast(x.device.type, dtype=autocast)
+    updates.begin()
+    with torch.enable_grad(), region:
+        out = local_pass(modules, x, y, updates.scale(x.device), updates.take, streams)
+    updates.end()
+    return out
