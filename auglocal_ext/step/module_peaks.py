@@ -93,8 +93,11 @@ class StepEstimate:
             # Of more calls than two, all but the last are alike.
             self._updates = _NotingUpdates(self._optimizers, None, clip_norm, clip, min(accumulate, 2))
             self._x, self._y = _batch(fake.net, batch_size)
+            self._all_gradients = True
             for _ in range(self._updates.accumulate):  # makes the optimizer's state, and the gradients that are kept
                 self._call(alike=True)
+            parameters = [id(p) for module in fake.net.local_modules for p in module.parameters()]
+            self._all_gradients = self._updates.all_at_once or len(set(parameters)) < len(parameters)
 
     def cost(self, recompute: Recompute | Sequence[Recompute], *, alike: bool = True) -> StepCost:
         """The step with this recomputation, of all modules or one for each.
@@ -115,7 +118,7 @@ class StepEstimate:
 
     def _call(self, alike: bool, watch: OneStream | None = None) -> Trials:
         self._optimizers.prepare()
-        trials = Trials()
+        trials = Trials(self._all_gradients)
         modules = [
             TrialModule(module, module_form(module, self._optimizers) if alike else None, trials)
             for module in self._net.local_modules

@@ -17,11 +17,15 @@ from .optimizers import ModuleOptimizers
 class Trials:
     """Which module of a pass has run for each form; one for each pass.
 
+    Args:
+        gradients: let stand-ins have gradients too, where something of them stays: optimizer state, or themselves.
+
     Attributes:
         model: for each module, by index, the module that has run in its place; itself if it ran.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gradients: bool) -> None:
+        self.gradients = gradients
         self.model: dict[int, int] = {}
         self._trials: dict[Hashable, TrialModule] = {}
 
@@ -35,8 +39,8 @@ class Trials:
 class TrialModule:
     """A local module in a trial pass: it runs, or hands out what the first module of its form did.
 
-    A stand-in makes output, loss, logits and gradients of the right shapes without the work between, so that what the
-    pass keeps, and what the optimizer does, is the same.
+    A stand-in makes output, loss, logits and, if asked, gradients of the right shapes without the work between, so that
+    what the pass keeps is the same.
 
     Args:
         module: the module.
@@ -56,7 +60,8 @@ class TrialModule:
         self._used: tuple[bool, ...] = ()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        return self._module.parameters()
+        if self._first is self or self._trials.gradients:
+            yield from self._module.parameters()
 
     def __call__(self, h: Tensor, history: list[Tensor | None] | None) -> Tensor:
         form = None if self._form is None else (self._form, TensorForm.of(h))

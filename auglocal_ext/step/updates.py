@@ -82,13 +82,13 @@ class Updates:
                 parameter.grad = gradient
             else:
                 parameter.grad.add_(gradient)
-        if self.due and not self._all_at_once:
+        if self.due and not self.all_at_once:
             self._step(self.optimizers.view(module.index))
 
     def end(self) -> None:
         """After the last module."""
         if self.due:
-            if self._all_at_once:
+            if self.all_at_once:
                 self._step(self.optimizers.everything)
             if self.scaler is not None:
                 self.scaler.update()
@@ -105,7 +105,8 @@ class Updates:
         self.calls = (self.calls + 1) % self.accumulate
 
     @property
-    def _all_at_once(self) -> bool:
+    def all_at_once(self) -> bool:
+        """Whether all modules are updated together at the end of the pass."""
         return self.clip_norm is not None and self.clip == "global"
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
