@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..local_modules import Recompute
+from ..memory.meter import ROUNDING
 from .module_peaks import StepCost
 
 _STREAMS = (0, 1)  # even and odd modules
@@ -40,8 +41,9 @@ class Costs:
         modules = range(len(plain.modules))
         self.peaks = tuple({way: cost.modules[k].peak for way, cost in uniform.items()} for k in modules)
         self.module_flops = tuple({way: cost.modules[k].flops for way, cost in uniform.items()} for k in modules)
-        # What the pass keeps from module to module: outputs, context, all gradients if they are clipped together.
-        self._kept = max(module.before - self.base - module.input for module in plain.modules)
+        # What the pass keeps from module to module: losses, counts (the last module's too), context, all gradients if
+        # they are clipped together.
+        self._kept = max(module.before - self.base - module.input for module in plain.modules) + 2 * ROUNDING
         inputs = [module.input for module in plain.modules]
         if history:  # two modules longer than without overlap
             self._kept += 2 * max(inputs)
