@@ -156,6 +156,7 @@ class TrainConfig:
 
 def with_recipe(recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """``given`` and what a recipe says of the rest, as TrainConfig takes them; see ``TrainConfig.from_recipe``."""
+    given = {name: value for name, value in given.items() if value is not None}
     if recipe == "auto" or recipe in DATA_RECIPES:
         return {**given, "recipe": recipe}  # resolve() reads it, when the data set is known
     file = read(recipe)
@@ -166,7 +167,7 @@ def with_recipe(recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if "warmup" in own and epochs is not None and epochs != own.get("epochs"):
         own["warmup"] = default_warmup(own["warmup"], epochs)
     label = recipe if recipe in names() else str(find(recipe))
-    return own | dict(given) | {"recipe": file.base, "recipe_file": label}
+    return own | given | {"recipe": file.base, "recipe_file": label}
 
 
 def resolve(config: TrainConfig, dataset: str, streamed: bool) -> TrainConfig:

@@ -12,7 +12,7 @@ from runs import trainer
 from auglocal_ext.models import build
 from auglocal_ext.partition import group_children
 from auglocal_ext.training import RECIPES, SettingsError, TrainConfig, recipes
-from auglocal_ext.training.config import make_rule, resolve, to_recipe
+from auglocal_ext.training.config import differences, make_rule, resolve, to_recipe
 from auglocal_ext.training.recipes import DATA_RECIPES, SECTIONS
 
 # name: data set, network, local modules, epochs, batch, peak rate, and settings of the rule
@@ -99,7 +99,13 @@ def test_a_recipe_by_name_is_no_data_sets_own():
         TrainConfig(data=".", output="run", recipe="infopro")
 
 
+def test_a_run_of_a_version_without_a_setting_resumes():
+    assert differences({"lr": 0.1}, {"lr": 0.1, "padding": 4}) == []
+    assert differences({"lr": 0.1, "padding": None}, {"lr": 0.1, "padding": 4}) != []
+
+
 def test_given_settings_go_first():
+    assert resolved("auglocal", "cifar10", depth=None).depth == 6
     settings = resolved("auglocal", "cifar10", depth=3, network="resnet110", lr=0.2)
     assert (settings.depth, settings.network, settings.lr) == (3, "resnet110", 0.2)
     settings = resolved("auglocal", "cifar10", rule="bp")
