@@ -10,11 +10,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..local_modules import RECOMPUTE
 from ..models import NAMES
 from ..training import CheckpointError, Interrupted, SettingsError, TrainConfig, Trainer, TrainingError, recipes
 from ..training import checkpoint as checkpoints
-from ..training.config import AMP, GRAPH, differences, from_dict, resolve, to_recipe, with_recipe
+from ..training.config import AMP, GRAPH, RECOMPUTE_CHOICES, differences, from_dict, resolve, to_recipe, with_recipe
 from ..training.data import DATASETS, ImageFiles, detect, load_data
 from ..training.rule_options import OPTIONS, RULE_OPTIONS, help_of
 from ..training.trainer import CHECKPOINT
@@ -96,7 +95,16 @@ def add_parser(subparsers: Any) -> None:
         const=False,
         help="torch's own layers instead of fused ones, which save memory (and on a CPU not always time)",
     )
-    add("--recompute", choices=RECOMPUTE, help="what runs a second time to save memory (default none)")
+    add(
+        "--recompute",
+        choices=RECOMPUTE_CHOICES,
+        help="what runs a second time to save memory (default none); peak: only in the modules that need the most",
+    )
+    add(
+        "--memory-budget",
+        metavar="SIZE",
+        help="such as 0.4GiB: the cheapest recomputation whose predicted step fits; the plan is printed",
+    )
     add(
         "--graph",
         choices=tuple(GRAPH),

@@ -22,8 +22,10 @@ AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 GRAPH: dict[str, Literal[True, False, "auto"]] = {"auto": "auto", "on": True, "off": False}
 
+RECOMPUTE_CHOICES = (*RECOMPUTE, "peak")
+
 # How a local rule's step runs, with the value that leaves it open; none of it is backpropagation's.
-_STEP_OPTIONS = {"recompute": "none", "graph": "auto", "overlap": None}
+_STEP_OPTIONS = {"recompute": "none", "memory_budget": None, "graph": "auto", "overlap": None}
 
 # A run goes on wherever its folders now lie, however many processes read its images and its steps are launched.
 _FREE_TO_CHANGE = ("data", "output", "workers", "graph", "overlap")
@@ -39,8 +41,9 @@ class TrainConfig:
     Rules and their options: ``rule_options.RULE_OPTIONS``, as the rules of :mod:`auglocal_ext.rules` have them;
     ``modules`` is None, a count, or explicit cut points; ``head`` names a classifier or is a rule as text
     (``"auglocal:depth=3"``, see ``rule_options.parse_head``). ``fused`` and ``recompute`` are as
-    :class:`auglocal_ext.LocalSequential` has them, ``graph`` ("auto", "on", "off") and ``overlap`` (None, True, False)
-    as :class:`auglocal_ext.step.LocalStep` has them. The rule ``"bp"`` is backpropagation of the same network, eager.
+    :class:`auglocal_ext.LocalSequential` has them, ``recompute="peak"``, ``memory_budget`` (such as "0.4GiB"),
+    ``graph`` ("auto", "on", "off") and ``overlap`` (None, True, False) as :class:`auglocal_ext.step.LocalStep` has
+    them. The rule ``"bp"`` is backpropagation of the same network, eager.
     ``amp`` is ``"none"``, ``"bf16"`` or ``"fp16"`` (with a GradScaler); ``device`` is ``"auto"`` or torch's
     name. ``recipe`` is the data set's training ("auto": the one at hand); ``from_recipe`` takes any recipe, network
     and rule included, and notes it in ``recipe_file``.
@@ -71,7 +74,8 @@ class TrainConfig:
     head: str | None = None
     modules: int | tuple[int, ...] | None = None
     fused: bool = True
-    recompute: Recompute = "none"
+    recompute: Recompute | Literal["peak"] = "none"
+    memory_budget: str | None = None
     graph: str = "auto"
     overlap: bool | None = None
     epochs: int | None = None
@@ -102,11 +106,13 @@ class TrainConfig:
                 "TrainConfig.from_recipe(recipe, ...) takes any other, and files"
             )
         _one_of("amp", self.amp, AMP)
-        _one_of("recompute", self.recompute, RECOMPUTE)
+        _one_of("recompute", self.recompute, RECOMPUTE_CHOICES)
         _one_of("graph", self.graph, GRAPH)
         for name, left_open in _STEP_OPTIONS.items():
             if self.rule == "bp" and getattr(self, name) != left_open:
                 raise SettingsError(f"{_flag(name)} belongs to the local rules, not to bp")
+        if self.memory_budget is not None and self.recompute != "none":
+            raise SettingsError("--memory-budget chooses itself what is recomputed: leave out --recompute")
         for name, least in (
             ("width", 1),
             ("epochs", 1),

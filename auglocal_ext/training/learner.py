@@ -154,7 +154,9 @@ class LocalLearner:
                 graph=GRAPH[config.graph],
                 overlap="auto" if config.overlap is None else config.overlap,
                 autocast=AMP[config.amp],
-                recompute=config.recompute,
+                recompute=config.recompute if config.memory_budget is None else None,
+                memory_budget=config.memory_budget,
+                batch_size=self._batch_size,
             )
         except ValueError as error:
             raise SettingsError(str(error)) from error
@@ -180,7 +182,7 @@ class LocalLearner:
             line = f"steps: eager (CUDA graphs need a CUDA device, this run is on {self._device.type})"
         else:
             line = "steps: one CUDA graph each, captured after the first few"
-        return line
+        return line if self._step.plan is None else f"{line}\n{self._step.plan}"
 
     def outcome(self) -> str | None:
         """On CUDA, where a graph was wanted: how many steps ran as one, and why not all."""

@@ -183,6 +183,7 @@ def test_a_recipe_that_is_not_there():
     [
         ("auto", "cifar10", {}),
         ("bp", "stl10", {"seed": 7, "channels_last": True}),
+        ("dgl", "cifar10", {"memory_budget": "0.4GiB"}),
         ("auglocal", "svhn", {"downsampling": False, "fused": False, "lr": 1e-5, "amp": "bf16"}),
         ("infopro-balanced", "cifar10", {"modules": (15,)}),
         ("contsup-decoder", "svhn", {"modules": 4, "epochs": 8, "warmup": 4}),

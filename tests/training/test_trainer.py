@@ -158,6 +158,25 @@ def test_how_steps_are_launched_may_change_on_resume(config, separable):
     trainer(config(graph="off", overlap=False, **rule), separable).resume()
 
 
+def test_recompute_at_the_peak_trains_as_without(config, separable, tmp_path):
+    logs = []
+    for name in ("none", "peak"):
+        settings = config(rule="auglocal", depth=2, epochs=2, output=str(tmp_path / name), recompute=name)
+        run = trainer(settings, separable)
+        assert (run._learner._step.plan is not None) == (name == "peak")
+        assert str(run._learner._step.plan) in run.plan() or name == "none"
+        run.fit()
+        logs.append(log(settings))
+    assert logs[0] == logs[1]
+
+
+def test_a_memory_budget_that_cannot_be_met_is_refused_before_training(config, separable, tmp_path):
+    with pytest.raises(SettingsError, match="[Ll]east|smallest|feasible"):
+        trainer(config(rule="auglocal", depth=2, memory_budget="1KiB"), separable)
+    assert trainer(config(rule="auglocal", depth=2, memory_budget="8GiB"), separable).plan().count("\n") >= 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_with_other_data_is_refused(config, separable):
     run = trainer(config(), separable)
     interrupt_after(run, 1)
@@ -317,6 +336,10 @@ def test_evaluation_never_runs_auxiliary_networks(config, separable):
         ({"epochs": 3, "warmup": 4}, "--warmup 4 is longer"),
         ({"amp": "fp8"}, "--amp is one of none, bf16, fp16"),
         ({"rule": "auglocal", "graph": "maybe"}, "--graph is one of auto, on, off, not 'maybe'"),
+        ({"rule": "bp", "recompute": "peak"}, "--recompute belongs to the local rules, not to bp"),
+        ({"rule": "bp", "memory_budget": "1GiB"}, "--memory-budget belongs to the local rules, not to bp"),
+        ({"rule": "contsup", "memory_budget": "1GiB", "recompute": "peak"}, "leave out --recompute"),
+        ({"rule": "contsup", "recompute": "most"}, "--recompute is one of none, auxiliary, all, peak, not 'most'"),
         ({"rule": "bp", "graph": "off"}, "--graph belongs to the local rules, not to bp"),
         ({"rule": "bp", "overlap": False}, "--overlap belongs to the local rules, not to bp"),
     ],

@@ -28,6 +28,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "step": {
         "fused": bool,
         "recompute": str,
+        "memory_budget": str,
         "graph": str,
         "overlap": bool,
         "amp": str,
