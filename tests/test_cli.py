@@ -88,6 +88,61 @@ def test_cut_points(images, tmp_path, capsys):
     assert main([*common, "--resume"]) == 0
 
 
+def test_a_rule_as_head_and_a_recipe_of_ones_own(images, tmp_path, capsys):
+    output, own = tmp_path / "run", tmp_path / "own.ini"
+    own.write_text("[rule]\nrule = contsup\ncontext = E\nmodules = 2\nhead = infopro:weights=5,0,0,1\n")
+    arguments = ["train", "--recipe", str(own), "--data", str(images), "--output", str(output), "--epochs", "1", *SMALL]
+    assert main([*arguments, "--context", "R1E"]) == 0
+    settings = json.loads((output / "config.json").read_text())["settings"]
+    assert (settings["context"], settings["head"]) == ("R1E", "infopro:weights=5,0,0,1")
+    assert settings["recipe_file"] == str(own) and settings["recipe"] == "cifar10"
+    assert "rule contsup, 2 local modules" in capsys.readouterr().out
+    assert main([*arguments, "--context", "R1E", "--resume"]) == 0
+    assert main([*arguments, "--head", "infopro:weights=5,0,0,2", "--context", "R1E", "--resume"]) == 1
+    assert "--head: 'infopro:weights=5,0,0,1' in the checkpoint" in capsys.readouterr().err
+    assert main(["train", "--output", str(output), "--resume", "--recipe", "contsup"]) == 1
+    assert f"--recipe: '{own}' in the checkpoint, now 'contsup'" in capsys.readouterr().err
+    own.unlink()
+    assert main(["train", "--output", str(output), "--resume"]) == 0
+
+
+def test_printed_settings_are_a_recipe(images, tmp_path, capsys):
+    arguments = ["--data", str(images), "--rule", "dgl", "--epochs", "1", *SMALL]
+    assert main(["train", *arguments, "--config"]) == 0
+    printed = capsys.readouterr().out
+    assert "rule = dgl\nhead = mlp-sr\n" in printed and "warmup = 0\n" in printed
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "printed.ini").write_text(printed)
+    assert main(["train", "--recipe", str(tmp_path / "printed.ini"), "--config"]) == 0
+    assert capsys.readouterr().out == printed
+
+    settings = []
+    for name, given in (("a", arguments), ("b", ["--recipe", str(tmp_path / "printed.ini")])):
+        assert main(["train", *given, "--output", str(tmp_path / name)]) == 0
+        settings.append(json.loads((tmp_path / name / "config.json").read_text())["settings"])
+        settings[-1] |= {"output": "", "recipe_file": ""}
+    assert settings[0] == settings[1]
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+
+
+def test_settings_without_images(capsys):
+    assert main(["train", "--recipe", "infopro", "--dataset", "stl10", "--modules", "8", "--config"]) == 0
+    printed = capsys.readouterr().out
+    assert "base = stl10\n" in printed and "weights = 20,0.2,5,1\n" in printed and "batch_size = 128\n" in printed
+    assert "data =" not in printed
+    assert main(["train", "--recipe", "auglocal-imagenet", "--config"]) == 0
+    assert "network = resnet34\n" in capsys.readouterr().out
+    assert main(["train", "--recipe", "dgl", "--config"]) == 1
+    assert "--config needs --data DIR or --dataset NAME" in capsys.readouterr().err
+
+
+def test_recipes_are_listed(capsys):
+    assert main(["train", "--list-recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert re.search(r"^infopro-balanced +InfoPro\* \(contrast\) on ResNet-110", listed, re.M)
+    assert "files to copy and change: " in listed
+
+
 def test_how_a_step_runs_reaches_the_network(images, tmp_path, capsys):
     output = tmp_path / "run"
     arguments = ["--epochs", "1", *SMALL, "--depth", "2", "--eager", "--recompute", "all"]
@@ -111,6 +166,8 @@ def test_how_a_step_runs_reaches_the_network(images, tmp_path, capsys):
         (["--resume"], "checkpoint.pt: no checkpoint to resume from"),
         (["--data", ".", "--rule", "bp", "--depth", "2"], "--depth belongs to the rule auglocal, not to bp"),
         (["--data", ".", "--rule", "bp", "--recompute", "all"], "--recompute belongs to the local rules, not to bp"),
+        (["--data", ".", "--recipe", "infpro"], "did you mean infopro?"),
+        (["--data", ".", "--rule", "man", "--head", "auglocal:deep=3"], "'deep=3' is no option of auglocal"),
         (["--data", ".", "--rule", "bp", "--overlap"], "--overlap belongs to the local rules, not to bp"),
     ],
 )
@@ -121,7 +178,10 @@ def test_wrong_input_is_one_message_and_status_1(tmp_path, capsys, arguments, sa
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["train", "--depth", "few"], ["train", "--modules", "two"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["fly"], ["train", "--depth", "few"], ["train", "--modules", "two"], ["train", "--weights", "1,x"]],
+)
 def test_wrong_call_is_explained(capsys, arguments):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
@@ -140,6 +200,8 @@ def test_help_names_every_option_group(capsys):
         "--depth",
         "--context",
         "--no-joint-tail",
+        "--weights",
+        "--list-recipes",
         "--amp",
         "cosine",
         "resnet110",

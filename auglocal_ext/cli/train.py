@@ -5,29 +5,32 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..models import NAMES
-from ..rules import AugLocal, ContSup
-from ..training import CheckpointError, Interrupted, SettingsError, TrainConfig, Trainer, TrainingError
+from ..training import CheckpointError, Interrupted, SettingsError, TrainConfig, Trainer, TrainingError, recipes
 from ..training import checkpoint as checkpoints
-from ..training.config import AMP, GRAPH, RECOMPUTE_CHOICES, RULE_OPTIONS, differences, from_dict
-from ..training.data import DATASETS
-from ..training.recipes import RECIPES
+from ..training.config import AMP, GRAPH, RECOMPUTE_CHOICES, differences, from_dict, resolve, to_recipe, with_recipe
+from ..training.data import DATASETS, ImageFiles, detect, load_data
+from ..training.rule_options import OPTIONS, RULE_OPTIONS, help_of
 from ..training.trainer import CHECKPOINT
+from ..training.values import reader
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells expect it (128 + SIGINT)."""
 
 _EPILOG = """
-Options left out take the value of the data set's recipe (--recipe) or of the rule. Recipes: SGD with Nesterov
-momentum 0.9, weight decay 1e-4, cosine per epoch; cifar10 and svhn: batch 1024, lr 0.8, 400 epochs, 10 of
-them warm-up; stl10: the same with batch 128, lr 0.1; imagenet: batch 1024, lr 0.4, 200 epochs, no warm-up.
-The default warm-up is at most a quarter of the run. With --resume, options left out take the value of the
+Options left out take the value of the recipe, else of the data set's own one (SGD with Nesterov momentum 0.9, weight
+decay 1e-4, cosine per epoch; cifar10 and svhn: batch 1024, lr 0.8, 400 epochs, 10 of them warm-up; stl10: the same with
+batch 128, lr 0.1; imagenet: batch 1024, lr 0.4, 200 epochs, no warm-up), else of the rule. --epochs rescales the
+schedule; the warm-up is at most a quarter of the run. With --resume, options left out take the value of the
 interrupted run.
 """
+
+_METAVARS = {"depth": "D", "pyramid": "TAU", "context": "C", "head": "H", "modules": "K|I,J,..", "weights": "A,B,C,D"}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -35,11 +38,14 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train",
         help="train a network on real images",
-        description="Train a network by AugLocal, ContSup or backpropagation, on an image folder "
+        description="Train a network by a local learning rule or by backpropagation, on an image folder "
         "(train/<class>/*, test/<class>/*) or on torchvision's CIFAR-10, SVHN or STL-10 files.",
         epilog=_EPILOG,
     )
     add = parser.add_argument
+    add("--recipe", metavar="NAME|FILE", help="an experiment's settings, or a file's; other options override them")
+    add("--list-recipes", action="store_true", help="name the recipes and the folder they are in, then stop")
+    add("--config", action="store_true", help="print all settings, as a file for --recipe, then stop")
     add("--output", metavar="DIR", help="run folder (default runs/NETWORK-RULE)")
     add("--resume", action="store_true", help="go on with the run in --output where it stopped")
 
@@ -75,37 +81,12 @@ def add_parser(subparsers: Any) -> None:
         choices=tuple(RULE_OPTIONS),
         help="default auglocal; bp: backpropagation of the same network",
     )
-    add(
-        "--modules",
-        type=_modules,
-        metavar="K|I,J,..",
-        help="number of local modules, or index of the last layer of each but the last",
-    )
-    add(
-        "--depth",
-        type=int,
-        metavar="D",
-        help=f"auglocal: layers of an auxiliary network with its classifier (default {AugLocal.depth})",
-    )
-    add(
-        "--pyramid",
-        type=float,
-        metavar="TAU",
-        help=f"auglocal: slope of the pyramidal depth, 0..1 (default {AugLocal.pyramid})",
-    )
-    add(
-        "--no-joint-tail",
-        dest="joint_tail",
-        action="store_const",
-        const=False,
-        help="auglocal: one module per layer up to the last, instead of training the last D layers jointly",
-    )
-    add("--context", metavar="C", help=f"contsup: R0, E, R1, R1E, R2, R4, R8, R16, ... (default {ContSup.context})")
-    add(
-        "--head",
-        metavar="H",
-        help=f"contsup: 0c1f, 0c2f, 1c1f, 1c2f, 1c3f, 2c2f (default {ContSup.head}); auglocal: linear (default), vgg",
-    )
+    for name, option in OPTIONS.items():
+        if option.kind is bool:
+            add(_flag(name), action=argparse.BooleanOptionalAction, default=None, help=_escaped(help_of(name)))
+        else:
+            kind = _typed(option.kind)
+            add(_flag(name), type=kind, metavar=_METAVARS.get(name, "X"), help=_escaped(help_of(name)))
 
     add(
         "--eager",
@@ -139,7 +120,6 @@ def add_parser(subparsers: Any) -> None:
 
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
-    add("--recipe", choices=("auto", *RECIPES), help="default auto: the data set's own")
     add("--epochs", type=int, metavar="N")
     add("--batch-size", type=int, metavar="N")
     add("--lr", type=float, metavar="X", help="peak learning rate")
@@ -151,22 +131,41 @@ def add_parser(subparsers: Any) -> None:
     add("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:1, ...")
 
 
-def _modules(text: str) -> int | tuple[int, ...]:
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected a number, or numbers joined by commas, got {text!r}") from error
-    return numbers if "," in text else numbers[0]
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("%", "%%")  # argparse formats help
+
+
+def _typed(kind: Any) -> Callable[[str], Any]:
+    read = reader(kind)
+
+    def value(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return value
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains; 0 when all epochs are done, 130 after Ctrl-C, 1 with a message for wrong data or settings."""
-    options = {field.name: getattr(arguments, field.name) for field in fields(TrainConfig)}
+    options = {field.name: getattr(arguments, field.name, None) for field in fields(TrainConfig)}
     given = {name: value for name, value in options.items() if value is not None}
-    network, rule = given.get("network", TrainConfig.network), given.get("rule", TrainConfig.rule)
-    given.setdefault("output", f"runs/{network}-{rule}")
     try:
-        trainer = Trainer(_config(given, arguments.resume))
+        if arguments.list_recipes:
+            return _list_recipes()
+        settings = with_recipe(given.get("recipe", "auto"), given)
+        network, rule = settings.get("network", TrainConfig.network), settings.get("rule", TrainConfig.rule)
+        settings.setdefault("output", f"runs/{network}-{rule}")
+        given["output"] = settings["output"]
+        if arguments.config:
+            print(_described(settings), end="")
+            return 0
+        trainer = Trainer(_config(settings, given, arguments.resume))
         if arguments.resume:
             trainer.resume()
         _introduce(trainer)
@@ -189,17 +188,43 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _config(given: dict[str, Any], resume: bool) -> TrainConfig:
+def _list_recipes() -> int:
+    for name in recipes.names():
+        print(f"{name:26} {recipes.title(name)}")
+    print(f"\nfiles to copy and change: {recipes.find('cifar10').parent}")
+    return 0
+
+
+def _described(settings: dict[str, Any]) -> str:
+    """The settings a run would have, as a recipe file."""
+    config = from_dict({"data": "", **settings})
+    dataset, streamed = config.dataset, False
+    if dataset == "auto" and config.data:
+        dataset = detect(Path(config.data).expanduser())
+    elif dataset == "auto":
+        if config.recipe == "auto":
+            raise SettingsError("--config needs --data DIR or --dataset NAME: the recipe is the data set's own")
+        dataset = "folder" if config.recipe == "imagenet" else config.recipe
+    if dataset == "folder" and config.recipe == "auto" and config.data:
+        streamed = isinstance(load_data(config.data, dataset, image_size=config.image_size), ImageFiles)
+    resolved = resolve(config, dataset, streamed)
+    return to_recipe(resolved if config.data else replace(resolved, data=""))
+
+
+def _config(settings: dict[str, Any], given: dict[str, Any], resume: bool) -> TrainConfig:
     if resume:
         path = Path(given["output"]).expanduser() / CHECKPOINT
         stored = checkpoints.load(path)["settings"]
         given = {name: value for name, value in given.items() if value != "auto"}
+        if "recipe_file" in settings:
+            given.pop("recipe")
+            given["recipe_file"] = settings["recipe_file"]
         if changed := differences(stored, given):
             raise CheckpointError(f"{path} belongs to a run with other settings:\n  " + "\n  ".join(changed))
-        given = stored | given
-    elif "data" not in given:
+        return from_dict(stored | given)
+    if "data" not in settings:
         raise SettingsError("--data DIR is missing: the folder with the images")
-    return from_dict(given)
+    return from_dict(settings)
 
 
 def _introduce(trainer: Trainer) -> None:

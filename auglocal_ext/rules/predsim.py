@@ -24,6 +24,7 @@ class PredSim(Rule):
         limit: features that the prediction layer is fed, at most.
         head: None for the method's own prediction layer, or any other: a name or a rule whose auxiliary networks
             take its place, such as ``AugLocal(depth=3)``.
+        scale_classifier: False gives the last module's cross-entropy the weight 1, as AugLocal's experiments do.
 
     Raises:
         ValueError: for ``beta`` outside 0 .. 1, a ``limit`` below 1 or an unknown head.
@@ -35,6 +36,7 @@ class PredSim(Rule):
     beta: float = 0.99
     limit: int = 2048
     head: HeadOrRule | None = None
+    scale_classifier: bool = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.beta <= 1.0:
@@ -46,7 +48,7 @@ class PredSim(Rule):
 
     @property
     def classifier_weight(self) -> float:
-        return 1 - self.beta
+        return 1 - self.beta if self.scale_classifier else 1.0
 
     def ends(self, num_layers: int, modules: int | Sequence[int] | None) -> tuple[int, ...]:
         return head_ends(self.head, num_layers, modules)

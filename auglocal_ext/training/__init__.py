@@ -2,6 +2,7 @@
 
 config = TrainConfig(data="cifar10", output="runs/first", network="resnet32", rule="auglocal", depth=3)
 summary = Trainer(config).fit()
+config = TrainConfig.from_recipe("infopro", data="cifar10", output="runs/second", epochs=20)
 """
 
 from __future__ import annotations

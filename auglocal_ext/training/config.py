@@ -1,7 +1,8 @@
-"""The settings of a run: checked when made, completed from the data set's recipe and the rule's defaults."""
+"""The settings of a run: checked when made, completed from recipes and the rule's defaults."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,18 +11,13 @@ import torch
 
 from ..local_modules import RECOMPUTE, Recompute
 from ..models import NAMES
-from ..rules.auglocal import AugLocal
-from ..rules.base import Rule
-from ..rules.contsup import ContSup
+from ..rules import Rule
+from . import rule_options
 from .errors import SettingsError
-from .recipes import RECIPES, Recipe
+from .recipes import DATA_RECIPES, SECTIONS, Recipe, find, names, read, to_ini
+from .rule_options import OPTIONS, RULE_OPTIONS
 from .schedule import default_warmup
 
-RULE_OPTIONS: dict[str, tuple[str, ...]] = {
-    "auglocal": ("depth", "pyramid", "joint_tail", "head", "modules"),
-    "contsup": ("context", "head", "modules"),
-    "bp": (),
-}
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 GRAPH: dict[str, Literal[True, False, "auto"]] = {"auto": "auto", "on": True, "off": False}
@@ -34,18 +30,23 @@ _STEP_OPTIONS = {"recompute": "none", "memory_budget": None, "graph": "auto", "o
 # A run goes on wherever its folders now lie, however many processes read its images and its steps are launched.
 _FREE_TO_CHANGE = ("data", "output", "workers", "graph", "overlap")
 
+# The settings of a recipe that is a data set's own.
+_TRAINING = tuple(name for name in (*SECTIONS["optimisation"], *SECTIONS["augmentation"]) if name != "seed")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What is trained on what, and how; ``None`` stands for the recipe's or the rule's own value.
 
-    Rules: ``"auglocal"`` (depth, pyramid, joint_tail, head), ``"contsup"`` (context, head), both with
-    ``modules`` (None, a count, or explicit cut points), ``fused`` and ``recompute`` as
+    Rules and their options: ``rule_options.RULE_OPTIONS``, as the rules of :mod:`auglocal_ext.rules` have them;
+    ``modules`` is None, a count, or explicit cut points; ``head`` names a classifier or is a rule as text
+    (``"auglocal:depth=3"``, see ``rule_options.parse_head``). ``fused`` and ``recompute`` are as
     :class:`auglocal_ext.LocalSequential` has them, ``recompute="peak"``, ``memory_budget`` (such as "0.4GiB"),
     ``graph`` ("auto", "on", "off") and ``overlap`` (None, True, False) as :class:`auglocal_ext.step.LocalStep` has
-    them, and ``"bp"``, backpropagation of the same network, eager.
+    them. The rule ``"bp"`` is backpropagation of the same network, eager.
     ``amp`` is ``"none"``, ``"bf16"`` or ``"fp16"`` (with a GradScaler); ``device`` is ``"auto"`` or torch's
-    name.
+    name. ``recipe`` is the data set's training ("auto": the one at hand); ``from_recipe`` takes any recipe, network
+    and rule included, and notes it in ``recipe_file``.
 
     Raises SettingsError for a value that cannot be, and for an option of another rule.
     """
@@ -54,13 +55,22 @@ class TrainConfig:
     output: str
     dataset: str = "auto"
     recipe: str = "auto"
+    recipe_file: str | None = None
     network: str = "resnet32"
     width: int | None = None
     rule: str = "auglocal"
     depth: int | None = None
     pyramid: float | None = None
     joint_tail: bool | None = None
+    sampling: str | None = None
+    downsampling: bool | None = None
     context: str | None = None
+    loss: str | None = None
+    weights: tuple[float, ...] | None = None
+    beta: float | None = None
+    limit: int | None = None
+    scale_classifier: bool | None = None
+    average_momentum: float | None = None
     head: str | None = None
     modules: int | tuple[int, ...] | None = None
     fused: bool = True
@@ -71,8 +81,14 @@ class TrainConfig:
     epochs: int | None = None
     batch_size: int | None = None
     lr: float | None = None
+    momentum: float | None = None
     weight_decay: float | None = None
     warmup: int | None = None
+    padding: int | None = None
+    padding_mode: str | None = None
+    flip: bool | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     seed: int = 1234
     amp: str = "none"
     channels_last: bool = False
@@ -84,7 +100,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _one_of("network", self.network, NAMES)
         _one_of("rule", self.rule, RULE_OPTIONS)
-        _one_of("recipe", self.recipe, ("auto", *RECIPES))
+        if self.recipe not in ("auto", *DATA_RECIPES):
+            raise SettingsError(
+                f"recipe is one of auto, {', '.join(DATA_RECIPES)}, not {self.recipe!r}; "
+                "TrainConfig.from_recipe(recipe, ...) takes any other, and files"
+            )
         _one_of("amp", self.amp, AMP)
         _one_of("recompute", self.recompute, RECOMPUTE_CHOICES)
         _one_of("graph", self.graph, GRAPH)
@@ -103,6 +123,7 @@ class TrainConfig:
             ("train_images", 2),
             ("workers", 0),
             ("weight_decay", 0),
+            ("padding", 0),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -111,19 +132,48 @@ class TrainConfig:
             raise SettingsError(f"--lr must be positive, got {self.lr}")
         if self.epochs is not None and self.warmup is not None and self.warmup > self.epochs:
             raise SettingsError(f"--warmup {self.warmup} is longer than the run of {self.epochs} epochs")
-        for name in sorted({option for options in RULE_OPTIONS.values() for option in options}):
+        if self.momentum is not None and not 0 < self.momentum < 1:
+            raise SettingsError(f"momentum, Nesterov's, lies between 0 and 1, got {self.momentum}")
+        if self.padding_mode is not None:
+            _one_of("padding_mode", self.padding_mode, ("reflect", "zero"))
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and (len(values) != 3 or (name == "std" and min(values) <= 0)):
+                raise SettingsError(f"{name} is three numbers, one per colour in units of 0..255, got {values}")
+        for name in OPTIONS:
             if getattr(self, name) is not None and name not in RULE_OPTIONS[self.rule]:
                 owners = " and ".join(rule for rule, options in RULE_OPTIONS.items() if name in options)
                 raise SettingsError(f"{_flag(name)} belongs to the rule {owners}, not to {self.rule}")
         make_rule(self)
 
+    @classmethod
+    def from_recipe(cls, recipe: str, **settings: Any) -> TrainConfig:
+        """The settings of a recipe, by its name or its file's path, with ``settings`` in the place of its own.
+
+        Fewer or more ``epochs`` than the recipe's shorten its warm-up to a quarter of the run at most; another ``rule``
+        leaves out what the recipe says of its own. Raises SettingsError, with file and line, for a wrong recipe.
+        """
+        return cls(**with_recipe(recipe, settings))
+
     @property
     def recipe_values(self) -> Recipe:
-        """The recipe of a resolved configuration, with what it overrides."""
-        names = ("epochs", "batch_size", "lr", "weight_decay", "warmup")
-        overrides: dict[str, Any] = {name: getattr(self, name) for name in names}
-        given = {name: value for name, value in overrides.items() if value is not None}
-        return replace(RECIPES[self.recipe], **given)
+        """The training of a resolved configuration."""
+        return Recipe.of({name: getattr(self, name) for name in _TRAINING})
+
+
+def with_recipe(recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given`` and what a recipe says of the rest, as TrainConfig takes them; see ``TrainConfig.from_recipe``."""
+    given = {name: value for name, value in given.items() if value is not None}
+    if recipe == "auto" or recipe in DATA_RECIPES:
+        return {**given, "recipe": recipe}  # resolve() reads it, when the data set is known
+    file = read(recipe)
+    own = dict(file.settings)
+    if given.get("rule", own.get("rule")) != own.get("rule"):
+        own = {name: value for name, value in own.items() if name not in SECTIONS["rule"]}
+    epochs = given.get("epochs")
+    if "warmup" in own and epochs is not None and epochs != own.get("epochs"):
+        own["warmup"] = default_warmup(own["warmup"], epochs)
+    label = recipe if recipe in names() else str(find(recipe))
+    return own | given | {"recipe": file.base, "recipe_file": label}
 
 
 def resolve(config: TrainConfig, dataset: str, streamed: bool) -> TrainConfig:
@@ -135,39 +185,47 @@ def resolve(config: TrainConfig, dataset: str, streamed: bool) -> TrainConfig:
     """
     folder_recipe = "imagenet" if streamed else "cifar10"
     name = config.recipe if config.recipe != "auto" else folder_recipe if dataset == "folder" else dataset
-    recipe = RECIPES[name]
     device = pick_device(config.device)
-    config = replace(config, device=str(device))
     for flag, wanted in (("--graph on", config.graph == "on"), ("--overlap", config.overlap)):
         if wanted and device.type != "cuda":
             raise SettingsError(f"{flag} needs a CUDA device, this run is on {device.type}")
-    epochs = recipe.epochs if config.epochs is None else config.epochs
-    defaults: dict[str, Any] = {
-        "batch_size": recipe.batch_size,
-        "lr": recipe.lr,
-        "weight_decay": recipe.weight_decay,
-        "warmup": default_warmup(recipe.warmup, epochs),
-    }
-    rule = make_rule(config)
-    defaults |= {option: getattr(rule, option) for option in RULE_OPTIONS[config.rule] if option != "modules"}
-    missing = {field: value for field, value in defaults.items() if getattr(config, field) is None}
+    recipe = read(name).settings
+    epochs = recipe["epochs"] if config.epochs is None else config.epochs
+    recipe |= {"epochs": epochs, "warmup": default_warmup(recipe["warmup"], epochs)}
     data = str(Path(config.data).expanduser().resolve())  # a run may be resumed from another folder
-    return replace(config, data=data, dataset=dataset, recipe=name, epochs=epochs, **missing)
+    known: dict[str, Any] = {"data": data, "dataset": dataset, "recipe": name, "device": str(device)}
+    config = replace(config, **known, **_missing(config, recipe))
+    return replace(config, **_rule_defaults(config))
+
+
+def _missing(config: TrainConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if getattr(config, name) is None}
+
+
+def _rule_defaults(config: TrainConfig) -> dict[str, Any]:
+    """The options of the rule that were left out, and InfoPro's weights, which depend on the data set."""
+    rule = make_rule(config)
+    if rule is None:
+        return {}
+    filled = rule_options.fill_weights(
+        config.rule,
+        _given_options(config),
+        lambda: rule_options.infopro_weights(config.dataset, config.network, rule, config.modules),
+    )
+    defaults = rule_options.values_of(config.rule, rule)
+    return _missing(config, defaults) | filled
+
+
+def _given_options(config: TrainConfig) -> dict[str, Any]:
+    values = {name: getattr(config, name) for name in RULE_OPTIONS[config.rule] if name != "modules"}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def make_rule(config: TrainConfig) -> Rule | None:
     """The local learning rule, or None for backpropagation; SettingsError for values the rule refuses."""
     if config.rule == "bp":
         return None
-    options = {
-        option: getattr(config, option)
-        for option in RULE_OPTIONS[config.rule]
-        if option != "modules" and getattr(config, option) is not None
-    }
-    try:
-        return AugLocal(**options) if config.rule == "auglocal" else ContSup(**options)
-    except (TypeError, ValueError) as error:
-        raise SettingsError(str(error)) from error
+    return rule_options.make(config.rule, _given_options(config), config.mean, config.std)
 
 
 def pick_device(name: str) -> torch.device:
@@ -187,9 +245,7 @@ def pick_device(name: str) -> torch.device:
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Plain values, as they are stored in config.json and in checkpoints."""
-    values = asdict(config)
-    values["modules"] = list(config.modules) if isinstance(config.modules, tuple) else config.modules
-    return values
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
@@ -197,21 +253,33 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
     known = {field.name for field in fields(TrainConfig)}
     if unknown := sorted(set(values) - known):
         raise SettingsError(f"unknown settings {', '.join(unknown)}: written by another version?")
-    modules = values.get("modules")
-    return TrainConfig(**{**values, "modules": tuple(modules) if isinstance(modules, list) else modules})
+    tuples: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return TrainConfig(**tuples)
+
+
+def to_recipe(config: TrainConfig) -> str:
+    """The text of a recipe file that says all of a resolved configuration but the run folder."""
+    return to_ini(asdict(config), config.recipe)
 
 
 def differences(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
     """One line per setting that a resumed run may not change and ``given`` changes."""
     return [
-        f"{_flag(name)}: {stored.get(name)!r} in the checkpoint, now {value!r}"
+        f"{_flag(name)}: {stored[name]!r} in the checkpoint, now {value!r}"
         for name, value in given.items()
-        if name not in _FREE_TO_CHANGE and stored.get(name) != (list(value) if isinstance(value, tuple) else value)
+        # A run of a version that lacked a setting had its default.
+        if name not in _FREE_TO_CHANGE and name in stored and not _same(name, stored[name], value)
     ]
 
 
+def _same(name: str, stored: Any, given: Any) -> bool:
+    if name == "head" and isinstance(stored, str) and isinstance(given, str):
+        return rule_options.includes(stored, given)
+    return stored == (list(given) if isinstance(given, tuple) else given)
+
+
 def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return "--recipe" if name == "recipe_file" else "--" + name.replace("_", "-")
 
 
 def _one_of(name: str, value: str, known: Any) -> None:

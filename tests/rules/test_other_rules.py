@@ -92,6 +92,13 @@ def test_predsim_loss():
     torch.testing.assert_close(last.local_loss(logits, y), 0.25 * F.cross_entropy(logits, y))
 
 
+def test_predsims_last_loss_may_keep_its_weight():
+    x, y = batch()
+    for scaled, weight in ((True, 0.25), (False, 1.0)):
+        out = small(PredSim(beta=0.75, limit=64, scale_classifier=scaled))(x, y)
+        assert float(out.module_losses[-1]) == pytest.approx(weight * float(F.cross_entropy(out.logits, y)), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("shape", "features"), [((16, 32, 32), 2048), ((16, 5, 7), 560), ((64, 8, 8), 2048), ((4096, 2, 2), 4096)]
 )

@@ -325,7 +325,7 @@ def test_evaluation_never_runs_auxiliary_networks(config, separable):
     ("settings", "said"),
     [
         ({"network": "resnet9"}, "--network is one of resnet8"),
-        ({"rule": "dgl"}, "--rule is one of auglocal, contsup, bp"),
+        ({"rule": "dni"}, "--rule is one of auglocal, contsup, dgl, greedy, infopro, man, predsim, bp, not 'dni'"),
         ({"rule": "bp", "depth": 3}, "--depth belongs to the rule auglocal, not to bp"),
         ({"rule": "auglocal", "context": "E"}, "--context belongs to the rule contsup"),
         ({"rule": "auglocal", "depth": 0}, "depth"),

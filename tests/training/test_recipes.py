@@ -1,0 +1,226 @@
+"""Recipes: what the shipped ones say, how files are read and refused, and the round trip of --config."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+from runs import trainer
+
+from auglocal_ext.models import build
+from auglocal_ext.partition import group_children
+from auglocal_ext.training import RECIPES, SettingsError, TrainConfig, recipes
+from auglocal_ext.training.config import differences, make_rule, resolve, to_recipe
+from auglocal_ext.training.recipes import DATA_RECIPES, SECTIONS
+
+# name: data set, network, local modules, epochs, batch, peak rate, and settings of the rule
+SHIPPED = [
+    ("auglocal", "cifar10", "resnet32", 11, 400, 1024, 0.8, {"depth": 6, "pyramid": 0.5}),
+    ("auglocal", "stl10", "resnet32", 11, 400, 128, 0.1, {"depth": 6, "flip": True, "padding_mode": "zero"}),
+    ("auglocal-imagenet", "folder", "resnet34", 17, 200, 1024, 0.4, {"depth": 5, "pyramid": 0, "warmup": 0}),
+    ("bp", "svhn", "resnet32", 1, 400, 1024, 0.8, {"flip": False, "padding": 2}),
+    ("dgl", "svhn", "resnet32", 16, 400, 1024, 0.8, {"head": "mlp-sr"}),
+    ("predsim", "cifar10", "resnet32", 16, 400, 1024, 0.8, {"beta": 0.99, "limit": 512, "scale_classifier": False}),
+    (
+        "infopro-softmax-resnet32",
+        "cifar10",
+        "resnet32",
+        16,
+        400,
+        1024,
+        0.8,
+        {"loss": "softmax", "weights": (5, 0.05, 0.2, 0.5)},
+    ),
+    ("infopro-softmax-resnet110", "cifar10", "resnet110", 55, 400, 1024, 0.8, {"weights": (5, 0, 0.5, 1)}),
+    ("infopro", "svhn", "resnet110", 16, 160, 1024, 0.8, {"loss": "contrast", "weights": (5, 0.2, 0.5, 1)}),
+    ("infopro-balanced", "stl10", "resnet110", 4, 160, 128, 0.1, {"weights": (20, 0.5, 10, 1)}),
+    ("greedy", "cifar10", "resnet110", 16, 160, 1024, 0.8, {"warmup": 10}),
+    ("contsup", "cifar10", "resnet32", 16, 160, 1024, 0.8, {"context": "R1E", "head": "1c2f"}),
+    ("contsup-contrast", "cifar10", "resnet32", 16, 160, 1024, 0.8, {"context": "R1E"}),
+    (
+        "contsup-decoder",
+        "stl10",
+        "resnet110",
+        16,
+        160,
+        128,
+        0.1,
+        {"head": "infopro:loss=contrast,weights=20,0.5,10,0.1"},
+    ),
+]
+
+
+def resolved(recipe, dataset, **settings):
+    made = TrainConfig.from_recipe(recipe, **{"data": ".", "output": "run", "device": "cpu", **settings})
+    return resolve(made, dataset, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "network", "modules", "epochs", "batch_size", "lr", "others"),
+    SHIPPED,
+    ids=lambda v: str(v)[:25],
+)
+def test_shipped_recipes(name, dataset, network, modules, epochs, batch_size, lr, others):
+    settings = resolved(name, dataset)
+    expected = {"network": network, "epochs": epochs, "batch_size": batch_size, "lr": lr, "recipe_file": name, **others}
+    assert {key: getattr(settings, key) for key in expected} == expected
+    rule = make_rule(settings)
+    layers = len(group_children(build(network)))
+    assert modules == (1 if rule is None else len(rule.ends(layers, settings.modules)))
+    assert (settings.momentum, settings.weight_decay) == (0.9, 1e-4)
+
+
+def test_every_shipped_recipe_is_tested_and_has_a_title():
+    assert {row[0] for row in SHIPPED} | set(DATA_RECIPES) == set(recipes.names())
+    assert all(20 < len(recipes.title(name)) < 120 for name in recipes.names())
+
+
+def test_sections_hold_every_setting_once_with_its_type():
+    known = [name for section in SECTIONS.values() for name in section]
+    apart = {"output", "recipe", "recipe_file"}
+    assert sorted(known) == sorted({field.name for field in fields(TrainConfig)} - apart)
+    hints = get_type_hints(TrainConfig)
+    for section in SECTIONS.values():
+        for name, kind in section.items():
+            assert name == "recompute" or hints[name] in (kind, kind | None), name
+
+
+def test_data_recipes_are_files_of_the_same_kind():
+    assert RECIPES["svhn"].augmentation.padding == 2 and RECIPES["stl10"].batch_size == 128
+    assert resolved("svhn", "cifar10").padding == 2
+    direct = resolve(TrainConfig(data=".", output="run", recipe="svhn", device="cpu"), "cifar10", False)
+    assert direct == resolved("svhn", "cifar10")
+
+
+def test_a_recipe_by_name_is_no_data_sets_own():
+    with pytest.raises(SettingsError, match="recipe is one of auto, .* TrainConfig.from_recipe"):
+        TrainConfig(data=".", output="run", recipe="infopro")
+
+
+def test_a_run_of_a_version_without_a_setting_resumes():
+    assert differences({"lr": 0.1}, {"lr": 0.1, "padding": 4}) == []
+    assert differences({"lr": 0.1, "padding": None}, {"lr": 0.1, "padding": 4}) != []
+
+
+def test_given_settings_go_first():
+    assert resolved("auglocal", "cifar10", depth=None).depth == 6
+    settings = resolved("auglocal", "cifar10", depth=3, network="resnet110", lr=0.2)
+    assert (settings.depth, settings.network, settings.lr) == (3, "resnet110", 0.2)
+    settings = resolved("auglocal", "cifar10", rule="bp")
+    assert (settings.rule, settings.depth) == ("bp", None)
+    assert resolved("contsup", "cifar10", rule="greedy", network="resnet20").modules is None
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(None, 10), (40, 10), (8, 2), (3, 0)])
+def test_epochs_rescale_the_schedule(tmp_path, epochs, warmup):
+    given = {} if epochs is None else {"epochs": epochs}
+    assert resolved("infopro", "cifar10", **given).warmup == warmup
+    own = tmp_path / "own.ini"
+    own.write_text("[optimisation]\nwarmup = 10\nepochs = 160\n")
+    assert resolved(str(own), "cifar10", **given).warmup == warmup
+
+
+def test_a_files_own_warmup_is_kept(tmp_path):
+    own = tmp_path / "own.ini"
+    own.write_text("[optimisation]\nwarmup = 4\nepochs = 8\n")
+    assert resolved(str(own), "cifar10").warmup == resolved(str(own), "cifar10", epochs=8).warmup == 4
+
+
+def test_a_file_of_ones_own(tmp_path):
+    own = tmp_path / "own.ini"
+    own.write_text(
+        "# mine\n[recipe]\nbase = contsup-decoder\n[rule]\nmodules = 15,   # one cut\nContext = E\n"
+        "[augmentation]\nmean = 1, 2, 3\npadding-mode = zero\n[step]\nfused = no\noverlap = off\n"
+    )
+    settings = resolved(str(own), "cifar10")
+    assert (settings.modules, settings.context, settings.mean) == ((15,), "E", (1, 2, 3))
+    assert (settings.padding_mode, settings.fused, settings.overlap) == ("zero", False, False)
+    assert (settings.epochs, settings.network, settings.recipe) == (160, "resnet110", "cifar10")
+    assert settings.head == "infopro:loss=contrast,weights=5,0.1,0,0"
+    assert settings.recipe_file == str(own)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[rule]\nrule = dgl\ndepht = 3\n", r"own.ini, line 3, \[rule\]: depht is unknown; did you mean depth\?"),
+        ("[rule]\nlr = 3\n", r"line 2, \[rule\]: lr belongs in \[optimisation\]"),
+        ("[rule]\nxyz = 3\n", r"line 2, \[rule\]: xyz is unknown; \[rule\] has rule, modules, depth"),
+        ("\n[training]\nlr = 3\n", r"line 2: \[training\] is no section of a recipe; sections are recipe, data"),
+        ("[optimisation]\n# slow\nlr = fast\n", r"line 3, \[optimisation\]: lr expected a number, got 'fast'"),
+        ("[step]\nfused = maybe\n", r"line 2, \[step\]: fused expected yes or no, got 'maybe'"),
+        ("[optimisation]\nlr =\n", r"line 2, \[optimisation\]: lr has no value"),
+        ("[recipe]\nbase = mine\n", r"line 2, \[recipe\]: base is auto or one of auglocal"),
+        ("[recipe]\nbases = auto\n", r"line 2, \[recipe\]: bases is unknown; did you mean base\?"),
+        ("lr = 3\n", "own.ini: cannot be read as a recipe: .* no section headers"),
+        ("[rule]\ndepth = 3\ndepth = 4\n", "own.ini: cannot be read as a recipe: .*line  3"),
+        ("[rule]\nrule = dni\n", "--rule is one of"),
+        ("[augmentation]\nmean = 1, 2\n", "mean is three numbers"),
+        ("[augmentation]\nstd = 1, 0, 2\n", "std is three numbers"),
+        ("[augmentation]\npadding = -1\n", "--padding must be at least 0"),
+        ("[augmentation]\npadding_mode = wrap\n", "is one of reflect, zero, not 'wrap'"),
+        ("[optimisation]\nmomentum = 1\n", "momentum, Nesterov's, lies between 0 and 1"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_its_place(tmp_path, text, said):
+    own = tmp_path / "own.ini"
+    own.write_text(text)
+    with pytest.raises(SettingsError, match=said):
+        resolved(str(own), "cifar10")
+
+
+def test_a_recipe_that_is_not_there():
+    with pytest.raises(
+        SettingsError, match=r"--recipe inforpo: neither a recipe \(auglocal, .* did you mean infopro\?"
+    ):
+        resolved("inforpo", "cifar10")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dataset", "settings"),
+    [
+        ("auto", "cifar10", {}),
+        ("bp", "stl10", {"seed": 7, "channels_last": True}),
+        ("dgl", "cifar10", {"memory_budget": "0.4GiB"}),
+        ("auglocal", "svhn", {"downsampling": False, "fused": False, "lr": 1e-5, "amp": "bf16"}),
+        ("infopro-balanced", "cifar10", {"modules": (15,)}),
+        ("contsup-decoder", "svhn", {"modules": 4, "epochs": 8, "warmup": 4}),
+        ("contsup", "svhn", {"head": "auglocal:depth=3,pyramid=0", "network": "resnet20", "width": 8, "modules": 4}),
+        ("auglocal-imagenet", "folder", {"image_size": 64, "train_images": 100, "workers": 0}),
+    ],
+)
+def test_the_printed_settings_are_a_recipe_of_the_same_run(tmp_path, recipe, dataset, settings):
+    first = resolved(recipe, dataset, **settings)
+    printed = tmp_path / "printed.ini"
+    printed.write_text(to_recipe(first))
+    made = TrainConfig.from_recipe(str(printed), output="run")
+    again = resolve(made, dataset, False)
+    assert asdict(replace(again, recipe_file=None)) == asdict(replace(first, recipe_file=None))
+    assert to_recipe(again) == to_recipe(first)
+    assert asdict(replace(made, recipe_file=None)) == asdict(replace(first, recipe_file=None))  # nothing was left open
+
+
+def test_a_run_by_a_recipe_stores_its_settings_and_resumes(config, separable, tmp_path):
+    own = tmp_path / "own.ini"
+    own.write_text(
+        "[network]\nnetwork = resnet8\nwidth = 4\n[rule]\nrule = dgl\n[optimisation]\nepochs = 1\nlr = 0.05\n"
+    )
+    settings = TrainConfig.from_recipe(
+        str(own), data="unused", output=str(tmp_path / "run"), batch_size=8, device="cpu"
+    )
+    run = trainer(settings, separable)
+    run.fit()
+    stored = run.describe()["settings"]
+    assert stored["recipe_file"] == str(own) and stored["rule"] == "dgl" and stored["padding"] == 4
+    assert stored["mean"] == [125.3, 123.0, 113.9]
+    own.write_text("[rule]\nrule = bp\n")  # a run's settings are its own
+    again = trainer(TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}), separable)
+    again.resume()
+    assert again.config == run.config
+
+
+def test_recipes_are_installed_with_the_package():
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert '"auglocal_ext.training.recipes" = ["*.ini"]' in text

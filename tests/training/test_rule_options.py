@@ -1,0 +1,204 @@
+"""Every rule by its options, heads that are rules, and InfoPro's weights."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import get_type_hints
+
+import pytest
+from runs import log, trainer
+
+from auglocal_ext.rules import DGL, INFOPRO_WEIGHTS, MAN, AugLocal, ContSup, Greedy, InfoPro, PredSim
+from auglocal_ext.training import SettingsError, TrainConfig
+from auglocal_ext.training.config import make_rule, resolve
+from auglocal_ext.training.rule_options import OPTIONS, RULE_OPTIONS, RULES, help_of, includes, parse_head, write_head
+from auglocal_ext.training.values import reader
+
+WEIGHTS = (5.0, 0.05, 0.2, 0.5)
+
+MADE = [
+    ({"rule": "greedy"}, Greedy()),
+    ({"rule": "dgl"}, DGL()),
+    ({"rule": "dgl", "head": "cnn"}, DGL(head="cnn")),
+    ({"rule": "predsim", "beta": 0.9, "limit": 64}, PredSim(beta=0.9, limit=64)),
+    ({"rule": "predsim", "head": "0c1f", "scale_classifier": False}, PredSim(head="0c1f", scale_classifier=False)),
+    ({"rule": "infopro", "weights": WEIGHTS}, InfoPro(WEIGHTS[:2], WEIGHTS[2:])),
+    (
+        {"rule": "infopro", "weights": WEIGHTS, "loss": "contrast", "head": "auglocal:depth=2"},
+        InfoPro(WEIGHTS[:2], WEIGHTS[2:], "contrast", AugLocal(depth=2)),
+    ),
+    ({"rule": "man", "average_momentum": 0.5}, MAN(momentum=0.5)),
+    ({"rule": "man", "head": "dgl:head=mlp"}, MAN(head=DGL(head="mlp"))),
+    (
+        {"rule": "auglocal", "depth": 3, "sampling": "conv3x3", "downsampling": True},
+        AugLocal(depth=3, sampling="conv3x3", downsampling=True),
+    ),
+    ({"rule": "contsup", "head": "auglocal:depth=3"}, ContSup(head=AugLocal(depth=3))),
+    (
+        {
+            "rule": "contsup",
+            "context": "E",
+            "head": "infopro:weights=5,0.05,0.2,0.5,head=auglocal:joint-tail=no,depth=2",
+        },
+        ContSup("E", head=InfoPro(WEIGHTS[:2], WEIGHTS[2:], head=AugLocal(depth=2, joint_tail=False))),
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "rule"), MADE)
+def test_options_make_the_rule(config, settings, rule):
+    assert make_rule(config(**settings)) == rule
+
+
+def test_the_table_is_that_of_the_rules():
+    hints = get_type_hints(TrainConfig)
+    for name, option in OPTIONS.items():
+        assert hints[name] == option.kind | None, name
+    missing = {"single_layer_norm", "block", "widen", "feature_dim", "mean", "std", "first", "last"}
+    for rule, cls in RULES.items():
+        taken = {OPTIONS[name].field or name for name in RULE_OPTIONS[rule] if name not in ("modules", "weights")}
+        assert taken == {field.name for field in fields(cls)} - missing, rule
+
+
+def test_help_names_rules_and_defaults():
+    assert help_of("depth") == "auglocal: layers of an auxiliary network with its classifier (default 6)"
+    assert "contsup, infopro, man: 0c1f" in help_of("head") and "dgl: mlp-sr" in help_of("head")
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("greedy", {}),
+        ("auglocal:depth=3", {"depth": 3}),
+        ("auglocal:depth=3,joint_tail=no", {"depth": 3, "joint_tail": False}),
+        (
+            "infopro:weights=5,0,0.5,1,loss=contrast,head=man:head=dgl",
+            {"weights": (5, 0, 0.5, 1), "loss": "contrast", "head": "man:head=dgl"},
+        ),
+        ("predsim:beta=0.5,head=auglocal:depth=2,pyramid=0", {"beta": 0.5, "head": "auglocal:depth=2,pyramid=0"}),
+    ],
+)
+def test_heads_are_read_and_written(text, options):
+    rule, found = parse_head(text)
+    assert (rule, found) == (text.partition(":")[0], options)
+    assert parse_head(write_head(rule, found)) == (rule, found)
+
+
+def test_a_head_may_leave_out_what_was_filled_in():
+    stored = "man:average_momentum=0.5,head=infopro:loss=contrast,weights=5,0,0.5,1"
+    assert includes(stored, "man:average_momentum=0.5,head=infopro:loss=contrast")
+    assert not includes(stored, "man:average_momentum=0.4,head=infopro:loss=contrast")
+    assert not includes(stored, "man:head=infopro:loss=softmax")
+    assert not includes("1c2f", "0c1f") and not includes(stored, "dgl")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rule": "contsup", "head": "auglocal:deep=3"}, "'deep=3' is no option of auglocal; .* auglocal:depth=3"),
+        ({"rule": "contsup", "head": "auglocal:3"}, "'3' is no option of auglocal"),
+        ({"rule": "contsup", "head": "auglocal:depth=few"}, "depth: expected a whole number, got 'few'"),
+        ({"rule": "contsup", "head": "auglocal:depth=0"}, "depth is the number of layers"),
+        ({"rule": "contsup", "head": "auglocal:depth=2,depth=3"}, "depth is given twice"),
+        ({"rule": "contsup", "head": "auglocal:joint_tail=maybe"}, "expected yes or no, got 'maybe'"),
+        ({"rule": "man", "head": "infopro:head=auglocal:deep=1"}, "'deep=1' is no option of auglocal"),
+        ({"rule": "man", "head": "contsup:context=E"}, "context, which a head has none of"),
+        ({"rule": "man", "head": "bp"}, "unknown auxiliary head 'bp'"),
+        ({"rule": "auglocal", "head": "dgl"}, "head is 'linear' or 'vgg'"),
+        ({"rule": "greedy", "head": "1c2f"}, "--head belongs to the rule .*, not to greedy"),
+        ({"rule": "predsim", "beta": 1.5}, "beta is the weight"),
+        ({"rule": "infopro", "weights": (1.0, 2.0)}, "four numbers"),
+        ({"rule": "infopro", "weights": (1.0, 2.0, -1.0, 0.0)}, "neither negative"),
+        ({"rule": "infopro", "loss": "hinge"}, "loss is 'softmax' or 'contrast'"),
+        ({"rule": "man", "average_momentum": 2.0}, "momentum is within"),
+        ({"rule": "auglocal", "sampling": "random"}, "sampling is one of uniform"),
+    ],
+)
+def test_wrong_options_are_refused_when_made(config, settings, said):
+    with pytest.raises(SettingsError, match=said):
+        config(**settings)
+
+
+def infopro(dataset, modules=None, network="resnet110", **settings):
+    made = TrainConfig(
+        data=".", output="run", device="cpu", network=network, modules=modules, **{"rule": "infopro", **settings}
+    )
+    return resolve(made, dataset, False)
+
+
+@pytest.mark.parametrize(("dataset", "network"), [key for key in INFOPRO_WEIGHTS if "," not in key[1]])
+def test_infopros_weights_follow_from_the_experiment(dataset, network):
+    for modules, (first, last) in INFOPRO_WEIGHTS[dataset, network].items():
+        assert infopro(dataset, modules, network).weights == (*first, *last)
+
+
+def test_infopros_weights_of_balanced_cuts():
+    assert infopro("cifar10", (7, 15, 27)).weights == (5, 0, 5, 0.1)
+    assert infopro("cifar10", (10, 21)).weights == (5, 0, 5, 0.1)
+    assert infopro("stl10", (9, 20)).weights == (20, 0.5, 5, 2)
+    assert infopro("cifar10", None, "resnet32").weights == WEIGHTS  # one module per layer is 16
+
+
+def test_infopros_weights_reach_a_head_and_the_images_normalisation_the_decoder():
+    settings = infopro("svhn", 8, rule="contsup", head="man:head=infopro:loss=contrast")
+    assert settings.head == "man:head=infopro:loss=contrast,weights=5,0,0.5,2"
+    inner = make_rule(settings).head.head
+    assert (inner.first, inner.last) == ((5, 0), (0.5, 2))
+    assert inner.mean == inner.std == (0.5, 0.5, 0.5)
+    assert infopro("cifar10", 2).weights == (5, 0.5, 0, 0)
+    assert make_rule(infopro("cifar10", 2)).mean == pytest.approx((125.3 / 255, 123 / 255, 113.9 / 255))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "modules", "network"),
+    [
+        ("svhn", 16, "resnet32"),
+        ("cifar10", 5, "resnet110"),
+        ("folder", 16, "resnet32"),
+        ("cifar10", (3, 9), "resnet32"),
+    ],
+)
+def test_weights_that_nobody_published_are_asked_for(dataset, modules, network):
+    with pytest.raises(SettingsError, match="no weights of InfoPro are known .* give them .--weights A,B,C,D"):
+        infopro(dataset, modules, network)
+    assert infopro(dataset, modules, network, weights=(1.0, 1.0, 0.0, 2.0)).weights == (1, 1, 0, 2)
+
+
+def test_what_was_left_out_is_resolved():
+    settings = resolve(TrainConfig(data=".", output="run", rule="predsim", device="cpu"), "cifar10", False)
+    assert (settings.beta, settings.limit, settings.scale_classifier, settings.head) == (0.99, 2048, True, None)
+    settings = resolve(TrainConfig(data=".", output="run", rule="man", head="dgl", device="cpu"), "cifar10", False)
+    assert (settings.average_momentum, settings.head, settings.momentum) == (0.995, "dgl", 0.9)
+
+
+@pytest.mark.parametrize("text", ["", "few", "1,x"])
+def test_numbers_are_read_strictly(text):
+    for kind in (int, float, tuple[float, ...], int | tuple[int, ...]):
+        with pytest.raises(ValueError, match="expected"):
+            reader(kind)(text)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"rule": "greedy"},
+        {"rule": "dgl"},
+        {"rule": "predsim", "beta": 0.5},
+        {"rule": "infopro", "weights": (1.0, 1.0, 0.5, 1.0), "loss": "contrast", "recipe": "stl10"},
+        {"rule": "man", "head": "dgl"},
+        {"rule": "contsup", "head": "auglocal:depth=2", "context": "E"},
+    ],
+    ids=lambda rule: rule["rule"],
+)
+def test_every_rule_trains_and_resumes(config, separable, tmp_path, rule):
+    straight = config(epochs=2, output=str(tmp_path / "straight"), **rule)
+    trainer(straight, separable).fit()
+    settings = config(epochs=2, **rule)
+    first = trainer(settings, separable)
+    first._epoch()
+    first.save()
+    again = trainer(settings, separable)
+    again.resume()
+    again.fit()
+    assert log(settings) == log(straight)[1:]
+    assert log(straight)[1]["train_loss"] != log(straight)[0]["train_loss"]
