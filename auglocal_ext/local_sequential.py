@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .auxiliary.context import ContextSupply
 from .local_modules import RECOMPUTE, LocalModule, LocalOutput, LossOptions, Recompute, local_pass, run_forward
 from .nn import FusedSequential, fuse, unfuse
-from .ops.labels import check_labels
+from .ops.labels import check_form, check_labels
 from .partition import Balanced, describe, evaluating, probe_input
 from .rules.balance import balanced_ends
 from .rules.base import Network, Rule
@@ -212,31 +212,30 @@ class LocalSequential(nn.Module):
                 call, without a synchronisation; such labels count as ignored), ``x`` requires a gradient, or
                 a BatchNorm layer would see a single value per channel.
         """
-        self._check_input(x, training_pass=y is not None)
         if y is None:
+            self._check_input(x, training_pass=False)
             if len(self.context) == 0:
                 return self.primary(x)
             return run_forward(self.local_modules, x)
-        check_labels(y, self.network.num_classes, self._options.ignore_index)
-        self._check_training_pass(x, y)
+        self.check_batch(x, y)
         scale = None
         if grad_scaler is not None:
             scale = grad_scaler.scale(torch.ones((), device=x.device))
-        elif not self._warned_fp16 and torch.is_grad_enabled() and self._is_fp16(x):
+        elif torch.is_grad_enabled():
+            self.warn_of_fp16(x)
+        return local_pass(self.local_modules, x, y, scale)
+
+    def warn_of_fp16(self, x: Tensor) -> None:
+        """Warn, once, if a training pass on ``x`` would run in fp16: it has no loss scaler."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if dtype == torch.float16 and not self._warned_fp16:
             self._warned_fp16 = True
             warnings.warn(
                 "a training pass in fp16 without grad_scaler: small gradients of the local modules underflow to "
                 "zero. Pass net(x, y, grad_scaler=scaler), or use bfloat16",
-                stacklevel=2,
+                stacklevel=3,
             )
-        return local_pass(self.local_modules, x, y, scale)
-
-    @staticmethod
-    def _is_fp16(x: Tensor) -> bool:
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device) == torch.float16
-        return x.dtype == torch.float16
 
     def _check_input(self, x: Tensor, training_pass: bool) -> None:
         if not x.is_floating_point():
@@ -254,7 +253,16 @@ class LocalSequential(nn.Module):
                 f"for; got {tuple(x.shape)}"
             )
 
-    def _check_training_pass(self, x: Tensor, y: Tensor) -> None:
+    def check_batch(self, x: Tensor, y: Tensor, *, labels: bool = True) -> None:
+        """Raise for a batch that no training pass can run on, as :meth:`forward` does.
+
+        ``labels=False`` leaves out the values of ``y``, whose check on CUDA is a handful of kernels.
+        """
+        self._check_input(x, training_pass=True)
+        if labels:
+            check_labels(y, self.network.num_classes, self.ignore_index)
+        else:
+            check_form(y)
         if len(x) == 0:
             raise ValueError("the batch is empty (N = 0); drop it before the training pass")
         if len(y) != len(x):
@@ -288,6 +296,20 @@ class LocalSequential(nn.Module):
         if len(self.context) == 0:
             return primary.eval()
         return InferenceNetwork(primary, self.local_modules, context).eval()
+
+    @property
+    def recompute(self) -> tuple[Recompute, ...]:
+        """What each local module runs a second time; may be set to one choice, or to one for each module."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, recompute: Recompute | Sequence[Recompute]) -> None:
+        self._recompute = _recompute_per_module(recompute, self.num_modules)
+
+    @property
+    def ignore_index(self) -> int:
+        """The label that counts nowhere."""
+        return self._options.ignore_index
 
     def extra_repr(self) -> str:
         return f"rule={self.rule!r}, modules={self.num_modules}, module_ends={self.network.ends}"

@@ -1,6 +1,16 @@
 """A local module, and the training pass over local modules."""
 
 from .local_module import RECOMPUTE, LocalModule, LossOptions, Recompute, run_forward
-from .local_pass import LocalOutput, local_pass
+from .local_pass import LocalOutput, OneStream, Take, local_pass
 
-__all__ = ["RECOMPUTE", "LocalModule", "LocalOutput", "LossOptions", "Recompute", "local_pass", "run_forward"]
+__all__ = [
+    "RECOMPUTE",
+    "LocalModule",
+    "LocalOutput",
+    "LossOptions",
+    "OneStream",
+    "Recompute",
+    "Take",
+    "local_pass",
+    "run_forward",
+]

@@ -1,13 +1,13 @@
-"""The eager training pass: forward, local loss, gradients and release, local module by local module."""
+"""The training pass: forward, local loss, gradients and release, local module by local module."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .local_module import LocalModule
@@ -106,7 +106,39 @@ def _uncached_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type), cache_enabled=False)
 
 
-def local_pass(modules: Sequence[LocalModule], x: Tensor, target: Tensor, scale: Tensor | None = None) -> LocalOutput:
+#: ``take(module, parameters, gradients)`` is given each module's finished gradients right after its backward.
+Take = Callable[[LocalModule, Sequence[nn.Parameter], Sequence[Tensor | None]], None]
+
+
+class OneStream:
+    """Where the modules of a pass run: one after the other, on the current stream.
+
+    Attributes:
+        current: the module that runs, or that failed; None before the first.
+    """
+
+    current: int | None = None
+
+    def module(self, index: int) -> AbstractContextManager[Any]:
+        """Entered for the whole of local module ``index``: forward, loss, backward, ``take``."""
+        self.current = index
+        return nullcontext()
+
+    def handed_on(self, index: int, h: Tensor, history: Sequence[Tensor | None]) -> None:
+        """Module ``index`` has made its output ``h``; the next may be fed with it and with ``history``."""
+
+    def join(self) -> None:
+        """The pass is over: what it made is ready for the current stream."""
+
+
+def local_pass(
+    modules: Sequence[LocalModule],
+    x: Tensor,
+    target: Tensor,
+    scale: Tensor | None = None,
+    take: Take | None = None,
+    streams: OneStream | None = None,
+) -> LocalOutput:
     """One pass over the local modules; with gradients enabled each module's are finished before the next runs.
 
     The graph of module k lives from its forward to its own backward and is gone before module k + 1 runs: at
@@ -117,8 +149,11 @@ def local_pass(modules: Sequence[LocalModule], x: Tensor, target: Tensor, scale:
         x: input batch.
         target: class indices ``(N,)``, int64, checked by the caller.
         scale: 0-dimensional factor for the inner backward (fp16 loss scale); taken out again when the gradients
-            are handed over. None is 1.
+            are handed over, but not for ``take``. None is 1.
+        take: is given the gradients of each module at once; ``loss.backward()`` then has none to hand over.
+        streams: where the modules run; default on the current stream.
     """
+    streams = OneStream() if streams is None else streams
     with_gradients = torch.is_grad_enabled()
     gradients = Gradients()
     losses: list[Tensor] = []
@@ -126,29 +161,38 @@ def local_pass(modules: Sequence[LocalModule], x: Tensor, target: Tensor, scale:
     history: list[Tensor | None] | None = [] if any(m.context is not None for m in modules) else None
     logits = h = x
     for module in modules:
-        with _uncached_autocast(x.device.type):
-            # One name for input and output: with context the module keeps the merged input, and h must not outlive it.
-            h = module(h, history)
-            objective = module.objective(h, target, check_labels=False)
-        logits = objective.logits
-        losses.append(objective.loss.detach())
-        correct.append(objective.correct)
-        if with_gradients:
-            _backward(module, objective.loss, scale, gradients)
-        h = h.detach()
-        del objective
+        with streams.module(module.index):
+            with _uncached_autocast(x.device.type):
+                # One name for input and output: a module with context keeps the merged input, h must not outlive it.
+                h = module(h, history)
+                streams.handed_on(module.index, h.detach(), history or ())
+                objective = module.objective(h, target, check_labels=False)
+            logits = objective.logits
+            losses.append(objective.loss.detach())
+            correct.append(objective.correct)
+            if with_gradients:
+                parameters = [p for p in module.parameters() if p.requires_grad]
+                if take is None:
+                    gradients.add(parameters, _gradients(parameters, objective.loss, scale, hooks=False))
+                else:
+                    take(module, parameters, _gradients(parameters, objective.loss, scale, hooks=True))
+            h = h.detach()
+            del objective
+    streams.join()
     module_losses = torch.stack(losses)
     loss = losses[0] if len(losses) == 1 else module_losses.sum()
-    if with_gradients and gradients.parameters:
+    if gradients.parameters:
         loss = _HandOver.apply(loss, scale, gradients, *gradients.parameters)
     return LocalOutput(loss, logits.detach(), module_losses, torch.stack(correct))
 
 
-def _backward(module: LocalModule, loss: Tensor, scale: Tensor | None, gradients: Gradients) -> None:
-    parameters = [p for p in module.parameters() if p.requires_grad]
+def _gradients(
+    parameters: Sequence[nn.Parameter], loss: Tensor, scale: Tensor | None, hooks: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``scale * loss``; ``hooks``: whether the parameters' tensor hooks run here or at the hand-over."""
     if not parameters:
-        return
+        return ()
     outer = None if scale is None else scale.to(loss.dtype)
-    with torch.autocast(loss.device.type, enabled=False), _hooks_held_back(parameters):
-        values = torch.autograd.grad(loss, parameters, outer, allow_unused=True)
-    gradients.add(parameters, values)
+    held_back = nullcontext() if hooks else _hooks_held_back(parameters)
+    with torch.autocast(loss.device.type, enabled=False), held_back:
+        return torch.autograd.grad(loss, parameters, outer, allow_unused=True)

@@ -53,6 +53,32 @@ def check_labels(target: Tensor, num_classes: int, ignore_index: int = -100) -> 
         )
 
 
+class BadLabelCounter:
+    """Counts labels out of range where the host cannot be asked: in a captured CUDA graph, over all its replays.
+
+    ``add(target)`` runs on the device and sends the running total to the host without waiting for it;
+    ``raise_if_any()`` reads what has arrived. Both may be far apart, so the error comes some batches late.
+    """
+
+    def __init__(self, device: torch.device, num_classes: int, ignore_index: int = -100) -> None:
+        self._num_classes, self._ignore_index = num_classes, ignore_index
+        self._total = torch.zeros((), dtype=torch.int64, device=device)
+        self._host = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._reported = 0
+
+    def add(self, target: Tensor) -> None:
+        """Count the bad labels of ``target`` ``(N,)``, int64."""
+        self._total += _bad(target, self._num_classes, self._ignore_index).sum()
+        self._host.copy_(self._total, non_blocking=True)
+
+    def raise_if_any(self) -> None:
+        """ValueError if bad labels were counted that no earlier call has told of."""
+        count = int(self._host) - self._reported
+        if count:
+            self._reported += count
+            raise ValueError(_late(f"{count} labels of earlier batches", self._num_classes, self._ignore_index))
+
+
 def check_form(target: Tensor) -> None:
     """Raise unless ``target`` is a vector of int64."""
     if target.dtype != torch.int64:
@@ -77,11 +103,8 @@ def raise_deferred_errors(wait: bool = False) -> None:
         with _lock:
             _spare.append(entry.host)
         if count:
-            raise ValueError(
-                f"{count} of {entry.labels} labels of an earlier batch were out of range: expected "
-                f"{_expected(entry.num_classes, entry.ignore_index)}. They were treated as ignored. Check num_classes "
-                "and the data set's numbering; checking one batch on the CPU names the label"
-            )
+            which = f"{count} of {entry.labels} labels of an earlier batch"
+            raise ValueError(_late(which, entry.num_classes, entry.ignore_index))
 
 
 def _bad(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
@@ -100,6 +123,13 @@ def _defer(target: Tensor, num_classes: int, ignore_index: int) -> None:
         event.record()
     with _lock:
         _pending.append(_Deferred(event, host, target.numel(), num_classes, ignore_index))
+
+
+def _late(which: str, num_classes: int, ignore_index: int) -> str:
+    return (
+        f"{which} were out of range: expected {_expected(num_classes, ignore_index)}. They were treated as ignored. "
+        "Check num_classes and the data set's numbering; checking one batch on the CPU names the label"
+    )
 
 
 def _expected(num_classes: int, ignore_index: int) -> str:

@@ -1,0 +1,238 @@
+"""``LocalStep``: a training step over local modules that updates and releases each module at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..local_modules import OneStream, Recompute, local_pass
+from ..local_sequential import LocalSequential
+from .graph import GraphedStep, Graphs
+from .optimizers import ModuleOptimizers, OptimizerFactory
+from .overlap import TwoStreams
+from .updates import Clip, Updates
+
+Switch = Literal[True, False, "auto"]
+
+
+class StepOutput(NamedTuple):
+    """Result of one training step, all detached.
+
+    Attributes:
+        loss: scalar, the sum of the local losses.
+        logits: ``(N, num_classes)`` of the last module.
+        module_losses: ``(K,)``.
+        module_correct: ``(K,)``, int64: how many images each module's classifier has right.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    module_losses: Tensor
+    module_correct: Tensor
+
+
+class LocalStep:
+    """A whole training step: per local module forward, loss, backward, optimizer step and release.
+
+    ::
+
+        step = LocalStep(net, lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9), autocast=torch.bfloat16)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(step.optimizer, epochs)
+        for x, y in loader:
+            out = step(x, y)
+
+    The weights become those of ``net(x, y).loss.backward(); optimizer.step()``, to the bit for plain SGD on the CPU,
+    because no module's backward reads the parameters of an earlier one. But only one module's gradients exist at a
+    time. On CUDA the step is captured into one graph after some steps and then costs one launch.
+
+    Call it with the network in training mode, with batches on the network's device; a batch of another shape, such as
+    the last of an epoch, runs without the graph. Gradients never appear in ``.grad`` between steps. For several
+    processes (DistributedDataParallel) use ``net(x, y)``: gradients are not reduced here.
+
+    Args:
+        net: the network.
+        optimizer: makes the optimizer of a list of parameters: any class of ``torch.optim`` but LBFGS. On CUDA its
+            fused and capturable forms are used where it has them and ``fused`` and ``foreach`` are left open.
+        params: parameter groups for ``optimizer``, for example one without weight decay; default all parameters.
+        graph: ``"auto"`` captures where it can and records in :attr:`eager_reason` why not; True raises
+            :class:`auglocal_ext.step.GraphCaptureError` instead; False never does.
+        overlap: run the backward of module k beside the forward of module k + 1, on two CUDA streams. Up to two
+            modules' activations are then alive. ``"auto"`` is off.
+        autocast: None leaves it to a surrounding ``torch.autocast``; ``torch.float16`` makes a ``GradScaler``.
+        grad_scaler: a scaler of one's own.
+        clip_norm: largest 2-norm of gradients.
+        clip: ``"module"`` clips each local module's gradients by themselves; ``"global"`` all together, for which
+            all gradients are kept to the end of the pass: as many bytes as the parameters.
+        accumulate: calls per optimizer step, whose gradients are averaged. Above 1 all gradients are kept.
+        recompute: sets ``net.recompute``; None leaves it.
+
+    Attributes:
+        net: the network.
+        grad_scaler: the scaler, or None.
+
+    Raises:
+        TypeError: if ``net`` is no :class:`LocalSequential` or ``optimizer`` makes no optimizer.
+        ValueError: for an option out of range, or an optimizer that cannot be stepped module by module.
+    """
+
+    def __init__(
+        self,
+        net: LocalSequential,
+        optimizer: OptimizerFactory,
+        *,
+        params: Iterable[Any] | None = None,
+        graph: Switch = "auto",
+        overlap: Switch = "auto",
+        autocast: torch.dtype | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        clip_norm: float | None = None,
+        clip: Clip = "module",
+        accumulate: int = 1,
+        recompute: Recompute | None = None,
+    ) -> None:
+        if not isinstance(net, LocalSequential):
+            raise TypeError(f"net must be a LocalSequential, got {type(net).__name__}; wrap the network first")
+        for name, switch in (("graph", graph), ("overlap", overlap)):
+            if switch not in (True, False, "auto"):
+                raise ValueError(f'{name} must be True, False or "auto", got {switch!r}')
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast}")
+        self.net = net
+        self._parameters = list(net.parameters())
+        self._submodules = list(net.modules())
+        if autocast == torch.float16 and grad_scaler is None:
+            grad_scaler = torch.amp.GradScaler(self._parameters[0].device.type)
+        self.grad_scaler = grad_scaler
+        self._optimizers = ModuleOptimizers(
+            net.local_modules, optimizer, self._parameters if params is None else list(params)
+        )
+        self._updates = Updates(self._optimizers, grad_scaler, clip_norm, clip, accumulate)
+        if recompute is not None:
+            net.recompute = recompute
+        self._autocast_dtype = autocast
+        self._overlap = overlap is True
+        self._graphs = None if graph is False else Graphs(graph is True, warmup=2 + accumulate)
+        self._streams = OneStream()
+        self._recomputes_random = False
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """One ordinary optimizer of the user's class, for schedulers and checkpoints; not to be stepped by hand."""
+        return self._optimizers.whole
+
+    @property
+    def graphed(self) -> bool:
+        """Whether the last step ran as a CUDA graph."""
+        return self.eager_reason is None
+
+    @property
+    def eager_reason(self) -> str | None:
+        """Why the last step did not run as a CUDA graph; None if it did."""
+        return "graph=False" if self._graphs is None else self._graphs.reason
+
+    def __call__(self, x: Tensor, y: Tensor) -> StepOutput:
+        """Train on one batch.
+
+        Args:
+            x: inputs ``(N, *input_shape)``, floating point.
+            y: class indices ``(N,)``, int64.
+
+        Raises:
+            TypeError, ValueError: for a bad batch, as ``net(x, y)`` does, before anything is changed.
+            GraphCaptureError: with ``graph=True`` if the step cannot be captured; nothing is changed.
+        """
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            graph = self._graph_for(x, y)
+            out = self._eagerly(x, y) if graph is None else StepOutput(*graph(x, y))
+        self._updates.count()
+        return out
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of optimizer and scaler; gradients of an unfinished accumulation are not part of it."""
+        scaler = None if self.grad_scaler is None else self.grad_scaler.state_dict()
+        return {"optimizer": self.optimizer.state_dict(), "grad_scaler": scaler}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; ``state["optimizer"]`` may be that of an ordinary optimizer."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.grad_scaler is not None and state.get("grad_scaler") is not None:
+            self.grad_scaler.load_state_dict(state["grad_scaler"])
+        self._updates.drop()
+
+    def _graph_for(self, x: Tensor, y: Tensor) -> GraphedStep | None:
+        """The captured step for this batch, which is checked for it; None to run eagerly."""
+        if self._graphs is None:
+            self.net.check_batch(x, y)
+            return None
+        obstacle = "recomputed modules draw random numbers (dropout)" if self._recomputes_random else None
+        form = (x.shape, x.stride(), x.dtype, y.shape, y.device)
+        phase = self._updates.due
+        found = self._graphs.find(x, self._built_in(x.device), form, phase, obstacle)
+        self.net.check_batch(x, y, labels=isinstance(found, bool))  # a graph counts bad labels itself
+        if found is True:
+            return self._graphs.capture(lambda pool: self._captured(x, y, pool), phase, self._running)
+        return found or None
+
+    def _captured(self, x: Tensor, y: Tensor, pool: Any) -> GraphedStep:
+        try:
+            return GraphedStep(self._run, x, y, self._optimizers, self.net, pool)
+        except BaseException:
+            if self._updates.accumulate == 1:
+                self._updates.drop()
+            self._optimizers.forget_views()
+            raise
+
+    def _built_in(self, device: torch.device) -> tuple[Any, ...]:
+        """What a captured step does not read anew: if any of it changes, it must be captured again."""
+        kept = self._updates.accumulate > 1
+        return (
+            self._optimizers.options(),
+            self.net.recompute,
+            torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
+            tuple(module.training for module in self._submodules),
+            tuple((p.requires_grad, p.data_ptr(), kept and id(p.grad)) for p in self._parameters),
+        )
+
+    def _running(self) -> str:
+        return "the step" if self._streams.current is None else f"local module {self._streams.current}"
+
+    def _eagerly(self, x: Tensor, y: Tensor) -> StepOutput:
+        if self.grad_scaler is None:
+            self.net.warn_of_fp16(x)
+        self._optimizers.prepare()
+        before = _random_position(x.device)
+        try:
+            out = self._run(x, y)
+        except BaseException:
+            self._updates.drop()
+            self._optimizers.forget_views()
+            raise
+        if _random_position(x.device) != before and any(choice != "none" for choice in self.net.recompute):
+            self._recomputes_random = True
+        return out
+
+    def _run(self, x: Tensor, y: Tensor) -> StepOutput:
+        """The step itself, eager or under capture."""
+        updates = self._updates
+        self._streams = TwoStreams(x.device) if self._overlap and x.is_cuda else OneStream()
+        updates.begin()
+        with torch.enable_grad(), self._autocast(x.device):
+            out = local_pass(self.net.local_modules, x, y, updates.scale(x.device), updates.take, self._streams)
+        updates.end()
+        return StepOutput(out.loss.detach(), out.logits, out.module_losses, out.module_correct)
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        if self._autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self._autocast_dtype)
+
+
+def _random_position(device: torch.device) -> int | None:
+    """How many random numbers were drawn on a CUDA device; a recomputation in a graph could not draw them again."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.default_generators[device.index or 0].get_offset()

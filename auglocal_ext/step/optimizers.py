@@ -1,0 +1,180 @@
+"""One ``torch.optim`` optimizer, stepped for the parameters of one local module at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..local_modules import LocalModule
+
+#: Makes the optimizer of a list of parameters or parameter groups: ``lambda params: torch.optim.SGD(params, lr=0.1)``.
+OptimizerFactory = Callable[[list[Any]], torch.optim.Optimizer]
+
+
+class ModuleOptimizers:
+    """``whole``, the user's optimizer over all parameters, and a view of it for each local module.
+
+    A view is an optimizer of the same class that shares ``whole``'s state and options but holds one module's
+    parameters; a parameter which several modules train belongs to the last of them. So schedulers, ``param_groups``
+    and ``state_dict`` are those of one ordinary optimizer, and its checkpoints are too.
+
+    Args:
+        modules: the local modules in order.
+        factory: called once, with ``params``.
+        params: parameters or parameter groups.
+
+    Raises:
+        TypeError: if the factory returns no ``torch.optim.Optimizer``.
+        ValueError: if the optimizer needs all gradients at once, or holds a parameter that no module trains.
+    """
+
+    def __init__(self, modules: Sequence[LocalModule], factory: OptimizerFactory, params: list[Any]) -> None:
+        self.whole = factory(params)
+        if not isinstance(self.whole, torch.optim.Optimizer):
+            raise TypeError(
+                "optimizer must be a function of the parameters that returns a torch.optim.Optimizer, such as "
+                f"lambda params: torch.optim.SGD(params, lr=0.1); it returned {type(self.whole).__name__}"
+            )
+        if isinstance(self.whole, torch.optim.LBFGS):
+            raise ValueError(
+                "LBFGS evaluates the loss several times a step, with all gradients; choose another optimizer"
+            )
+        self._owner = {p: module.index for module in modules for p in module.parameters()}
+        self._views: list[torch.optim.Optimizer] = []
+        self._count = len(modules)
+        self._layout: list[tuple[int, int]] = []
+        self._groups: list[dict[str, Any]] = []
+        self._pushed: list[dict[str, Any]] = []
+        self.prepare()
+
+    def prepare(self, lr: Sequence[Tensor] | None = None) -> None:
+        """Bring the views up to date with ``whole``; before every step.
+
+        Args:
+            lr: for each parameter group a tensor that stands for its learning rate, in a captured step.
+        """
+        self._rebuild_if_changed()
+        groups = self.whole.param_groups
+        for index, group in enumerate(groups):
+            options = {key: value for key, value in group.items() if key != "params"}
+            if lr is not None:
+                options["lr"] = lr[index]
+            # Options an optimizer writes while it steps live on in the views; only what the user changed is pushed.
+            changed = {
+                k: v for k, v in options.items() if k not in self._pushed[index] or self._pushed[index][k] is not v
+            }
+            self._pushed[index].update(changed)
+            if changed:
+                for view in (*self._views, self.everything):
+                    view.param_groups[index].update(changed)
+        for view in (*self._views, self.everything):
+            view.state = self.whole.state
+
+    def view(self, module: int) -> torch.optim.Optimizer:
+        """The optimizer of local module ``module``."""
+        return self._views[module]
+
+    def finish(self) -> None:
+        """After every step: options that the optimizer itself has changed are shown in ``whole``."""
+        for index, group in enumerate(self.whole.param_groups):
+            for view in (*self._views, self.everything):
+                written = {
+                    key: value
+                    for key, value in view.param_groups[index].items()
+                    if key != "params" and self._pushed[index].get(key) is not value
+                }
+                if written:
+                    self._pushed[index].update(written)
+                    group.update(written)
+                    break
+        # What a scheduler looks at to warn of steps in the wrong order.
+        self.whole._opt_called = True  # type: ignore[attr-defined]
+
+    def forget_views(self) -> None:
+        """After a step that broke off: views made anew, of which a loss scaler has noted nothing."""
+        self._layout = []
+        self.prepare()
+
+    def options(self) -> tuple[Any, ...]:
+        """All options but the learning rates, and the state's identity: what a captured step has built in."""
+        return (
+            id(self.whole.state),
+            *(
+                tuple((k, id(v) if isinstance(v, Tensor) else v) for k, v in group.items() if k not in ("params", "lr"))
+                for group in self.whole.param_groups
+            ),
+        )
+
+    def _rebuild_if_changed(self) -> None:
+        groups = self.whole.param_groups
+        layout = [(id(group), len(group["params"])) for group in groups]
+        if layout == self._layout:
+            return
+        for group in groups:
+            strangers = [p for p in group["params"] if p not in self._owner]
+            if strangers:
+                raise ValueError(
+                    f"the optimizer holds a parameter of shape {tuple(strangers[0].shape)} that no local module trains "
+                    f"({len(strangers)} in all); give it the parameters of the network alone"
+                )
+            _fit_to_device(group, self.whole.defaults)
+        self._groups, self._layout = list(groups), layout
+        self._pushed = [{} for _ in groups]
+        self._state_to_device()
+        self._views = [self._new_view(module) for module in range(self._count)]
+        self.everything = self._new_view(None)
+        self._make_momentum_buffers()
+
+    def _new_view(self, module: int | None) -> torch.optim.Optimizer:
+        view = object.__new__(type(self.whole))
+        view.__dict__.update(self.whole.__dict__)
+        view.__dict__.pop("step", None)  # a scheduler's wrapper is for the whole
+        # The views step without a capture before they do so within one, which torch would warn of.
+        view._warned_capturable_if_run_uncaptured = True
+        if all(group.get("fused") for group in self._groups):
+            view._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+        view.param_groups = [
+            {**group, "params": [p for p in group["params"] if module in (None, self._owner[p])]}
+            for group in self._groups
+        ]
+        return view
+
+    def _make_momentum_buffers(self) -> None:
+        """Zeros, which give the same first step: fused SGD leaves its momentum unset if fp16 overflows in it."""
+        if type(self.whole) is not torch.optim.SGD:
+            return
+        for group in self._groups:
+            if group["fused"] and group["momentum"] and not group["dampening"]:
+                for p in group["params"]:
+                    if p.requires_grad and p.is_cuda and self.whole.state[p].get("momentum_buffer") is None:
+                        self.whole.state[p]["momentum_buffer"] = torch.zeros_like(
+                            p, memory_format=torch.preserve_format
+                        )
+
+    def _state_to_device(self) -> None:
+        """Step counters of a checkpoint made on the CPU; fused and capturable optimizers have theirs on the device."""
+        for group in self._groups:
+            if group.get("fused") or group.get("capturable"):
+                for p in group["params"]:
+                    step = self.whole.state[p].get("step") if p in self.whole.state else None
+                    if isinstance(step, Tensor) and step.device != p.device:
+                        self.whole.state[p]["step"] = step.to(p.device, torch.float32)
+
+
+def _fit_to_device(group: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """On CUDA torch's fused and capturable forms, where the user left it open; on the CPU what the user said.
+
+    A checkpoint's groups bring the choice of the device they were saved on.
+    """
+    if not group["params"] or not all(p.is_cuda and p.is_floating_point() for p in group["params"]):
+        for key in ("capturable", "fused"):
+            if group.get(key):
+                group[key] = defaults[key]
+        return
+    if group.get("capturable") is False:
+        group["capturable"] = True
+    if "fused" in group and group["fused"] is None and not group.get("foreach") and not group.get("differentiable"):
+        group["fused"] = True

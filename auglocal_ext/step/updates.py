@@ -1,0 +1,126 @@
+"""What is done with a local module's finished gradients: accumulate, unscale, clip, step, drop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..local_modules import LocalModule
+from .optimizers import ModuleOptimizers
+
+Clip = Literal["module", "global"]
+
+
+class Updates:
+    """Steps each local module's optimizer as soon as its gradients are there, and drops them.
+
+    Args:
+        optimizers: the optimizer and its views.
+        scaler: fp16 loss scaler; a module whose gradients overflow is left unchanged, the others are stepped.
+        clip_norm: largest 2-norm of the gradients, None for no clipping.
+        clip: ``"module"``: of each local module's by itself; ``"global"``: of all together, for which all
+            gradients are kept to the end of the pass (as many bytes as the parameters).
+        accumulate: calls per optimizer step, over which gradients are averaged; above 1 all gradients are kept.
+
+    Raises:
+        ValueError: if ``clip_norm`` is not positive, ``clip`` is unknown or ``accumulate`` is less than 1.
+    """
+
+    def __init__(
+        self,
+        optimizers: ModuleOptimizers,
+        scaler: torch.amp.GradScaler | None,
+        clip_norm: float | None,
+        clip: Clip,
+        accumulate: int,
+    ) -> None:
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive, or None for no clipping; got {clip_norm}")
+        if clip not in get_args(Clip):
+            raise ValueError(f"clip must be one of {', '.join(get_args(Clip))}, got {clip!r}")
+        if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+            raise ValueError(f"accumulate is the number of calls per optimizer step, at least 1; got {accumulate!r}")
+        self.optimizers = optimizers
+        self.scaler = scaler
+        self.clip_norm = clip_norm
+        self.clip = clip
+        self.accumulate = accumulate
+        self.calls = 0
+        self._begun = False
+        self._shares: dict[torch.device, Tensor] = {}
+
+    @property
+    def due(self) -> bool:
+        """Whether this call ends in an optimizer step."""
+        return self.calls == self.accumulate - 1
+
+    def scale(self, device: torch.device) -> Tensor | None:
+        """0-dimensional factor of the losses: the scaler's scale over ``accumulate``; None for 1."""
+        if self.scaler is None and self.accumulate == 1:
+            return None
+        share = self._shares.get(device)
+        if share is None:
+            share = self._shares[device] = torch.full((), 1 / self.accumulate, device=device)
+        return share if self.scaler is None else self.scaler.scale(share)
+
+    def begin(self) -> None:
+        """Before the first module: gradients that some other pass has left are dropped."""
+        if self.calls == 0 and (self.accumulate == 1 or not self._begun):
+            self.drop()
+        self._begun = True
+
+    def take(self, module: LocalModule, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+        """The finished gradients of ``module``: with the last call of a step its parameters are updated at once."""
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad.add_(gradient)
+        if self.due and not self._all_at_once:
+            self._step(self.optimizers.view(module.index))
+
+    def end(self) -> None:
+        """After the last module."""
+        if self.due:
+            if self._all_at_once:
+                self._step(self.optimizers.everything)
+            if self.scaler is not None:
+                self.scaler.update()
+
+    def drop(self) -> None:
+        """Forget all gradients and start counting calls anew."""
+        self.calls = 0
+        self.optimizers.whole.zero_grad(set_to_none=True)
+
+    def count(self) -> None:
+        """One more call is done."""
+        if self.due:
+            self.optimizers.finish()
+        self.calls = (self.calls + 1) % self.accumulate
+
+    @property
+    def _all_at_once(self) -> bool:
+        return self.clip_norm is not None and self.clip == "global"
+
+    def _step(self, optimizer: torch.optim.Optimizer) -> None:
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not trained:
+            return
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(trained, self.clip_norm)
+        if self.scaler is None:
+            optimizer.step()
+        else:
+            self.scaler.step(optimizer)
+        if self.accumulate == 1:
+            for parameter in trained:
+                parameter.grad = None
+        else:  # the buffers are used again, by a captured step at the same address
+            torch._foreach_zero_([p.grad for p in trained])
