@@ -120,7 +120,7 @@ def _run(result: Result, network: str, settings: Settings) -> None:
         owner = step.owner
         if owner is not None:
             result.graphed = owner.graphed
-            result.eager_reason = owner.eager_reason if result.row.options.get("graph") else None
+            result.eager_reason = owner.eager_reason if result.row.options["graph"] else None
         if settings.seconds or settings.cuda:
             _time(result, step, settings)
         if settings.cuda or not result.row.compiled:  # under the mode that counts, compiled code would run eagerly

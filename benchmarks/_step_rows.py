@@ -26,7 +26,8 @@ class Row:
     """One way of training: ``build(row, network, batch)`` makes its step from ``model`` and ``options``.
 
     ``adds``: what it has that the row before it has not. ``depth``: AugLocal's d. ``half``: bf16 autocast and
-    channels-last. ``compiled``: runs through ``torch.compile``, so nothing of it can be predicted.
+    channels-last. ``compiled``: runs through ``torch.compile``, so nothing of it can be predicted. ``cuda_only``: needs
+    CUDA streams, without which it would be the same as a row before it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Row:
     depth: int | None = None
     half: bool = False
     compiled: bool = False
+    cuda_only: bool = False
     budget: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -100,11 +102,12 @@ def local_rows(depth: int) -> list[Row]:
     for idea, adds, options in (
         ("per-module", "an optimizer step per module", {"graph": False, "overlap": False}),
         ("graph", "one CUDA graph", graph),
-        ("overlap", "backward beside the next forward", both),
-        ("peak", 'recompute="peak"', {**both, "recompute": "peak"}),
-        ("peak, one stream", "without overlap", {**graph, "recompute": "peak"}),
+        ("peak", 'graph and recompute="peak"', {**graph, "recompute": "peak"}),
+        ("overlap", "graph, backward beside the next forward", both),
+        ("overlap, peak", "all of it", {**both, "recompute": "peak"}),
     ):
-        table.append(Row(f"{name} {idea}", "AugLocal", adds, owned_step, fused, half=True, options=options))
+        row = Row(f"{name} {idea}", "AugLocal", adds, owned_step, fused, half=True, options=options)
+        table.append(replace(row, cuda_only=options["overlap"]))
     return [replace(row, depth=depth) for row in table]
 
 
@@ -200,8 +203,8 @@ def owned_step(row: Row, network: str, batch: int) -> Step:
         net,
         optimizer=lambda params: torch.optim.SGD(params, lr=LR, momentum=MOMENTUM),
         autocast=torch.bfloat16 if row.half else None,
-        batch_size=batch,
         **row.options,
+        **({"batch_size": batch} if row.options.get("recompute") == "peak" else {}),
     )
 
     def run(mark: Mark) -> None:

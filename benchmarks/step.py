@@ -110,10 +110,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.depths, options.batches = sorted(options.depths)[:2], sorted(options.batches)[:2]
     wanted = [text.lower() for text in options.rows or [""]]
     options.chosen = [row for row in rows() if any(text in row.name.lower() for text in wanted)]
-    options.chosen = [row for row in options.chosen if options.compile or not row.compiled]
+    options.chosen = [r for r in options.chosen if (options.compile or not r.compiled) and (cuda or not r.cuda_only)]
     if not options.chosen:
         parser.error(
-            f"--rows matches none of: {', '.join(row.name for row in rows())} (those with --compile: on a GPU)"
+            f"--rows matches none of: {', '.join(row.name for row in rows())} (overlap needs CUDA, compile --compile)"
         )
     return options
 
