@@ -12,6 +12,7 @@ from .local_sequential import InferenceNetwork, LocalSequential
 from .nn import FusionReport, fuse, unfuse
 from .partition import Balanced
 from .rules import AugLocal, ContSup, Rule
+from .step import LocalStep
 
 __all__ = [
     "AugLocal",
@@ -22,6 +23,7 @@ __all__ = [
     "LocalModule",
     "LocalOutput",
     "LocalSequential",
+    "LocalStep",
     "Rule",
     "__version__",
     "fuse",

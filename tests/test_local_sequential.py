@@ -626,3 +626,15 @@ def test_export_of_fake_weights_is_refused():
 
     with FakeTensorMode(), pytest.raises(RuntimeError, match="built of fake tensors"):
         small().export()
+
+
+def test_the_last_modules_loss_ignores_bad_labels_that_were_not_checked():
+    """On CUDA labels are checked later; until then a wrong one must not stop the device."""
+    last = small().local_modules[-1]
+    logits, (_, y) = torch.randn(6, 10), batch()
+    wrong, ignored = y.clone(), y.clone()
+    wrong[2], wrong[3], ignored[2:4] = 10, -5, -100
+    ours, expected = (last.objective(logits, target, check_labels=False) for target in (wrong, ignored))
+    assert torch.equal(ours.loss, expected.loss) and torch.equal(ours.correct, expected.correct)
+    with pytest.raises(ValueError, match="label 10 at index 2"):
+        last.local_loss(logits, wrong)

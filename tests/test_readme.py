@@ -15,16 +15,21 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
 
 
-def test_the_example_runs():
-    (example,) = [block for block in blocks("python") if block.startswith("import torch")]
+def test_the_examples_run():
+    first, second = [block for block in blocks("python") if block.startswith(("import torch", "from auglocal_ext"))]
     names: dict = {}
-    exec(
-        compile(example.replace("torch.randn(64,", "torch.randn(4,").replace("(64,)", "(4,)"), "README.md", "exec"),
-        names,
-    )
+
+    def run(example: str) -> None:
+        small = example.replace("torch.randn(64,", "torch.randn(4,").replace("(64,)", "(4,)")
+        exec(compile(small, "README.md", "exec"), names)
+
+    run(first)
     assert names["logits"].shape == (4, 10)
     assert not torch.equal(names["logits"], names["out"].logits)  # after the optimizer's step
     assert names["plain"](names["x"]).shape == (4, 10)
+    run(second)
+    assert torch.equal(names["logits"], names["out"].logits)  # the step's own forward came first
+    assert names["scheduler"].optimizer is names["step"].optimizer
 
 
 def test_ci_runs_the_commands_as_written():

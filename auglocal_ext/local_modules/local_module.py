@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..auxiliary.context import ContextSupply
 from ..nn import FusedSequential, recomputed, run_chain
+from ..ops import labels
 
 Recompute = Literal["none", "auxiliary", "all"]
 RECOMPUTE: tuple[str, ...] = get_args(Recompute)
@@ -130,6 +131,9 @@ class LocalModule:
                 **({} if self.recompute == "none" else {"recompute": True}),
             )
             return Objective(result.loss, result.logits, result.correct)
+        if check_labels:
+            labels.check_labels(target, out.shape[1], options.ignore_index)
+        target = labels.ignoring_bad_labels(target, out.shape[1], options.ignore_index)
         loss = F.cross_entropy(out, target, ignore_index=options.ignore_index, label_smoothing=options.label_smoothing)
         logits = out.detach()
         hits = (logits.argmax(1) == target) & (target != options.ignore_index)

@@ -53,6 +53,11 @@ def check_labels(target: Tensor, num_classes: int, ignore_index: int = -100) -> 
         )
 
 
+def ignoring_bad_labels(target: Tensor, num_classes: int, ignore_index: int = -100) -> Tensor:
+    """``target`` with ``ignore_index`` in place of labels out of range, which torch's losses stop a CUDA device for."""
+    return target.masked_fill(_bad(target, num_classes, ignore_index), ignore_index)
+
+
 class BadLabelCounter:
     """Counts labels out of range where the host cannot be asked: in a captured CUDA graph, over all its replays.
 

@@ -139,3 +139,20 @@ def test_capture_skips_the_check() -> None:
         check_labels(target, 10)
         _ = target + 1
     assert not labels._pending
+
+
+def test_counting_labels_where_the_host_cannot_be_asked() -> None:
+    counter = labels.BadLabelCounter(torch.device("cpu"), 10)
+    counter.add(torch.tensor([0, 9, -100]))
+    counter.raise_if_any()
+    counter.add(torch.tensor([10, -1, 3]))
+    counter.add(torch.tensor([11]))
+    with pytest.raises(ValueError, match=r"3 labels of earlier batches .*0 <= label < 10"):
+        counter.raise_if_any()
+    counter.raise_if_any()  # told once
+
+
+def test_bad_labels_turn_into_ignored_ones() -> None:
+    target = torch.tensor([0, 10, -1, 255, 9])
+    assert labels.ignoring_bad_labels(target, 10, 255).tolist() == [0, 255, 255, 255, 9]
+    assert target.tolist() == [0, 10, -1, 255, 9]

@@ -1,0 +1,110 @@
+"""The order in which two streams run local modules, checked on streams that only keep account of it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+
+import pytest
+import torch
+
+from auglocal_ext.step.overlap import TwoStreams
+
+
+class Stream:
+    """Knows how far it has come and, through events, how far the others had come before."""
+
+    def __init__(self, name):
+        self.name = name
+        self.done = {}  # stream -> number of that stream's operations known to be finished
+
+    def work(self):
+        self.done[self.name] = self.done.get(self.name, 0) + 1
+        return (self.name, self.done[self.name])
+
+    def has_passed(self, operation):
+        stream, position = operation
+        return self.done.get(stream, 0) >= position
+
+    def record_event(self):
+        return dict(self.done)
+
+    def wait_event(self, event):
+        for stream, position in event.items():
+            self.done[stream] = max(self.done.get(stream, 0), position)
+
+    def wait_stream(self, other):
+        self.wait_event(other.done)
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    current = [Stream("first")]
+
+    @contextlib.contextmanager
+    def use(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    second = Stream("second")
+    return current, second
+
+
+@pytest.mark.parametrize("context", [0, 2], ids=["chain", "each module is fed with two earlier inputs"])
+def test_order_and_reuse_of_memory(streams, context):
+    current, second = streams
+    first = current[0]
+    before = first.work()
+    plan = TwoStreams(torch.device("cuda"), second)
+    inputs = {}  # reader -> (weak reference to its input, the stream it was made on)
+    forwards, ends = {}, {}
+    history = []
+    for index in range(9):
+        with plan.module(index):
+            here = current[-1]
+            assert here is (second if index % 2 else first)
+            # The block of a tensor that is gone goes to the next tensor of the stream it was made on.
+            gc.collect()
+            for reader, (reference, made_on) in inputs.items():
+                if reference() is None:
+                    assert all(made_on.has_passed(end) for r, end in ends.items() if r <= reader + context)
+            assert here.has_passed(before)
+            if index:
+                assert here.has_passed(forwards[index - 1])
+            if index >= 2:
+                assert here.has_passed(ends[index - 2])  # so two modules at most are alive
+            if index and index % 2 == 1:
+                assert not here.has_passed(ends[index - 1])  # or nothing would overlap
+            h = torch.zeros(2)
+            forwards[index] = here.work()
+            inputs[index + 1] = (weakref.ref(h.untyped_storage()), here)
+            plan.handed_on(index, h, history)
+            history = ([*history, h] if context else [])[-context:]
+            del h
+            ends[index] = here.work()
+    plan.join()
+    assert all(first.has_passed(end) for end in ends.values())
+    history.clear()
+    gc.collect()
+    assert all(reference() is None for reference, _ in inputs.values())
+    assert sum(1 for r in range(1, 6) if inputs[r][0]() is None) == 5
+
+
+def test_inputs_are_let_go_of_after_three_modules(streams):
+    _, second = streams
+    plan = TwoStreams(torch.device("cuda"), second)
+    alive = []
+    references = []
+    for index in range(9):
+        with plan.module(index):
+            gc.collect()
+            alive.append(sum(reference() is not None for reference in references))
+            h = torch.zeros(2)
+            references.append(weakref.ref(h.untyped_storage()))
+            plan.handed_on(index, h, ())
+            del h
+    assert max(alive) == 3
