@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.nn.functional as F
@@ -82,3 +83,23 @@ def local(
         recompute=recompute,
     )
     return net, lambda x, y: net(x, y).loss
+
+
+@contextlib.contextmanager
+def compiling(compiled: bool, budget: float | None = None) -> Iterator[None]:
+    """What a row needs around its building and running if it goes through ``torch.compile``; then all is reset.
+
+    ``budget``: torch's ``activation_memory_budget``.
+    """
+    if not compiled:
+        yield
+        return
+    import torch._functorch.config
+
+    budgets = {} if budget is None else {"activation_memory_budget": budget}
+    try:
+        # A backward pass within the compiled function is an error where this is off, as it is by default.
+        with torch._dynamo.config.patch(trace_autograd_ops=True), torch._functorch.config.patch(budgets):
+            yield
+    finally:
+        torch.compiler.reset()

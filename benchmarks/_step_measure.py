@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from _counters import count_launches, count_operators, count_synchronisations
-from _step_rows import Row, Step, compiling
+from _networks import compiling
+from _step_rows import Row, Step
 from _timing import Spread, time_steps
 
 from auglocal_ext.memory import MemoryReport, estimate_step, read_device_memory, release_device_memory
@@ -112,7 +113,7 @@ def predict(row: Row, network: str, batch: int) -> MemoryReport:
 def _run(result: Result, network: str, settings: Settings) -> None:
     if settings.cuda:
         release_device_memory()
-    with compiling(result.row):
+    with compiling(result.row.compiled, result.row.budget):
         with torch.device(settings.device):
             step = result.row.build(result.row, network, settings.timed_batch)
         for _ in range(WARMUP[settings.device]):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -146,10 +145,6 @@ def released_step(row: Row, network: str, batch: int) -> Step:
 
 def compiled_local_step(row: Row, network: str, batch: int) -> Step:
     """The released loop as one compiled function without a graph break."""
-    config = torch._dynamo.config
-    if not hasattr(config, "trace_autograd_ops"):
-        raise RuntimeError(f"backward inside torch.compile needs torch 2.13 or newer; this is {torch.__version__}")
-    config.trace_autograd_ops = True
 
     def backward(loss: Tensor, parameters: list[nn.Parameter]) -> None:
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
@@ -233,21 +228,3 @@ def prepared(row: Row, net: Any, network: str, batch: int) -> tuple[Any, Tensor,
 
 def precision(row: Row, x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=row.half)
-
-
-@contextlib.contextmanager
-def compiling(row: Row) -> Iterator[None]:
-    """What a compiled row needs around its building and running; afterwards nothing of it is left."""
-    if not row.compiled:
-        yield
-        return
-    import torch._functorch.config
-
-    try:
-        if row.budget is None:
-            yield
-        else:
-            with torch._functorch.config.patch(activation_memory_budget=row.budget):
-                yield
-    finally:
-        torch.compiler.reset()

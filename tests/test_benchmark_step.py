@@ -95,21 +95,13 @@ def test_half_rows_are_in_bf16_and_channels_last(benchmark):
 
 @pytest.mark.slow
 def test_the_compiled_loop_trains_as_the_released_one(benchmark):
-    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
-        with pytest.raises(RuntimeError, match="needs torch 2.13"):
-            built(benchmark, "compiled loop d=2 bf16")
-        return
-    with benchmark_compiling(benchmark):
+    from _networks import compiling
+
+    with compiling(True):
         compiled = trained(benchmark, "compiled loop d=2 bf16", 1)
     eager = trained(benchmark, "released loop d=2 bf16", 1)
     for key in eager:
         torch.testing.assert_close(compiled[key], eager[key], rtol=0.05, atol=0.05)
-
-
-def benchmark_compiling(benchmark):
-    import _step_rows
-
-    return _step_rows.compiling(row_of(benchmark, "compiled loop d=2 bf16"))
 
 
 @pytest.mark.parametrize(
