@@ -2,7 +2,7 @@
 
 from .blocks import BlockFactory, make_block
 from .context import ContextSupply, ImageEncoder, InputEncoder, parse_context
-from .heads import CONV_HEADS, AuxiliaryNetwork, LinearHead, VGGHead, conv_head
+from .heads import CONV_HEADS, AuxiliaryNetwork, Head, LinearHead, VGGHead, conv_head
 from .sampling import inferred_strides, pyramid_depth, sampled_layers
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "AuxiliaryNetwork",
     "BlockFactory",
     "ContextSupply",
+    "Head",
     "ImageEncoder",
     "InputEncoder",
     "LinearHead",

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..models.blocks import conv_bn_relu
-from ..nn import PooledLinear, recomputed
+from ..nn import PooledLinear, global_average_pool, recomputed
 from ..ops import PooledCrossEntropy
-from .pooling import global_average_pool
 
 
-class LinearHead(nn.Module):
+class Head(nn.Module, ABC):
+    """``linear(features(h))``: logits by ``forward(h)``, and by ``loss(h, target)`` with their loss in one pass.
+
+    A head sets ``linear`` and says what is fed to it.
+    """
+
+    linear: PooledLinear
+
+    @abstractmethod
+    def features(self, h: Tensor) -> Tensor:
+        """What ``linear`` is fed: a map ``(N, C, *positions)``, over which it pools, or ``(N, C)``."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.linear(self.features(h))
+
+    def loss(self, h: Tensor, target: Tensor, **options: Any) -> PooledCrossEntropy:
+        return self.linear.loss(self.features(h), target, **options)
+
+
+class LinearHead(Head):
     """``linear(global_average_pool(h))``, with a BatchNorm between the two where ``norm`` is set.
 
     Args:
@@ -27,19 +46,13 @@ class LinearHead(nn.Module):
         self.norm = nn.BatchNorm1d(width) if norm else None
         self.linear = PooledLinear(width, num_classes)
 
-    def _features(self, h: Tensor) -> Tensor:
+    def features(self, h: Tensor) -> Tensor:
         if self.norm is None:
             return h
         return self.norm(global_average_pool(h))
 
-    def forward(self, h: Tensor) -> Tensor:
-        return self.linear(self._features(h))
 
-    def loss(self, h: Tensor, target: Tensor, **options: Any) -> PooledCrossEntropy:
-        return self.linear.loss(self._features(h), target, **options)
-
-
-class VGGHead(nn.Module):
+class VGGHead(Head):
     """Flatten, adaptive average pool of the flat vector to 512, twice (linear 512, BatchNorm, ReLU), linear.
 
     The head of AugLocal's ImageNet VGG networks. The pooling runs along the flattened ``C*H*W`` vector.
@@ -61,14 +74,8 @@ class VGGHead(nn.Module):
         )
         self.linear = PooledLinear(512, num_classes)
 
-    def _features(self, h: Tensor) -> Tensor:
+    def features(self, h: Tensor) -> Tensor:
         return self.hidden(self.pool(h.flatten(1).unsqueeze(1)).squeeze(1))
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.linear(self._features(h))
-
-    def loss(self, h: Tensor, target: Tensor, **options: Any) -> PooledCrossEntropy:
-        return self.linear.loss(self._features(h), target, **options)
 
 
 class AuxiliaryNetwork(nn.Module):
@@ -79,10 +86,10 @@ class AuxiliaryNetwork(nn.Module):
 
     Args:
         blocks: maps the module's output ``(N, C, H, W)`` to what the head is fed.
-        head: has ``forward(h)`` and ``loss(h, target, **options)``, as :class:`LinearHead`.
+        head: makes logits and loss of it.
     """
 
-    def __init__(self, blocks: nn.Sequential, head: nn.Module) -> None:
+    def __init__(self, blocks: nn.Sequential, head: Head) -> None:
         super().__init__()
         self.blocks = blocks
         self.head = head
@@ -96,13 +103,13 @@ class AuxiliaryNetwork(nn.Module):
                 h = recomputed(block, h)
         else:
             h = self.blocks(h)
-        return self.head.loss(h, target, **options)  # type: ignore[operator]
+        return self.head.loss(h, target, **options)
 
 
 CONV_HEADS = ("0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")
 
 
-class _HiddenLinear(nn.Module):
+class _HiddenLinear(Head):
     """Global average pool, linear layers with ReLU, then :class:`PooledLinear` as the last one."""
 
     def __init__(self, width: int, hidden: int, num_hidden: int, num_classes: int) -> None:
@@ -114,14 +121,8 @@ class _HiddenLinear(nn.Module):
         self.hidden = nn.Sequential(*parts)
         self.linear = PooledLinear(width, num_classes)
 
-    def _features(self, h: Tensor) -> Tensor:
+    def features(self, h: Tensor) -> Tensor:
         return self.hidden(global_average_pool(h))
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.linear(self._features(h))
-
-    def loss(self, h: Tensor, target: Tensor, **options: Any) -> PooledCrossEntropy:
-        return self.linear.loss(self._features(h), target, **options)
 
 
 def conv_head(
@@ -172,7 +173,7 @@ def conv_head(
         else:
             blocks.append(conv_bn_relu(width, width))
     if num_linear == 1:
-        head: nn.Module = LinearHead(width, num_classes)
+        head: Head = LinearHead(width, num_classes)
     else:
         head = _HiddenLinear(width, int(feature_dim * widen), num_linear - 1, num_classes)
     return AuxiliaryNetwork(nn.Sequential(*blocks), head)

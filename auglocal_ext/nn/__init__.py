@@ -8,6 +8,7 @@ from .fuse import FusionReport, eager_type, fuse, unfuse
 from .norm_act_conv import norm_act_conv
 from .norm_shortcut_act import Branch, norm_shortcut_act
 from .pooled_linear import PooledLinear
+from .pooling import global_average_pool
 from .recompute import recomputed
 from .residual import FusedResidual
 
@@ -21,6 +22,7 @@ __all__ = [
     "PooledLinear",
     "eager_type",
     "fuse",
+    "global_average_pool",
     "norm_act_conv",
     "norm_shortcut_act",
     "recomputed",

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import PooledCrossEntropy, pooled_cross_entropy
+from .pooling import global_average_pool
 
 
 class PooledLinear(nn.Linear):
@@ -20,9 +21,7 @@ class PooledLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, num_classes) in the dtype of x, differentiable any number of times."""
-        if x.dim() > 2:
-            x = x.mean(dim=tuple(range(2, x.dim())))
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(global_average_pool(x), self.weight, self.bias)
 
     def loss(
         self,

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import providers
+from . import providers, registry
 from .layout import empty_like
-from .reference import batch_norm_act as reference
 
 NAME = "batch_norm_act"
 ACTIVATIONS = ("relu", "leaky_relu", "none")
@@ -57,7 +53,7 @@ def batch_norm_act(
     mean, rstd = batch_norm_factors(
         x, running_mean, running_var, training=training, momentum=momentum, eps=eps, provider=provider
     )
-    return _op(NAME, x, provider)(x, mean, rstd, weight, bias, residual, slope, training)
+    return registry.chosen(NAME, x, provider)(x, mean, rstd, weight, bias, residual, slope, training)
 
 
 def batch_norm_factors(
@@ -87,7 +83,7 @@ def batch_norm_factors(
     running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
     with torch.no_grad():
         if all(tensor.dtype == _wide(x) and tensor.is_contiguous() for tensor in running):
-            op = _op("batch_norm_factors_", x, provider)
+            op = registry.chosen(NAME, x, provider, "batch_norm_factors_")
             mean, rstd = op(x, running_mean, running_var, float(momentum), float(eps))
             if running and not torch.compiler.is_compiling():
                 torch.autograd.graph.increment_version(running)  # which an op defined by a library leaves undone
@@ -107,7 +103,7 @@ def batch_norm_stats(x: Tensor, *, provider: str | None = None) -> tuple[Tensor,
     variance. Not differentiable, as the three functions below.
     """
     _check_map(x)
-    return _op("batch_norm_stats", x, provider)(x)
+    return registry.chosen(NAME, x, provider, "batch_norm_stats")(x)
 
 
 def batch_norm_act_apply(
@@ -124,7 +120,7 @@ def batch_norm_act_apply(
 ) -> Tensor:
     """y = act((x - mean) rstd weight + bias + residual) in x's dtype, channels-last where x is."""
     slope = slope_of(activation, negative_slope)
-    return _op("batch_norm_act_apply", x, provider)(x, mean, rstd, weight, bias, residual, slope)
+    return registry.chosen(NAME, x, provider, "batch_norm_act_apply")(x, mean, rstd, weight, bias, residual, slope)
 
 
 def batch_norm_act_reduce(
@@ -147,7 +143,9 @@ def batch_norm_act_reduce(
     residual), with the same arithmetic as in the forward pass.
     """
     slope = slope_of(activation, negative_slope)
-    return _op("batch_norm_act_reduce", x, provider)(grad, x, mean, rstd, weight, bias, residual, slope)
+    return registry.chosen(NAME, x, provider, "batch_norm_act_reduce")(
+        grad, x, mean, rstd, weight, bias, residual, slope
+    )
 
 
 def batch_norm_act_input_grad(
@@ -174,14 +172,10 @@ def batch_norm_act_input_grad(
     """
     slope = slope_of(activation, negative_slope)
     sums = (sum_g, sum_g_xhat) if training else (None, None)
-    grads = _op("batch_norm_act_input_grad", x, provider)(
+    grads = registry.chosen(NAME, x, provider, "batch_norm_act_input_grad")(
         grad, x, mean, rstd, weight, bias, residual, slope, *sums, need_residual and slope != 1
     )
     return grads[0], None if not need_residual else grad if slope == 1 else grads[1]
-
-
-def _op(name: str, x: Tensor, provider: str | None) -> Any:
-    return getattr(getattr(torch.ops.auglocal_ext, name), providers.choose(NAME, x.device.type, x.dtype, provider))
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -249,7 +243,7 @@ def _fake_input_grad(grad: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Ten
 
 
 def _forward(provider: str, *arguments: Any) -> Tensor:
-    return getattr(torch.ops.auglocal_ext.batch_norm_act_apply, provider)(*arguments[:-1])
+    return registry.overload("batch_norm_act_apply", provider)(*arguments[:-1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -271,11 +265,10 @@ def _backward(provider: str, ctx: Any, grad: Tensor | None) -> tuple[Tensor | No
     if grad is None:
         return tuple(grads)
     need_x, _, _, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
-    ops = torch.ops.auglocal_ext
     arguments = (grad, *ctx.saved_tensors, ctx.slope)
     sums: tuple[Any, Any] = (None, None)
     if (need_x and ctx.training) or need_weight or need_bias:
-        sums = getattr(ops.batch_norm_act_reduce, provider)(*arguments)
+        sums = registry.overload("batch_norm_act_reduce", provider)(*arguments)
         for index, wanted, total, dtype in zip((4, 3), (need_bias, need_weight), sums, ctx.dtypes[::-1], strict=True):
             if wanted:
                 grads[index] = total.to(dtype)
@@ -284,70 +277,40 @@ def _backward(provider: str, ctx: Any, grad: Tensor | None) -> tuple[Tensor | No
         need_residual = False
     if need_x or need_residual:
         kept = sums if ctx.training and need_x else (None, None)
-        made = getattr(ops.batch_norm_act_input_grad, provider)(*arguments, *kept, need_residual)
+        made = registry.overload("batch_norm_act_input_grad", provider)(*arguments, *kept, need_residual)
         grads[0] = made[0] if need_x else None
         grads[5] = made[1] if need_residual else grads[5]
     return tuple(grads)
 
 
-def _triton(function: str, *arguments: Any) -> Any:
-    return getattr(import_module(f"{__package__}.triton.{NAME}"), function)(*arguments)
-
-
-TABLE = providers.register(
-    providers.Table(
-        NAME,
-        (
-            providers.Provider("cuda", ("cuda",), providers.SINGLE),
-            providers.Provider("cpu", ("cpu",), providers.ALL),
-            providers.Provider("triton", ("cuda", "cpu") if providers.interpreted() else ("cuda",), providers.SINGLE),
-            providers.Provider("reference", None, providers.ALL),
-        ),
-    )
-)
+TABLE = registry.table(NAME)
 
 _FACTORS = "Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? residual, float slope"
-# name -> arguments and results, fake kernel, name of the reference's and of triton's function
-_PRIMITIVES: dict[str, tuple[str, Callable[..., Any], str]] = {
-    "batch_norm_stats": ("(Tensor x) -> (Tensor mean, Tensor var)", _fake_stats, "stats"),
-    "batch_norm_factors_": (
-        "(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps) "
-        "-> (Tensor mean, Tensor rstd)",
-        _fake_stats,
-        "factors_",
-    ),
-    "batch_norm_act_apply": (f"(Tensor x, {_FACTORS}) -> Tensor", _fake_forward, "apply"),
-    "batch_norm_act_reduce": (
-        f"(Tensor grad, Tensor x, {_FACTORS}) -> (Tensor sum_g, Tensor sum_g_xhat)",
-        _fake_reduce,
-        "reduce",
-    ),
-    "batch_norm_act_input_grad": (
-        f"(Tensor grad, Tensor x, {_FACTORS}, Tensor? sum_g, Tensor? sum_g_xhat, bool need_residual) "
-        "-> (Tensor grad_x, Tensor grad_residual)",
-        _fake_input_grad,
-        "input_grad",
-    ),
-}
 
-_library = torch.library.Library("auglocal_ext", "FRAGMENT")
-
-
-def _define(overload: str, signature: str, fake: Callable[..., Any]) -> None:
-    _library.define(overload + signature, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"auglocal_ext::{overload}", fake, lib=_library)
-
-
-for _provider in (row.name for row in TABLE.providers):
-    # The cpu and cuda implementations of the primitives register themselves when native loads their libraries.
-    for _name, (_signature, _fake, _function) in _PRIMITIVES.items():
-        _define(f"{_name}.{_provider}", _signature, _fake)
-        if _provider == "reference":
-            _library.impl(f"{_name}.reference", getattr(reference, _function), "CompositeExplicitAutograd")
-        for _device in (TABLE.row("triton").devices or ()) if _provider == "triton" else ():
-            _library.impl(f"{_name}.triton", partial(_triton, _function), _device.upper())
-    _define(f"{NAME}.{_provider}", f"(Tensor x, {_FACTORS}, bool training) -> Tensor", _fake_forward)
-    _library.impl(f"{NAME}.{_provider}", partial(_forward, _provider), "CompositeExplicitAutograd")
-    torch.library.register_autograd(
-        f"auglocal_ext::{NAME}.{_provider}", partial(_backward, _provider), setup_context=_setup_context, lib=_library
-    )
+registry.primitive(TABLE, "batch_norm_stats", "(Tensor x) -> (Tensor mean, Tensor var)", _fake_stats, "stats")
+registry.primitive(
+    TABLE,
+    "batch_norm_factors_",
+    "(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps) "
+    "-> (Tensor mean, Tensor rstd)",
+    _fake_stats,
+    "factors_",
+)
+registry.primitive(TABLE, "batch_norm_act_apply", f"(Tensor x, {_FACTORS}) -> Tensor", _fake_forward, "apply")
+registry.primitive(
+    TABLE,
+    "batch_norm_act_reduce",
+    f"(Tensor grad, Tensor x, {_FACTORS}) -> (Tensor sum_g, Tensor sum_g_xhat)",
+    _fake_reduce,
+    "reduce",
+)
+registry.primitive(
+    TABLE,
+    "batch_norm_act_input_grad",
+    f"(Tensor grad, Tensor x, {_FACTORS}, Tensor? sum_g, Tensor? sum_g_xhat, bool need_residual) "
+    "-> (Tensor grad_x, Tensor grad_residual)",
+    _fake_input_grad,
+    "input_grad",
+)
+registry.composite(TABLE, f"(Tensor x, {_FACTORS}, bool training) -> Tensor", _fake_forward, _forward)
+registry.autograd(TABLE, _backward, _setup_context)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from importlib import import_module
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import providers
+from . import registry
 from .batch_norm_act import batch_norm_factors, check_tensors, slope_of
 from .layout import empty_like
-from .reference import batch_norm_act_max_pool as reference
 from .reference.batch_norm_act_max_pool import Window, empty_pooled, pooled_size
 
 NAME = "batch_norm_act_max_pool"
@@ -57,7 +54,7 @@ def batch_norm_act_max_pool(
     mean, rstd = batch_norm_factors(
         x.detach(), running_mean, running_var, training=training, momentum=momentum, eps=eps, provider=provider
     )
-    return _op(NAME, x, provider)(x, mean, rstd, weight, bias, slope, *window, training)[0]
+    return registry.chosen(NAME, x, provider)(x, mean, rstd, weight, bias, slope, *window, training)[0]
 
 
 def batch_norm_act_max_pool_apply(
@@ -79,7 +76,7 @@ def batch_norm_act_max_pool_apply(
     Both channels-last where x is. Not differentiable, as the two functions below.
     """
     window, slope = _window(x, kernel_size, stride, padding), slope_of(activation, negative_slope)
-    return _op(f"{NAME}_apply", x, provider)(x, mean, rstd, weight, bias, slope, *window)
+    return registry.chosen(NAME, x, provider, f"{NAME}_apply")(x, mean, rstd, weight, bias, slope, *window)
 
 
 def batch_norm_act_max_pool_reduce(
@@ -105,7 +102,9 @@ def batch_norm_act_max_pool_reduce(
     """
     window, slope = _window(x, kernel_size, stride, padding), slope_of(activation, negative_slope)
     _check_pooled(grad, indices, x, window)
-    return _op(f"{NAME}_reduce", x, provider)(grad, indices, x, mean, rstd, weight, bias, slope, *window)
+    return registry.chosen(NAME, x, provider, f"{NAME}_reduce")(
+        grad, indices, x, mean, rstd, weight, bias, slope, *window
+    )
 
 
 def batch_norm_act_max_pool_input_grad(
@@ -132,11 +131,7 @@ def batch_norm_act_max_pool_input_grad(
     _check_pooled(grad, indices, x, window)
     sums = (sum_g, sum_g_xhat) if training else (None, None)
     arguments = (grad, indices, x, mean, rstd, weight, bias, slope, *sums, *window)
-    return _op(f"{NAME}_input_grad", x, provider)(*arguments)
-
-
-def _op(name: str, x: Tensor, provider: str | None) -> Any:
-    return getattr(getattr(torch.ops.auglocal_ext, name), providers.choose(NAME, x.device.type, x.dtype, provider))
+    return registry.chosen(NAME, x, provider, f"{NAME}_input_grad")(*arguments)
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
@@ -191,7 +186,7 @@ def _fake_input_grad(grad: Tensor, indices: Tensor, x: Tensor, *_: Any) -> Tenso
 
 
 def _forward(provider: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return getattr(getattr(torch.ops.auglocal_ext, f"{NAME}_apply"), provider)(*arguments[:-1])
+    return registry.overload(f"{NAME}_apply", provider)(*arguments[:-1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -217,68 +212,39 @@ def _backward(provider: str, ctx: Any, grad: Tensor | None, _: None) -> tuple[Te
     arguments = (grad, *ctx.saved_tensors, ctx.slope)
     sums: tuple[Any, Any] = (None, None)
     if (need_x and ctx.training) or need_weight or need_bias:
-        sums = getattr(getattr(torch.ops.auglocal_ext, f"{NAME}_reduce"), provider)(*arguments, *ctx.window)
+        sums = registry.overload(f"{NAME}_reduce", provider)(*arguments, *ctx.window)
         grads[3] = sums[1].to(ctx.dtypes[0]) if need_weight else None
         grads[4] = sums[0].to(ctx.dtypes[1]) if need_bias else None
     if need_x:
         kept = sums if ctx.training else (None, None)
-        input_grad = getattr(getattr(torch.ops.auglocal_ext, f"{NAME}_input_grad"), provider)
+        input_grad = registry.overload(f"{NAME}_input_grad", provider)
         grads[0] = input_grad(*arguments, *kept, *ctx.window)
     return tuple(grads)
 
 
-def _triton(function: str, *arguments: Any) -> Any:
-    return getattr(import_module(f"{__package__}.triton.{NAME}"), function)(*arguments)
-
-
-TABLE = providers.register(
-    providers.Table(
-        NAME,
-        (
-            providers.Provider("cuda", ("cuda",), providers.SINGLE),
-            providers.Provider("cpu", ("cpu",), providers.ALL),
-            providers.Provider("triton", ("cuda", "cpu") if providers.interpreted() else ("cuda",), providers.SINGLE),
-            providers.Provider("reference", None, providers.ALL),
-        ),
-    )
-)
+TABLE = registry.table(NAME)
 
 _FACTORS = "Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, float slope"
 _WINDOW = "int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w"
-# name -> arguments and results, fake kernel, name of the reference's and of triton's function
-_PRIMITIVES: dict[str, tuple[str, Callable[..., Any], str]] = {
-    f"{NAME}_apply": (f"({_FACTORS}, {_WINDOW}) -> (Tensor y, Tensor indices)", _fake_apply, "apply"),
-    f"{NAME}_reduce": (
-        f"(Tensor grad, Tensor indices, {_FACTORS}, {_WINDOW}) -> (Tensor sum_g, Tensor sum_g_xhat)",
-        _fake_reduce,
-        "reduce",
-    ),
-    f"{NAME}_input_grad": (
-        f"(Tensor grad, Tensor indices, {_FACTORS}, Tensor? sum_g, Tensor? sum_g_xhat, {_WINDOW}) -> Tensor",
-        _fake_input_grad,
-        "input_grad",
-    ),
-}
 
-_library = torch.library.Library("auglocal_ext", "FRAGMENT")
-
-
-def _define(overload: str, signature: str, fake: Callable[..., Any]) -> None:
-    _library.define(overload + signature, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"auglocal_ext::{overload}", fake, lib=_library)
-
-
-for _provider in (row.name for row in TABLE.providers):
-    # The cpu and cuda implementations of the primitives register themselves when native loads their libraries.
-    for _name, (_signature, _fake, _function) in _PRIMITIVES.items():
-        _define(f"{_name}.{_provider}", _signature, _fake)
-        if _provider == "reference":
-            _library.impl(f"{_name}.reference", getattr(reference, _function), "CompositeExplicitAutograd")
-        if _provider == "triton":
-            for _device in TABLE.row("triton").devices or ():
-                _library.impl(f"{_name}.triton", partial(_triton, _function), _device.upper())
-    _define(f"{NAME}.{_provider}", f"({_FACTORS}, {_WINDOW}, bool training) -> (Tensor y, Tensor indices)", _fake_apply)
-    _library.impl(f"{NAME}.{_provider}", partial(_forward, _provider), "CompositeExplicitAutograd")
-    torch.library.register_autograd(
-        f"auglocal_ext::{NAME}.{_provider}", partial(_backward, _provider), setup_context=_setup_context, lib=_library
-    )
+registry.primitive(
+    TABLE, f"{NAME}_apply", f"({_FACTORS}, {_WINDOW}) -> (Tensor y, Tensor indices)", _fake_apply, "apply"
+)
+registry.primitive(
+    TABLE,
+    f"{NAME}_reduce",
+    f"(Tensor grad, Tensor indices, {_FACTORS}, {_WINDOW}) -> (Tensor sum_g, Tensor sum_g_xhat)",
+    _fake_reduce,
+    "reduce",
+)
+registry.primitive(
+    TABLE,
+    f"{NAME}_input_grad",
+    f"(Tensor grad, Tensor indices, {_FACTORS}, Tensor? sum_g, Tensor? sum_g_xhat, {_WINDOW}) -> Tensor",
+    _fake_input_grad,
+    "input_grad",
+)
+registry.composite(
+    TABLE, f"({_FACTORS}, {_WINDOW}, bool training) -> (Tensor y, Tensor indices)", _fake_apply, _forward
+)
+registry.autograd(TABLE, _backward, _setup_context)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import labels, providers
-from .reference import pooled_cross_entropy as reference
+from . import labels, providers, registry
+from .reference.pooled_cross_entropy import Outputs
 
 NAME = "pooled_cross_entropy"
 
@@ -57,7 +56,7 @@ def pooled_cross_entropy(
     if check_labels:
         labels.check_labels(target, weight.shape[0], ignore_index)
     device = x.device.type
-    op = getattr(getattr(torch.ops.auglocal_ext, NAME), providers.choose(NAME, device, x.dtype, provider))
+    op = registry.chosen(NAME, x, provider)
     grad = torch.is_grad_enabled()
     arguments = (
         *(x, weight, bias, target, ignore_index, float(label_smoothing), reduction == "mean"),
@@ -125,7 +124,7 @@ def _fake(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
-) -> reference.Outputs:
+) -> Outputs:
     (images, channels), classes = x.shape[:2], weight.shape[0]
 
     def new(*shape: int, made: bool = True) -> Tensor:
@@ -142,7 +141,7 @@ def _fake(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: reference.Outputs) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[3:])
@@ -151,7 +150,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: reference.Outputs)
     ctx.made = inputs[7:]
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(provider: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{NAME} is differentiable once: its gradients are made in the forward pass. Call backward without "
@@ -172,34 +171,15 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
     return tuple(grads)
 
 
-def _triton(*arguments: Any) -> reference.Outputs:
-    return import_module(f"{__package__}.triton.{NAME}").forward(*arguments)
+TABLE = registry.table(NAME)
 
-
-TABLE = providers.register(
-    providers.Table(
-        NAME,
-        (
-            providers.Provider("cuda", ("cuda",), providers.SINGLE),
-            providers.Provider("cpu", ("cpu",), providers.ALL),
-            providers.Provider("triton", ("cuda", "cpu") if providers.interpreted() else ("cuda",), providers.SINGLE),
-            providers.Provider("reference", None, providers.ALL),
-        ),
-    )
+registry.primitive(
+    TABLE,
+    NAME,
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index, float label_smoothing, "
+    "bool mean, bool need_x, bool need_weight, bool need_bias) "
+    "-> (Tensor loss, Tensor logits, Tensor correct, Tensor grad_pooled, Tensor grad_weight, Tensor grad_bias)",
+    _fake,
+    "forward",
 )
-
-_library = torch.library.Library("auglocal_ext", "FRAGMENT")
-for _provider in TABLE.providers:
-    _overload = f"{NAME}.{_provider.name}"
-    _library.define(
-        f"{_overload}(Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index, float label_smoothing, "
-        "bool mean, bool need_x, bool need_weight, bool need_bias) "
-        "-> (Tensor loss, Tensor logits, Tensor correct, Tensor grad_pooled, Tensor grad_weight, Tensor grad_bias)",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    torch.library.register_fake(f"auglocal_ext::{_overload}", _fake, lib=_library)
-    torch.library.register_autograd(f"auglocal_ext::{_overload}", _backward, setup_context=_setup_context, lib=_library)
-# The cpu and cuda implementations register themselves when native loads their libraries.
-_library.impl(f"{NAME}.reference", reference.forward, "CompositeExplicitAutograd")
-for _device in TABLE.row("triton").devices or ():
-    _library.impl(f"{NAME}.triton", _triton, _device.upper())
+registry.autograd(TABLE, _backward, _setup_context)

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from ..auxiliary.blocks import BlockFactory, make_block, output_channels
-from ..auxiliary.heads import AuxiliaryNetwork, LinearHead, VGGHead
+from ..auxiliary.heads import AuxiliaryNetwork, Head, LinearHead, VGGHead
 from ..auxiliary.sampling import inferred_strides, pyramid_depth, sampled_layers
 from ..partition import Layer, cut_points
 from .base import Network, Rule
@@ -104,7 +104,7 @@ class AugLocal(Rule):
                 rank = 1
             blocks.append(make_block(layer, network.children_of(layer), channels, stride, self.block))
             channels = output_channels(layer)
-        head: nn.Module
+        head: Head
         if self.head == "vgg":
             head = VGGHead(network.num_classes)
         else:

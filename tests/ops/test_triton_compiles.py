@@ -79,13 +79,11 @@ for dtype, activation, flag, blocks in (
                 )
                 for reduces in (True, False)
             ),
-            (
-                "_finish_sums_kernel",
-                {"S_ptr": "*fp32", "rstd_ptr": "*fp32", "sum_g_ptr": "*fp32", "sum_gx_ptr": "*fp32", **finish},
-                square,
-            ),
         )
     ]
+
+SUMS = dict.fromkeys(("S_ptr", "rstd_ptr", "sum_g_ptr", "sum_gx_ptr"), "*fp32") | {"channels": "i32", "splits": "i32"}
+KERNELS.append(("channelwise", "_finish_sums_kernel", SUMS, {"BLOCK_C": 32, "BLOCK_S": 32}))
 
 
 POOLED = {name: "i32" for name in ("channels", "positions", "units_an_image", "units", "chunk", "pooled_width")}
@@ -133,9 +131,9 @@ for dtype, activation, flag, size, blocks in (
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # Triton 3.9 announces a default of 3.10
-@pytest.mark.parametrize(("op", "kernel", "types", "constants"), KERNELS)
+@pytest.mark.parametrize(("module", "kernel", "types", "constants"), KERNELS)
 def test_kernel_compiles(
-    op: str,
+    module: str,
     kernel: str,
     types: dict[str, str],
     constants: dict[str, Any],
@@ -149,7 +147,7 @@ def test_kernel_compiles(
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = getattr(import_module(f"auglocal_ext.ops.triton.{op}"), kernel)
+    function = getattr(import_module(f"auglocal_ext.ops.triton.{module}"), kernel)
     assert set(function.arg_names) == set(types) | set(constants)
     signature = {name: types.get(name, "constexpr") for name in function.arg_names}
     compiled = triton.compile(

@@ -1,43 +1,28 @@
 """batch_norm_act in Triton: two reductions, each partial sums and their merge, and two passes element by element.
 
-A program has BLOCK_C channels and a run of units, each BLOCK_P positions of one image.
+What a program works on, and what it is told of its channels: see ``channelwise``.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_like
-
-PROGRAMS = 2048  # of a launch, enough for any GPU; the same on all of them, and so are the bits of a sum
-LEAST_UNITS = 4  # of a program, before a second one shares its work
-MOST_UNITS = 512  # of a program that adds up in float32
-
-
-@triton.jit
-def _channel(values_ptr, o_c, m_c, default, GIVEN: tl.constexpr):
-    """Per-channel values as a column, or the default where there are none."""
-    if GIVEN:
-        values = tl.load(values_ptr + o_c, mask=m_c, other=0.0)
-    else:
-        values = tl.zeros_like(o_c).to(tl.float32) + default
-    return values[:, None]
-
-
-@triton.jit
-def _activated(value, z, slope, ACTIVATION: tl.constexpr):
-    """value act'(z): a NaN passes ReLU, which multiplies nothing by zero, and falls left in leaky ReLU."""
-    if ACTIVATION == "relu":
-        value = tl.where(z <= 0, 0.0, value)
-    elif ACTIVATION == "leaky_relu":
-        value = tl.where(z > 0, value, value * slope)
-    return value
+from .channelwise import (
+    Plan,
+    activated,
+    factors,
+    finish_sums,
+    gradient_means,
+    new,
+    on_device,
+    options,
+    own_channels,
+    own_units,
+    vector,
+)
 
 
 @triton.jit
@@ -63,11 +48,8 @@ def _stats_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    split = tl.program_id(1).to(tl.int64)
-    o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < channels
-    unit = split * chunk
-    end = tl.minimum(unit + chunk, units)
+    o_c, m_c = own_channels(channels, BLOCK_C)
+    unit, end = own_units(units, chunk)
     c_offsets = o_c[:, None] * stride_xc
     origin = tl.load(X_ptr + c_offsets, mask=m_c[:, None], other=0.0).to(tl.float32)
     # Every lane sums what differs from the first value it met, so that huge means cost no digits of the variance.
@@ -97,7 +79,7 @@ def _stats_kernel(
     mean = tl.sum(means * counts, axis=1) / count
     apart = tl.where(counts > 0, means - mean[:, None], 0.0)
     total = tl.sum(squares, axis=1) + tl.sum(apart * apart * counts, axis=1)
-    M_ptr += split * 3 * channels + o_c
+    M_ptr += tl.program_id(1).to(tl.int64) * 3 * channels + o_c
     tl.store(M_ptr, tl.zeros_like(mean) + count, mask=m_c)
     tl.store(M_ptr + channels, mean, mask=m_c)
     tl.store(M_ptr + 2 * channels, total, mask=m_c)
@@ -122,8 +104,7 @@ def _finish_stats_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,  # splits at a time
 ):
-    o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < channels
+    o_c, m_c = own_channels(channels, BLOCK_C)
     o_s = tl.arange(0, BLOCK_S).to(tl.int64)[:, None]
     M_ptr += o_c[None, :]
     count = tl.zeros((BLOCK_S, BLOCK_C), dtype=tl.float32)
@@ -193,14 +174,10 @@ def _apply_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < channels
-    mean = _channel(mean_ptr, o_c, m_c, 0.0, True)
-    scale = _channel(rstd_ptr, o_c, m_c, 0.0, True) * _channel(W_ptr, o_c, m_c, 1.0, HAS_WEIGHT)
-    bias = _channel(B_ptr, o_c, m_c, 0.0, HAS_BIAS)
+    o_c, m_c = own_channels(channels, BLOCK_C)
+    mean, _, scale, bias = factors(mean_ptr, rstd_ptr, W_ptr, B_ptr, o_c, m_c, HAS_WEIGHT, HAS_BIAS)
     o_c = o_c[:, None]
-    unit = tl.program_id(1).to(tl.int64) * chunk
-    end = tl.minimum(unit + chunk, units)
+    unit, end = own_units(units, chunk)
     while unit < end:
         i_n, o_p, m_p = _place(unit, positions, units_an_image, BLOCK_P)
         mask = m_c[:, None] & m_p
@@ -209,7 +186,7 @@ def _apply_kernel(
         if HAS_RESIDUAL:
             r_offsets = i_n * stride_rn + o_c * stride_rc + o_p * stride_rp
             z += tl.load(R_ptr + r_offsets, mask=mask, other=0.0).to(tl.float32)
-        y = _activated(z, z, slope, ACTIVATION).to(Y_ptr.dtype.element_ty)
+        y = activated(z, z, slope, ACTIVATION).to(Y_ptr.dtype.element_ty)
         tl.store(Y_ptr + i_n * stride_yn + o_c * stride_yc + o_p * stride_yp, y, mask=mask)
         unit += 1
 
@@ -257,21 +234,14 @@ def _backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    split = tl.program_id(1).to(tl.int64)
-    o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < channels
-    mean = _channel(mean_ptr, o_c, m_c, 0.0, True)
-    rstd = _channel(rstd_ptr, o_c, m_c, 0.0, True)
-    scale = rstd * _channel(W_ptr, o_c, m_c, 1.0, HAS_WEIGHT)
-    bias = _channel(B_ptr, o_c, m_c, 0.0, HAS_BIAS)
-    S_ptr += split * 2 * channels + o_c
-    mean_g = _channel(sum_g_ptr, o_c, m_c, 0.0, HAS_SUMS) / count
-    inner = _channel(sum_gx_ptr, o_c, m_c, 0.0, HAS_SUMS) / count * rstd
+    o_c, m_c = own_channels(channels, BLOCK_C)
+    mean, rstd, scale, bias = factors(mean_ptr, rstd_ptr, W_ptr, B_ptr, o_c, m_c, HAS_WEIGHT, HAS_BIAS)
+    mean_g, inner = gradient_means(sum_g_ptr, sum_gx_ptr, rstd, count, o_c, m_c, HAS_SUMS)
+    S_ptr += tl.program_id(1).to(tl.int64) * 2 * channels + o_c
     o_c = o_c[:, None]
     sum_g = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.float32)
     sum_gx = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.float32)
-    unit = split * chunk
-    end = tl.minimum(unit + chunk, units)
+    unit, end = own_units(units, chunk)
     while unit < end:
         i_n, o_p, m_p = _place(unit, positions, units_an_image, BLOCK_P)
         mask = m_c[:, None] & m_p
@@ -283,7 +253,7 @@ def _backward_kernel(
             if HAS_RESIDUAL:
                 r_offsets = i_n * stride_rn + o_c * stride_rc + o_p * stride_rp
                 z += tl.load(R_ptr + r_offsets, mask=mask, other=0.0).to(tl.float32)
-            g = _activated(g, z, slope, ACTIVATION)
+            g = activated(g, z, slope, ACTIVATION)
         if REDUCE:
             sum_g += g
             sum_gx += g * difference
@@ -300,86 +270,20 @@ def _backward_kernel(
         tl.store(S_ptr + channels, tl.sum(sum_gx, axis=1), mask=m_c)
 
 
-@triton.jit
-def _finish_sums_kernel(
-    S_ptr,  # (splits, 2, C)
-    rstd_ptr,  # (C,) float32
-    sum_g_ptr,  # (C,) float32
-    sum_gx_ptr,  # (C,) float32, of g xhat
-    channels,
-    splits,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,  # splits at a time
-):
-    o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < channels
-    o_s = tl.arange(0, BLOCK_S).to(tl.int64)[:, None]
-    sum_g = tl.zeros((BLOCK_S, BLOCK_C), dtype=tl.float32)
-    sum_gx = tl.zeros((BLOCK_S, BLOCK_C), dtype=tl.float32)
-    first = 0
-    while first < splits:
-        mask = (first + o_s < splits) & m_c[None, :]
-        offsets = (first + o_s) * 2 * channels + o_c[None, :]
-        sum_g += tl.load(S_ptr + offsets, mask=mask, other=0.0)
-        sum_gx += tl.load(S_ptr + offsets + channels, mask=mask, other=0.0)
-        first += BLOCK_S
-    rstd = tl.load(rstd_ptr + o_c, mask=m_c, other=0.0)
-    tl.store(sum_g_ptr + o_c, tl.sum(sum_g, axis=0), mask=m_c)
-    tl.store(sum_gx_ptr + o_c, tl.sum(sum_gx, axis=0) * rstd, mask=m_c)
-
-
-class _Plan:
+class _Plan(Plan):
     """How programs share a map, and it and others of its shape as (N, C, P)."""
 
     def __init__(self, x: Tensor, reduces: bool) -> None:
         self.single = x.dim() == 2 or x.shape[2:].numel() == 1
         flat = self.flat(x)
-        images, self.channels, positions = flat.shape
-        block_c, block_p = _tile(flat)
-        units_an_image = triton.cdiv(positions, block_p)
-        units, tiles = images * units_an_image, triton.cdiv(self.channels, block_c)
-        splits = min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(units, LEAST_UNITS))
-        if reduces:
-            splits = max(splits, triton.cdiv(units, MOST_UNITS))
-        chunk = triton.cdiv(units, splits)
-        self.splits = triton.cdiv(units, chunk)
-        self.grid = (tiles, self.splits)
-        self.sizes = (self.channels, positions, units_an_image, units, chunk)
-        self.blocks = {"BLOCK_C": block_c, "BLOCK_P": block_p}
-        self.finish = ((triton.cdiv(self.channels, 32),), {"BLOCK_C": 32, "BLOCK_S": 32})
+        channels_last = flat.stride(1) == 1 and flat.stride(2) != 1
+        super().__init__(*flat.shape, channels_last=channels_last, elements=2048, reduces=reduces)
 
     def flat(self, x: Tensor) -> Tensor:
         """A view where the positions have one common stride, a copy otherwise; (N, C) is one image of N positions."""
         if self.single:
             return x.flatten(1).t().unsqueeze(0)
         return x.flatten(2)
-
-
-def _tile(flat: Tensor) -> tuple[int, int]:
-    """Channels and positions of a unit: long along the dimension that lies together in memory."""
-    channels, positions = (triton.next_power_of_2(size) for size in flat.shape[1:])
-    if flat.stride(1) == 1 and flat.stride(2) != 1:  # channels-last
-        block_c = min(128, channels)
-        return block_c, min(2048 // block_c, positions)
-    block_p = min(1024, positions)
-    return min(2048 // block_p, channels), block_p
-
-
-def _device(x: Tensor) -> AbstractContextManager[Any]:
-    # Triton launches on the current device, whatever the tensors' device.
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def _vector(vector: Tensor | None, otherwise: Tensor) -> Tensor:
-    return otherwise if vector is None else vector.to(torch.float32).contiguous()
-
-
-def _activation(slope: float) -> str:
-    return {0.0: "relu", 1.0: "none"}.get(slope, "leaky_relu")
-
-
-def _new(x: Tensor, *shape: int) -> Tensor:
-    return x.new_empty(shape, dtype=torch.float32)
 
 
 def stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -404,11 +308,11 @@ def _statistics(
 ) -> tuple[Tensor, Tensor]:
     plan = _Plan(x, reduces=True)
     flat = plan.flat(x)
-    partial = _new(x, plan.splits, 3, plan.channels)
-    mean, var = _new(x, plan.channels), _new(x, plan.channels)
+    partial = new(x, plan.splits, 3, plan.channels)
+    mean, var = new(x, plan.channels), new(x, plan.channels)
     running = (mean if running_mean is None else running_mean, var if running_var is None else running_var)
     grid, blocks = plan.finish
-    with _device(x):
+    with on_device(x):
         _stats_kernel[plan.grid](flat, partial, *plan.sizes, *flat.stride(), **plan.blocks)
         _finish_stats_kernel[grid](
             *(flat, partial, mean, var, *running, momentum, eps, plan.channels, plan.splits, flat.stride(1)),
@@ -435,14 +339,12 @@ def apply(
     flat, out = plan.flat(x), plan.flat(y)
     added = flat if residual is None else plan.flat(residual)
     mean, rstd = mean.contiguous(), rstd.contiguous()
-    with _device(x):
+    with on_device(x):
         _apply_kernel[plan.grid](
-            *(flat, added, out, mean, rstd, _vector(weight, mean), _vector(bias, mean), slope, *plan.sizes),
+            *(flat, added, out, mean, rstd, vector(weight, mean), vector(bias, mean), slope, *plan.sizes),
             *(*flat.stride(), *added.stride(), *out.stride()),
             HAS_RESIDUAL=residual is not None,
-            HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None,
-            ACTIVATION=_activation(slope),
+            **options(weight, bias, slope),
             **plan.blocks,
         )
     return y
@@ -460,13 +362,10 @@ def reduce(
 ) -> tuple[Tensor, Tensor]:
     """The contract of the reference's ``reduce``."""
     plan = _Plan(x, reduces=True)
-    partial = _new(x, plan.splits, 2, plan.channels)
-    sum_g, sum_g_xhat = _new(x, plan.channels), _new(x, plan.channels)
-    grid, blocks = plan.finish
-    with _device(x):
+    partial = new(x, plan.splits, 2, plan.channels)
+    with on_device(x):
         _backward(plan, grad, x, mean, rstd, weight, bias, residual, slope, partial=partial)
-        _finish_sums_kernel[grid](partial, rstd.contiguous(), sum_g, sum_g_xhat, plan.channels, plan.splits, **blocks)
-    return sum_g, sum_g_xhat
+        return finish_sums(plan, partial, rstd)
 
 
 def input_grad(
@@ -485,7 +384,7 @@ def input_grad(
     """The contract of the reference's ``input_grad``."""
     plan = _Plan(x, reduces=False)
     grad_x, grad_residual = empty_like(x), empty_like(x) if need_residual else x.new_empty(0)
-    with _device(x):
+    with on_device(x):
         _backward(
             *(plan, grad, x, mean, rstd, weight, bias, residual, slope),
             sums=(sum_g, sum_g_xhat),
@@ -508,21 +407,19 @@ def _backward(
     sums: tuple[Tensor | None, Tensor | None] = (None, None),
     grads: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:
-    flat, flat_grad, activation = plan.flat(x), plan.flat(grad), _activation(slope)
-    added = flat if residual is None or activation == "none" else plan.flat(residual)
+    flat, flat_grad = plan.flat(x), plan.flat(grad)
+    added = flat if residual is None or slope == 1 else plan.flat(residual)
     mean, rstd = mean.contiguous(), rstd.contiguous()
     grad_x, grad_residual = (flat if g is None else plan.flat(g) for g in grads)
     _backward_kernel[plan.grid](
-        *(flat_grad, flat, added, mean, rstd, _vector(weight, mean), _vector(bias, mean)),
-        *(mean if partial is None else partial, _vector(sums[0], mean), _vector(sums[1], mean)),
+        *(flat_grad, flat, added, mean, rstd, vector(weight, mean), vector(bias, mean)),
+        *(mean if partial is None else partial, vector(sums[0], mean), vector(sums[1], mean)),
         *(grad_x, grad_residual, slope, float(x.numel() // plan.channels), *plan.sizes),
         *(*flat_grad.stride(), *flat.stride(), *added.stride(), *grad_x.stride()),
         REDUCE=partial is not None,
         HAS_RESIDUAL=residual is not None,
-        HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None,
         HAS_SUMS=sums[0] is not None and sums[1] is not None,
         NEED_RESIDUAL=grads[1] is not None,
-        ACTIVATION=activation,
+        **options(weight, bias, slope),
         **plan.blocks,
     )

@@ -1,7 +1,7 @@
 """batch_norm_act_max_pool in Triton: one pass forward; backward partial sums, their merge, and one pass that gathers.
 
-A program has BLOCK_C channels and a run of units, each BLOCK_P positions of one image: of the pooled map in the first
-two kernels, of x in the last. The window is a constant, and small ones are unrolled.
+What a program works on, and what it is told of its channels: see ``channelwise``. The units are those of the pooled map
+in the first two kernels, of x in the last. The window is a constant, and small ones are unrolled.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from torch import Tensor
 
 from ..layout import empty_like
 from ..reference.batch_norm_act_max_pool import empty_pooled, pooled_size
-from .batch_norm_act import (
-    LEAST_UNITS,
-    MOST_UNITS,
-    PROGRAMS,
-    _activated,
-    _activation,
-    _channel,
-    _device,
-    _finish_sums_kernel,
-    _new,
-    _vector,
+from .channelwise import (
+    Plan,
+    activated,
+    factors,
+    finish_sums,
+    gradient_means,
+    new,
+    on_device,
+    options,
+    own_channels,
+    own_units,
+    vector,
 )
 
 MOST_UNROLLED = 16  # elements of a window, or windows around an element
@@ -68,7 +69,7 @@ def _compared(
     x = tl.load(X_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     z = (x - mean) * scale + bias
     # What is compared has the precision of the map.
-    value = _activated(z, z, slope, ACTIVATION).to(X_ptr.dtype.element_ty).to(tl.float32)
+    value = activated(z, z, slope, ACTIVATION).to(X_ptr.dtype.element_ty).to(tl.float32)
     taken = mask & ((value > largest) | (value != value))
     return tl.where(taken, value, largest), tl.where(taken, index, found)
 
@@ -112,14 +113,10 @@ def _apply_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < channels
-    mean = _channel(mean_ptr, o_c, m_c, 0.0, True)
-    scale = _channel(rstd_ptr, o_c, m_c, 0.0, True) * _channel(W_ptr, o_c, m_c, 1.0, HAS_WEIGHT)
-    bias = _channel(B_ptr, o_c, m_c, 0.0, HAS_BIAS)
+    o_c, m_c = own_channels(channels, BLOCK_C)
+    mean, _, scale, bias = factors(mean_ptr, rstd_ptr, W_ptr, B_ptr, o_c, m_c, HAS_WEIGHT, HAS_BIAS)
     o_c = o_c[:, None]
-    unit = tl.program_id(1).to(tl.int64) * chunk
-    end = tl.minimum(unit + chunk, units)
+    unit, end = own_units(units, chunk)
     # `while`: with numpy >= 2.5 the interpreter of Triton 3.6 cannot take the bound of a `range` from an argument.
     while unit < end:
         i_n, o_h, o_w, m_p = _place(unit, positions, units_an_image, pooled_width, BLOCK_P)
@@ -190,18 +187,13 @@ def _reduce_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    split = tl.program_id(1).to(tl.int64)
-    o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < channels
-    mean = _channel(mean_ptr, o_c, m_c, 0.0, True)
-    scale = _channel(rstd_ptr, o_c, m_c, 0.0, True) * _channel(W_ptr, o_c, m_c, 1.0, HAS_WEIGHT)
-    bias = _channel(B_ptr, o_c, m_c, 0.0, HAS_BIAS)
-    S_ptr += split * 2 * channels + o_c
+    o_c, m_c = own_channels(channels, BLOCK_C)
+    mean, _, scale, bias = factors(mean_ptr, rstd_ptr, W_ptr, B_ptr, o_c, m_c, HAS_WEIGHT, HAS_BIAS)
+    S_ptr += tl.program_id(1).to(tl.int64) * 2 * channels + o_c
     o_c = o_c[:, None]
     sum_g = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.float32)
     sum_gx = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.float32)
-    unit = split * chunk
-    end = tl.minimum(unit + chunk, units)
+    unit, end = own_units(units, chunk)
     while unit < end:
         i_n, o_h, o_w, m_p = _place(unit, positions, units_an_image, pooled_width, BLOCK_P)
         mask = m_c[:, None] & m_p
@@ -213,7 +205,7 @@ def _reduce_kernel(
         x_w = w * STRIDE_W - PADDING_W + index % KERNEL_W
         x_offsets = i_n * stride_xn + o_c * stride_xc + x_h * stride_xh + x_w * stride_xw
         difference = tl.load(X_ptr + x_offsets, mask=mask, other=0.0).to(tl.float32) - mean
-        g = _activated(g.to(tl.float32), difference * scale + bias, slope, ACTIVATION)
+        g = activated(g.to(tl.float32), difference * scale + bias, slope, ACTIVATION)
         g = tl.where(mask, g, 0.0)
         sum_g += g
         sum_gx += tl.where(mask, g * difference, 0.0)
@@ -313,17 +305,11 @@ def _input_grad_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    o_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < channels
-    mean = _channel(mean_ptr, o_c, m_c, 0.0, True)
-    rstd = _channel(rstd_ptr, o_c, m_c, 0.0, True)
-    scale = rstd * _channel(W_ptr, o_c, m_c, 1.0, HAS_WEIGHT)
-    bias = _channel(B_ptr, o_c, m_c, 0.0, HAS_BIAS)
-    mean_g = _channel(sum_g_ptr, o_c, m_c, 0.0, HAS_SUMS) / count
-    inner = _channel(sum_gx_ptr, o_c, m_c, 0.0, HAS_SUMS) / count * rstd
+    o_c, m_c = own_channels(channels, BLOCK_C)
+    mean, rstd, scale, bias = factors(mean_ptr, rstd_ptr, W_ptr, B_ptr, o_c, m_c, HAS_WEIGHT, HAS_BIAS)
+    mean_g, inner = gradient_means(sum_g_ptr, sum_gx_ptr, rstd, count, o_c, m_c, HAS_SUMS)
     o_c = o_c[:, None]
-    unit = tl.program_id(1).to(tl.int64) * chunk
-    end = tl.minimum(unit + chunk, units)
+    unit, end = own_units(units, chunk)
     while unit < end:
         i_n, o_h, o_w, m_p = _place(unit, positions, units_an_image, width, BLOCK_P)
         mask = m_c[:, None] & m_p
@@ -349,7 +335,7 @@ def _input_grad_kernel(
         h, w = o_h.to(tl.int64), o_w.to(tl.int64)
         x_offsets = i_n * stride_xn + o_c * stride_xc + h * stride_xh + w * stride_xw
         difference = tl.load(X_ptr + x_offsets, mask=mask, other=0.0).to(tl.float32) - mean
-        g = _activated(g, difference * scale + bias, slope, ACTIVATION)
+        g = activated(g, difference * scale + bias, slope, ACTIVATION)
         if HAS_SUMS:
             g = g - mean_g - difference * inner
         d_offsets = i_n * stride_dn + o_c * stride_dc + h * stride_dh + w * stride_dw
@@ -357,44 +343,18 @@ def _input_grad_kernel(
         unit += 1
 
 
-class _Plan:
+def _plan(like: Tensor, reduces: bool) -> Plan:
     """How programs share a map (N, C, H, W) of the shape and the layout of ``like``."""
-
-    def __init__(self, like: Tensor, reduces: bool) -> None:
-        images, self.channels, height, width = like.shape
-        positions = height * width
-        if positions >= 2**31:
-            raise ValueError(f"expected a map of less than 2^31 positions, got {height}x{width}; use another provider")
-        block_c, block_p = _tile(like, positions)
-        units_an_image = triton.cdiv(positions, block_p)
-        units, tiles = images * units_an_image, triton.cdiv(self.channels, block_c)
-        splits = min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(units, LEAST_UNITS))
-        if reduces:
-            splits = max(splits, triton.cdiv(units, MOST_UNITS))
-        chunk = triton.cdiv(units, splits)
-        self.splits = triton.cdiv(units, chunk)
-        self.grid = (tiles, self.splits)
-        self.sizes = (self.channels, positions, units_an_image, units, chunk)
-        self.blocks = {"BLOCK_C": block_c, "BLOCK_P": block_p}
-
-
-def _tile(like: Tensor, positions: int) -> tuple[int, int]:
-    """Channels and positions of a unit: long along the dimension that lies together in memory."""
-    channels, positions = triton.next_power_of_2(like.shape[1]), triton.next_power_of_2(positions)
-    if like.stride(1) == 1 and like.stride(3) != 1:  # channels-last
-        block_c = min(64, channels)
-        return block_c, min(1024 // block_c, positions)
-    block_p = min(512, positions)
-    return min(1024 // block_p, channels), block_p
+    images, channels, height, width = like.shape
+    if height * width >= 2**31:
+        raise ValueError(f"expected a map of less than 2^31 positions, got {height}x{width}; use another provider")
+    channels_last = like.stride(1) == 1 and like.stride(3) != 1
+    return Plan(images, channels, height * width, channels_last=channels_last, elements=1024, reduces=reduces)
 
 
 def _window(window: tuple[int, ...]) -> dict[str, int]:
     names = ("KERNEL_H", "KERNEL_W", "STRIDE_H", "STRIDE_W", "PADDING_H", "PADDING_W")
     return dict(zip(names, window, strict=True))
-
-
-def _options(weight: Tensor | None, bias: Tensor | None, slope: float) -> dict[str, Any]:
-    return {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "ACTIVATION": _activation(slope)}
 
 
 def apply(
@@ -409,15 +369,15 @@ def apply(
     """The contract of the reference's ``apply``."""
     size: Any = window
     y, indices = empty_pooled(x, size, x.dtype), empty_pooled(x, size, torch.uint8)
-    plan = _Plan(y, reduces=False)
+    plan = _plan(y, reduces=False)
     mean = mean.contiguous()
-    with _device(x):
+    with on_device(x):
         _apply_kernel[plan.grid](
-            *(x, y, indices, mean, rstd.contiguous(), _vector(weight, mean), _vector(bias, mean), slope),
+            *(x, y, indices, mean, rstd.contiguous(), vector(weight, mean), vector(bias, mean), slope),
             *(*plan.sizes, *x.shape[2:], y.shape[3], *x.stride(), *y.stride()),
             UNROLL=window[0] * window[1] <= MOST_UNROLLED,
             **_window(window),
-            **_options(weight, bias, slope),
+            **options(weight, bias, slope),
             **plan.blocks,
         )
     return y, indices
@@ -435,23 +395,19 @@ def reduce(
     *window: int,
 ) -> tuple[Tensor, Tensor]:
     """The contract of the reference's ``reduce``."""
-    plan = _Plan(indices, reduces=True)
-    partial = _new(x, plan.splits, 2, plan.channels)
-    sum_g, sum_g_xhat = _new(x, plan.channels), _new(x, plan.channels)
+    plan = _plan(indices, reduces=True)
+    partial = new(x, plan.splits, 2, plan.channels)
     mean, rstd, constants = mean.contiguous(), rstd.contiguous(), _window(window)
     del constants["KERNEL_H"]
-    with _device(x):
+    with on_device(x):
         _reduce_kernel[plan.grid](
-            *(grad, indices, x, partial, mean, rstd, _vector(weight, mean), _vector(bias, mean), slope),
+            *(grad, indices, x, partial, mean, rstd, vector(weight, mean), vector(bias, mean), slope),
             *(*plan.sizes, grad.shape[3], *grad.stride(), *indices.stride(), *x.stride()),
             **constants,
-            **_options(weight, bias, slope),
+            **options(weight, bias, slope),
             **plan.blocks,
         )
-        _finish_sums_kernel[(triton.cdiv(plan.channels, 32),)](
-            *(partial, rstd, sum_g, sum_g_xhat, plan.channels, plan.splits), BLOCK_C=32, BLOCK_S=32
-        )
-    return sum_g, sum_g_xhat
+        return finish_sums(plan, partial, rstd)
 
 
 def input_grad(
@@ -469,21 +425,21 @@ def input_grad(
 ) -> Tensor:
     """The contract of the reference's ``input_grad``."""
     grad_x = empty_like(x)
-    plan = _Plan(grad_x, reduces=False)
+    plan = _plan(grad_x, reduces=False)
     mean = mean.contiguous()
     pooled = pooled_size(x, window)  # type: ignore[arg-type]
     windows_h, windows_w = triton.cdiv(window[0], window[2]), triton.cdiv(window[1], window[3])
-    with _device(x):
+    with on_device(x):
         _input_grad_kernel[plan.grid](
-            *(grad, indices, x, mean, rstd.contiguous(), _vector(weight, mean), _vector(bias, mean)),
-            *(_vector(sum_g, mean), _vector(sum_g_xhat, mean), grad_x, slope, float(x.numel() // x.shape[1])),
+            *(grad, indices, x, mean, rstd.contiguous(), vector(weight, mean), vector(bias, mean)),
+            *(vector(sum_g, mean), vector(sum_g_xhat, mean), grad_x, slope, float(x.numel() // x.shape[1])),
             *(*plan.sizes, x.shape[3], *pooled, *grad.stride(), *indices.stride(), *x.stride(), *grad_x.stride()),
             WINDOWS_H=windows_h,
             WINDOWS_W=windows_w,
             UNROLL=windows_h * windows_w <= MOST_UNROLLED,
             HAS_SUMS=sum_g is not None and sum_g_xhat is not None,
             **_window(window),
-            **_options(weight, bias, slope),
+            **options(weight, bias, slope),
             **plan.blocks,
         )
     return grad_x

@@ -1,0 +1,84 @@
+"""How an op is made known to torch: an overload per provider, each with schema, fake kernel, implementation, autograd.
+
+The reference's and Triton's implementations are functions of ``reference/<op>.py`` and ``triton/<op>.py``, the latter
+imported when it first runs. Those of ``cpu`` and ``cuda`` register themselves when ``native`` loads their libraries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import providers
+
+_library = torch.library.Library("auglocal_ext", "FRAGMENT")
+
+
+def table(op: str) -> providers.Table:
+    """The provider table of an op that has all four, in their order of preference, known to ``info`` from now on."""
+    return providers.register(
+        providers.Table(
+            op,
+            (
+                providers.Provider("cuda", ("cuda",), providers.SINGLE),
+                providers.Provider("cpu", ("cpu",), providers.ALL),
+                providers.Provider(
+                    "triton", ("cuda", "cpu") if providers.interpreted() else ("cuda",), providers.SINGLE
+                ),
+                providers.Provider("reference", None, providers.ALL),
+            ),
+        )
+    )
+
+
+def overload(name: str, provider: str) -> Any:
+    """``torch.ops.auglocal_ext.<name>.<provider>``."""
+    return getattr(getattr(torch.ops.auglocal_ext, name), provider)
+
+
+def chosen(op: str, x: Tensor, provider: str | None, name: str | None = None) -> Any:
+    """The overload that runs ``op``, or its primitive ``name``, for the feature map x; see ``providers.choose``."""
+    return overload(name or op, providers.choose(op, x.device.type, x.dtype, provider))
+
+
+def primitive(table: providers.Table, name: str, signature: str, fake: Callable[..., Any], function: str) -> None:
+    """Define ``name``, a kernel of every provider: in the reference and in Triton it is called ``function``."""
+    for provider in table.providers:
+        _define(f"{name}.{provider.name}", signature, fake)
+    reference = import_module(f"{__package__}.reference.{table.op}")
+    _library.impl(f"{name}.reference", getattr(reference, function), "CompositeExplicitAutograd")
+    for device in table.row("triton").devices or ():
+        _library.impl(f"{name}.triton", partial(_triton, table.op, function), device.upper())
+
+
+def composite(table: providers.Table, signature: str, fake: Callable[..., Any], forward: Callable[..., Any]) -> None:
+    """Define the op itself over its primitives, by ``forward(provider, *arguments)``."""
+    for provider in table.providers:
+        overload_name = f"{table.op}.{provider.name}"
+        _define(overload_name, signature, fake)
+        _library.impl(overload_name, partial(forward, provider.name), "CompositeExplicitAutograd")
+
+
+def autograd(table: providers.Table, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Give the op its gradients, by ``backward(provider, ctx, *gradients)``."""
+    for provider in table.providers:
+        torch.library.register_autograd(
+            f"auglocal_ext::{table.op}.{provider.name}",
+            partial(backward, provider.name),
+            setup_context=setup_context,
+            lib=_library,
+        )
+
+
+def _define(overload_name: str, signature: str, fake: Callable[..., Any]) -> None:
+    _library.define(overload_name + signature, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"auglocal_ext::{overload_name}", fake, lib=_library)
+
+
+def _triton(op: str, function: str, *arguments: Any) -> Any:
+    return getattr(import_module(f"{__package__}.triton.{op}"), function)(*arguments)
