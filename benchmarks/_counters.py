@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Operators whose result the host needs, or whose result's shape depends on values: on CUDA each waits for the device.
@@ -84,24 +86,26 @@ def count_synchronisations(step: Callable[[], Any]) -> int:
 
 def count_launches(step: Callable[[], Any]) -> dict[str, Any]:
     """Kernel and graph launches, copies and waits that one step asks of the CUDA runtime and driver."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile, record_function
-
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    return runtime_calls(host_events(step, [ProfilerActivity.CPU, ProfilerActivity.CUDA]))
+
+
+def host_events(step: Callable[[], Any], activities: list[ProfilerActivity]) -> list[tuple[str, int, int]]:
+    """``(name, start, end)`` of all that the host did around one step, which is the range "counted step"."""
+    with profile(activities=activities, acc_events=True) as profiler:
         with record_function(_RANGE):
             step()
-    # The device has a range of the same name, which ends later, when its work is done.
-    host = [event for event in profiler.events() if event.device_type == DeviceType.CPU]
-    return runtime_calls((event.name, event.time_range.start, event.time_range.end) for event in host)
+    # The raw events: to make the profiler's tree of them takes seconds a step. The device has a range of the same
+    # name, which ends later, when its work is done.
+    found = profiler.profiler.kineto_results.events()
+    return [(e.name(), e.start_ns(), e.end_ns()) for e in found if e.device_type() == DeviceType.CPU]
 
 
-def runtime_calls(events: Any) -> dict[str, Any]:
-    """Counts of the calls within the step, from ``(name, start, end)`` of all that a profiler has recorded.
+def runtime_calls(events: Sequence[tuple[str, int, int]]) -> dict[str, Any]:
+    """Counts of the calls within the step, from :func:`host_events`.
 
     The profiler's own waits, before and after the step, do not count.
     """
-    events = list(events)
     spans = [(start, end) for name, start, end in events if name == _RANGE]
     if not spans:
         raise RuntimeError("the profiler recorded no step; is another profiler at work?")

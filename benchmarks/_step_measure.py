@@ -18,7 +18,7 @@ from _timing import Spread, time_steps
 
 from auglocal_ext.memory import MemoryReport, estimate_step, read_device_memory, release_device_memory
 
-WARMUP = {"cuda": 5, "cpu": 1}  # on CUDA a step is captured in the fourth call
+CAPTURED = 5  # calls of a step after which it runs as a graph, if it can
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ def _run(result: Result, network: str, settings: Settings) -> None:
     with compiling(result.row.compiled, result.row.budget):
         with torch.device(settings.device):
             step = result.row.build(result.row, network, settings.timed_batch)
-        for _ in range(WARMUP[settings.device]):
-            step()
         owner = step.owner
+        for _ in range(1 if not settings.cuda else 2 if owner is None else CAPTURED):
+            step()
         if owner is not None:
             result.graphed = owner.graphed
             result.eager_reason = owner.eager_reason if result.row.options["graph"] else None

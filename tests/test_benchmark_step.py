@@ -263,6 +263,15 @@ def test_points_of_two_lines_run_once(benchmark, monkeypatch):
     assert len(ran) == len(set(ran)) == 12  # resnet32 at batch 1024 is on both
 
 
+def test_the_profiler_shows_the_step_as_a_range(benchmark):
+    from _counters import ProfilerActivity, host_events
+
+    x = torch.ones(4)
+    events = host_events(lambda: [x.add_(1) for _ in range(3)], [ProfilerActivity.CPU])
+    ((start, end),) = [(start, end) for name, start, end in events if name == "counted step"]
+    assert [name for name, first, _ in events if start <= first <= end].count("aten::add_") == 3
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
