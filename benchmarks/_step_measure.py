@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -34,7 +36,7 @@ class Settings:
     timed_batch: int
     seconds: float
     row_limit: float
-    deadline: float = float("inf")
+    deadline: float = math.inf
 
     @property
     def cuda(self) -> bool:
@@ -43,7 +45,10 @@ class Settings:
 
 @dataclass
 class Result:
-    """What came out of one row; ``errors`` by the part that failed: "prediction", "step" or "counts"."""
+    """What came out of one row; ``errors`` by the part that failed: "prediction", "step" or "counts".
+
+    ``recompute``: how many local modules recompute what, and ``planned`` the peak which that was chosen for.
+    """
 
     row: Row
     predicted: MemoryReport | None = None
@@ -54,7 +59,8 @@ class Result:
     counts: dict[str, Any] = field(default_factory=dict)
     graphed: bool | None = None
     eager_reason: str | None = None
-    recomputed: list[str] | None = None
+    recompute: dict[str, int] | None = None
+    planned: int | None = None
     errors: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -81,7 +87,8 @@ class Result:
             "counts": self.counts,
             "graphed": self.graphed,
             "eager_reason": self.eager_reason,
-            "recompute": self.recomputed,
+            "recompute": self.recompute,
+            "planned_peak_bytes": self.planned,
             "errors": self.errors,
         }
 
@@ -94,7 +101,7 @@ def run_row(row: Row, network: str, settings: Settings) -> Result:
         return result
     if not settings.cuda and not row.compiled:
         with recorded(result, "prediction"), time_limit(settings.row_limit):
-            result.predicted = predict(row, network, settings.batch)
+            result.predicted = predict(result, network, settings.batch)
     if settings.timed_batch:
         with recorded(result, "step"), time_limit(settings.row_limit):
             _run(result, network, settings)
@@ -102,12 +109,20 @@ def run_row(row: Row, network: str, settings: Settings) -> Result:
     return result
 
 
-def predict(row: Row, network: str, batch: int) -> MemoryReport:
+def predict(result: Result, network: str, batch: int) -> MemoryReport:
     def build() -> tuple[Callable[[Callable[[str], None]], None], Any]:
-        step = row.build(row, network, batch)
+        step = result.row.build(result.row, network, batch)
+        note_plan(result, step)
         return step, step.tracked
 
     return estimate_step(build)
+
+
+def note_plan(result: Result, step: Step) -> None:
+    plan = None if step.owner is None else step.owner.plan
+    if plan is not None:
+        result.recompute = dict(Counter(plan.recompute))
+        result.planned = plan.predicted_bytes
 
 
 def _run(result: Result, network: str, settings: Settings) -> None:
@@ -117,6 +132,8 @@ def _run(result: Result, network: str, settings: Settings) -> None:
         with torch.device(settings.device):
             step = result.row.build(result.row, network, settings.timed_batch)
         owner = step.owner
+        if settings.cuda:
+            note_plan(result, step)
         for _ in range(1 if not settings.cuda else 2 if owner is None else CAPTURED):
             step()
         if owner is not None:
@@ -165,7 +182,7 @@ def recorded(result: Result, part: str) -> Iterator[None]:
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raises ``TimeoutError`` within the block after ``seconds``; where the system has no such alarm, never."""
-    if not hasattr(signal, "SIGALRM") or seconds == float("inf"):
+    if not hasattr(signal, "SIGALRM") or seconds == math.inf:
         yield
         return
 

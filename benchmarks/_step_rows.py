@@ -194,13 +194,11 @@ def owned_step(row: Row, network: str, batch: int) -> Step:
 
     net, _ = row.model(network)
     net, x, y = prepared(row, net, network, batch)
-    owner = LocalStep(
-        net,
-        optimizer=lambda params: torch.optim.SGD(params, lr=LR, momentum=MOMENTUM),
-        autocast=torch.bfloat16 if row.half else None,
-        **row.options,
-        **({"batch_size": batch} if row.options.get("recompute") == "peak" else {}),
-    )
+    options = {**row.options, "autocast": torch.bfloat16 if row.half else None}
+    if row.options.get("recompute") == "peak":
+        options["batch_size"] = batch
+    with torch.device("cpu"):  # a step is built as in a user's program: the tensors are on the GPU, the default is not
+        owner = LocalStep(net, lambda params: torch.optim.SGD(params, lr=LR, momentum=MOMENTUM), **options)
 
     def run(mark: Mark) -> None:
         mark("modules")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -85,7 +86,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=1.0, help="timed steps of a row: 3 to 50 of them; 0 on a CPU: no times"
     )
-    parser.add_argument("--row-limit", type=float, default=120, help="seconds after which a row is given up")
+    parser.add_argument("--row-limit", type=float, help="seconds after which a row is given up; default on a GPU 120")
     parser.add_argument("--limit", type=float, help="seconds after which no row is begun; default on a GPU 540")
     parser.add_argument("--quick", action="store_true", help="three timed steps a row, two points a line")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for JSON and PNG")
@@ -102,7 +103,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     cuda = options.device == "cuda"
     options.compile = cuda if options.compile is None else options.compile
-    options.limit = options.limit or (540.0 if cuda else float("inf"))
+    options.limit = options.limit or (540.0 if cuda else math.inf)
+    options.row_limit = options.row_limit or (120.0 if cuda else math.inf)
     options.depths = options.depths or DEPTHS[options.device]
     options.batches = options.batches or BATCHES[options.device]
     if options.quick:
@@ -130,7 +132,7 @@ def head(options: argparse.Namespace) -> dict[str, Any]:
             "batch": options.batch,
             "timed_batch": timed,
             "seconds_per_row": options.seconds,
-            "row_limit": options.row_limit,
+            "row_limit": options.row_limit if options.row_limit < math.inf else None,
             "compiled_rows": options.compile,
             "optimizer": f"SGD, lr {LR}, momentum {MOMENTUM}; foreach, but LocalStep's as it chooses",
             "cudnn_benchmark": torch.backends.cudnn.benchmark,

@@ -250,6 +250,40 @@ def test_a_row_that_fails_or_takes_too_long_says_so(benchmark):
     assert "--limit" in late.errors["step"] and late.peak_bytes is None
 
 
+def test_what_is_read_on_a_gpu(benchmark, monkeypatch):
+    import _step_measure
+
+    class OnGpu(benchmark.Settings):
+        cuda = True
+
+    class Memory:
+        def __init__(self, allocated_peak):
+            self.allocated_peak, self.reserved_peak = allocated_peak, 100 + allocated_peak
+
+    readings = iter([Memory(7), Memory(3)] * 2)
+    monkeypatch.setattr(_step_measure, "release_device_memory", lambda: None)
+    monkeypatch.setattr(_step_measure, "read_device_memory", lambda: next(readings))
+    monkeypatch.setattr(
+        _step_measure, "time_steps", lambda step, device, seconds: _step_measure.Spread(0.5, 0.4, 0.6, 3)
+    )
+    monkeypatch.setattr(_step_measure, "count_synchronisations", lambda step: 1)
+    monkeypatch.setattr(_step_measure, "count_launches", lambda step: {"launches": 9, "waits": 2})
+    on_gpu = OnGpu(device="cpu", batch=8, timed_batch=8, seconds=1, row_limit=60)
+    row = row_of(benchmark, "AugLocal d=2 graph")
+    eager = benchmark.run_row(row, NETWORK, on_gpu)
+    assert not eager.errors and eager.predicted is None
+    assert (eager.allocated, eager.reserved, eager.images_per_second) == (3, 103, 16)
+    assert eager.counts == {"host_synchronisations": 2, "launches": 9, "waits": 2}
+
+    line, reason = benchmark.table([eager.as_dict()], on_gpu).splitlines()[-2:]
+    assert line.split()[-2:] == ["9", "2"] and "no graph: the batch is on cpu" in reason
+
+    from auglocal_ext.step import LocalStep
+
+    monkeypatch.setattr(LocalStep, "graphed", True)
+    assert benchmark.run_row(row, NETWORK, on_gpu).allocated == 7  # a replay allocates nothing: the capture's peak
+
+
 def test_points_of_two_lines_run_once(benchmark, monkeypatch):
     import _step_scaling
 
