@@ -61,7 +61,7 @@ class Report:
         self._path.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--network",
@@ -90,16 +90,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, help="seconds after which no row is begun; default on a GPU 540")
     parser.add_argument("--quick", action="store_true", help="three timed steps a row, two points a line")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for JSON and PNG")
+    return parser
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Checked options with the defaults of the device; ``chosen`` holds the rows."""
+    parser = make_parser()
     options = parser.parse_args(arguments)
-    for name, least in (("batch", 2), ("cpu_batch", 0)):
-        if getattr(options, name) < least or getattr(options, name) == 1:
-            parser.error(f"--{name.replace('_', '-')} is at least 2 (BatchNorm), got {getattr(options, name)}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device; leave it out to predict")
-    if any(depth < 20 or depth % 6 != 2 for depth in options.depths or ()):
-        parser.error(f"--depths: a CIFAR ResNet has depth 6n + 2, 20 or more here, got {options.depths}")
-    if any(batch < 2 for batch in options.batches or ()):
-        parser.error(f"--batches: at least 2 (BatchNorm), got {options.batches}")
+    check(parser, options)
     options.device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     cuda = options.device == "cuda"
     options.compile = cuda if options.compile is None else options.compile
@@ -111,13 +109,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.seconds = min(options.seconds, 1e-3)
         options.depths, options.batches = sorted(options.depths)[:2], sorted(options.batches)[:2]
     wanted = [text.lower() for text in options.rows or [""]]
-    options.chosen = [row for row in rows() if any(text in row.name.lower() for text in wanted)]
-    options.chosen = [r for r in options.chosen if (options.compile or not r.compiled) and (cuda or not r.cuda_only)]
+    possible = [row for row in rows() if (options.compile or not row.compiled) and (cuda or not row.cuda_only)]
+    options.chosen = [row for row in possible if any(text in row.name.lower() for text in wanted)]
     if not options.chosen:
-        parser.error(
-            f"--rows matches none of: {', '.join(row.name for row in rows())} (overlap needs CUDA, compile --compile)"
-        )
+        parser.error(f"--rows matches none of: {', '.join(row.name for row in possible)}")
     return options
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    for name, least in (("batch", 2), ("cpu_batch", 0)):
+        if getattr(options, name) < least or getattr(options, name) == 1:
+            parser.error(f"--{name.replace('_', '-')} is at least 2 (BatchNorm), got {getattr(options, name)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device; leave it out to predict")
+    if any(depth < 20 or depth % 6 != 2 for depth in options.depths or ()):
+        parser.error(f"--depths: a CIFAR ResNet has depth 6n + 2, 20 or more here, got {options.depths}")
+    if any(batch < 2 for batch in options.batches or ()):
+        parser.error(f"--batches: at least 2 (BatchNorm), got {options.batches}")
 
 
 def head(options: argparse.Namespace) -> dict[str, Any]:
