@@ -6,7 +6,8 @@
 
 With a GPU everything is measured at --batch. Without one the peaks are predicted at --batch (tensor bytes under fake
 tensors, no library workspace), and times, operators and host reads are those of real steps at --cpu-batch: two batches
-that no column mixes. A row that fails says so, the others go on. Prints a table; writes a JSON file and two PNGs.
+that no column mixes. A row that fails says so, the others go on. Prints a table; writes a JSON file and a PNG for each
+part.
 """
 
 from __future__ import annotations
@@ -37,28 +38,44 @@ PARTS = ("table", "scaling")
 
 
 class Report:
-    """All results so far, in the order of the rows; written after each, so that a stopped run leaves what it had."""
+    """All results so far, a file for each part; written after each result, so that a stopped run leaves what it had."""
 
-    def __init__(self, path: Path, head: dict[str, Any], networks: Sequence[str], chosen: Sequence[Row]) -> None:
-        self._path = path
-        self._head = head
-        self._order = [row.name for row in chosen]
-        self.networks: dict[str, list[dict[str, Any]]] = {network: [] for network in networks}
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._head = head(options)
+        self._order = [row.name for row in options.chosen]
+        self.stem = options.output / f"step-{options.device}"
+        self.networks: dict[str, list[dict[str, Any]]] = {}
+        if "table" in options.part:
+            self.networks = {network: [] for network in options.network}
         self.scaling: list[dict[str, Any]] = []
 
     def add(self, network: str, result: Result) -> None:
         found = self.networks[network]
         found.append(result.as_dict())
         found.sort(key=lambda row: self._order.index(row["name"]))
-        self.write()
+        self._write("", {"networks": self.networks})
 
     def add_point(self, point: Point, result: Result) -> None:
         self.scaling.append(as_dict(point, result))
-        self.write()
+        self._write("-scaling", {"scaling": self.scaling})
 
-    def write(self) -> None:
-        record = {**self._head, "networks": self.networks, "scaling": self.scaling}
-        self._path.write_text(json.dumps(record, indent=1) + "\n")
+    def draw(self, subtitle: str) -> list[Path]:
+        """The pictures, and every file that was written."""
+        scaled = "bf16 autocast, channels-last, SGD with momentum; AugLocal with fused layers, an optimizer per module"
+        pictures = [
+            draw_rows(self._path("", "png"), self.networks, "One training step", subtitle),
+            draw_scaling(self._path("-scaling", "png"), self.scaling, "Over depth and batch", scaled),
+        ]
+        records = [
+            self._path(part, "json") for part, found in (("", self.networks), ("-scaling", self.scaling)) if found
+        ]
+        return [*records, *(picture for picture in pictures if picture)]
+
+    def _write(self, part: str, results: dict[str, Any]) -> None:
+        self._path(part, "json").write_text(json.dumps({**self._head, **results}, indent=1) + "\n")
+
+    def _path(self, part: str, kind: str) -> Path:
+        return self.stem.with_name(f"{self.stem.name}{part}.{kind}")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -180,9 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         deadline=time.monotonic() + options.limit,
     )
     options.output.mkdir(parents=True, exist_ok=True)
-    stem = options.output / f"step-{options.device}"
-    networks = options.network if "table" in options.part else []
-    report = Report(stem.with_suffix(".json"), head(options), networks, options.chosen)
+    report = Report(options)
     run(options, settings, report)
 
     print(f"A training step, {note(options)}")
@@ -190,18 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{network}\n{table(found, settings)}")
     if report.scaling:
         print(f"\nscaling\n{scaling_table(report.scaling)}")
-    report.write()
-    written = [
-        stem.with_suffix(".json"),
-        draw_rows(stem.with_suffix(".png"), report.networks, "One training step", subtitle(settings)),
-        draw_scaling(
-            options.output / f"step-{options.device}-scaling.png",
-            report.scaling,
-            "Over depth and batch",
-            "bf16 autocast, channels-last, SGD with momentum; AugLocal with fused layers and an optimizer per module",
-        ),
-    ]
-    print("\nwritten: " + ", ".join(str(path) for path in written if path))
+    print("\nwritten: " + ", ".join(str(path) for path in report.draw(subtitle(settings))))
     return 0
 
 

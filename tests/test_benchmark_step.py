@@ -200,8 +200,8 @@ def test_scaling_over_depth_and_batch(benchmark, tmp_path, monkeypatch):
         "32",
     ]
     assert benchmark.main([*arguments, "--output", str(tmp_path)]) == 0
-    record = json.loads((tmp_path / "step-cpu.json").read_text())
-    assert record["networks"] == {}
+    record = json.loads((tmp_path / "step-cpu-scaling.json").read_text())
+    assert record["settings"]["batch"] == 32 and not (tmp_path / "step-cpu.json").exists()
     peaks = {(point["over"], point["at"], point["name"]): point["predicted_peak_bytes"] for point in record["scaling"]}
     assert len(peaks) == 8
     assert peaks["depth", 26, "BP bf16"] > 1.2 * peaks["depth", 20, "BP bf16"]
