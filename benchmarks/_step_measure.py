@@ -9,7 +9,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Settings:
 class Result:
     """What came out of one row; ``errors`` by the part that failed: "prediction", "step" or "counts".
 
-    ``recompute``: how many local modules recompute what, and ``planned`` the peak which that was chosen for.
+    ``recompute``: what was planned for each local module, at ``batch``, and ``planned`` the peak it was chosen for.
     """
 
     row: Row
@@ -59,7 +59,7 @@ class Result:
     counts: dict[str, Any] = field(default_factory=dict)
     graphed: bool | None = None
     eager_reason: str | None = None
-    recompute: dict[str, int] | None = None
+    recompute: tuple[str, ...] | None = None
     planned: int | None = None
     errors: dict[str, str] = field(default_factory=dict)
 
@@ -87,7 +87,7 @@ class Result:
             "counts": self.counts,
             "graphed": self.graphed,
             "eager_reason": self.eager_reason,
-            "recompute": self.recompute,
+            "recompute": self.recompute and dict(Counter(self.recompute)),
             "planned_peak_bytes": self.planned,
             "errors": self.errors,
         }
@@ -121,16 +121,19 @@ def predict(result: Result, network: str, batch: int) -> MemoryReport:
 def note_plan(result: Result, step: Step) -> None:
     plan = None if step.owner is None else step.owner.plan
     if plan is not None:
-        result.recompute = dict(Counter(plan.recompute))
+        result.recompute = plan.recompute
         result.planned = plan.predicted_bytes
 
 
 def _run(result: Result, network: str, settings: Settings) -> None:
+    row = result.row
+    if result.recompute is not None:  # the small batch runs what was planned for the large one
+        row = replace(row, options={**row.options, "recompute": result.recompute})
     if settings.cuda:
         release_device_memory()
-    with compiling(result.row.compiled, result.row.budget):
+    with compiling(row.compiled, row.budget):
         with torch.device(settings.device):
-            step = result.row.build(result.row, network, settings.timed_batch)
+            step = row.build(row, network, settings.timed_batch)
         owner = step.owner
         if settings.cuda:
             note_plan(result, step)
@@ -138,10 +141,10 @@ def _run(result: Result, network: str, settings: Settings) -> None:
             step()
         if owner is not None:
             result.graphed = owner.graphed
-            result.eager_reason = owner.eager_reason if result.row.options["graph"] else None
+            result.eager_reason = owner.eager_reason if row.options["graph"] else None
         if settings.seconds or settings.cuda:
             _time(result, step, settings)
-        if settings.cuda or not result.row.compiled:  # under the mode that counts, compiled code would run eagerly
+        if settings.cuda or not row.compiled:  # under the mode that counts, compiled code would run eagerly
             with recorded(result, "counts"):
                 result.counts = _count(step, settings)
 

@@ -59,6 +59,8 @@ def draw_scaling(path: Path, points: list[dict[str, Any]], title: str, subtitle:
             axes[0][column].set_title(fixed, loc="left", fontsize=12, fontweight="bold", color=style._INK)
             if timed:
                 _lines(axes[1][column], here, _milliseconds)
+        for chart in axes[:, column]:
+            chart.set_visible(bool(here))
         axes[-1][column].set_xlabel(label, fontsize=9, color=style._QUIET)
     kind = "allocated peak" if any(point["allocated_peak_bytes"] for point in points) else "predicted peak"
     axes[0][0].set_ylabel(f"{kind}, GB (1e9 bytes)", fontsize=9, color=style._QUIET)

@@ -189,14 +189,17 @@ def _local_loop(
 
 
 def owned_step(row: Row, network: str, batch: int) -> Step:
-    """``LocalStep`` with the row's options."""
+    """``LocalStep`` with the row's options; ``recompute`` may be "peak" or what was planned for each module."""
     from auglocal_ext.step import LocalStep
 
     net, _ = row.model(network)
     net, x, y = prepared(row, net, network, batch)
     options = {**row.options, "autocast": torch.bfloat16 if row.half else None}
-    if row.options.get("recompute") == "peak":
+    recompute = options.get("recompute")
+    if recompute == "peak":
         options["batch_size"] = batch
+    elif recompute is not None:  # a plan made earlier: a choice for each module
+        net.recompute = options.pop("recompute")
     with torch.device("cpu"):  # a step is built as in a user's program: the tensors are on the GPU, the default is not
         owner = LocalStep(net, lambda params: torch.optim.SGD(params, lr=LR, momentum=MOMENTUM), **options)
 

@@ -9,7 +9,7 @@ from typing import Any
 from _step_measure import Result, Settings, run_row
 from _step_rows import Row, rows
 
-DEPTHS = {"cpu": (20, 56, 110, 218), "cuda": (20, 56, 110, 434, 1202)}
+DEPTHS = {"cpu": (20, 56, 110), "cuda": (20, 56, 110, 434, 1202)}
 ALL_DEPTHS = (20, 32, 56, 110, 218, 434, 1202)
 BATCHES = {"cpu": (256, 1024, 4096), "cuda": (64, 256, 1024, 4096)}
 BATCH_NETWORK = "resnet32"
@@ -52,7 +52,8 @@ def run_points(found: Sequence[Point], settings: Settings, done: Callable[[Point
 
 
 def as_dict(point: Point, result: Result) -> dict[str, Any]:
-    wanted = ("predicted_peak_bytes", "allocated_peak_bytes", "reserved_peak_bytes", "seconds_per_step", "errors")
+    peaks = ("predicted_peak_bytes", "predicted_categories", "allocated_peak_bytes", "reserved_peak_bytes")
+    wanted = (*peaks, "seconds_per_step", "graphed", "eager_reason", "errors")
     values = result.as_dict()
     place = {"over": point.over, "at": point.at, "network": point.network, "batch": point.batch}
     return {**place, "name": point.row.name, "family": point.row.family, **{key: values[key] for key in wanted}}

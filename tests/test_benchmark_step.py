@@ -231,6 +231,14 @@ def test_a_prediction_is_what_the_step_really_holds(benchmark):
         assert predicted.peak_bytes == pytest.approx(meter.peak_bytes, rel=0.02), name
 
 
+def test_the_small_batch_runs_what_was_planned_for_the_large_one(benchmark):
+    peak = benchmark.run_row(row_of(benchmark, "AugLocal d=2 peak"), NETWORK, settings(benchmark, batch=256))
+    plain = benchmark.run_row(row_of(benchmark, "AugLocal d=2 per-module"), NETWORK, settings(benchmark, batch=256))
+    assert peak.peak_bytes == peak.planned < plain.peak_bytes
+    assert set(peak.recompute) > {"none"} and sum(peak.as_dict()["recompute"].values()) == 3
+    assert peak.counts["operators"] > plain.counts["operators"]
+
+
 def test_a_row_that_fails_or_takes_too_long_says_so(benchmark):
     from dataclasses import replace
 
