@@ -30,7 +30,7 @@ def columns(row: dict[str, Any], base: dict[str, Any] | None, settings: Settings
     time, counts = row["seconds_per_step"], row["counts"]
     base_time = base and base["seconds_per_step"]
     cells = {"row": row["name"], "adds": row["adds"]}
-    if settings.cuda or settings.timed_batch:
+    if settings.cuda or (settings.timed_batch and settings.seconds):
         cells["ms/step"] = number(time and 1e3 * time["median"])
         cells["20-80 % ms"] = f"{1e3 * time['low']:.1f}-{1e3 * time['high']:.1f}" if time else ""
         cells["images/s"] = f"{row['images_per_second']:.0f}" if time else ""
