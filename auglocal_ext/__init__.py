@@ -11,19 +11,24 @@ from .local_modules import LocalModule, LocalOutput
 from .local_sequential import InferenceNetwork, LocalSequential
 from .nn import FusionReport, fuse, unfuse
 from .partition import Balanced
-from .rules import AugLocal, ContSup, Rule
+from .rules import DGL, MAN, AugLocal, ContSup, Greedy, InfoPro, PredSim, Rule
 from .step import LocalStep
 
 __all__ = [
+    "DGL",
+    "MAN",
     "AugLocal",
     "Balanced",
     "ContSup",
     "FusionReport",
+    "Greedy",
     "InferenceNetwork",
+    "InfoPro",
     "LocalModule",
     "LocalOutput",
     "LocalSequential",
     "LocalStep",
+    "PredSim",
     "Rule",
     "__version__",
     "fuse",

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from auglocal_ext.partition import evaluating, probe_input
 
@@ -81,6 +82,25 @@ def count_flops(function: Callable[[], Any]) -> int:
     with mode, counter:
         function()
     return counter.get_total_flops()
+
+
+class FlopMeter(TorchDispatchMode):
+    """Counts as :func:`count_flops` while it is active, and tells the count at any time.
+
+    Attributes:
+        flops: so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(getattr(func, "_overloadpacket", None))
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def _is_linear(module: nn.Module) -> bool:

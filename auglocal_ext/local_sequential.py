@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .auxiliary.base import Auxiliary
 from .auxiliary.context import ContextSupply
 from .local_modules import RECOMPUTE, LocalModule, LocalOutput, LossOptions, Recompute, local_pass, run_forward
 from .nn import FusedSequential, fuse, unfuse
@@ -95,7 +96,7 @@ class LocalSequential(nn.Module):
         self.rule = rule
         self.network = Network(layers, described, shape, num_classes, ends)
         self.primary = layers
-        self._options = LossOptions(ignore_index, label_smoothing)
+        self._options = LossOptions(ignore_index, label_smoothing, rule.classifier_weight)
         self._recompute = _recompute_per_module(recompute, self.network.num_modules)
         last = self.network.num_modules - 1
         template = probe_input(layers, shape, 0)
@@ -144,7 +145,7 @@ class LocalSequential(nn.Module):
                 history: list[Tensor | None] = []
                 for module in self.local_modules:
                     h = module(h, history)
-                    if module.auxiliary is not None:
+                    if module.auxiliary is not None and module.auxiliary.classifies:
                         logits = module.auxiliary(h)
                         if logits.shape[1:] != (self.network.num_classes,):
                             raise ValueError(
@@ -181,7 +182,7 @@ class LocalSequential(nn.Module):
                         tuple(children[layer.start : layer.stop]) for layer in self.network.layers[first : end + 1]
                     ),
                     context=contexts[k],
-                    auxiliary=self.auxiliary[k] if k < self.num_modules - 1 else None,
+                    auxiliary=cast("Auxiliary", self.auxiliary[k]) if k < self.num_modules - 1 else None,
                     kept=needed_later[-1 - k],
                     options=self._options,
                     recompute=self._recompute[k],

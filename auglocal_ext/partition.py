@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -226,7 +226,7 @@ def cut_points(num_layers: int, modules: int | Sequence[int] | None) -> tuple[in
             )
         return (*cuts, num_layers - 1)
     try:
-        count = operator.index(modules)  # type: ignore[arg-type]
+        count = operator.index(cast(int, modules))
     except TypeError:
         raise TypeError(
             f"modules must be None (one per layer), a number of modules or a sequence of cut points, "

@@ -40,7 +40,8 @@ def images(tmp_path):
 
 def rows(output):
     with (output / "log.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if "second" not in k and "peak" not in k} for row in csv.DictReader(file)]
+        times = ("images_per_second", "seconds", "waiting", "peak_bytes")
+        return [{k: v for k, v in row.items() if k not in times} for row in csv.DictReader(file)]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,7 @@ def test_train(images, tmp_path, capsys, rule):
     assert main(arguments) == 0
     said = capsys.readouterr()
     assert "64 train and 8 test images of 16 x 16, 2 classes, kept on cpu" in said.out
+    assert ("steps: eager (CUDA graphs need a CUDA device, this run is on cpu)" in said.out) == ("bp" not in rule)
     assert re.search(r"test accuracy: last [\d.]+%, best [\d.]+% \(epoch [12]", said.out)
     assert {file.name for file in output.iterdir()} >= {"config.json", "log.csv", "checkpoint.pt"}
     assert len(rows(output)) == 2
@@ -86,12 +88,15 @@ def test_cut_points(images, tmp_path, capsys):
     assert main([*common, "--resume"]) == 0
 
 
-def test_eager_and_recompute_reach_the_network(images, tmp_path):
+def test_how_a_step_runs_reaches_the_network(images, tmp_path, capsys):
     output = tmp_path / "run"
     arguments = ["--epochs", "1", *SMALL, "--depth", "2", "--eager", "--recompute", "all"]
+    arguments += ["--graph", "off", "--no-overlap"]
     assert main(["train", "--output", str(output), "--data", str(images), *arguments]) == 0
     settings = json.loads((output / "config.json").read_text())["settings"]
     assert settings["fused"] is False and settings["recompute"] == "all"
+    assert settings["graph"] == "off" and settings["overlap"] is False
+    assert "steps: eager (--graph off)" in capsys.readouterr().out
     config = TrainConfig(**{**settings, "output": str(tmp_path / "other")})
     net = Trainer(config, bars=False, say=lambda line: None).network
     assert {module.recompute for module in net.local_modules} == {"all"}
@@ -106,6 +111,7 @@ def test_eager_and_recompute_reach_the_network(images, tmp_path):
         (["--resume"], "checkpoint.pt: no checkpoint to resume from"),
         (["--data", ".", "--rule", "bp", "--depth", "2"], "--depth belongs to the rule auglocal, not to bp"),
         (["--data", ".", "--rule", "bp", "--recompute", "all"], "--recompute belongs to the local rules, not to bp"),
+        (["--data", ".", "--rule", "bp", "--overlap"], "--overlap belongs to the local rules, not to bp"),
     ],
 )
 def test_wrong_input_is_one_message_and_status_1(tmp_path, capsys, arguments, said):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 
@@ -36,6 +37,34 @@ def test_text_names_every_provider_with_its_reason(no_compiled: None) -> None:
     assert "missing: not built: no compiler for cpu" in text and "missing: not built: no compiler for cuda" in text
     for name in (*providers.NAMES, *providers.TABLES, torch.__version__):
         assert name in text
+
+
+def test_columns_of_the_ops_stand_below_their_headings() -> None:
+    found = info.report()
+    found["ops"]["an_op_whose_name_is_longer_than_all_others"] = {"cpu": "reference", "cuda": "reference"}
+    lines = info.as_text(found).splitlines()
+    heading = next(i for i, line in enumerate(lines) if line.startswith("op "))
+    starts = [lines[heading].index(name) for name in ("on cpu", "on cuda")]
+    assert len(lines[heading + 1 :]) == len(found["ops"])
+    for line, (op, chosen) in zip(lines[heading + 1 :], found["ops"].items(), strict=True):
+        assert line[: starts[0]].split() == [op]
+        assert [line[start:].split()[0] for start in starts] == [chosen["cpu"], chosen["cuda"]]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_a_reader_may_leave_early(unbuffered: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "auglocal_ext", "info"],
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from auglocal_ext import AugLocal, ContSup, LocalSequential, models
 from auglocal_ext.memory import MemoryMeter
 from auglocal_ext.memory.meter import ACTIVATIONS
+from auglocal_ext.nn import recomputed
 
 RULES = {"auglocal": AugLocal(3), "contsup": ContSup("R2E")}
 
@@ -120,3 +121,17 @@ def test_it_saves_memory():
 def test_wrong_choices(wrong):
     with pytest.raises((ValueError, TypeError), match="recompute is one of none, auxiliary, all|not iterable"):
         wrap(ContSup("R0"), wrong, modules=3)
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_the_random_state_is_not_read_while_a_graph_is_captured(monkeypatch, capturing):
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    asked = {}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr("auglocal_ext.nn.recompute.checkpoint", lambda run, *inputs, **options: asked.update(options))
+    recomputed(nn.Identity(), torch.zeros(2).as_subclass(OnCuda))
+    assert asked["preserve_rng_state"] is not capturing
+    recomputed(nn.Identity(), torch.zeros(2))
+    assert asked["preserve_rng_state"] is True

@@ -1,19 +1,49 @@
-"""Parts of which learning rules are composed: sampling, fresh blocks, heads and context encoders."""
+"""Parts of which learning rules are composed: sampling, fresh blocks, heads, local losses and context encoders."""
 
+from .base import Auxiliary, LocalLoss
 from .blocks import BlockFactory, make_block
 from .context import ContextSupply, ImageEncoder, InputEncoder, parse_context
-from .heads import CONV_HEADS, AuxiliaryNetwork, Head, LinearHead, VGGHead, conv_head
+from .heads import (
+    CONV_HEADS,
+    DGL_HEADS,
+    AuxiliaryNetwork,
+    DGLHead,
+    Head,
+    LinearHead,
+    PredictionHead,
+    VGGHead,
+    conv_head,
+)
+from .objectives import (
+    ContrastiveNetwork,
+    Objectives,
+    ReconstructionLoss,
+    SimilarityLoss,
+    Term,
+    similarity_matrix,
+    supervised_contrast,
+)
 from .sampling import inferred_strides, pyramid_depth, sampled_layers
 
 __all__ = [
     "CONV_HEADS",
+    "DGL_HEADS",
+    "Auxiliary",
     "AuxiliaryNetwork",
     "BlockFactory",
     "ContextSupply",
+    "ContrastiveNetwork",
+    "DGLHead",
     "Head",
     "ImageEncoder",
     "InputEncoder",
     "LinearHead",
+    "LocalLoss",
+    "Objectives",
+    "PredictionHead",
+    "ReconstructionLoss",
+    "SimilarityLoss",
+    "Term",
     "VGGHead",
     "conv_head",
     "inferred_strides",
@@ -21,4 +51,6 @@ __all__ = [
     "parse_context",
     "pyramid_depth",
     "sampled_layers",
+    "similarity_matrix",
+    "supervised_contrast",
 ]

@@ -23,7 +23,9 @@ def output_channels(layer: Layer) -> int:
     return layer.width
 
 
-def _conv_block(children: list[nn.Module], source: nn.Conv2d, in_channels: int, pool: bool) -> nn.Sequential:
+def _conv_block(
+    children: list[nn.Module], source: nn.Conv2d, in_channels: int, out_channels: int, pool: bool
+) -> nn.Sequential:
     """Convolution with the sampled layer's kernel, stride 1, and its normalisation and activation, fresh."""
     kernel, dilation = (cast("tuple[int, int]", size) for size in (source.kernel_size, source.dilation))
     if any(k % 2 == 0 for k in kernel):
@@ -35,7 +37,7 @@ def _conv_block(children: list[nn.Module], source: nn.Conv2d, in_channels: int, 
     parts.append(
         nn.Conv2d(
             in_channels,
-            source.out_channels,
+            out_channels,
             kernel,
             padding=(kernel[0] // 2 * dilation[0], kernel[1] // 2 * dilation[1]),
             dilation=dilation,
@@ -45,9 +47,9 @@ def _conv_block(children: list[nn.Module], source: nn.Conv2d, in_channels: int, 
     found_activation = False
     for child in children:
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            parts.append(nn.BatchNorm2d(source.out_channels, eps=child.eps, momentum=child.momentum))
+            parts.append(nn.BatchNorm2d(out_channels, eps=child.eps, momentum=child.momentum))
         elif isinstance(child, nn.GroupNorm):
-            parts.append(nn.GroupNorm(child.num_groups, source.out_channels, eps=child.eps))
+            parts.append(nn.GroupNorm(child.num_groups, out_channels, eps=child.eps))
         elif type(child).__module__.endswith("modules.activation") and not any(True for _ in child.parameters()):
             parts.append(copy.deepcopy(child))
             found_activation = True
@@ -57,11 +59,11 @@ def _conv_block(children: list[nn.Module], source: nn.Conv2d, in_channels: int, 
     return nn.Sequential(*parts)
 
 
-def _linear_block(children: list[nn.Module], source: nn.Linear, in_features: int) -> nn.Sequential:
-    parts: list[nn.Module] = [nn.Linear(in_features, source.out_features, bias=source.bias is not None)]
+def _linear_block(children: list[nn.Module], source: nn.Linear, in_features: int, out_features: int) -> nn.Sequential:
+    parts: list[nn.Module] = [nn.Linear(in_features, out_features, bias=source.bias is not None)]
     for child in children:
         if isinstance(child, nn.BatchNorm1d):
-            parts.append(nn.BatchNorm1d(source.out_features, eps=child.eps, momentum=child.momentum))
+            parts.append(nn.BatchNorm1d(out_features, eps=child.eps, momentum=child.momentum))
         elif type(child).__module__.endswith("modules.activation") and not any(True for _ in child.parameters()):
             parts.append(copy.deepcopy(child))
             break
@@ -87,39 +89,43 @@ def make_block(
     in_channels: int,
     stride: int,
     factory: BlockFactory | None = None,
+    width: int | None = None,
 ) -> nn.Module:
     """A fresh, independently initialised block of the kind of ``layer``; only its width is taken over.
 
     Args:
-        layer: the sampled layer.
+        layer: the layer it is modelled on.
         children: its children in the user's network.
         in_channels: channels of the map the block is fed.
         stride: inferred stride. A ``conv`` block realises stride 2 as a 2x2 max pooling in front.
         factory: makes the block instead, for kinds not known here.
+        width: base width of the block, if not the layer's.
 
     Raises:
         ValueError: if no block can be made of the layer's kind and there is no factory.
     """
+    width = layer.width if width is None else width
+    out_channels = output_channels(layer) * width // layer.width
     if factory is not None:
         source = children[0] if len(children) == 1 else nn.Sequential(*children)
-        return factory(in_channels, output_channels(layer), stride, source)
+        return factory(in_channels, out_channels, stride, source)
     block = layer.block
     if layer.kind == "basic":
-        return BasicBlock(in_channels, layer.width, stride)
+        return BasicBlock(in_channels, out_channels, stride)
     if layer.kind == "bottleneck":
         return Bottleneck(
             in_channels,
-            output_channels(layer),
+            out_channels,
             stride,
-            block.conv2.out_channels,
+            block.conv2.out_channels * width // layer.width,
             block.conv2.groups,
         )
     if layer.kind == "conv":
-        made = _conv_block(_after(children, block), block, in_channels, stride == 2)
+        made = _conv_block(_after(children, block), block, in_channels, out_channels, stride == 2)
         initialise(made)
         return made
     if layer.kind == "linear":
-        return _linear_block(_after(children, block), block, in_channels)
+        return _linear_block(_after(children, block), block, in_channels, out_channels)
     raise ValueError(
         f"layer {layer.index} is a {layer.kind}, of which no auxiliary block can be made; known are BasicBlock, "
         "Bottleneck, convolution and linear layers. Pass AugLocal(block=factory) with a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..models.blocks import conv_bn_relu
 from ..nn import PooledLinear, global_average_pool, recomputed
 from ..ops import PooledCrossEntropy
+from .base import Auxiliary, LocalLoss
 
 
 class Head(nn.Module, ABC):
@@ -78,7 +80,84 @@ class VGGHead(Head):
         return self.hidden(self.pool(h.flatten(1).unsqueeze(1)).squeeze(1))
 
 
-class AuxiliaryNetwork(nn.Module):
+class DGLHead(Head):
+    """The classifiers of Decoupled Greedy Learning on a map ``(N, C, H, W)``.
+
+    ``"mlp-sr"``: average pool to a quarter of the height and width, three 1x1 convolutions with BatchNorm and ReLU,
+    average pool to 2x2, three linear layers of 4 C features with BatchNorm and ReLU. ``"mlp"``: the same without the
+    convolutions. ``"cnn"``: two 3x3 convolutions with BatchNorm and ReLU at full size, average pool to 2x2, BatchNorm.
+    Each ends in a linear layer on the 2x2 positions.
+
+    Args:
+        kind: one of ``DGL_HEADS``.
+        width: C.
+        size: ``(H, W)``.
+        num_classes: K.
+
+    Source: Belilovsky, Eickenberg and Oyallon, Decoupled Greedy Learning of CNNs, ICML 2020.
+    """
+
+    def __init__(self, kind: str, width: int, size: tuple[int, int], num_classes: int) -> None:
+        super().__init__()
+        parts: list[nn.Module] = []
+        if kind == "mlp-sr":
+            parts.append(nn.AdaptiveAvgPool2d((math.ceil(size[0] / 4), math.ceil(size[1] / 4))))
+            parts += [conv_bn_relu(width, width, kernel_size=1) for _ in range(3)]
+        elif kind == "cnn":
+            parts += [conv_bn_relu(width, width) for _ in range(2)]
+        parts.append(nn.AdaptiveAvgPool2d(2))
+        if kind == "cnn":
+            parts.append(nn.BatchNorm2d(width))
+        parts.append(nn.Flatten())
+        if kind != "cnn":
+            for _ in range(3):
+                parts += [nn.Linear(4 * width, 4 * width), nn.BatchNorm1d(4 * width), nn.ReLU(inplace=True)]
+        self.hidden = nn.Sequential(*parts)
+        self.linear = PooledLinear(4 * width, num_classes)
+
+    def features(self, h: Tensor) -> Tensor:
+        return self.hidden(h)
+
+
+DGL_HEADS = ("mlp-sr", "mlp", "cnn")
+
+
+class PredictionHead(Head):
+    """PredSim's classifier: average pool until at most ``limit`` features are left, flatten, linear from zeros.
+
+    Height and width are halved in turn. The linear layer starts at zero.
+
+    Args:
+        shape: ``(C, H, W)`` of a map, or ``(C,)``.
+        num_classes: K.
+        limit: largest number of features (``dim_in_decoder`` in the released code).
+
+    Source: Noekland and Eidnes, Training Neural Networks with Local Error Signals, ICML 2019.
+    """
+
+    def __init__(self, shape: tuple[int, ...], num_classes: int, limit: int = 2048) -> None:
+        super().__init__()
+        self.pool: nn.Module = nn.Identity()
+        features = shape[0]
+        if len(shape) == 3:
+            height, width = shape[1:]
+            while shape[0] * height * width > limit and (height, width) != (1, 1):
+                if height >= width:
+                    height = -(-height // 2)
+                else:
+                    width = -(-width // 2)
+            self.pool = nn.Sequential(nn.AdaptiveAvgPool2d((height, width)), nn.Flatten())
+            features = shape[0] * height * width
+        self.linear = PooledLinear(features, num_classes)
+        nn.init.zeros_(self.linear.weight)
+        if self.linear.bias is not None:
+            nn.init.zeros_(self.linear.bias)
+
+    def features(self, h: Tensor) -> Tensor:
+        return self.pool(h)
+
+
+class AuxiliaryNetwork(Auxiliary):
     """Blocks, then a head: ``head(blocks(h))``.
 
     ``forward(h)`` returns logits ``(N, num_classes)``; ``loss(h, target)`` the local loss with its top-1 count. With
@@ -97,13 +176,13 @@ class AuxiliaryNetwork(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         return self.head(self.blocks(h))
 
-    def loss(self, h: Tensor, target: Tensor, *, recompute: bool = False, **options: Any) -> PooledCrossEntropy:
+    def loss(self, h: Tensor, target: Tensor, *, recompute: bool = False, **options: Any) -> LocalLoss:
         if recompute:
             for block in self.blocks:
                 h = recomputed(block, h)
         else:
             h = self.blocks(h)
-        return self.head.loss(h, target, **options)
+        return LocalLoss(*self.head.loss(h, target, **options))
 
 
 CONV_HEADS = ("0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
+import sys
 from typing import Any
 
 import torch
@@ -25,7 +27,11 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report; returns the exit status."""
     found = report()
-    print(json.dumps(found, indent=2) if args.json else as_text(found))
+    try:
+        print(json.dumps(found, indent=2) if args.json else as_text(found), flush=True)
+    except BrokenPipeError:
+        # The reader, `head` for one, has enough. What is left in the buffer must not fail once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -68,9 +74,12 @@ def as_text(found: dict[str, Any]) -> str:
         state = "available" if provider["available"] else f"missing: {provider['reason']}"
         details = ", ".join(f"{key} {provider[key]}" for key in ("nvcc", "architectures", "runtime") if key in provider)
         lines.append(f"  {name:12} {state}" + (f" ({details})" if details else ""))
-    lines += ["", f"{'op (float32)':24} on cpu       on cuda"]
+    width = 2 + max(map(len, found["ops"]))
+    lines += ["", f"{'op (float32)':{width}} {'on cpu':12} on cuda"]
     for op, chosen in found["ops"].items():
-        lines.append(f"  {op:22} {chosen['cpu']:12} {chosen['cuda']}" + ("" if found["gpus"] else " (no GPU here)"))
+        lines.append(
+            f"{'  ' + op:{width}} {chosen['cpu']:12} {chosen['cuda']}" + ("" if found["gpus"] else " (no GPU here)")
+        )
     return "\n".join(lines)
 
 

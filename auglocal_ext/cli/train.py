@@ -9,12 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..local_modules import RECOMPUTE
 from ..models import NAMES
 from ..rules import AugLocal, ContSup
 from ..training import CheckpointError, Interrupted, SettingsError, TrainConfig, Trainer, TrainingError
 from ..training import checkpoint as checkpoints
-from ..training.config import AMP, RULE_OPTIONS, differences, from_dict
+from ..training.config import AMP, GRAPH, RECOMPUTE_CHOICES, RULE_OPTIONS, differences, from_dict
 from ..training.data import DATASETS
 from ..training.recipes import RECIPES
 from ..training.trainer import CHECKPOINT
@@ -115,7 +114,28 @@ def add_parser(subparsers: Any) -> None:
         const=False,
         help="torch's own layers instead of fused ones, which save memory (and on a CPU not always time)",
     )
-    add("--recompute", choices=RECOMPUTE, help="what runs a second time to save memory (default none)")
+    add(
+        "--recompute",
+        choices=RECOMPUTE_CHOICES,
+        help="what runs a second time to save memory (default none); peak: only in the modules that need the most",
+    )
+    add(
+        "--memory-budget",
+        metavar="SIZE",
+        help="such as 0.4GiB: the cheapest recomputation whose predicted step fits; the plan is printed",
+    )
+    add(
+        "--graph",
+        choices=tuple(GRAPH),
+        help="run a local rule's step as one CUDA graph; auto (default): where it can be captured, and say why not",
+    )
+    add(
+        "--overlap",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="run a local module's backward beside the next one's forward, on two CUDA streams, with the "
+        "activations of two modules alive at a time",
+    )
 
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
@@ -194,6 +214,8 @@ def _introduce(trainer: Trainer) -> None:
     print(
         f"network: {config.network}, rule {config.rule}, {modules} local module{'s' if modules > 1 else ''}; "
         f"{config.epochs} epochs, batch {config.batch_size}, lr {config.lr:g}, warm-up {config.warmup}; "
-        f"output {trainer.output}",
-        flush=True,
+        f"output {trainer.output}"
     )
+    if plan := trainer.plan():
+        print(plan)
+    sys.stdout.flush()

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..auxiliary.base import Auxiliary, LocalLoss
 from ..auxiliary.context import ContextSupply
 from ..nn import FusedSequential, recomputed, run_chain
 from ..ops import labels
@@ -19,19 +20,15 @@ RECOMPUTE: tuple[str, ...] = get_args(Recompute)
 
 @dataclass(frozen=True)
 class LossOptions:
-    """``ignore_index``: label that counts nowhere; ``label_smoothing``: in [0, 1], as in ``F.cross_entropy``."""
+    """What the local losses have in common.
+
+    ``ignore_index``: label that counts nowhere; ``label_smoothing``: in [0, 1], as in ``F.cross_entropy``;
+    ``classifier_weight``: weight of the last module's cross-entropy.
+    """
 
     ignore_index: int = -100
     label_smoothing: float = 0.0
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What a local module's loss yields: scalar ``loss`` with graph, detached ``logits`` and top-1 count."""
-
-    loss: Tensor
-    logits: Tensor
-    correct: Tensor
+    classifier_weight: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +60,7 @@ class LocalModule:
     index: int
     groups: tuple[tuple[nn.Module, ...], ...]
     context: ContextSupply | None
-    auxiliary: nn.Module | None
+    auxiliary: Auxiliary | None
     kept: frozenset[int]
     options: LossOptions
     recompute: Recompute = "none"
@@ -118,35 +115,45 @@ class LocalModule:
                     history[i] = None
         return h
 
-    def objective(self, out: Tensor, target: Tensor, check_labels: bool = True) -> Objective:
-        """Local cross-entropy of the module's output; see :meth:`local_loss`."""
+    def objective(
+        self, out: Tensor, target: Tensor, image: Tensor | None = None, check_labels: bool = True
+    ) -> LocalLoss:
+        """Local loss of the module's output; see :meth:`local_loss`."""
         options = self.options
         if self.auxiliary is not None:
-            result = self.auxiliary.loss(  # type: ignore[operator]
+            return self.auxiliary.loss(
                 out,
                 target,
                 ignore_index=options.ignore_index,
                 label_smoothing=options.label_smoothing,
                 check_labels=check_labels,
                 **({} if self.recompute == "none" else {"recompute": True}),
+                **({"image": image} if self.auxiliary.reads_image else {}),
             )
-            return Objective(result.loss, result.logits, result.correct)
         if check_labels:
             labels.check_labels(target, out.shape[1], options.ignore_index)
         target = labels.ignoring_bad_labels(target, out.shape[1], options.ignore_index)
         loss = F.cross_entropy(out, target, ignore_index=options.ignore_index, label_smoothing=options.label_smoothing)
+        if options.classifier_weight != 1:
+            loss = loss * options.classifier_weight
         logits = out.detach()
         hits = (logits.argmax(1) == target) & (target != options.ignore_index)
-        return Objective(loss, logits, hits.sum())
+        return LocalLoss(loss, logits, hits.sum())
 
-    def local_loss(self, out: Tensor, target: Tensor) -> Tensor:
+    def local_loss(self, out: Tensor, target: Tensor, image: Tensor | None = None) -> Tensor:
         """Scalar local loss of this module, to call ``backward()`` on.
 
         Args:
             out: what :meth:`forward` returned.
             target: class indices ``(N,)``, int64.
+            image: the network's input, for rules that reconstruct it.
         """
-        return self.objective(out, target).loss
+        return self.objective(out, target, image).loss
+
+    def after_step(self) -> None:
+        """To be called after the module's backward: what a rule does then, such as moving averages."""
+        if self.auxiliary is not None:
+            self.auxiliary.after_step()
 
     def parts(self) -> Iterator[nn.Module]:
         """The modules trained by this module's local loss: context encoders, layers, auxiliary network."""

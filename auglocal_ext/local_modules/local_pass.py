@@ -166,7 +166,7 @@ def local_pass(
                 # One name for input and output: a module with context keeps the merged input, h must not outlive it.
                 h = module(h, history)
                 streams.handed_on(module.index, h.detach(), history or ())
-                objective = module.objective(h, target, check_labels=False)
+                objective = module.objective(h, target, x, check_labels=False)
             logits = objective.logits
             losses.append(objective.loss.detach())
             correct.append(objective.correct)
@@ -176,6 +176,7 @@ def local_pass(
                     gradients.add(parameters, _gradients(parameters, objective.loss, scale, hooks=False))
                 else:
                     take(module, parameters, _gradients(parameters, objective.loss, scale, hooks=True))
+                module.after_step()
             h = h.detach()
             del objective
     streams.join()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from torch import Tensor, nn
 
 from ..ops.batch_norm_act import ACTIVATIONS, batch_norm_act
@@ -52,4 +54,4 @@ class BatchNormAct1d(BatchNormAct2d):
     """y = act(batch_norm(x) + residual) over (N, C) or (N, C, L), otherwise as :class:`BatchNormAct2d`."""
 
     def _check_input_dim(self, x: Tensor) -> None:
-        nn.BatchNorm1d._check_input_dim(self, x)  # type: ignore[arg-type]
+        nn.BatchNorm1d._check_input_dim(cast(Any, self), x)

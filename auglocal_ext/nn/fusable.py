@@ -70,7 +70,7 @@ def activation_of(module: nn.Module) -> Activation | None:
     """How ``batch_norm_act`` is told of this activation; None where it cannot be or must not."""
     if type(module) not in (nn.ReLU, nn.LeakyReLU) or replaced_call(module) is not None:
         return None
-    return ("relu", 0.0) if isinstance(module, nn.ReLU) else ("leaky_relu", float(module.negative_slope))  # type: ignore[arg-type]
+    return ("leaky_relu", float(module.negative_slope)) if isinstance(module, nn.LeakyReLU) else ("relu", 0.0)
 
 
 def must_be_eager(x: Tensor) -> bool:

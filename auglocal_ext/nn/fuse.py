@@ -115,8 +115,9 @@ class _Walk:
             return
         block.__class__ = _FUSED[eager]
         self.fused.append(f"{self._path(block)} ({eager.__name__})")
-        if getattr(block, "downsample", None) is not None:
-            self._shortcut(block.downsample)  # type: ignore[arg-type]
+        downsample = getattr(block, "downsample", None)
+        if downsample is not None:
+            self._shortcut(downsample)
 
     def _shortcut(self, downsample: nn.Module) -> None:
         """The block runs its shortcut itself where it can; what it cannot, is looked at as any other module."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
@@ -14,7 +14,8 @@ def recomputed(module: nn.Module, *inputs: Any) -> Any:
     """``module(*inputs)`` under gradient checkpointing; without gradients just the call.
 
     Equal to the plain call: the second run works on copies of the buffers, so BatchNorm's running statistics move
-    once, and it repeats the random state and autocast of the first, so dropout repeats.
+    once, and it repeats the random state and autocast of the first, so dropout repeats. Not so while a CUDA graph is
+    captured, where the random state cannot be read: a module that draws random numbers must not be recomputed there.
     """
     if not torch.is_grad_enabled():
         return module(*inputs)
@@ -28,4 +29,9 @@ def recomputed(module: nn.Module, *inputs: Any) -> Any:
         copies = {name: buffer.clone() for name, buffer in module.named_buffers()}
         return functional_call(module, copies, inputs)
 
-    return checkpoint(run, *inputs, use_reentrant=False)
+    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=not _capturing(inputs))
+
+
+def _capturing(inputs: Any) -> bool:
+    on_cuda = any(isinstance(value, Tensor) and value.is_cuda for value in inputs)
+    return on_cuda and torch.cuda.is_current_stream_capturing()

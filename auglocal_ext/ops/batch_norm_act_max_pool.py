@@ -173,7 +173,7 @@ def _check_pooled(grad: Tensor, indices: Tensor, x: Tensor, window: Window) -> N
 def _fake_apply(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, slope: float, *window: int
 ) -> tuple[Tensor, Tensor]:
-    size: Any = window[:6]
+    size = window[:6]  # what follows, of the op itself, is whether the statistics are x's own
     return empty_pooled(x, size, x.dtype), empty_pooled(x, size, torch.uint8)
 
 

@@ -1,7 +1,24 @@
 """Local learning rules, one file each."""
 
-from .auglocal import AugLocal
-from .base import Network, Rule
+from .auglocal import SAMPLING, AugLocal
+from .base import HeadOrRule, Network, Rule
 from .contsup import ContSup
+from .greedy import DGL, Greedy
+from .infopro import INFOPRO_WEIGHTS, InfoPro
+from .man import MAN
+from .predsim import PredSim
 
-__all__ = ["AugLocal", "ContSup", "Network", "Rule"]
+__all__ = [
+    "DGL",
+    "INFOPRO_WEIGHTS",
+    "MAN",
+    "SAMPLING",
+    "AugLocal",
+    "ContSup",
+    "Greedy",
+    "HeadOrRule",
+    "InfoPro",
+    "Network",
+    "PredSim",
+    "Rule",
+]

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
 from ..auxiliary.blocks import BlockFactory, make_block, output_channels
 from ..auxiliary.heads import AuxiliaryNetwork, Head, LinearHead, VGGHead
 from ..auxiliary.sampling import inferred_strides, pyramid_depth, sampled_layers
+from ..models.blocks import conv_bn_relu
 from ..partition import Layer, cut_points
 from .base import Network, Rule
+
+Sampling = Literal["uniform", "sequential", "repeated", "conv1x1", "conv3x3"]
+SAMPLING: tuple[str, ...] = get_args(Sampling)
+_KERNELS = {"conv1x1": 1, "conv3x3": 3}
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,12 @@ class AugLocal(Rule):
             layers; the head of the released ImageNet VGG).
         single_layer_norm: put a BatchNorm between pooling and linear layer where one layer is sampled, as the CIFAR
             code does and the ImageNet code does not.
+        sampling: which layers the auxiliary blocks are modelled on, for the paper's ablation: ``"uniform"``, the
+            ``"sequential"`` next ones, the module's own layer ``"repeated"``; or ``"conv1x1"`` or ``"conv3x3"``
+            convolutions with BatchNorm and ReLU.
+        downsampling: whether the blocks have the widths and strides of the sampled layers, or the module's own width
+            and stride 1. None: they do for uniform and sequential sampling. ``"repeated"`` and the convolutions with
+            True take those of uniformly sampled layers.
         block: ``factory(in_channels, out_channels, stride, layer)`` that makes the auxiliary blocks instead, for
             layers of a kind not known here.
 
@@ -49,6 +60,8 @@ class AugLocal(Rule):
     head: Literal["linear", "vgg"] = "linear"
     single_layer_norm: bool = True
     block: BlockFactory | None = None
+    sampling: Sampling = "uniform"
+    downsampling: bool | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.depth, bool) or not isinstance(self.depth, int) or self.depth < 1:
@@ -60,6 +73,8 @@ class AugLocal(Rule):
             raise ValueError(f"pyramid is the slope of the pyramidal depth, within 0 .. 1; got {self.pyramid!r}")
         if self.head not in ("linear", "vgg"):
             raise ValueError(f"head is 'linear' or 'vgg'; got {self.head!r}")
+        if self.sampling not in SAMPLING:
+            raise ValueError(f"sampling is one of {', '.join(SAMPLING)}; got {self.sampling!r}")
 
     def ends(self, num_layers: int, modules: int | Sequence[int] | None) -> tuple[int, ...]:
         if modules is not None or not self.joint_tail:
@@ -76,7 +91,16 @@ class AugLocal(Rule):
     def sampled(self, network: Network, module: int) -> list[int]:
         """Indices of the layers sampled for the auxiliary network of local module ``module``."""
         count = pyramid_depth(module, network.num_modules, self.depth - 1, self.pyramid)
-        return sampled_layers(network.ends[module], len(network.layers), count)
+        end = network.ends[module]
+        if self.sampling == "sequential":
+            return list(range(end + 1, min(end + 1 + count, len(network.layers))))
+        return sampled_layers(end, len(network.layers), count)
+
+    @property
+    def _downsamples(self) -> bool:
+        if self.downsampling is None:
+            return self.sampling in ("uniform", "sequential")
+        return self.downsampling
 
     def strides(self, network: Network, module: int) -> list[int]:
         """Strides of the auxiliary blocks of local module ``module``.
@@ -86,6 +110,8 @@ class AugLocal(Rule):
         """
         here = network.last_layer(module)
         layers = [network.layers[i] for i in self.sampled(network, module)]
+        if not self._downsamples:
+            return [1] * len(layers)
         width = here.width
         _refuse_narrowing(here, layers)
         if all(layer.kind == "conv" for layer in layers):
@@ -98,12 +124,19 @@ class AugLocal(Rule):
         channels, rank = here.shape[0], len(here.shape)
         blocks: list[nn.Module] = []
         for index, stride in zip(self.sampled(network, module), self.strides(network, module), strict=True):
-            layer = network.layers[index]
-            if layer.kind == "linear" and rank > 1 and self.block is None:
+            sampled = network.layers[index]
+            model = sampled if self.sampling in ("uniform", "sequential") else here
+            sized = sampled if self._downsamples else here
+            if self.sampling in _KERNELS:
+                blocks.append(conv_bn_relu(channels, output_channels(sized), _KERNELS[self.sampling], stride))
+                channels = output_channels(sized)
+                continue
+            if model.kind == "linear" and rank > 1 and self.block is None:
                 blocks.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
                 rank = 1
-            blocks.append(make_block(layer, network.children_of(layer), channels, stride, self.block))
-            channels = output_channels(layer)
+            children = network.children_of(model)
+            blocks.append(make_block(model, children, channels, stride, self.block, sized.width))
+            channels = output_channels(model) * sized.width // model.width
         head: Head
         if self.head == "vgg":
             head = VGGHead(network.num_classes)

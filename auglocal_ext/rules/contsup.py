@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..auxiliary.base import Auxiliary
 from ..auxiliary.context import ContextSupply, parse_context
-from ..auxiliary.heads import CONV_HEADS, AuxiliaryNetwork, conv_head
-from .base import Network, Rule
+from .base import HeadOrRule, Network, Rule, build_task, check_head, head_ends
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class ContSup(Rule):
         context: ``"R0"`` none (greedy local learning), ``"E"`` the image, ``"R<n>"`` the last n merged module inputs
             (reaching back to the image), ``"R<n>E"`` both.
         head: local classifier ``0c1f``, ``0c2f``, ``1c1f``, ``1c2f``, ``1c3f`` or ``2c2f``: convolutions, linear
-            layers (:func:`auglocal_ext.auxiliary.conv_head`).
+            layers (:func:`auglocal_ext.auxiliary.conv_head`); or a rule whose auxiliary networks are taken, such as
+            ``AugLocal(depth=3)``, or ``InfoPro(...)`` for the paper's experiments with a decoder.
         widen: width factor of the local classifier.
         feature_dim: features of its hidden linear layers.
 
@@ -32,30 +34,23 @@ class ContSup(Rule):
     """
 
     context: str = "R1E"
-    head: str = "1c2f"
+    head: HeadOrRule = "1c2f"
     widen: float = 1.0
     feature_dim: int = 128
 
     def __post_init__(self) -> None:
         parse_context(self.context)
-        if self.head not in CONV_HEADS:
-            raise ValueError(f"unknown auxiliary head {self.head!r}; choose one of {', '.join(CONV_HEADS)}")
+        check_head(self.head)
         if self.widen <= 0 or self.feature_dim < 1:
             raise ValueError(
                 f"widen must be positive and feature_dim at least 1; got {self.widen} and {self.feature_dim}"
             )
 
-    def build_auxiliary(self, network: Network, module: int) -> AuxiliaryNetwork:
-        shape = network.last_layer(module).shape
-        return conv_head(
-            self.head,
-            shape[0],
-            _last_width(network),
-            network.num_classes,
-            widen=self.widen,
-            feature_dim=self.feature_dim,
-            is_map=len(shape) == 3,
-        )
+    def ends(self, num_layers: int, modules: int | Sequence[int] | None) -> tuple[int, ...]:
+        return head_ends(self.head, num_layers, modules)
+
+    def build_auxiliary(self, network: Network, module: int) -> Auxiliary:
+        return build_task(self.head, network, module, self.widen, self.feature_dim)
 
     def build_context(self, network: Network, module: int) -> ContextSupply | None:
         count, image = parse_context(self.context)
@@ -71,11 +66,3 @@ class ContSup(Rule):
         # Module j >= 1 is fed what module j-1 puts out, so these are the channels of the inputs of modules 0 .. k-1.
         history = [shape[0] for shape in shapes[:-1]]
         return ContextSupply(shapes[-1][0], history, count, image)
-
-
-def _last_width(network: Network) -> int:
-    """Channels of the last stage: of the deepest layer before the classifier."""
-    last = network.layers[-1]
-    if last.kind == "bottleneck":
-        return last.block.conv3.out_channels
-    return last.width

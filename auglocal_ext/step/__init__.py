@@ -1,7 +1,17 @@
-"""A whole training step: per-module optimizers, one CUDA graph, two streams."""
+"""A whole training step: per-module optimizers, one CUDA graph, two streams, memory planned ahead."""
 
 from .graph import GraphCaptureError
 from .local_step import LocalStep, StepOutput
+from .memory_plan import MemoryPlan
 from .optimizers import OptimizerFactory
+from .plan import MemoryBudgetError, plan_memory
 
-__all__ = ["GraphCaptureError", "LocalStep", "OptimizerFactory", "StepOutput"]
+__all__ = [
+    "GraphCaptureError",
+    "LocalStep",
+    "MemoryBudgetError",
+    "MemoryPlan",
+    "OptimizerFactory",
+    "StepOutput",
+    "plan_memory",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +31,8 @@ class CapturedGraph:
 
     def __init__(self, run: Callable[[], Sequence[Tensor]], pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # A loader's thread may pin memory and ask after events meanwhile, which a global capture would not survive.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._outputs = run()
 
     def replay(self) -> Sequence[Tensor]:
@@ -96,8 +98,8 @@ class GraphedStep:
 class Graphs:
     """The captured steps of a :class:`LocalStep`, by the form of the batch, and why there is none.
 
-    A step is captured after ``warmup`` batches of its form in a row, so the smaller last batch of an epoch never is.
-    All graphs are let go of when something changes that they have built in.
+    A step is captured after ``warmup`` batches of its form in a row, or of what is the most frequent form so far: the
+    smaller last batch of an epoch never is. All graphs are let go of when something changes that they have built in.
 
     Args:
         required: raise instead of giving up.
@@ -112,6 +114,7 @@ class Graphs:
         self._pool: Any = None
         self._form: Any = None
         self._in_a_row = 0
+        self._seen: Counter[Any] = Counter()
         self._captures = 0
         self._given_up: str | None = None
         self.reason: str | None = "no step has run yet"
@@ -136,16 +139,19 @@ class Graphs:
             self.clear()
             self._state = state
             self._in_a_row = 0
+            self._seen.clear()
         self._in_a_row = self._in_a_row + 1 if form == self._form else 1
         self._form = form
+        self._seen[form] += 1
         graph = self._graphs.get((form, phase))
         if graph is not None:
             self.reason = None
             return graph
         if self._captures >= MAX_CAPTURES:
             return self._eager(f"captured {MAX_CAPTURES} times already: the step's options or batches keep changing")
-        if self._in_a_row <= self._warmup:
-            return self._eager(f"captured after {self._warmup} batches of one form in a row")
+        usual = self._seen[form] > self._warmup and self._seen[form] == max(self._seen.values())
+        if self._in_a_row <= self._warmup and not usual:
+            return self._eager(f"captured after {self._warmup} batches of one form")
         return True
 
     def capture(self, make: Callable[[Any], GraphedStep], phase: Any, running: Callable[[], str]) -> GraphedStep | None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ..local_modules import OneStream, Recompute, local_pass
+from ..local_modules import OneStream, Recompute
 from ..local_sequential import LocalSequential
 from .graph import GraphedStep, Graphs
-from .optimizers import ModuleOptimizers, OptimizerFactory
+from .memory_plan import MemoryPlan
+from .optimizers import ModuleOptimizers, OptimizerFactory, listed
 from .overlap import TwoStreams
-from .updates import Clip, Updates
+from .plan import MemoryBudget, StepRecompute, plan_memory
+from .updates import Clip, Updates, updating_pass
 
 Switch = Literal[True, False, "auto"]
 
@@ -61,20 +63,25 @@ class LocalStep:
         graph: ``"auto"`` captures where it can and records in :attr:`eager_reason` why not; True raises
             :class:`auglocal_ext.step.GraphCaptureError` instead; False never does.
         overlap: run the backward of module k beside the forward of module k + 1, on two CUDA streams. Up to two
-            modules' activations are then alive. ``"auto"`` is off.
+            modules' activations are then alive. ``"auto"`` is off but with a ``memory_budget``.
         autocast: None leaves it to a surrounding ``torch.autocast``; ``torch.float16`` makes a ``GradScaler``.
         grad_scaler: a scaler of one's own.
         clip_norm: largest 2-norm of gradients.
         clip: ``"module"`` clips each local module's gradients by themselves; ``"global"`` all together, for which
             all gradients are kept to the end of the pass: as many bytes as the parameters.
         accumulate: calls per optimizer step, whose gradients are averaged. Above 1 all gradients are kept.
-        recompute: sets ``net.recompute``; None leaves it.
+        recompute: sets ``net.recompute``; None leaves it. ``"peak"`` recomputes only where it lowers the step's peak.
+        memory_budget: bytes, ``"400MB"`` or ``"0.4GiB"``: the least recomputation that fits, by prediction; with
+            ``overlap="auto"`` modules overlap if that costs no more. See :func:`auglocal_ext.step.plan_memory`.
+        batch_size: images per call, for ``recompute="peak"`` and ``memory_budget``.
 
     Attributes:
         net: the network.
         grad_scaler: the scaler, or None.
+        plan: the :class:`auglocal_ext.step.MemoryPlan` behind ``recompute="peak"`` or ``memory_budget``, else None.
 
     Raises:
+        MemoryBudgetError: if no choice fits ``memory_budget``.
         TypeError: if ``net`` is no :class:`LocalSequential` or ``optimizer`` makes no optimizer.
         ValueError: for an option out of range, or an optimizer that cannot be stepped module by module.
     """
@@ -92,7 +99,9 @@ class LocalStep:
         clip_norm: float | None = None,
         clip: Clip = "module",
         accumulate: int = 1,
-        recompute: Recompute | None = None,
+        recompute: StepRecompute | None = None,
+        memory_budget: MemoryBudget | None = None,
+        batch_size: int | None = None,
     ) -> None:
         if not isinstance(net, LocalSequential):
             raise TypeError(f"net must be a LocalSequential, got {type(net).__name__}; wrap the network first")
@@ -102,19 +111,37 @@ class LocalStep:
         if autocast not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast}")
         self.net = net
+        self.plan: MemoryPlan | None = None
         self._parameters = list(net.parameters())
+        params = self._parameters if params is None else listed(params)
         self._submodules = list(net.modules())
         if autocast == torch.float16 and grad_scaler is None:
             grad_scaler = torch.amp.GradScaler(self._parameters[0].device.type)
         self.grad_scaler = grad_scaler
-        self._optimizers = ModuleOptimizers(
-            net.local_modules, optimizer, self._parameters if params is None else list(params)
-        )
+        if recompute == "peak" or memory_budget is not None:
+            if batch_size is None:
+                raise ValueError('recompute="peak" and memory_budget are planned for a batch size: pass batch_size=')
+            self.plan = plan_memory(
+                net,
+                batch_size,
+                optimizer,
+                params=params,
+                autocast=autocast,
+                clip_norm=clip_norm,
+                clip=clip,
+                accumulate=accumulate,
+                recompute=recompute,
+                memory_budget=memory_budget,
+                overlap=overlap if self._parameters[0].is_cuda else False,
+            )
+        self._optimizers = ModuleOptimizers(net.local_modules, optimizer, params)
         self._updates = Updates(self._optimizers, grad_scaler, clip_norm, clip, accumulate)
-        if recompute is not None:
-            net.recompute = recompute
+        if self.plan is not None:
+            net.recompute = self.plan.recompute
+        elif recompute is not None:
+            net.recompute = cast("Recompute", recompute)
         self._autocast_dtype = autocast
-        self._overlap = overlap is True
+        self._overlap = overlap is True if self.plan is None else self.plan.overlap
         self._graphs = None if graph is False else Graphs(graph is True, warmup=2 + accumulate)
         self._streams = OneStream()
         self._recomputes_random = False
@@ -217,18 +244,9 @@ class LocalStep:
 
     def _run(self, x: Tensor, y: Tensor) -> StepOutput:
         """The step itself, eager or under capture."""
-        updates = self._updates
         self._streams = TwoStreams(x.device) if self._overlap and x.is_cuda else OneStream()
-        updates.begin()
-        with torch.enable_grad(), self._autocast(x.device):
-            out = local_pass(self.net.local_modules, x, y, updates.scale(x.device), updates.take, self._streams)
-        updates.end()
+        out = updating_pass(self.net.local_modules, x, y, self._updates, self._autocast_dtype, self._streams)
         return StepOutput(out.loss.detach(), out.logits, out.module_losses, out.module_correct)
-
-    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        if self._autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(device.type, dtype=self._autocast_dtype)
 
 
 def _random_position(device: torch.device) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -162,6 +162,15 @@ class ModuleOptimizers:
                     step = self.whole.state[p].get("step") if p in self.whole.state else None
                     if isinstance(step, Tensor) and step.device != p.device:
                         self.whole.state[p]["step"] = step.to(p.device, torch.float32)
+
+
+def listed(params: Iterable[Any]) -> list[Any]:
+    """Parameters or groups as lists, for a factory that is called more than once."""
+    return [{**item, "params": _as_list(item["params"])} if isinstance(item, dict) else item for item in params]
+
+
+def _as_list(params: Any) -> Any:
+    return params if isinstance(params, Tensor) else list(params)
 
 
 def _fit_to_device(group: dict[str, Any], defaults: dict[str, Any]) -> None:

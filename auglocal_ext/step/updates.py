@@ -1,14 +1,15 @@
-"""What is done with a local module's finished gradients: accumulate, unscale, clip, step, drop."""
+"""What is done with a local module's finished gradients: accumulate, unscale, clip, step, drop; and a pass with it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..local_modules import LocalModule
+from ..local_modules import LocalModule, LocalOutput, OneStream, local_pass
 from .optimizers import ModuleOptimizers
 
 Clip = Literal["module", "global"]
@@ -81,13 +82,13 @@ class Updates:
                 parameter.grad = gradient
             else:
                 parameter.grad.add_(gradient)
-        if self.due and not self._all_at_once:
+        if self.due and not self.all_at_once:
             self._step(self.optimizers.view(module.index))
 
     def end(self) -> None:
         """After the last module."""
         if self.due:
-            if self._all_at_once:
+            if self.all_at_once:
                 self._step(self.optimizers.everything)
             if self.scaler is not None:
                 self.scaler.update()
@@ -104,7 +105,8 @@ class Updates:
         self.calls = (self.calls + 1) % self.accumulate
 
     @property
-    def _all_at_once(self) -> bool:
+    def all_at_once(self) -> bool:
+        """Whether all modules are updated together at the end of the pass."""
         return self.clip_norm is not None and self.clip == "global"
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -124,3 +126,25 @@ class Updates:
                 parameter.grad = None
         else:  # the buffers are used again, by a captured step at the same address
             torch._foreach_zero_([p.grad for p in trained])
+
+
+def updating_pass(
+    modules: Sequence[LocalModule],
+    x: Tensor,
+    y: Tensor,
+    updates: Updates,
+    autocast: torch.dtype | None,
+    streams: OneStream,
+) -> LocalOutput:
+    """A pass over the local modules in which each is updated as soon as its gradients are there.
+
+    Args:
+        autocast: None leaves it to a surrounding ``torch.autocast``.
+        streams: where the modules run.
+    """
+    region = nullcontext() if autocast is None else torch.autocast(x.device.type, dtype=autocast)
+    updates.begin()
+    with torch.enable_grad(), region:
+        out = local_pass(modules, x, y, updates.scale(x.device), updates.take, streams)
+    updates.end()
+    return out

@@ -94,9 +94,11 @@ class ResidentBatches:
         order = epoch_order(len(labels), self._seed, epoch).to(images.device)
         for step in range(first, self.steps):
             picked = order[step * self._batch_size : (step + 1) * self._batch_size]
-            choice = draw(len(picked), self._augmentation, self._generator)
-            batch = crop_and_flip(images, picked, choice, self._augmentation)
-            yield self._normalise(batch), labels[picked]
+            yield self._augmented(images, picked), labels[picked]
+
+    def _augmented(self, images: Tensor, picked: Tensor) -> Tensor:
+        choice = draw(len(picked), self._augmentation, self._generator)
+        return self._normalise(crop_and_flip(images, picked, choice, self._augmentation))
 
     def test(self) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = self._test

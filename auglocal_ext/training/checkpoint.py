@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save(state: dict[str, Any], path: Path) -> None:

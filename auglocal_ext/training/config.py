@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,8 +24,15 @@ RULE_OPTIONS: dict[str, tuple[str, ...]] = {
 }
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# A run goes on wherever its folders now lie and however many processes read its images.
-_FREE_TO_CHANGE = ("data", "output", "workers")
+GRAPH: dict[str, Literal[True, False, "auto"]] = {"auto": "auto", "on": True, "off": False}
+
+RECOMPUTE_CHOICES = (*RECOMPUTE, "peak")
+
+# How a local rule's step runs, with the value that leaves it open; none of it is backpropagation's.
+_STEP_OPTIONS = {"recompute": "none", "memory_budget": None, "graph": "auto", "overlap": None}
+
+# A run goes on wherever its folders now lie, however many processes read its images and its steps are launched.
+_FREE_TO_CHANGE = ("data", "output", "workers", "graph", "overlap")
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,9 @@ class TrainConfig:
 
     Rules: ``"auglocal"`` (depth, pyramid, joint_tail, head), ``"contsup"`` (context, head), both with
     ``modules`` (None, a count, or explicit cut points), ``fused`` and ``recompute`` as
-    :class:`auglocal_ext.LocalSequential` has them, and ``"bp"``, backpropagation of the same network, eager.
+    :class:`auglocal_ext.LocalSequential` has them, ``recompute="peak"``, ``memory_budget`` (such as "0.4GiB"),
+    ``graph`` ("auto", "on", "off") and ``overlap`` (None, True, False) as :class:`auglocal_ext.step.LocalStep` has
+    them, and ``"bp"``, backpropagation of the same network, eager.
     ``amp`` is ``"none"``, ``"bf16"`` or ``"fp16"`` (with a GradScaler); ``device`` is ``"auto"`` or torch's
     name.
 
@@ -55,7 +64,10 @@ class TrainConfig:
     head: str | None = None
     modules: int | tuple[int, ...] | None = None
     fused: bool = True
-    recompute: Recompute = "none"
+    recompute: Recompute | Literal["peak"] = "none"
+    memory_budget: str | None = None
+    graph: str = "auto"
+    overlap: bool | None = None
     epochs: int | None = None
     batch_size: int | None = None
     lr: float | None = None
@@ -74,9 +86,13 @@ class TrainConfig:
         _one_of("rule", self.rule, RULE_OPTIONS)
         _one_of("recipe", self.recipe, ("auto", *RECIPES))
         _one_of("amp", self.amp, AMP)
-        _one_of("recompute", self.recompute, RECOMPUTE)
-        if self.rule == "bp" and self.recompute != "none":
-            raise SettingsError("--recompute belongs to the local rules, not to bp")
+        _one_of("recompute", self.recompute, RECOMPUTE_CHOICES)
+        _one_of("graph", self.graph, GRAPH)
+        for name, left_open in _STEP_OPTIONS.items():
+            if self.rule == "bp" and getattr(self, name) != left_open:
+                raise SettingsError(f"{_flag(name)} belongs to the local rules, not to bp")
+        if self.memory_budget is not None and self.recompute != "none":
+            raise SettingsError("--memory-budget chooses itself what is recomputed: leave out --recompute")
         for name, least in (
             ("width", 1),
             ("epochs", 1),
@@ -114,12 +130,17 @@ def resolve(config: TrainConfig, dataset: str, streamed: bool) -> TrainConfig:
     """``config`` with every None that has a default replaced by it.
 
     The recipe is the data set's own; for image folders CIFAR-10's if kept in memory, ImageNet's if not.
-    The warm-up is the recipe's, at most a quarter of the run.
+    The warm-up is the recipe's, at most a quarter of the run. Raises SettingsError for a step that needs CUDA on a
+    device that is not.
     """
     folder_recipe = "imagenet" if streamed else "cifar10"
     name = config.recipe if config.recipe != "auto" else folder_recipe if dataset == "folder" else dataset
     recipe = RECIPES[name]
-    config = replace(config, device=str(pick_device(config.device)))
+    device = pick_device(config.device)
+    config = replace(config, device=str(device))
+    for flag, wanted in (("--graph on", config.graph == "on"), ("--overlap", config.overlap)):
+        if wanted and device.type != "cuda":
+            raise SettingsError(f"{flag} needs a CUDA device, this run is on {device.type}")
     epochs = recipe.epochs if config.epochs is None else config.epochs
     defaults: dict[str, Any] = {
         "batch_size": recipe.batch_size,

@@ -1,9 +1,9 @@
-"""Forward and backward of one batch: by local losses, or end to end."""
+"""One training step of a batch: by local losses, or end to end."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,21 +11,38 @@ from torch import Tensor, nn
 
 from ..local_sequential import LocalSequential
 from ..models import build
-from .config import AMP, TrainConfig, make_rule
+from ..step import GraphCaptureError, LocalStep
+from .config import AMP, GRAPH, TrainConfig, make_rule
 from .errors import SettingsError
 from .metrics import StepResult
 
 
 class Learner(Protocol):
-    """A network and the way its gradients are made."""
+    """A network and the way it is trained."""
 
     modules: int
+    grad_scaler: torch.amp.GradScaler | None
 
     @property
     def network(self) -> nn.Module: ...
 
-    def step(self, images: Tensor, labels: Tensor, scaler: torch.amp.GradScaler | None) -> StepResult:
-        """Add the batch's gradients to ``.grad``, multiplied by the scaler's scale if there is one."""
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """For the learning rate in its ``param_groups``."""
+
+    def step(self, images: Tensor, labels: Tensor) -> StepResult:
+        """Train on a batch; on CUDA without waiting for the device."""
+
+    def plan(self) -> str | None:
+        """How steps will run, a line or several for the terminal."""
+
+    def outcome(self) -> str | None:
+        """How the steps so far ran."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step depends on besides the network: optimizer and loss scaler."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def autocast(amp: str, device: torch.device) -> AbstractContextManager[object]:
@@ -37,20 +54,14 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager[object]:
 def make_learner(
     config: TrainConfig, input_shape: tuple[int, int, int], num_classes: int, device: torch.device
 ) -> Learner:
-    """The network of ``config`` on ``device``, wrapped by its rule; SettingsError if they do not fit."""
+    """The network of the resolved ``config`` on ``device`` and its training; SettingsError if they do not fit."""
     rule = make_rule(config)
     try:
         layers = build(config.network, num_classes=num_classes, width=config.width)
         network: nn.Module = layers
         if rule is not None:
             network = local = LocalSequential(
-                layers,
-                rule,
-                num_classes,
-                input_shape,
-                config.modules,
-                fused=config.fused,
-                recompute=config.recompute,
+                layers, rule, num_classes, input_shape, config.modules, fused=config.fused
             )
     except (TypeError, ValueError) as error:
         raise SettingsError(str(error)) from error
@@ -58,9 +69,9 @@ def make_learner(
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
     if rule is not None:
-        return LocalLearner(local, config.amp, device)
+        return LocalLearner(local, config, device)
     _try(network, config.network, input_shape, device)
-    return EndToEndLearner(network, config.amp, device)
+    return EndToEndLearner(network, config, device)
 
 
 def _try(network: nn.Module, name: str, input_shape: tuple[int, int, int], device: torch.device) -> None:
@@ -74,33 +85,114 @@ def _try(network: nn.Module, name: str, input_shape: tuple[int, int, int], devic
         raise SettingsError(f"{name} does not take images of {size}: {error}") from error
 
 
+def _sgd(config: TrainConfig, parameters: Any, fused: bool | None = None) -> torch.optim.SGD:
+    recipe = config.recipe_values
+    return torch.optim.SGD(
+        parameters,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=True,
+        weight_decay=recipe.weight_decay,
+        fused=fused,
+    )
+
+
 class EndToEndLearner:
     """Backpropagation of the cross-entropy through the whole network."""
 
     modules = 1
 
-    def __init__(self, network: nn.Module, amp: str, device: torch.device):
-        self.network, self._amp, self._device = network, amp, device
+    def __init__(self, network: nn.Module, config: TrainConfig, device: torch.device):
+        self.network, self._amp, self._device = network, config.amp, device
+        # The fused form reads the loss scaler's verdict on the device.
+        self.optimizer = _sgd(config, network.parameters(), fused=True if device.type == "cuda" else None)
+        self.grad_scaler = torch.amp.GradScaler(device.type) if config.amp == "fp16" else None
 
-    def step(self, images: Tensor, labels: Tensor, scaler: torch.amp.GradScaler | None) -> StepResult:
+    def step(self, images: Tensor, labels: Tensor) -> StepResult:
+        self.optimizer.zero_grad(set_to_none=True)
         with autocast(self._amp, self._device):
             logits = self.network(images)
         loss = F.cross_entropy(logits.float(), labels)
-        (loss if scaler is None else scaler.scale(loss)).backward()
+        if self.grad_scaler is None:
+            loss.backward()
+            self.optimizer.step()
+        else:
+            self.grad_scaler.scale(loss).backward()
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
         loss = loss.detach()
         correct = (logits.detach().argmax(dim=1) == labels).sum()
         return StepResult(loss, loss.reshape(1), correct)
 
+    def plan(self) -> None:
+        return None
+
+    def outcome(self) -> None:
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        scaler = None if self.grad_scaler is None else self.grad_scaler.state_dict()
+        return {"optimizer": self.optimizer.state_dict(), "grad_scaler": scaler}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.grad_scaler is not None:
+            self.grad_scaler.load_state_dict(state["grad_scaler"])
+
 
 class LocalLearner:
-    """Each local module by its own loss; ``correct`` counts the last module's hits."""
+    """Each local module by its own loss (:class:`auglocal_ext.step.LocalStep`); ``correct``: the last module's hits."""
 
-    def __init__(self, network: LocalSequential, amp: str, device: torch.device):
-        self.network, self._amp, self._device = network, amp, device
+    def __init__(self, network: LocalSequential, config: TrainConfig, device: torch.device):
+        self.network, self._device, self._graph = network, device, config.graph
         self.modules = network.num_modules
+        self._batch_size = config.recipe_values.batch_size
+        try:
+            self._step = LocalStep(
+                network,
+                lambda parameters: _sgd(config, parameters),
+                graph=GRAPH[config.graph],
+                overlap="auto" if config.overlap is None else config.overlap,
+                autocast=AMP[config.amp],
+                recompute=config.recompute if config.memory_budget is None else None,
+                memory_budget=config.memory_budget,
+                batch_size=self._batch_size,
+            )
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+        self.optimizer, self.grad_scaler = self._step.optimizer, self._step.grad_scaler
+        self._steps = self._graphed = 0
+        self._eager_reason: str | None = None
 
-    def step(self, images: Tensor, labels: Tensor, scaler: torch.amp.GradScaler | None) -> StepResult:
-        with autocast(self._amp, self._device):
-            out = self.network(images, labels, grad_scaler=scaler)
-        (out.loss if scaler is None else scaler.scale(out.loss)).backward()
-        return StepResult(out.loss.detach(), out.module_losses, out.module_correct[-1])
+    def step(self, images: Tensor, labels: Tensor) -> StepResult:
+        try:
+            out = self._step(images, labels)
+        except GraphCaptureError as error:
+            raise SettingsError(f"--graph on: {error}") from error
+        self._steps += 1
+        self._graphed += self._step.graphed
+        if len(labels) == self._batch_size:  # an epoch's smaller last batch never runs as a graph
+            self._eager_reason = self._step.eager_reason
+        return StepResult(out.loss, out.module_losses, out.module_correct[-1])
+
+    def plan(self) -> str:
+        if self._graph == "off":
+            line = "steps: eager (--graph off)"
+        elif self._device.type != "cuda":
+            line = f"steps: eager (CUDA graphs need a CUDA device, this run is on {self._device.type})"
+        else:
+            line = "steps: one CUDA graph each, captured after the first few"
+        return line if self._step.plan is None else f"{line}\n{self._step.plan}"
+
+    def outcome(self) -> str | None:
+        """On CUDA, where a graph was wanted: how many steps ran as one, and why not all."""
+        if self._graph == "off" or self._device.type != "cuda":
+            return None
+        line = f"steps: {self._graphed} of {self._steps} as one CUDA graph"
+        return line if self._eager_reason is None else f"{line} ({self._eager_reason})"
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._step.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._step.load_state_dict(state)

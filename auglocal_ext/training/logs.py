@@ -16,6 +16,9 @@ import torch
 class EpochRow:
     """One row of ``log.csv``. Accuracies are fractions, ``seconds`` those spent on training batches alone.
 
+    ``waiting`` is the fraction of these seconds in which steps waited for their batch: on CUDA the device's time from
+    the end of a step to the next batch being ready on it, on the CPU the time it took to make the batches.
+
     ``train_loss`` is the mean over the images of the loss that was differentiated: for a local rule the sum
     of ``module_losses`` (one per local module, separated by spaces in the file). ``peak_bytes`` is the peak
     since the start: allocated CUDA memory, or on the CPU the process's resident set.
@@ -29,6 +32,7 @@ class EpochRow:
     test_accuracy: float
     images_per_second: float
     seconds: float
+    waiting: float
     peak_bytes: int
     module_losses: tuple[float, ...]
 
@@ -125,5 +129,5 @@ def describe(row: EpochRow, epochs: int) -> str:
         f"epoch {row.epoch}/{epochs}  lr {row.lr:.4g}  "
         f"train loss {row.train_loss:.4f} acc {row.train_accuracy:.2%}  "
         f"test loss {row.test_loss:.4f} acc {row.test_accuracy:.2%}  {row.images_per_second:,.0f} images/s  "
-        f"peak {row.peak_bytes / 1e6:,.0f} MB"
+        f"waiting for data {row.waiting:.1%}  peak {row.peak_bytes / 1e6:,.0f} MB"
     )

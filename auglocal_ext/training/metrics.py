@@ -27,15 +27,19 @@ class Reading:
     module_losses: tuple[float, ...]
 
 
+_PLAIN = ("steps", "images", "seconds", "waiting")
+
+
 class EpochSums:
     """How far an epoch has come, and its image-weighted sums of losses and hits.
 
-    ``steps``, ``images`` and ``seconds`` are plain numbers; reading the sums is the one synchronisation.
+    ``steps``, ``images``, ``seconds`` and ``waiting`` (seconds in which steps waited for their batch) are plain
+    numbers; reading the sums is the one synchronisation.
     """
 
     def __init__(self, modules: int, device: torch.device):
         self.steps = self.images = 0
-        self.seconds = 0.0
+        self.seconds = self.waiting = 0.0
         # fp64: half a million images' losses must add up to more digits than fp32 has.
         self._sums = torch.zeros(modules + 2, dtype=torch.float64, device=device)
 
@@ -52,8 +56,9 @@ class EpochSums:
         return Reading(loss, correct, tuple(modules))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "images": self.images, "seconds": self.seconds, "sums": self._sums.cpu()}
+        return {name: getattr(self, name) for name in _PLAIN} | {"sums": self._sums.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps, self.images, self.seconds = state["steps"], state["images"], state["seconds"]
+        for name in _PLAIN:
+            setattr(self, name, state[name])
         self._sums.copy_(state["sums"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -15,26 +16,33 @@ from .interrupt import ignore_interrupts
 from .order import epoch_order, mixed_seed, steps_per_epoch
 from .torchvision_files import import_torchvision
 
+COPIES_AHEAD = 4
+"""Batches whose copy to the GPU may be pending; a host far ahead of the GPU would fill its memory with pinned ones."""
+
 
 class _Files(Dataset):
-    """Item ``(index, seed)``: the image through ``transform``, whose random choices depend on the seed alone.
+    """Item ``(split, index, seed)``: an image through its split's transform, whose random choices depend on the seed.
 
     So an image's crop is the same in whichever worker it is read, and an epoch can be taken up in its middle.
     """
 
-    def __init__(self, files: FileList, transform: torch.nn.Module):
-        self.files, self.transform = files, transform
+    def __init__(self, splits: dict[str, tuple[FileList, torch.nn.Module]]):
+        self._splits = splits
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        index, seed = item
-        image = read_image(self.files.paths[index])
+    def __getitem__(self, item: tuple[str, int, int]) -> tuple[Tensor, Tensor]:
+        split, index, seed = item
+        files, transform = self._splits[split]
+        image = read_image(files.paths[index])
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return self.transform(image), self.files.labels[index]
+            return transform(image), files.labels[index]
 
 
 class StreamedBatches:
-    """Train: RandomResizedCrop and flip; test: shorter side to 256/224 of the image size, centre crop."""
+    """Train: RandomResizedCrop and flip; test: shorter side to 256/224 of the image size, centre crop.
+
+    One set of worker processes serves both splits in every epoch, so only one pass may be under way at a time.
+    """
 
     def __init__(
         self,
@@ -53,7 +61,7 @@ class StreamedBatches:
         size = data.image_size
         self.steps = steps_per_epoch(data.train_count, batch_size)
         self._batch_size, self._seed, self._device = batch_size, seed, device
-        self._channels_last, self._workers = channels_last, workers
+        self._channels_last = channels_last
         self._mean, self._std = channel_constants(augmentation, device)
         shrink = transforms.Compose(
             [transforms.RandomResizedCrop(size, antialias=True), transforms.RandomHorizontalFlip()]
@@ -61,33 +69,44 @@ class StreamedBatches:
         centre = transforms.Compose(
             [transforms.Resize(round(size * 256 / 224), antialias=True), transforms.CenterCrop(size)]
         )
-        self._train, self._test = _Files(data.train, shrink), _Files(data.test, centre)
-
-    def train(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        order = epoch_order(len(self._train.files.paths), self._seed, epoch).tolist()
-        items = [(index, mixed_seed(self._seed, epoch, index)) for index in order]
-        yield from self._load(self._train, items[first * self._batch_size : self.steps * self._batch_size])
-
-    def test(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from self._load(self._test, [(index, 0) for index in range(len(self._test.files.paths))])
-
-    def _load(self, files: _Files, items: list[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
-        loader = DataLoader(
-            files,
-            batch_size=self._batch_size,
-            sampler=items,
-            num_workers=self._workers,
-            pin_memory=self._device.type == "cuda",
+        self._counts = {"train": data.train_count, "test": data.test_count}
+        self._items: list[tuple[str, int, int]] = []
+        self._loader = DataLoader(
+            _Files({"train": (data.train, shrink), "test": (data.test, centre)}),
+            batch_size=batch_size,
+            sampler=self._items,
+            num_workers=workers,
+            persistent_workers=workers > 0,  # starting them takes tens of milliseconds each
+            pin_memory=device.type == "cuda",
             worker_init_fn=ignore_interrupts,
             # The loader draws a seed for its workers; not from the global state, which a checkpoint holds.
             generator=torch.Generator(),
         )
-        for images, labels in loader:
-            batch = images.to(self._device, non_blocking=True)
-            yield (
-                normalise(batch, self._mean, self._std, channels_last=self._channels_last),
-                labels.to(self._device, non_blocking=True),
-            )
+
+    def train(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        order = epoch_order(self._counts["train"], self._seed, epoch).tolist()
+        items = [("train", index, mixed_seed(self._seed, epoch, index)) for index in order]
+        yield from self._load(items[first * self._batch_size : self.steps * self._batch_size])
+
+    def test(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from self._load([("test", index, 0) for index in range(self._counts["test"])])
+
+    def _load(self, items: list[tuple[str, int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        self._items[:] = items
+        pending: deque[torch.cuda.Event] = deque()
+        for images, labels in self._loader:
+            yield self._to_device(images, labels, pending)
+
+    def _to_device(self, images: Tensor, labels: Tensor, pending: deque[torch.cuda.Event]) -> tuple[Tensor, Tensor]:
+        images = images.to(self._device, non_blocking=True)
+        labels = labels.to(self._device, non_blocking=True)
+        if images.is_cuda:
+            copied = torch.cuda.Event(blocking=True)
+            copied.record(torch.cuda.current_stream(self._device))
+            pending.append(copied)
+            if len(pending) > COPIES_AHEAD:
+                pending.popleft().synchronize()
+        return normalise(images, self._mean, self._std, channels_last=self._channels_last), labels
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

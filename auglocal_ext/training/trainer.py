@@ -23,6 +23,7 @@ from .interrupt import InterruptRequest
 from .learner import autocast, make_learner
 from .logs import CsvLog, EpochRow, TensorBoardLog, describe, peak_bytes, progress_bar
 from .metrics import EpochSums, Reading, StepResult
+from .prefetch import make_feed
 from .schedule import learning_rate
 from .versions import versions
 
@@ -90,16 +91,9 @@ class Trainer:
             channels_last=self.config.channels_last,
             workers=default_workers() if self.config.workers is None else self.config.workers,
         )
+        self._feed = make_feed(self.device)
         self._learner = make_learner(self.config, self.data.input_shape, len(self.data.classes), self.device)
         self.network = self._learner.network
-        self._optimizer = torch.optim.SGD(
-            self.network.parameters(),
-            lr=self._recipe.lr,
-            momentum=self._recipe.momentum,
-            nesterov=True,
-            weight_decay=self._recipe.weight_decay,
-        )
-        self._scaler = torch.amp.GradScaler(self.device.type) if self.config.amp == "fp16" else None
         self._sums = EpochSums(self._learner.modules, self.device)
         self._done = _Progress()
         self._resumed = False
@@ -123,8 +117,11 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
             with self._interrupt:
+                first = self._done.epochs + 1
                 while self._done.epochs < self._recipe.epochs:
                     row = self._epoch()
+                    if row.epoch == first and (outcome := self._learner.outcome()):
+                        self._say(outcome)
                     table.add(row)
                     board.add(row)
                     self.save()
@@ -145,11 +142,9 @@ class Trainer:
     def _epoch(self) -> EpochRow:
         epoch = self._done.epochs + 1
         lr = learning_rate(epoch, self._recipe.epochs, self._recipe.lr, self._recipe.warmup)
-        for group in self._optimizer.param_groups:
+        for group in self._learner.optimizer.param_groups:
             group["lr"] = lr
-        self._train(epoch)
-        train = self._sums.read()
-        self._require_finite(train, epoch)
+        train = self._train(epoch)
         test = self.evaluate()
         self._stop_if_asked()
 
@@ -168,27 +163,22 @@ class Trainer:
             test_accuracy=test.accuracy,
             images_per_second=sums.images / sums.seconds,
             seconds=sums.seconds,
+            waiting=sums.waiting / sums.seconds,
             peak_bytes=peak_bytes(self.device),
             module_losses=train.module_losses,
         )
 
-    def _train(self, epoch: int) -> None:
+    def _train(self, epoch: int) -> Reading:
+        """The steps of the epoch that are still to do."""
         sums = self._sums
         every = 1 if self.device.type == "cpu" else READ_EVERY
         before, started = sums.seconds, time.perf_counter()
         self.network.train()
         with self._bar(f"epoch {epoch}/{self._recipe.epochs}", self.data.train_count, sums.images) as bar:
-            for images, labels in self._batches.train(epoch, sums.steps):
-                self._optimizer.zero_grad(set_to_none=True)
-                sums.add(self._learner.step(images, labels, self._scaler), len(labels))
-                if self._scaler is None:
-                    self._optimizer.step()
-                else:
-                    self._scaler.step(self._optimizer)
-                    self._scaler.update()
+            for images, labels in self._feed(self._batches.train(epoch, sums.steps)):
+                sums.add(self._learner.step(images, labels), len(labels))
                 if sums.steps % every == 0:
-                    reading = sums.read()
-                    self._require_finite(reading, epoch)
+                    reading = self._read(epoch)
                     bar.set_postfix_str(
                         f"loss {reading.loss:.3f}, acc {reading.accuracy:.1%}, "
                         f"peak {peak_bytes(self.device) / 1e6:,.0f} MB",
@@ -197,8 +187,21 @@ class Trainer:
                 bar.update(len(labels))
                 if self._interrupt.requested:
                     break
+        reading = self._read(epoch)  # waits for the last step, which belongs to the time
         sums.seconds = before + time.perf_counter() - started
         self._stop_if_asked()
+        return reading
+
+    def _read(self, epoch: int) -> Reading:
+        """Losses and waits so far; on CUDA the host waits for the device here and nowhere else."""
+        reading = self._sums.read()
+        self._sums.waiting += self._feed.waited()
+        if not math.isfinite(reading.loss):
+            raise DivergedError(
+                f"the loss is {reading.loss} in epoch {epoch}: lower --lr, lengthen --warmup or turn off --amp "
+                f"(the last finished epoch is in {self.output / CHECKPOINT})"
+            )
+        return reading
 
     def evaluate(self) -> Reading:
         """Mean cross-entropy and top-1 accuracy of the network alone, in eval mode, over the test images."""
@@ -221,8 +224,7 @@ class Trainer:
             "settings": to_dict(self.config),
             "data": self._data_facts(),
             "network": self.network.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "scaler": None if self._scaler is None else self._scaler.state_dict(),
+            "learner": self._learner.state_dict(),
             "progress": asdict(self._done),
             "epoch_sums": self._sums.state_dict(),
             "batches": self._batches.state_dict(),
@@ -242,14 +244,16 @@ class Trainer:
         if changed:
             raise CheckpointError(f"{path} belongs to a run with other settings:\n  " + "\n  ".join(changed))
         self.network.load_state_dict(state["network"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        if self._scaler is not None:
-            self._scaler.load_state_dict(state["scaler"])
+        self._learner.load_state_dict(state["learner"])
         self._done = _Progress(**state["progress"])
         self._sums.load_state_dict(state["epoch_sums"])
         self._batches.load_state_dict(state["batches"])
         checkpoint.restore_random_state(state["random"], self.device)
         self._resumed = True
+
+    def plan(self) -> str | None:
+        """How the steps will run, for the terminal; None where there is nothing to choose."""
+        return self._learner.plan()
 
     def describe(self) -> dict[str, Any]:
         """Settings, data and versions, as config.json holds them."""
@@ -272,13 +276,6 @@ class Trainer:
             raise Interrupted(
                 f"stopped in epoch {self._done.epochs + 1} after {self._sums.steps} of {self._batches.steps} "
                 f"steps; saved {self.output / CHECKPOINT}"
-            )
-
-    def _require_finite(self, reading: Reading, epoch: int) -> None:
-        if not math.isfinite(reading.loss):
-            raise DivergedError(
-                f"the loss is {reading.loss} in epoch {epoch}: lower --lr, lengthen --warmup or turn off --amp "
-                f"(the last finished epoch is in {self.output / CHECKPOINT})"
             )
 
     def _bar(self, description: str, total: int, initial: int = 0) -> Any:

@@ -1,9 +1,10 @@
-"""What the test of every op shares: its providers as a parameter, layouts, and the comparison with an oracle."""
+"""What the test of every op shares: providers as a parameter, layouts, comparison with an oracle, checks on a GPU."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,12 @@ CASES = [
     for device, names in (("cpu", ("reference", "cpu", "triton")), ("cuda", ("reference", "cuda", "triton")))
     for name in names
 ]
+cases = pytest.mark.parametrize(("device", "provider"), CASES)
+gpu_cases = pytest.mark.parametrize(("device", "provider"), [case for case in CASES if case.values[0] == "cuda"])
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+activations = pytest.mark.parametrize("activation", ["relu", "leaky_relu", "none"])
+
 # On top of the error that torch makes in the same dtype: relative to the largest element of the oracle, and absolute.
 TOLERANCE = {
     torch.float64: (1e-13, 1e-16),
@@ -57,6 +64,11 @@ def serves(op: str, name: str, dtype: torch.dtype) -> None:
         pytest.skip(f"{name} does not take {dtype}")
 
 
+def op(name: str, provider: str) -> Any:
+    """The overload itself, without the function in front of it."""
+    return getattr(getattr(torch.ops.auglocal_ext, name), provider)
+
+
 def assert_close(what: str, ours: Tensor, same_dtype: Tensor, oracle: Tensor) -> None:
     """|oracle - ours| <= |oracle - torch in the same dtype| + tolerance: torch's own error and little more."""
     assert ours.shape == oracle.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(oracle.shape)}"
@@ -70,3 +82,48 @@ def assert_close(what: str, ours: Tensor, same_dtype: Tensor, oracle: Tensor) ->
         f"{what}[{worst}]: ours {ours_wide.flatten()[worst]:.9g}, torch in the same dtype "
         f"{same_wide.flatten()[worst]:.9g}, oracle {oracle.flatten()[worst]:.9g}, tolerance {float(tolerance):.3g}"
     )
+
+
+def assert_follows_the_stream(run: Callable[[Tensor], Sequence[Tensor]], x: Tensor) -> None:
+    """On a side stream on which x is written late, ``run`` makes of it what it makes of an x long there."""
+    expected = run(x)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(x)
+        torch.cuda._sleep(100_000_000)
+        late.copy_(x)
+        found = run(late)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def assert_replays(step: Callable[[], Sequence[Tensor]], x: Tensor, *state: Tensor) -> None:
+    """A CUDA graph of ``step`` makes of new values of x what ``step`` makes of them; it updates ``state`` alike."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    start = [tensor.clone() for tensor in state]
+    graph.replay()
+    found = [tensor.clone() for tensor in (*captured, *state)]
+    for tensor, value in zip(state, start, strict=True):
+        tensor.copy_(value)
+    wanted = (*step(), *state)
+    for replayed, made in zip(found, wanted, strict=True):
+        assert torch.equal(replayed, made)
+
+
+def assert_runs_beside_the_current_device(check: Callable[[str], None]) -> None:
+    """``check`` holds on a GPU that is not the current one, which it leaves the current one."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    torch.cuda.set_device(0)
+    check("cuda:1")
+    assert torch.cuda.current_device() == 0

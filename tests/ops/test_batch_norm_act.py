@@ -25,7 +25,6 @@ from auglocal_ext.ops import (
 from auglocal_ext.ops.layout import empty_like
 
 OP = "batch_norm_act"
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [
     (5, 7, 3, 4),
     (4, 19, 7, 7),
@@ -38,19 +37,6 @@ SHAPES = [
     (1, 24, 5, 8),
     (2, 3, 2, 3, 4),
 ]
-
-cases = pytest.mark.parametrize(("device", "provider"), column.CASES)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-activations = pytest.mark.parametrize("activation", ["relu", "leaky_relu", "none"])
-
-
-@pytest.fixture(autouse=True)
-def _needed(request: pytest.FixtureRequest) -> None:
-    arguments = getattr(request.node, "callspec", None)
-    if arguments is not None and "provider" in arguments.params:
-        column.need(arguments.params.get("device", "cpu"), arguments.params["provider"])
-        if "dtype" in arguments.params:
-            column.serves(OP, arguments.params["provider"], arguments.params["dtype"])
 
 
 def composition(
@@ -128,14 +114,14 @@ def compare(
         column.assert_close(name, mine, other, exact)
 
 
-@cases
-@dtypes
+@column.cases
+@column.dtypes
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_shapes(device: str, provider: str, dtype: torch.dtype, shape: tuple[int, ...], poison: None) -> None:
     compare(*inputs(shape, dtype, device), provider, training=True)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", column.LAYOUTS)
 def test_layouts(device: str, provider: str, dtype: torch.dtype, layout: str, poison: None) -> None:
@@ -148,7 +134,7 @@ def test_layouts(device: str, provider: str, dtype: torch.dtype, layout: str, po
         assert y.stride() == x.stride()
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("x_layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("other", ["contiguous", "channels-last", "channel-slice", "expanded-positions", "transposed"])
@@ -162,7 +148,7 @@ def test_layouts_of_residual_and_gradient(
     compare(x, *vectors, residual, provider, grad=change(grad), training=True)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize(
@@ -175,8 +161,8 @@ def test_maps_larger_than_one_pass_of_a_block(
     compare(column.LAYOUTS[layout](x), *rest, provider, training=True)
 
 
-@cases
-@activations
+@column.cases
+@column.activations
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "no-residual"])
 def test_options(
@@ -189,7 +175,7 @@ def test_options(
     compare(*others, residual, provider, **options, momentum=0.7, eps=0.3)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize(("affine", "tracked"), list(itertools.product((True, False), repeat=2)))
 def test_without_weights_or_running_statistics(device: str, provider: str, affine: bool, tracked: bool) -> None:
     x, weight, bias, mean, var, residual = inputs((5, 6, 3, 4), torch.float32, device)
@@ -201,7 +187,7 @@ def test_without_weights_or_running_statistics(device: str, provider: str, affin
         compare(x, weight, None, *running, residual, provider, training=True)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_parameters_in_the_dtype_of_the_map(device: str, provider: str, dtype: torch.dtype) -> None:
     *others, running_mean, running_var, residual = inputs((5, 6, 3, 4), dtype, device, parameters=dtype)
@@ -209,7 +195,7 @@ def test_parameters_in_the_dtype_of_the_map(device: str, provider: str, dtype: t
         compare(*others, running_mean, running_var, residual, provider, training=training)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 def test_wanted_gradients_alone(device: str, provider: str, layout: str, poison: None) -> None:
     x, weight, bias, mean, var, residual = inputs((5, 6, 3, 4), torch.float32, device)
@@ -231,7 +217,7 @@ def test_wanted_gradients_alone(device: str, provider: str, layout: str, poison:
                 assert torch.equal(found, expected) if want else found is None
 
 
-@cases
+@column.cases
 def test_gradient_of_the_residual_without_activation_is_the_upstream_one(device: str, provider: str) -> None:
     x, weight, bias, mean, var, residual = inputs((5, 6, 3, 4), torch.float32, device)
     grad = torch.randn(5, 6, 1, 1, device=device).expand_as(x)
@@ -249,8 +235,8 @@ def test_gradient_of_the_residual_without_activation_is_the_upstream_one(device:
     assert made[1] is grad
 
 
-@cases
-@dtypes
+@column.cases
+@column.dtypes
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "column-slice", "channel-slice"])
 def test_primitives(device: str, provider: str, dtype: torch.dtype, layout: str, poison: None) -> None:
     x, weight, bias, _, _, residual = inputs((6, 8, 4, 4), dtype, device)
@@ -289,7 +275,7 @@ def test_primitives(device: str, provider: str, dtype: torch.dtype, layout: str,
                 assert (found.stride(1) == 1) == channels_last
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("mean", [1e4, -1e4, 3e5])
 def test_large_means(device: str, provider: str, layout: str, mean: float) -> None:
@@ -301,7 +287,7 @@ def test_large_means(device: str, provider: str, layout: str, mean: float) -> No
     torch.testing.assert_close(found_var.double(), exact_var, rtol=1e-5, atol=0)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 def test_variance_beside_a_value_far_from_all_others(device: str, provider: str, layout: str) -> None:
     x = torch.randn(16, 2, 64, 64, device=device)
@@ -310,7 +296,7 @@ def test_variance_beside_a_value_far_from_all_others(device: str, provider: str,
     torch.testing.assert_close(found.double(), x.double().var((0, 2, 3), correction=0), rtol=1e-4, atol=0)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("value", [0.0, 1.5, 1e4])
 def test_constant_channels(device: str, provider: str, value: float) -> None:
     x, weight, bias, mean, var, residual = inputs((4, 3, 5, 5), torch.float32, device)
@@ -321,8 +307,8 @@ def test_constant_channels(device: str, provider: str, value: float) -> None:
     assert torch.equal(y[:, 1], bias[1].expand_as(y[:, 1]))
 
 
-@cases
-@activations
+@column.cases
+@column.activations
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_nan_and_inf_pass_through(device: str, provider: str, activation: str, value: float, training: bool) -> None:
@@ -349,7 +335,7 @@ def test_nan_and_inf_pass_through(device: str, provider: str, activation: str, v
         torch.testing.assert_close(found[fine], expected[fine], rtol=1e-4, atol=1e-5)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (1, 3)], ids=str)
 def test_one_value_per_channel(device: str, provider: str, shape: tuple[int, ...]) -> None:
     tensors = inputs(shape, torch.float32, device)
@@ -362,7 +348,7 @@ def test_one_value_per_channel(device: str, provider: str, shape: tuple[int, ...
 
 
 @pytest.mark.parametrize("provider", ["reference", "cpu"])
-@activations
+@column.activations
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_gradcheck(provider: str, activation: str, training: bool) -> None:
     x, weight, bias, mean, var, residual = inputs((3, 4, 2, 3), torch.float64, "cpu")
@@ -379,11 +365,7 @@ def test_gradcheck(provider: str, activation: str, training: bool) -> None:
     torch.autograd.gradcheck(function, leaves)
 
 
-def op(name: str, provider: str) -> Any:
-    return getattr(getattr(torch.ops.auglocal_ext, name), provider)
-
-
-@cases
+@column.cases
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "row-slice"])
 def test_opcheck(device: str, provider: str, layout: str) -> None:
     x, weight, bias, mean, var, residual = inputs((4, 6, 3, 2), torch.float32, device)
@@ -391,20 +373,20 @@ def test_opcheck(device: str, provider: str, layout: str) -> None:
     grad = torch.randn(4, 6, 1, 1, device=device).expand_as(x)
     factors = (mean, var, weight, bias)
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias, residual)]
-    torch.library.opcheck(op("batch_norm_stats", provider), (x,))
-    torch.library.opcheck(op("batch_norm_factors_", provider), (x, mean.clone(), var.clone(), 0.1, 1e-5))
-    torch.library.opcheck(op("batch_norm_factors_", provider), (x, None, None, 0.1, 1e-5))
-    torch.library.opcheck(op("batch_norm_act_apply", provider), (x, *factors, None, 0.0))
-    torch.library.opcheck(op("batch_norm_act_reduce", provider), (grad, x, *factors, residual, 0.2))
-    gradient = op("batch_norm_act_input_grad", provider)
+    torch.library.opcheck(column.op("batch_norm_stats", provider), (x,))
+    torch.library.opcheck(column.op("batch_norm_factors_", provider), (x, mean.clone(), var.clone(), 0.1, 1e-5))
+    torch.library.opcheck(column.op("batch_norm_factors_", provider), (x, None, None, 0.1, 1e-5))
+    torch.library.opcheck(column.op("batch_norm_act_apply", provider), (x, *factors, None, 0.0))
+    torch.library.opcheck(column.op("batch_norm_act_reduce", provider), (grad, x, *factors, residual, 0.2))
+    gradient = column.op("batch_norm_act_input_grad", provider)
     torch.library.opcheck(gradient, (grad, x, *factors, residual, 0.2, mean, var, True))
     torch.library.opcheck(gradient, (grad, x, mean, var, None, None, None, 1.0, None, None, False))
     for slope, training in ((0.0, True), (1.0, False)):
         arguments = (leaves[0], mean, var, *leaves[1:], slope, training)
-        torch.library.opcheck(op(OP, provider), arguments)
+        torch.library.opcheck(column.op(OP, provider), arguments)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_compiles_as_one_graph(device: str, provider: str, training: bool) -> None:
     x, weight, bias, mean, var, residual = inputs((4, 6, 3, 2), torch.float32, device)
@@ -430,7 +412,7 @@ def test_automatic_choice_compiles() -> None:
     torch.testing.assert_close(compiled(*tensors, training=True), composition(*tensors, training=True))
 
 
-@cases
+@column.cases
 def test_fake_tensors(device: str, provider: str) -> None:
     with FakeTensorMode():
         x = torch.empty(4, 6, 3, 2, dtype=torch.float16, device=device).to(memory_format=torch.channels_last)
@@ -445,7 +427,7 @@ def test_fake_tensors(device: str, provider: str) -> None:
     assert grads[0].stride() == x.stride()
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 def test_bitwise_repeatable(device: str, provider: str, layout: str) -> None:
     x, weight, bias, mean, var, residual = inputs((70, 33, 5, 5), torch.float32, device)
@@ -461,7 +443,7 @@ def test_bitwise_repeatable(device: str, provider: str, layout: str) -> None:
         assert torch.equal(first, again)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("activation", ["relu", "none"])
 def test_saves_the_input_and_vectors_alone(device: str, provider: str, activation: str) -> None:
     x, weight, bias, mean, var, residual = inputs((8, 6, 16, 16), torch.float32, device)
@@ -486,7 +468,7 @@ def test_saves_the_input_and_vectors_alone(device: str, provider: str, activatio
     (y * 1).sum().backward()
 
 
-@cases
+@column.cases
 def test_differentiable_once(device: str, provider: str) -> None:
     x, weight, bias, mean, var, _ = inputs((4, 6, 3, 2), torch.float32, device)
     x.requires_grad_()
@@ -495,7 +477,7 @@ def test_differentiable_once(device: str, provider: str) -> None:
         torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_autocast_changes_nothing(device: str, provider: str, low: torch.dtype) -> None:
     x, weight, bias, mean, var, residual = inputs((5, 7, 3, 4), low, device)
@@ -511,7 +493,7 @@ def test_autocast_changes_nothing(device: str, provider: str, low: torch.dtype) 
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@cases
+@column.cases
 def test_factors_without_running_statistics_touch_nothing(device: str, provider: str) -> None:
     x, _, _, mean, var, _ = inputs((4, 6, 3, 2), torch.float32, device)
     kept = mean.clone(), var.clone()
@@ -523,7 +505,7 @@ def test_factors_without_running_statistics_touch_nothing(device: str, provider:
     torch.testing.assert_close(constant, (mean, 1 / (var + 0.5).sqrt()))
 
 
-@cases
+@column.cases
 def test_running_statistics_that_backward_needs_must_not_change(device: str, provider: str) -> None:
     x, weight, bias, mean, var, _ = inputs((4, 6, 3, 2), torch.float32, device)
     y = batch_norm_act(x.requires_grad_(), weight, bias, mean, var, training=False, provider=provider)
@@ -565,11 +547,8 @@ def test_wrong_use_is_explained(changes: dict, error: type[Exception], message: 
         batch_norm_act(*positional, **arguments)
 
 
-@pytest.mark.gpu
-@cases
+@column.gpu_cases
 def test_side_stream(device: str, provider: str) -> None:
-    if device == "cpu":
-        pytest.skip("streams are CUDA's")
     x, weight, bias, mean, var, residual = inputs((64, 128, 32, 32), torch.float32, device)
     leaves = [t.requires_grad_() for t in (weight, bias)]
 
@@ -577,69 +556,32 @@ def test_side_stream(device: str, provider: str) -> None:
         y = batch_norm_act(x, *leaves, mean.clone(), var.clone(), residual=residual, training=True, provider=provider)
         return [y.detach(), *torch.autograd.grad(y.sum(), leaves)]
 
-    expected = run(x)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        late = torch.zeros_like(x)
-        torch.cuda._sleep(100_000_000)
-        late.copy_(x)
-        found = run(late)
-    torch.cuda.current_stream().wait_stream(stream)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    column.assert_follows_the_stream(run, x)
 
 
-@pytest.mark.gpu
-@cases
+@column.gpu_cases
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 def test_graph_capture(device: str, provider: str, layout: str) -> None:
-    if device == "cpu":
-        pytest.skip("CUDA graphs are CUDA's")
     x, weight, bias, mean, var, residual = inputs((16, 32, 8, 8), torch.bfloat16, device)
     x = column.LAYOUTS[layout](x)
     leaves = [t.requires_grad_() for t in (x, weight, bias, residual)]
-    start = mean.clone(), var.clone()
 
     def step() -> list[Tensor]:
         y = batch_norm_act(*leaves[:3], mean, var, residual=leaves[3], training=True, provider=provider)
         return [y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        x.copy_(torch.randn_like(x))
-    results = []
-    for replay in (True, False):
-        for running, value in zip((mean, var), start, strict=True):
-            running.copy_(value)
-        if replay:
-            graph.replay()
-        results.append([t.clone() for t in (*(captured if replay else step()), mean, var)])
-    for found, wanted in zip(*results, strict=True):
-        assert torch.equal(found, wanted)
+    column.assert_replays(step, x, mean, var)
 
 
-@pytest.mark.gpu
-@cases
+@column.gpu_cases
 def test_second_device(device: str, provider: str) -> None:
-    if device == "cpu" or torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
-    torch.cuda.set_device(0)
-    compare(*inputs((5, 7, 3, 4), torch.float32, "cuda:1"), provider, training=True)
-    assert torch.cuda.current_device() == 0
+    column.assert_runs_beside_the_current_device(
+        lambda other: compare(*inputs((5, 7, 3, 4), torch.float32, other), provider, training=True)
+    )
 
 
-@pytest.mark.gpu
-@cases
+@column.gpu_cases
 def test_does_not_synchronise(device: str, provider: str) -> None:
-    if device == "cpu":
-        pytest.skip("synchronisation is CUDA's")
     x, weight, bias, mean, var, residual = inputs((16, 32, 8, 8), torch.float32, device)
     leaves = [t.requires_grad_() for t in (x, weight, bias, residual)]
 
@@ -655,13 +597,10 @@ def test_does_not_synchronise(device: str, provider: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.gpu
 @pytest.mark.large
-@cases
+@column.gpu_cases
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 def test_more_than_two_billion_elements(device: str, provider: str, layout: str) -> None:
-    if device == "cpu":
-        pytest.skip("takes too long on a CPU")
     if provider == "reference":
         pytest.skip("plain torch, several copies of the map in float32")
     channels = 16

@@ -22,12 +22,10 @@ from auglocal_ext.ops import (
     batch_norm_act_max_pool_input_grad,
     batch_norm_act_max_pool_reduce,
     batch_norm_factors,
-    providers,
 )
 from auglocal_ext.ops.layout import empty_like
 
 OP = "batch_norm_act_max_pool"
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # kernel, stride, padding: of the stem, without overlap, with gaps, of differing sides, and wider than a map
 WINDOWS = [
     (3, 2, 1),
@@ -42,19 +40,7 @@ WINDOWS = [
     (16, 3, 8),
 ]
 
-cases = pytest.mark.parametrize(("device", "provider"), column.CASES)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 windows = pytest.mark.parametrize(("kernel_size", "stride", "padding"), WINDOWS, ids=str)
-activations = pytest.mark.parametrize("activation", ["relu", "leaky_relu", "none"])
-
-
-@pytest.fixture(autouse=True)
-def _needed(request: pytest.FixtureRequest) -> None:
-    arguments = getattr(request.node, "callspec", None)
-    if arguments is not None and "provider" in arguments.params:
-        column.need(arguments.params.get("device", "cpu"), arguments.params["provider"])
-        if "dtype" in arguments.params:
-            column.serves(OP, arguments.params["provider"], arguments.params["dtype"])
 
 
 def composition(
@@ -138,8 +124,8 @@ def compare(
         column.assert_close(name, mine, other, exact)
 
 
-@cases
-@dtypes
+@column.cases
+@column.dtypes
 @pytest.mark.parametrize(
     "shape",
     [(3, 7, 9, 6), (2, 8, 8, 16), (1, 1, 4, 3), (12, 24, 3, 2)],
@@ -153,7 +139,7 @@ def test_shapes(
     compare(column.LAYOUTS[layout](x), *vectors, provider, training=True)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @windows
 def test_windows(
@@ -173,8 +159,8 @@ def test_windows(
     compare(x, *vectors, provider, training=True, kernel_size=kernel_size, stride=stride, padding=padding)
 
 
-@cases
-@dtypes
+@column.cases
+@column.dtypes
 @pytest.mark.parametrize("layout", column.LAYOUTS)
 def test_layouts(device: str, provider: str, dtype: torch.dtype, layout: str, poison: None) -> None:
     x, *vectors = inputs((4, 24, 4, 8), dtype, device)
@@ -188,7 +174,7 @@ def test_layouts(device: str, provider: str, dtype: torch.dtype, layout: str, po
     )
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("x_layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize(
@@ -202,8 +188,8 @@ def test_layouts_of_the_gradient(
     compare(column.LAYOUTS[x_layout](x), *vectors, provider, column.LAYOUTS[other], training=True)
 
 
-@cases
-@activations
+@column.cases
+@column.activations
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_options(device: str, provider: str, activation: str, training: bool, poison: None) -> None:
     tensors = inputs((3, 6, 7, 6), torch.float32, device)
@@ -212,7 +198,7 @@ def test_options(device: str, provider: str, activation: str, training: bool, po
     compare(*tensors, provider, **options, momentum=0.7, eps=0.3)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize(("affine", "tracked"), list(itertools.product((True, False), repeat=2)))
 def test_without_weights_or_running_statistics(device: str, provider: str, affine: bool, tracked: bool) -> None:
     x, weight, bias, mean, var = inputs((3, 6, 7, 6), torch.float32, device)
@@ -224,14 +210,14 @@ def test_without_weights_or_running_statistics(device: str, provider: str, affin
         compare(x, weight, None, *running, provider, training=True)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_parameters_in_the_dtype_of_the_map(device: str, provider: str, dtype: torch.dtype) -> None:
     x, *vectors = inputs((3, 6, 7, 6), dtype, device, parameters=dtype)
     compare(x, *vectors, provider, training=True)
 
 
-@cases
+@column.cases
 def test_each_input_alone_requires_grad(device: str, provider: str) -> None:
     x, weight, bias, mean, var = inputs((3, 6, 7, 6), torch.float32, device)
     grad = torch.randn(3, 6, 4, 3, device=device)
@@ -260,9 +246,9 @@ def window_places(x: Tensor, kernel_size: int, stride: int, padding: int) -> Ten
     return ((flat // x.shape[3] - rows) * kernel_size + flat % x.shape[3] - columns).to(torch.uint8)
 
 
-@cases
-@dtypes
-@activations
+@column.cases
+@column.dtypes
+@column.activations
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 def test_is_the_pooled_map_to_the_bit(
     device: str, provider: str, dtype: torch.dtype, activation: str, layout: str
@@ -284,8 +270,8 @@ def test_is_the_pooled_map_to_the_bit(
     assert torch.equal(indices, window_places(whole, *window))
 
 
-@cases
-@dtypes
+@column.cases
+@column.dtypes
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "column-slice"])
 def test_primitives(device: str, provider: str, dtype: torch.dtype, layout: str, poison: None) -> None:
     x, weight, bias, mean, var = inputs((6, 8, 5, 8), dtype, device)
@@ -313,7 +299,7 @@ def test_primitives(device: str, provider: str, dtype: torch.dtype, layout: str,
 
 
 @pytest.mark.parametrize("provider", ["reference", "cpu"])
-@activations
+@column.activations
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_gradcheck(provider: str, activation: str, training: bool) -> None:
     x, weight, bias, mean, var = inputs((2, 4, 5, 4), torch.float64, "cpu")
@@ -327,7 +313,7 @@ def test_gradcheck(provider: str, activation: str, training: bool) -> None:
     torch.autograd.gradcheck(function, leaves)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_nan_and_inf_pass_through(device: str, provider: str, value: float, training: bool) -> None:
@@ -351,30 +337,26 @@ def test_nan_and_inf_pass_through(device: str, provider: str, value: float, trai
         torch.testing.assert_close(mine[other.isfinite()], other[other.isfinite()], rtol=1e-4, atol=1e-5)
 
 
-def op(name: str, provider: str) -> Any:
-    return getattr(getattr(torch.ops.auglocal_ext, name), provider)
-
-
-@cases
+@column.cases
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "row-slice"])
 def test_opcheck(device: str, provider: str, layout: str) -> None:
     x, weight, bias, mean, var = inputs((2, 6, 5, 4), torch.float32, device)
     x = column.LAYOUTS[layout](x)
     window, factors = (3, 3, 2, 2, 1, 1), (x, mean, var, weight, bias)
-    torch.library.opcheck(op(f"{OP}_apply", provider), (*factors, 0.0, *window))
-    _, indices = op(f"{OP}_apply", provider)(*factors, 0.2, *window)
+    torch.library.opcheck(column.op(f"{OP}_apply", provider), (*factors, 0.0, *window))
+    _, indices = column.op(f"{OP}_apply", provider)(*factors, 0.2, *window)
     grad = torch.randn(2, 6, 3, 2, device=device)
-    torch.library.opcheck(op(f"{OP}_reduce", provider), (grad, indices, *factors, 0.2, *window))
-    torch.library.opcheck(op(f"{OP}_input_grad", provider), (grad, indices, *factors, 0.2, mean, var, *window))
+    torch.library.opcheck(column.op(f"{OP}_reduce", provider), (grad, indices, *factors, 0.2, *window))
+    torch.library.opcheck(column.op(f"{OP}_input_grad", provider), (grad, indices, *factors, 0.2, mean, var, *window))
     bare = (x, mean, var, None, None)
-    torch.library.opcheck(op(f"{OP}_input_grad", provider), (grad, indices, *bare, 1.0, None, None, *window))
+    torch.library.opcheck(column.op(f"{OP}_input_grad", provider), (grad, indices, *bare, 1.0, None, None, *window))
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
     for slope, training in ((0.0, True), (1.0, False)):
         arguments = (leaves[0], mean, var, *leaves[1:], slope, *window, training)
-        torch.library.opcheck(op(OP, provider), arguments)
+        torch.library.opcheck(column.op(OP, provider), arguments)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_compiles_as_one_graph(device: str, provider: str, training: bool) -> None:
     x, weight, bias, mean, var = inputs((2, 6, 5, 4), torch.float32, device)
@@ -400,7 +382,7 @@ def test_automatic_choice_compiles() -> None:
     torch.testing.assert_close(compiled(*tensors, training=True), composition(*tensors, training=True))
 
 
-@cases
+@column.cases
 def test_fake_tensors(device: str, provider: str) -> None:
     with FakeTensorMode():
         x = torch.empty(4, 6, 9, 8, dtype=torch.float16, device=device).to(memory_format=torch.channels_last)
@@ -413,7 +395,7 @@ def test_fake_tensors(device: str, provider: str) -> None:
     assert [(g.shape, g.dtype, g.stride()) for g in grads] == [(t.shape, t.dtype, t.stride()) for t in (x, weight)]
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 def test_bitwise_repeatable(device: str, provider: str, layout: str) -> None:
     images = 70 if device == "cuda" else 5
@@ -429,7 +411,7 @@ def test_bitwise_repeatable(device: str, provider: str, layout: str) -> None:
         assert torch.equal(first, again)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("activation", ["relu", "none"])
 def test_saves_the_input_bytes_and_vectors_alone(device: str, provider: str, activation: str) -> None:
     x, weight, bias, mean, var = inputs((4, 6, 32, 32), torch.float32, device)
@@ -453,7 +435,7 @@ def test_saves_the_input_bytes_and_vectors_alone(device: str, provider: str, act
     y.sum().backward()
 
 
-@cases
+@column.cases
 def test_differentiable_once(device: str, provider: str) -> None:
     x, *vectors = inputs((2, 6, 5, 4), torch.float32, device)
     x.requires_grad_()
@@ -462,7 +444,7 @@ def test_differentiable_once(device: str, provider: str) -> None:
         torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_autocast_changes_nothing(device: str, provider: str, low: torch.dtype) -> None:
     x, weight, bias, mean, var = inputs((3, 7, 6, 4), low, device)
@@ -513,29 +495,16 @@ def test_primitives_check_what_forward_returned() -> None:
             batch_norm_act_max_pool_reduce(grad, places, x, mean, var, weight, bias)
 
 
-@pytest.mark.gpu
-@cases
+@column.gpu_cases
 def test_side_stream(device: str, provider: str) -> None:
-    if device == "cpu":
-        pytest.skip("streams are CUDA's")
     x, *vectors = inputs((32, 64, 56, 56), torch.float32, device)
-    expected = batch_norm_act_max_pool(x, *vectors, training=True, provider=provider)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        late = torch.zeros_like(x)
-        torch.cuda._sleep(100_000_000)
-        late.copy_(x)
-        found = batch_norm_act_max_pool(late, *vectors, training=True, provider=provider)
-    torch.cuda.current_stream().wait_stream(stream)
-    assert torch.equal(found, expected)
+    column.assert_follows_the_stream(
+        lambda x: [batch_norm_act_max_pool(x, *vectors, training=True, provider=provider)], x
+    )
 
 
-@pytest.mark.gpu
-@cases
+@column.gpu_cases
 def test_graph_capture(device: str, provider: str) -> None:
-    if device == "cpu":
-        pytest.skip("CUDA graphs are CUDA's")
     x, weight, bias, mean, var = inputs((8, 16, 16, 16), torch.float32, device)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     grad = torch.randn(8, 16, 8, 8, device=device)
@@ -544,38 +513,20 @@ def test_graph_capture(device: str, provider: str) -> None:
         y = batch_norm_act_max_pool(*leaves, None, None, training=True, provider=provider)
         return (y, *torch.autograd.grad(y, leaves, grad))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        x.copy_(torch.randn_like(x))
-    graph.replay()
-    for found, wanted in zip(captured, step(), strict=True):
-        assert torch.equal(found, wanted)
+    column.assert_replays(step, x)
 
 
-@pytest.mark.gpu
-@cases
+@column.gpu_cases
 def test_second_device(device: str, provider: str) -> None:
-    if device == "cpu" or torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
-    torch.cuda.set_device(0)
-    compare(*inputs((3, 8, 7, 6), torch.float32, "cuda:1"), provider, training=True)
-    assert torch.cuda.current_device() == 0
+    column.assert_runs_beside_the_current_device(
+        lambda other: compare(*inputs((3, 8, 7, 6), torch.float32, other), provider, training=True)
+    )
 
 
-@pytest.mark.gpu
 @pytest.mark.large
-@cases
+@column.gpu_cases
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 def test_more_than_two_billion_elements(device: str, provider: str, layout: str) -> None:
-    if device == "cpu":
-        pytest.skip("takes too long on a CPU")
     if provider == "reference":
         pytest.skip("makes maps of int64")
     x = torch.randn(33, 64, 1024, 1024, device=device, dtype=torch.float16)
@@ -589,12 +540,6 @@ def test_more_than_two_billion_elements(device: str, provider: str, layout: str)
             z = batch_norm_act_apply(x[image : image + 1], mean, rstd, None, None, None, provider=provider)
             assert torch.equal(y[image : image + 1], F.max_pool2d(z, 3, 2, 1))
     assert grad_x.isfinite().all()
-
-
-@pytest.mark.parametrize("name", ["cpu", "cuda"])
-def test_compiled_provider_is_there(name: str) -> None:
-    column.need(name, name)
-    assert providers.available(name)
 
 
 def test_equals_the_ops_one_after_the_other() -> None:

@@ -17,7 +17,6 @@ from auglocal_ext.ops import PooledCrossEntropy, pooled_cross_entropy, providers
 
 OP = "pooled_cross_entropy"
 IGNORE = -100
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [
     (5, 7, 3, 4),
     (4, 19, 7, 7),
@@ -28,18 +27,6 @@ SHAPES = [
     (1, 1, 1, 1),
     (2, 3, 2, 3, 4),
 ]
-
-cases = pytest.mark.parametrize(("device", "provider"), column.CASES)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-
-
-@pytest.fixture(autouse=True)
-def _needed(request: pytest.FixtureRequest) -> None:
-    arguments = getattr(request.node, "callspec", None)
-    if arguments is not None and "provider" in arguments.params:
-        column.need(arguments.params.get("device", "cpu"), arguments.params["provider"])
-        if "dtype" in arguments.params:
-            column.serves(OP, arguments.params["provider"], arguments.params["dtype"])
 
 
 def composition(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, **options) -> tuple[Tensor, Tensor]:
@@ -95,22 +82,22 @@ def compare(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, prov
         column.assert_close(f"gradient of {name}", mine, other, exact)
 
 
-@cases
-@dtypes
+@column.cases
+@column.dtypes
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_shapes(device: str, provider: str, dtype: torch.dtype, shape: tuple[int, ...], poison: None) -> None:
     compare(*inputs(shape, 6, dtype, device), provider, label_smoothing=0.1)
 
 
-@cases
-@dtypes
+@column.cases
+@column.dtypes
 @pytest.mark.parametrize("layout", column.LAYOUTS)
 def test_layouts(device: str, provider: str, dtype: torch.dtype, layout: str, poison: None) -> None:
     x, *rest = inputs((4, 24, 4, 8), 33, dtype, device)
     compare(column.LAYOUTS[layout](x), *rest, provider)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("shape", [(2, 3, 17, 19), (2, 8, 16, 36), (1, 320, 9, 16)], ids=str)
@@ -121,7 +108,7 @@ def test_maps_larger_than_one_pass_of_a_block(
     compare(column.LAYOUTS[layout](x), *rest, provider)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_slice_of_an_aligned_row(device: str, provider: str, channels_last: bool) -> None:
     x, weight, bias, target = inputs((3, 32, 64), 6, torch.float32, device)
@@ -131,20 +118,20 @@ def test_slice_of_an_aligned_row(device: str, provider: str, channels_last: bool
         compare(x[..., :62], weight, bias, target, provider)
 
 
-@cases
+@column.cases
 def test_first_of_equal_logits_is_the_prediction(device: str, provider: str) -> None:
     target = (torch.arange(70, device=device) % 35 - 3).clamp(min=0)
     x, weight = torch.ones(70, 4, device=device), torch.zeros(35, 4, device=device)
     assert int(pooled_cross_entropy(x, weight, None, target, provider=provider).correct) == 8
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("classes", [1, 2, 31, 32, 100, 1000])
 def test_classes(device: str, provider: str, classes: int, poison: None) -> None:
     compare(*inputs((5, 12, 3, 3), classes, torch.float32, device), provider, label_smoothing=0.2)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize(
     ("reduction", "smoothing", "bias", "ignore_index"),
     list(itertools.product(("mean", "sum"), (0.0, 0.1, 1.0), (True, False), (IGNORE, 0))),
@@ -160,7 +147,7 @@ def test_options(
     )
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 0, 0)], ids=str)
 def test_only_needed_gradients(device: str, provider: str, wanted: tuple[int, ...], poison: None) -> None:
     tensors = inputs((5, 7, 3, 4), 6, torch.float32, device)
@@ -175,7 +162,7 @@ def test_only_needed_gradients(device: str, provider: str, wanted: tuple[int, ..
         loss.backward()
     for tensor, expected, want in zip(some, full, wanted, strict=True):
         assert torch.equal(tensor.grad, expected) if want else tensor.grad is None
-    made = op(provider)(*some, tensors[3], IGNORE, 0.0, True, *map(bool, wanted))[3:]
+    made = column.op(OP, provider)(*some, tensors[3], IGNORE, 0.0, True, *map(bool, wanted))[3:]
     assert [m.numel() > 0 for m in made] == list(map(bool, wanted))
 
 
@@ -192,11 +179,7 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def op(provider: str):
-    return getattr(getattr(torch.ops.auglocal_ext, OP), provider)
-
-
-@cases
+@column.cases
 def test_no_graph_under_no_grad(device: str, provider: str) -> None:
     x, weight, bias, target = inputs((5, 7, 3, 4), 6, torch.float32, device)
     with Calls() as calls, torch.no_grad():
@@ -205,7 +188,7 @@ def test_no_graph_under_no_grad(device: str, provider: str) -> None:
     assert out.loss.grad_fn is None
 
 
-@cases
+@column.cases
 def test_gradient_of_x_is_a_broadcast_of_its_channels(device: str, provider: str) -> None:
     x, weight, bias, target = inputs((4, 6, 16, 16), 5, torch.float16, device)
     x.requires_grad_()
@@ -214,7 +197,7 @@ def test_gradient_of_x_is_a_broadcast_of_its_channels(device: str, provider: str
     assert grad.untyped_storage().nbytes() == 4 * 6 * x.element_size()
 
 
-@cases
+@column.cases
 def test_bitwise_repeatable(device: str, provider: str) -> None:
     x, weight, bias, target = inputs((70, 33, 5, 5), 40, torch.float32, device)
 
@@ -227,7 +210,7 @@ def test_bitwise_repeatable(device: str, provider: str) -> None:
         assert torch.equal(first, again)
 
 
-@cases
+@column.cases
 def test_labels_out_of_range_are_ignored_when_unchecked(device: str, provider: str, poison: None) -> None:
     x, weight, bias, target = inputs((6, 4, 2, 2), 5, torch.float32, device)
     bad = target.clone()
@@ -237,7 +220,7 @@ def test_labels_out_of_range_are_ignored_when_unchecked(device: str, provider: s
     assert torch.equal(found.loss, expected.loss) and torch.equal(found.correct, expected.correct)
 
 
-@cases
+@column.cases
 def test_all_labels_ignored(device: str, provider: str, poison: None) -> None:
     x, weight, bias, target = inputs((3, 4, 2, 2), 5, torch.float32, device)
     target.fill_(IGNORE)
@@ -248,7 +231,7 @@ def test_all_labels_ignored(device: str, provider: str, poison: None) -> None:
     assert float(pooled_cross_entropy(x, weight, bias, target, reduction="sum", provider=provider).loss) == 0
 
 
-@cases
+@column.cases
 def test_large_logits_stay_finite(device: str, provider: str, poison: None) -> None:
     x, weight, bias, target = inputs((5, 7, 3, 4), 6, torch.float32, device)
     compare(x * 3000, weight, bias, target, provider, label_smoothing=0.1)
@@ -269,16 +252,16 @@ def test_gradcheck(provider: str, reduction: str, smoothing: float) -> None:
     torch.autograd.gradcheck(loss, leaves(x, weight, bias))
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_opcheck(device: str, provider: str, bias: bool) -> None:
     x, weight, bias_, target = inputs((4, 6, 3, 2), 5, torch.float32, device, bias)
     arguments = (*leaves(x.transpose(2, 3), weight, bias_), target, IGNORE, 0.1, True, True, True, bias)
-    torch.library.opcheck(op(provider), arguments)
-    torch.library.opcheck(op(provider), (x, *arguments[1:7], False, True, bias))
+    torch.library.opcheck(column.op(OP, provider), arguments)
+    torch.library.opcheck(column.op(OP, provider), (x, *arguments[1:7], False, True, bias))
 
 
-@cases
+@column.cases
 def test_compiles_as_one_graph(device: str, provider: str) -> None:
     tensors = inputs((4, 6, 3, 2), 5, torch.float32, device)
 
@@ -301,7 +284,7 @@ def test_automatic_choice_compiles() -> None:
     torch.testing.assert_close(compiled(x, weight, bias, target).loss, composition(x, weight, bias, target)[0])
 
 
-@cases
+@column.cases
 def test_fake_tensors(device: str, provider: str) -> None:
     with FakeTensorMode():
         x = torch.empty(4, 6, 3, 2, dtype=torch.float16, device=device, requires_grad=True)
@@ -315,7 +298,7 @@ def test_fake_tensors(device: str, provider: str) -> None:
     assert grads[0].stride() == (6, 1, 0, 0)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_autocast_lets_dtypes_meet(device: str, provider: str, low: torch.dtype) -> None:
     x, weight, bias, target = inputs((5, 7, 3, 4), 6, torch.float32, device)
@@ -333,7 +316,7 @@ def test_autocast_lets_dtypes_meet(device: str, provider: str, low: torch.dtype)
         pooled_cross_entropy(*arguments, target, provider=provider)
 
 
-@cases
+@column.cases
 def test_scaled_loss_does_not_underflow(device: str, provider: str) -> None:
     x, weight, bias, target = inputs((4, 6, 32, 32), 5, torch.float16, device)
     arguments = leaves(x, weight * 1e-2, bias)
@@ -346,7 +329,7 @@ def test_scaled_loss_does_not_underflow(device: str, provider: str) -> None:
     assert ((exact[0].grad / 65536).half() == 0).float().mean() > (found.grad == 0).float().mean()
 
 
-@cases
+@column.cases
 def test_differentiable_once(device: str, provider: str) -> None:
     x, weight, bias, target = inputs((4, 6, 3, 2), 5, torch.float32, device)
     arguments = leaves(x, weight, bias)
@@ -413,29 +396,18 @@ def test_pooled_linear_is_a_linear_layer_over_the_mean() -> None:
     assert PooledLinear(6, 5, bias=False).loss(x, target).loss.requires_grad
 
 
-@pytest.mark.gpu
-@cases
+@column.gpu_cases
 def test_side_stream(device: str, provider: str) -> None:
-    if device == "cpu":
-        pytest.skip("streams are CUDA's")
     x, weight, bias, target = inputs((64, 128, 32, 32), 10, torch.float32, device)
-    expected = pooled_cross_entropy(x, weight, bias, target, provider=provider)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        late = torch.zeros_like(x)
-        torch.cuda._sleep(100_000_000)
-        late.copy_(x)
-        out = pooled_cross_entropy(late, weight, bias, target, provider=provider, check_labels=False)
-    torch.cuda.current_stream().wait_stream(stream)
-    assert torch.equal(out.loss, expected.loss)
+
+    def run(x: Tensor) -> list[Tensor]:
+        return [pooled_cross_entropy(x, weight, bias, target, provider=provider, check_labels=False).loss]
+
+    column.assert_follows_the_stream(run, x)
 
 
-@pytest.mark.gpu
-@cases
+@column.gpu_cases
 def test_graph_capture(device: str, provider: str) -> None:
-    if device == "cpu":
-        pytest.skip("CUDA graphs are CUDA's")
     x, weight, bias, target = inputs((16, 32, 8, 8), 10, torch.float32, device)
     arguments = leaves(x, weight, bias)
 
@@ -443,37 +415,19 @@ def test_graph_capture(device: str, provider: str) -> None:
         out = pooled_cross_entropy(*arguments, target, provider=provider)
         return (out.loss, out.correct, *torch.autograd.grad(out.loss, arguments))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        x.copy_(torch.randn_like(x))
-    graph.replay()
-    for found, wanted in zip(captured, step(), strict=True):
-        assert torch.equal(found, wanted)
+    column.assert_replays(step, x)
 
 
-@pytest.mark.gpu
-@cases
+@column.gpu_cases
 def test_second_device(device: str, provider: str) -> None:
-    if device == "cpu" or torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
-    torch.cuda.set_device(0)
-    compare(*inputs((5, 7, 3, 4), 6, torch.float32, "cuda:1"), provider)
-    assert torch.cuda.current_device() == 0
+    column.assert_runs_beside_the_current_device(
+        lambda other: compare(*inputs((5, 7, 3, 4), 6, torch.float32, other), provider)
+    )
 
 
-@pytest.mark.gpu
 @pytest.mark.large
-@cases
+@column.gpu_cases
 def test_more_than_two_billion_elements(device: str, provider: str) -> None:
-    if device == "cpu":
-        pytest.skip("takes too long on a CPU")
     x, weight, bias, target = inputs((33, 64, 1024, 1024), 10, torch.float16, device, ignored=False)
     assert x.numel() > 2**31
     logits = F.linear(x.mean((2, 3), dtype=torch.float32), weight.float(), bias.float())

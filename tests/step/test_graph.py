@@ -69,6 +69,17 @@ def test_smaller_last_batches_run_eagerly_beside_the_graph():
     assert_same_state(net, other)
 
 
+def test_epochs_of_few_batches_are_captured_too():
+    step = LocalStep(small(), sgd)
+    graphed = []
+    for _ in range(4):
+        for n in (6, 6, 3):
+            step(*next(batches(1, n)))
+            graphed.append(step.graphed)
+    assert graphed == [False] * 4 + [True, False] + [True, True, False] * 2
+    assert OperatorTape.made == 1
+
+
 def test_another_batch_size_is_captured_when_it_stays():
     step = LocalStep(small(), sgd)
     for n in (6, 4):

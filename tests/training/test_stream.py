@@ -62,8 +62,21 @@ def test_epochs_differ_in_order_and_in_crops(mixed):
     source = batches(mixed)
     first, second = (next(iter(source.train(epoch)))[0] for epoch in (1, 2))
     assert not torch.equal(first, second)
-    assert not torch.equal(source._train[(0, 1)][0], source._train[(0, 2)][0])
-    assert torch.equal(source._train[(0, 1)][0], source._train[(0, 1)][0])
+    images = source._loader.dataset
+    assert not torch.equal(images["train", 0, 1][0], images["train", 0, 2][0])
+    assert torch.equal(images["train", 0, 1][0], images["train", 0, 1][0])
+
+
+def test_the_same_workers_serve_every_pass_also_after_one_that_was_left(mixed):
+    inline, source = batches(mixed), batches(mixed, workers=1)
+    passes = (lambda b: b.train(1), lambda b: b.test(), lambda b: b.train(2, first=1), lambda b: b.test())
+    workers = set()
+    for take in passes:
+        next(take(source))  # left after one batch
+        for (a, b), (c, d) in zip(take(inline), take(source), strict=True):
+            assert torch.equal(a, c) and torch.equal(b, d)
+        workers |= {worker.pid for worker in source._loader._iterator._workers}
+    assert len(workers) == 1
 
 
 def test_a_run(mixed, config):

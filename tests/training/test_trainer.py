@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import signal
 
 import pytest
 import torch
+from runs import RULES, interrupt_after, log, trainer
 
 from auglocal_ext.training import (
     CheckpointError,
@@ -17,37 +17,7 @@ from auglocal_ext.training import (
     Trainer,
     checkpoint,
 )
-
-RULES = [
-    pytest.param({"rule": "bp"}, id="bp"),
-    pytest.param({"rule": "auglocal", "depth": 2}, id="auglocal"),
-    pytest.param({"rule": "contsup", "context": "R1E"}, id="contsup"),
-]
-# Times differ from run to run; everything else in the log may not.
-TIMES = ("images_per_second", "seconds", "peak_bytes")
-
-
-def trainer(config, data):
-    return Trainer(config, data, bars=False, say=lambda line: None)
-
-
-def log(config):
-    with open(f"{config.output}/log.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
-
-
-def interrupt_after(run, steps):
-    """Ctrl-C, really raised as a signal, within the given step of the run."""
-    step, count = run._learner.step, 0
-
-    def counted(*arguments):
-        nonlocal count
-        count += 1
-        if count == steps:
-            signal.raise_signal(signal.SIGINT)
-        return step(*arguments)
-
-    run._learner.step = counted
+from auglocal_ext.training.schedule import learning_rate
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -182,6 +152,31 @@ def test_resume_with_other_settings_is_refused(config, separable, change, said):
         trainer(config(**change), separable).resume()
 
 
+def test_how_steps_are_launched_may_change_on_resume(config, separable):
+    rule = {"rule": "auglocal", "depth": 2, "epochs": 2}
+    trainer(config(**rule), separable).fit()
+    trainer(config(graph="off", overlap=False, **rule), separable).resume()
+
+
+def test_recompute_at_the_peak_trains_as_without(config, separable, tmp_path):
+    logs = []
+    for name in ("none", "peak"):
+        settings = config(rule="auglocal", depth=2, epochs=2, output=str(tmp_path / name), recompute=name)
+        run = trainer(settings, separable)
+        assert (run._learner._step.plan is not None) == (name == "peak")
+        assert str(run._learner._step.plan) in run.plan() or name == "none"
+        run.fit()
+        logs.append(log(settings))
+    assert logs[0] == logs[1]
+
+
+def test_a_memory_budget_that_cannot_be_met_is_refused_before_training(config, separable, tmp_path):
+    with pytest.raises(SettingsError, match="[Ll]east|smallest|feasible"):
+        trainer(config(rule="auglocal", depth=2, memory_budget="1KiB"), separable)
+    assert trainer(config(rule="auglocal", depth=2, memory_budget="8GiB"), separable).plan().count("\n") >= 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_with_other_data_is_refused(config, separable):
     run = trainer(config(), separable)
     interrupt_after(run, 1)
@@ -235,9 +230,37 @@ def test_config_and_checkpoint_hold_the_resolved_settings(config, separable):
     assert checkpoint.load(run.output / "checkpoint.pt")["settings"] == written["settings"]
 
 
-def test_weight_decay_nesterov_on_everything(config, separable):
-    (group,) = trainer(config(), separable)._optimizer.param_groups
+@pytest.mark.parametrize("rule", RULES)
+def test_weight_decay_nesterov_on_everything(config, separable, rule):
+    run = trainer(config(**rule), separable)
+    (group,) = run._learner.optimizer.param_groups
     assert (group["nesterov"], group["momentum"], group["weight_decay"]) == (True, 0.9, 1e-4)
+    assert len(group["params"]) == len(list(run.network.parameters()))
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+@pytest.mark.parametrize("rule", RULES[1:])
+def test_a_local_rules_steps_are_those_of_its_network_and_one_optimizer(config, separable, rule, amp):
+    """The trainer against the ten lines it stands for, to the bit."""
+    settings = config(amp=amp, epochs=2, **rule)
+    run, plain = trainer(settings, separable), trainer(settings, separable)
+    plain.network.load_state_dict(run.network.state_dict())
+    optimizer = torch.optim.SGD(plain.network.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    run.fit()
+
+    plain.network.train()
+    for epoch in (1, 2):
+        optimizer.param_groups[0]["lr"] = learning_rate(epoch, 2, 0.05, run.config.warmup)
+        for images, labels in plain._batches.train(epoch):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):
+                loss = plain.network(images, labels).loss
+            loss.backward()
+            optimizer.step()
+    for (name, expected), found in zip(
+        plain.network.state_dict().items(), run.network.state_dict().values(), strict=True
+    ):
+        assert torch.equal(expected, found), name
 
 
 def test_learning_rate_follows_the_schedule(config, separable):
@@ -283,7 +306,7 @@ def test_mixed_precision(config, separable, rule, amp):
     if amp == "fp16":
         again = trainer(settings, separable)
         again.resume()
-        assert again._scaler.get_scale() == run._scaler.get_scale()
+        assert again._learner.grad_scaler.get_scale() == run._learner.grad_scaler.get_scale()
 
 
 def test_evaluation_never_runs_auxiliary_networks(config, separable):
@@ -312,6 +335,13 @@ def test_evaluation_never_runs_auxiliary_networks(config, separable):
         ({"epochs": 0}, "--epochs must be at least 1"),
         ({"epochs": 3, "warmup": 4}, "--warmup 4 is longer"),
         ({"amp": "fp8"}, "--amp is one of none, bf16, fp16"),
+        ({"rule": "auglocal", "graph": "maybe"}, "--graph is one of auto, on, off, not 'maybe'"),
+        ({"rule": "bp", "recompute": "peak"}, "--recompute belongs to the local rules, not to bp"),
+        ({"rule": "bp", "memory_budget": "1GiB"}, "--memory-budget belongs to the local rules, not to bp"),
+        ({"rule": "contsup", "memory_budget": "1GiB", "recompute": "peak"}, "leave out --recompute"),
+        ({"rule": "contsup", "recompute": "most"}, "--recompute is one of none, auxiliary, all, peak, not 'most'"),
+        ({"rule": "bp", "graph": "off"}, "--graph belongs to the local rules, not to bp"),
+        ({"rule": "bp", "overlap": False}, "--overlap belongs to the local rules, not to bp"),
     ],
 )
 def test_wrong_settings_are_refused_when_made(config, settings, said):
@@ -328,6 +358,8 @@ def test_wrong_settings_are_refused_when_made(config, settings, said):
         ({"network": "vgg13", "width": None}, "vgg13"),
         ({"device": "tpu"}, "--device is auto, cpu, cuda"),
         ({"device": "cuda:77"}, "torch sees .* CUDA devices"),
+        ({"rule": "auglocal", "graph": "on"}, "--graph on needs a CUDA device, this run is on cpu"),
+        ({"rule": "contsup", "overlap": True}, "--overlap needs a CUDA device, this run is on cpu"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_training(config, separable, tmp_path, settings, said):
@@ -356,13 +388,36 @@ def test_on_cuda(config, separable, tmp_path, rule, amp):
 @pytest.mark.parametrize("rule", RULES)
 def test_a_step_on_cuda_never_waits_for_the_device(config, separable, rule):
     run = trainer(config(device="cuda", **rule), separable)
-    batches = run._batches.train(1)
-    run._learner.step(*next(batches), None)
+    batches = run._feed(run._batches.train(1))
+    images, labels = next(batches)
+    for _ in range(6):  # a local rule's step is captured after some eager ones
+        run._learner.step(images, labels)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         images, labels = next(batches)
-        run._sums.add(run._learner.step(images, labels, None), len(labels))
-        run._optimizer.step()
+        run._sums.add(run._learner.step(images, labels), len(labels))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES[1:])
+def test_on_cuda_the_steps_run_as_one_graph_and_the_run_says_so(config, separable, rule):
+    said = []
+    run = Trainer(config(device="cuda", batch_size=10, **rule), separable, bars=False, say=said.append)
+    assert run.plan() == "steps: one CUDA graph each, captured after the first few"
+    run.fit()
+    assert said[0].startswith("steps: 0 of 3 as one CUDA graph (captured after")
+    assert run._learner.outcome() == "steps: 9 of 12 as one CUDA graph"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES[1:])
+def test_on_cuda_graph_and_overlap_train_as_eager_steps_do(config, separable, tmp_path, rule):
+    losses = []
+    for name, how in (("eager", {"graph": "off", "overlap": False}), ("graph", {"graph": "on", "overlap": True})):
+        settings = config(device="cuda", batch_size=10, output=str(tmp_path / name), **how, **rule)
+        trainer(settings, separable).fit()
+        losses.append([float(row["train_loss"]) for row in log(settings)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)

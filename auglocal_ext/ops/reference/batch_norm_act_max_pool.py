@@ -13,7 +13,7 @@ from torch import Tensor
 from ..layout import empty_like
 from . import batch_norm_act
 
-Window = tuple[int, int, int, int, int, int]
+Window = tuple[int, ...]  # six numbers, as the ops take them
 
 
 def pooled_size(x: Tensor, window: Window) -> tuple[int, int]:
@@ -52,7 +52,7 @@ def apply(
     found, places = F.max_pool2d(a, window[:2], window[2:4], window[4:], return_indices=True)
     row = places // x.shape[3] - _starts(places.shape[2], stride_h, padding_h, x).unsqueeze(1)
     column = places % x.shape[3] - _starts(places.shape[3], stride_w, padding_w, x)
-    y, indices = (empty_pooled(x, window, dtype) for dtype in (x.dtype, torch.uint8))  # type: ignore[arg-type]
+    y, indices = (empty_pooled(x, window, dtype) for dtype in (x.dtype, torch.uint8))
     return y.copy_(found), indices.copy_(row * kernel_w + column)
 
 
@@ -96,7 +96,7 @@ def _starts(count: int, stride: int, padding: int, x: Tensor) -> Tensor:
     return torch.arange(count, device=x.device) * stride - padding
 
 
-def _unpooled(grad: Tensor, indices: Tensor, x: Tensor, window: tuple[int, ...]) -> Tensor:
+def _unpooled(grad: Tensor, indices: Tensor, x: Tensor, window: Window) -> Tensor:
     """The gradient of each element of the activated map: the sum of those of the windows whose maximum it was."""
     kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w = window
     wide = grad.to(torch.float64 if x.dtype == torch.float64 else torch.float32)

@@ -6,15 +6,13 @@ in the first two kernels, of x in the last. The window is a constant, and small 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..layout import empty_like
-from ..reference.batch_norm_act_max_pool import empty_pooled, pooled_size
+from ..reference.batch_norm_act_max_pool import Window, empty_pooled, pooled_size
 from .channelwise import (
     Plan,
     activated,
@@ -352,7 +350,7 @@ def _plan(like: Tensor, reduces: bool) -> Plan:
     return Plan(images, channels, height * width, channels_last=channels_last, elements=1024, reduces=reduces)
 
 
-def _window(window: tuple[int, ...]) -> dict[str, int]:
+def _window(window: Window) -> dict[str, int]:
     names = ("KERNEL_H", "KERNEL_W", "STRIDE_H", "STRIDE_W", "PADDING_H", "PADDING_W")
     return dict(zip(names, window, strict=True))
 
@@ -367,8 +365,7 @@ def apply(
     *window: int,
 ) -> tuple[Tensor, Tensor]:
     """The contract of the reference's ``apply``."""
-    size: Any = window
-    y, indices = empty_pooled(x, size, x.dtype), empty_pooled(x, size, torch.uint8)
+    y, indices = empty_pooled(x, window, x.dtype), empty_pooled(x, window, torch.uint8)
     plan = _plan(y, reduces=False)
     mean = mean.contiguous()
     with on_device(x):
@@ -427,7 +424,7 @@ def input_grad(
     grad_x = empty_like(x)
     plan = _plan(grad_x, reduces=False)
     mean = mean.contiguous()
-    pooled = pooled_size(x, window)  # type: ignore[arg-type]
+    pooled = pooled_size(x, window)
     windows_h, windows_w = triton.cdiv(window[0], window[2]), triton.cdiv(window[1], window[3])
     with on_device(x):
         _input_grad_kernel[plan.grid](

@@ -1,0 +1,192 @@
+"""Local losses beside the classifier's: similarity matching, reconstruction of the image, supervised contrast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.blocks import initialise
+from .base import Auxiliary, LocalLoss
+
+
+class Term(nn.Module):
+    """One more loss of a module's output: ``forward(h, target, image, ignore_index) -> scalar``.
+
+    Attributes:
+        reads_image: whether ``image``, the network's input, is looked at.
+    """
+
+    reads_image = False
+
+
+class Objectives(Auxiliary):
+    """``task_weight * task(h, y) + sum_i weight_i * term_i(h, y, image)``.
+
+    ``forward(h)`` are the task's logits.
+
+    Args:
+        task: auxiliary network with a loss. With weight 0 it is not trained and only counts correct answers.
+        task_weight: its weight.
+        terms: weights and terms; those of weight 0 are left out.
+    """
+
+    def __init__(self, task: Auxiliary, task_weight: float, terms: Sequence[tuple[float, Term]]) -> None:
+        super().__init__()
+        self.task = task
+        self.task_weight = task_weight
+        kept = [(weight, term) for weight, term in terms if weight != 0]
+        self.weights = [weight for weight, _ in kept]
+        self.terms = nn.ModuleList(term for _, term in kept)
+        self.reads_image = any(term.reads_image for _, term in kept)
+        self.classifies = task.classifies
+        if task_weight == 0:
+            task.requires_grad_(False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.task(h)
+
+    def loss(
+        self, h: Tensor, target: Tensor, *, image: Tensor | None = None, ignore_index: int = -100, **options: Any
+    ) -> LocalLoss:
+        """Weighted sum of the losses; see :meth:`Auxiliary.loss`."""
+        result = self.task.loss(h if self.task_weight else h.detach(), target, ignore_index=ignore_index, **options)
+        loss = result.loss * self.task_weight
+        for weight, term in zip(self.weights, self.terms, strict=True):
+            loss = loss + weight * term(h, target, image, ignore_index)
+        return LocalLoss(loss, result.logits, result.correct)
+
+    def after_step(self) -> None:
+        self.task.after_step()
+
+
+def similarity_matrix(features: Tensor, eps: float = 1e-8) -> Tensor:
+    """Adjusted cosine similarity ``(N, N)`` of the rows of ``features`` ``(N, D)``, each centred and normalised."""
+    centred = features - features.mean(1, keepdim=True)
+    unit = centred / (centred.norm(dim=1, keepdim=True) + eps)
+    return (unit @ unit.t()).clamp(-1, 1)
+
+
+class SimilarityLoss(Term):
+    """``mean((S(std_p(conv(h))) - S(onehot(y)))^2)``: images of a class should have similar features (PredSim).
+
+    S is the adjusted cosine similarity, std_p the standard deviation of each channel over the positions, conv a 3x3
+    convolution of C channels without bias; of vectors it is a linear layer, and there is no standard deviation.
+    Images of the ignored label, or of none, count nowhere.
+
+    Args:
+        channels: C.
+        num_classes: K.
+        is_map: whether ``h`` has positions.
+
+    Source: Noekland and Eidnes, Training Neural Networks with Local Error Signals, ICML 2019.
+    """
+
+    def __init__(self, channels: int, num_classes: int, is_map: bool = True) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.encoder: nn.Module
+        if is_map:
+            self.encoder = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        else:
+            self.encoder = nn.Linear(channels, channels, bias=False)
+
+    def forward(self, h: Tensor, target: Tensor, image: Tensor | None, ignore_index: int) -> Tensor:
+        z = self.encoder(h).float()
+        features = z.flatten(2).std(2) if z.dim() > 2 else z
+        classes = torch.arange(self.num_classes, device=target.device)
+        one_hot = (target[:, None] == classes).to(features.dtype)
+        counted = one_hot.sum(1) * (target != ignore_index)
+        difference = (similarity_matrix(features) - similarity_matrix(one_hot)).square()
+        pairs = counted[:, None] * counted
+        return (difference * pairs).sum() / pairs.sum()
+
+
+class ReconstructionLoss(Term):
+    """``mean(BCE(decoder(h), image))``: how much of the image can be made of the module's output (InfoPro).
+
+    The decoder resizes h to the image (bilinear, corners aligned), then a 3x3 convolution to 12 channels, BatchNorm,
+    ReLU, a 3x3 convolution to the image's channels and a sigmoid: 108 C + 363 parameters for RGB. The binary
+    cross-entropy is against the image in [0, 1], which the network's normalised input is turned back into.
+
+    Args:
+        channels: C of ``h`` ``(N, C, H', W')``.
+        image_channels: channels of the image.
+        mean, std: per channel, in units of [0, 1]: the network's input is ``(image - mean) / std``.
+
+    Source: Wang et al., Revisiting Locally Supervised Learning: an Alternative to End-to-end Training, ICLR 2021.
+    """
+
+    reads_image = True
+
+    def __init__(
+        self, channels: int, image_channels: int, mean: Sequence[float], std: Sequence[float], hidden: int = 12
+    ) -> None:
+        super().__init__()
+        self.decoder = nn.Sequential(
+            nn.Conv2d(channels, hidden, 3, padding=1),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden, image_channels, 3, padding=1),
+        )
+        initialise(self)
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, h: Tensor, target: Tensor, image: Tensor | None, ignore_index: int) -> Tensor:
+        if image is None:
+            raise ValueError(
+                "this module's loss reconstructs the image: pass the network's input, local_loss(out, y, image=x)"
+            )
+        resized = F.interpolate(h, image.shape[-2:], mode="bilinear", align_corners=True)
+        pixels = (image.float() * self.std + self.mean).clamp(0, 1)
+        return F.binary_cross_entropy_with_logits(self.decoder(resized).float(), pixels)
+
+
+def supervised_contrast(features: Tensor, target: Tensor, temperature: float, ignore_index: int = -100) -> Tensor:
+    """``mean_i mean_{p in P(i)} -log(exp(z_i z_p / t) / sum_{a != i} exp(z_i z_a / t))``, scalar.
+
+    z are the rows of ``features`` ``(N, D)``, normalised; P(i) the other images of i's class. Images without such, and
+    those of the ignored label, are no anchors.
+
+    Source: Khosla et al., Supervised Contrastive Learning, NeurIPS 2020, one view per image.
+    """
+    z = F.normalize(features.float(), dim=1)
+    counted = target != ignore_index
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    left_out = itself | ~counted
+    positive = (target[:, None] == target) & counted[:, None] & ~left_out
+    logits = (z @ z.t() / temperature).masked_fill(left_out, torch.finfo(z.dtype).min)
+    log_probability = (logits - logits.logsumexp(1, keepdim=True)).masked_fill(~positive, 0)
+    positives = positive.sum(1)
+    anchors = positives > 0
+    return -(log_probability.sum(1) / positives.clamp(min=1)).sum() / anchors.sum().clamp(min=1)
+
+
+class ContrastiveNetwork(Auxiliary):
+    """An auxiliary network that is trained by supervised contrast: its features, not logits, by ``forward(h)``.
+
+    Args:
+        network: maps ``h`` to features ``(N, D)``.
+        temperature: t.
+    """
+
+    classifies = False
+
+    def __init__(self, network: nn.Module, temperature: float = 0.07) -> None:
+        super().__init__()
+        self.network = network
+        self.temperature = temperature
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.network(h)
+
+    def loss(self, h: Tensor, target: Tensor, *, ignore_index: int = -100, **options: Any) -> LocalLoss:
+        features = self.network(h)
+        loss = supervised_contrast(features, target, self.temperature, ignore_index)
+        return LocalLoss(loss, features.detach(), torch.full((), -1, device=h.device))

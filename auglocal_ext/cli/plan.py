@@ -1,0 +1,93 @@
+"""``python -m auglocal_ext plan``: the memory of a training step, predicted, and what to recompute for less."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from ..local_modules import RECOMPUTE
+from ..local_sequential import LocalSequential
+from ..models import build, input_shape
+from ..step import MemoryPlan, plan_memory
+from ..training import SettingsError, TrainConfig
+from ..training.config import AMP, RULE_OPTIONS, make_rule
+from .network_options import add_network_options
+
+_EPILOG = """
+The step is that of the command train: SGD with Nesterov momentum and weight decay, each module stepped as soon as its
+gradients are there. Bytes of tensors are predicted, without a GPU and without images, and without library workspaces.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds ``plan``."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="predict the memory of a training step, and choose what to recompute",
+        description="Predict the memory of each local module in a training step, and choose what runs a second time "
+        "so that the step's peak is lowest, or within a budget.",
+        epilog=_EPILOG,
+    )
+    rules = tuple(rule for rule in RULE_OPTIONS if rule != "bp")
+    add_network_options(parser.add_argument_group("network and rule"), rules)
+    add = parser.add_argument_group("step").add_argument
+    add("--batch-size", type=int, metavar="N", required=True)
+    add("--image-size", type=int, metavar="N", help="images of N x N (default: what the network was designed for)")
+    add("--classes", type=int, metavar="N", help="default 10 for CIFAR networks, 1000 for ImageNet ones")
+    add("--amp", choices=tuple(AMP), help="mixed precision (default none)")
+    add("--channels-last", action="store_const", const=True, help="store images and activations channels last")
+    add(
+        "--recompute",
+        choices=(*RECOMPUTE, "peak"),
+        help="what runs a second time (default none); peak: only what lowers the peak of the step",
+    )
+    add("--memory-budget", metavar="SIZE", help="the least recomputation that fits SIZE: 400MB, 0.4GiB, ... or bytes")
+    add(
+        "--overlap",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="two modules at a time; auto: if the budget allows it without more recomputation (default)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the table; 1 with a message for wrong settings and for a budget that nothing fits."""
+    try:
+        print(_plan(arguments))
+    except (SettingsError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> MemoryPlan:
+    given = {
+        field.name: value
+        for field in fields(TrainConfig)
+        if field.name != "recompute" and (value := getattr(arguments, field.name, None)) is not None
+    }
+    config = TrainConfig(data="", output="", **given)
+    rule = make_rule(config)
+    assert rule is not None  # there is no plan for backpropagation
+    layers = build(config.network, num_classes=arguments.classes, width=config.width)
+    shape = input_shape(config.network)
+    if config.image_size is not None:
+        shape = (shape[0], config.image_size, config.image_size)
+    classes = next(p for p in reversed(list(layers.parameters()))).shape[0]
+    net = LocalSequential(layers, rule, classes, shape, config.modules, fused=config.fused)
+    if config.channels_last:
+        net.to(memory_format=torch.channels_last)
+    budgeted = arguments.memory_budget is not None
+    return plan_memory(
+        net,
+        arguments.batch_size,
+        lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4),
+        autocast=AMP[config.amp],
+        recompute=arguments.recompute or (None if budgeted else "none"),
+        memory_budget=arguments.memory_budget,
+        overlap="auto" if arguments.overlap == "auto" else arguments.overlap == "on",
+    )

@@ -1,0 +1,196 @@
+"""What each local module of a training step holds at most, and computes, for each choice of recomputation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..cost import FlopMeter
+from ..local_modules import LocalModule, OneStream, Recompute
+from ..local_sequential import LocalSequential
+from ..memory import MemoryMeter
+from .fake_copy import FakeCopy, fake_mode_of
+from .optimizers import ModuleOptimizers, OptimizerFactory
+from .stand_in import TrialModule, Trials, module_form
+from .updates import Clip, Updates, updating_pass
+
+
+@dataclass(frozen=True)
+class ModuleCost:
+    """One local module in one step, in bytes and FLOPs.
+
+    Attributes:
+        before: live when it begins; its input and what the pass keeps so far are in it.
+        added: how much more is live at its peak.
+        input: bytes of its input; 0 for the first, whose input is the batch.
+        flops: of forward, backward and recomputation.
+    """
+
+    before: int
+    added: int
+    input: int
+    flops: int
+
+    @property
+    def peak(self) -> int:
+        """Live bytes at the module's peak, one module after the other."""
+        return self.before + self.added
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """A step whose modules recompute as they were told.
+
+    Attributes:
+        base: bytes live between steps: parameters, buffers, optimizer state, the batch, kept gradients.
+        modules: the local modules in order.
+        end: peak after the last module: where one optimizer step over everything is.
+    """
+
+    base: int
+    modules: tuple[ModuleCost, ...]
+    end: int
+
+
+class StepEstimate:
+    """A training step of ``net`` on fake tensors: :meth:`cost` runs it once, without a GPU and without its memory.
+
+    Nothing of ``net`` is changed, no value is read and no random number drawn. Its device does not matter: the step
+    runs as on a CPU, so optimizers step by torch's for-loop, with temporaries of one parameter, where a GPU's fused
+    ones have none. A loss scaler is left out: two scalars. Not counted are library workspaces, and the copy of the
+    batch that a captured step keeps.
+
+    Args:
+        net: the network.
+        batch_size: images per call.
+        optimizer, params, autocast, clip_norm, clip, accumulate: as :class:`auglocal_ext.step.LocalStep` has them.
+    """
+
+    def __init__(
+        self,
+        net: LocalSequential,
+        batch_size: int,
+        optimizer: OptimizerFactory,
+        *,
+        params: list[Any],
+        autocast: torch.dtype | None,
+        clip_norm: float | None,
+        clip: Clip,
+        accumulate: int,
+    ) -> None:
+        self._mode = fake_mode_of(net)
+        self._autocast = autocast
+        with self._mode:
+            fake = FakeCopy(net)
+            self._net = fake.net
+            self._optimizers = ModuleOptimizers(fake.net.local_modules, optimizer, fake.groups(params))
+            _as_on_cpu(self._optimizers.whole, on_cuda=next(net.parameters()).is_cuda)
+            # Of more calls than two, all but the last are alike.
+            self._updates = _NotingUpdates(self._optimizers, None, clip_norm, clip, min(accumulate, 2))
+            self._x, self._y = _batch(fake.net, batch_size)
+            self._all_gradients = True
+            for _ in range(self._updates.accumulate):  # makes the optimizer's state, and the gradients that are kept
+                self._call(alike=True)
+            parameters = [id(p) for module in fake.net.local_modules for p in module.parameters()]
+            self._all_gradients = self._updates.all_at_once or len(set(parameters)) < len(parameters)
+
+    def cost(self, recompute: Recompute | Sequence[Recompute], *, alike: bool = True) -> StepCost:
+        """The step with this recomputation, of all modules or one for each.
+
+        Args:
+            alike: let modules of one form run once (:mod:`auglocal_ext.step.stand_in`); the result is the same.
+        """
+        with self._mode:
+            self._net.recompute = recompute
+            for _ in range(self._updates.accumulate - 1):
+                self._call(alike=True)
+            with FlopMeter() as flops, MemoryMeter() as meter:  # the meter is the inner one: it sees every operator
+                meter.track(self._net, self._optimizers.whole, self._x, self._y)
+                base = meter.live_bytes
+                watch = _Watch(meter, flops)
+                trials = self._call(alike, watch)
+            return watch.cost(base, trials)
+
+    def _call(self, alike: bool, watch: OneStream | None = None) -> Trials:
+        self._optimizers.prepare()
+        trials = Trials(self._all_gradients)
+        modules = [
+            TrialModule(module, module_form(module, self._optimizers) if alike else None, trials)
+            for module in self._net.local_modules
+        ]
+        streams = OneStream() if watch is None else watch
+        # A trial module has all that the pass asks of a local one.
+        lookalikes = cast("list[LocalModule]", modules)
+        updating_pass(lookalikes, self._x, self._y, self._updates, self._autocast, streams)
+        self._updates.count()
+        return trials
+
+
+class _NotingUpdates(Updates):
+    """Lets each trial module see its gradients."""
+
+    def take(self, module: Any, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+        module.note_gradients(gradients)
+        super().take(module, parameters, gradients)
+
+
+class _Watch(OneStream):
+    """Notes where each module begins and what is live there."""
+
+    def __init__(self, meter: MemoryMeter, flops: FlopMeter) -> None:
+        self._meter = meter
+        self._flops = flops
+        self._begins: list[tuple[int, int, int]] = []
+        self._inputs: list[int] = [0]
+
+    def module(self, index: int) -> AbstractContextManager[Any]:
+        self._begin()
+        return super().module(index)
+
+    def handed_on(self, index: int, h: Tensor, history: Sequence[Tensor | None]) -> None:
+        self._inputs.append(h.untyped_storage().nbytes())
+
+    def join(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self._begins.append((len(self._meter.timeline), self._meter.live_bytes, self._flops.flops))
+
+    def cost(self, base: int, trials: Trials) -> StepCost:
+        added, flops = [], []
+        ends = [*(start for start, _, _ in self._begins[1:]), len(self._meter.timeline)]
+        for (start, live, _), end in zip(self._begins, ends, strict=True):
+            added.append(max([live, *(bytes for _, bytes in self._meter.timeline[start:end])]) - live)
+        for (_, _, first), (_, _, last) in zip(self._begins, self._begins[1:], strict=False):
+            flops.append(last - first)
+        modules = tuple(
+            ModuleCost(live, added[trials.model[k]], self._inputs[k], flops[trials.model[k]])
+            for k, (_, live, _) in enumerate(self._begins[:-1])
+        )
+        return StepCost(base, modules, self._begins[-1][1] + added[-1])
+
+
+def _batch(net: LocalSequential, batch_size: int) -> tuple[Tensor, Tensor]:
+    """A batch in the dtype of the parameters, channels last where the weights are."""
+    maps = [p for p in net.primary.parameters() if p.dim() == 4]
+    channels_last = any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in maps)
+    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    x = torch.empty(batch_size, *net.network.input_shape, dtype=dtype)
+    if channels_last and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x, torch.zeros(batch_size, dtype=torch.int64)
+
+
+def _as_on_cpu(optimizer: torch.optim.Optimizer, on_cuda: bool) -> None:
+    """What only CUDA has is turned off; where it has no fused form, torch would choose ``foreach`` there."""
+    for options in (optimizer.defaults, *optimizer.param_groups):
+        for key in ("capturable", "fused"):
+            if options.get(key):
+                options[key] = False
+        if on_cuda and "fused" not in options and options.get("foreach", False) is None:
+            options["foreach"] = True

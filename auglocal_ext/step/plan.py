@@ -1,0 +1,169 @@
+"""Which local modules recompute, and whether two overlap, so that a step's memory is least or fits a budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, Literal, cast
+
+import torch
+
+from ..local_modules import RECOMPUTE, Recompute
+from ..local_sequential import LocalSequential
+from .choice import Choice, Costs, cheapest_within, lowest_peak
+from .memory_plan import MemoryPlan, amount
+from .module_peaks import StepEstimate
+from .optimizers import OptimizerFactory, listed
+from .updates import Clip
+
+#: How a step recomputes: one way for all modules, or ``"peak"``: only where it lowers the step's peak.
+StepRecompute = Recompute | Literal["peak"]
+MemoryBudget = int | str
+_UNITS = {"": 1, "B": 1} | {
+    prefix + unit: base**power
+    for base, unit in ((1000, "B"), (1024, "iB"))
+    for power, prefix in enumerate("KMGT", start=1)
+}
+
+
+class MemoryBudgetError(ValueError):
+    """No choice of recomputation fits the budget; the message tells the least that would.
+
+    Attributes:
+        least_bytes: the smallest budget that can be met.
+    """
+
+    def __init__(self, message: str, least_bytes: int) -> None:
+        super().__init__(message)
+        self.least_bytes = least_bytes
+
+
+def plan_memory(
+    net: LocalSequential,
+    batch_size: int,
+    optimizer: OptimizerFactory,
+    *,
+    params: Iterable[Any] | None = None,
+    autocast: torch.dtype | None = None,
+    clip_norm: float | None = None,
+    clip: Clip = "module",
+    accumulate: int = 1,
+    recompute: StepRecompute | None = None,
+    memory_budget: MemoryBudget | None = None,
+    overlap: bool | Literal["auto"] = "auto",
+) -> MemoryPlan:
+    """The memory of a :class:`LocalStep` and the choice of recomputation, predicted in seconds without a GPU.
+
+    ::
+
+        plan = plan_memory(net, 1024, lambda p: torch.optim.SGD(p, lr=0.8, momentum=0.9), recompute="peak")
+        print(plan)
+
+    Local modules are isolated, so each one's peak is measured for each choice by three steps on fake tensors, and the
+    peak of every mixture is known from them exactly. Counted is every tensor storage of a step that is not the first,
+    rounded up to 512 bytes. Not counted are library workspaces, the CUDA context, and in a captured step its copy of
+    the batch. The estimate steps optimizers by torch's for-loop, whose temporaries of one parameter fused ones do not
+    have, and leaves an fp16 loss scaler out (two scalars). ``net``, its device and the random state are not touched.
+
+    With overlap two streams hold memory of their own, which neither can use of the other: the figure is the sum of the
+    largest even module, the largest odd one, and what is alive outside of them.
+
+    Args:
+        net: the network, on any device, or built of fake tensors.
+        batch_size: images per call; they have the dtype of the parameters, and are channels last if weights are.
+        optimizer, params, autocast, clip_norm, clip, accumulate: as the step has them.
+        recompute: ``"peak"``: the lowest peak there is, and of all choices with this peak the least recomputation;
+            one of ``"none"``, ``"auxiliary"``, ``"all"`` for all modules; None: as ``net.recompute`` says.
+        memory_budget: bytes, or a string such as ``"400MB"`` (1e6 bytes) or ``"0.4GiB"`` (2**30): the least
+            recomputation (in FLOPs of convolutions and matrix products) that fits. Leave ``recompute`` at None.
+        overlap: whether the step overlaps modules. ``"auto"``: if a budget is given and it costs no more recomputation.
+
+    Raises:
+        MemoryBudgetError: if nothing fits.
+        ValueError: for an option out of range.
+    """
+    budget = None if memory_budget is None else parse_bytes(memory_budget)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size is the number of images of a call, at least 1; got {batch_size!r}")
+    if recompute not in (None, "peak", *RECOMPUTE):
+        raise ValueError(f'recompute must be one of {", ".join(RECOMPUTE)}, "peak" or None, got {recompute!r}')
+    if overlap not in (True, False, "auto"):
+        raise ValueError(f'overlap must be True, False or "auto", got {overlap!r}')
+    if budget is not None and recompute is not None:
+        raise ValueError(
+            f"memory_budget chooses the least recomputation that fits; it takes no recompute={recompute!r} beside it. "
+            'Leave recompute out, or ask for recompute="peak", the lowest memory, without a budget'
+        )
+    estimate = StepEstimate(
+        net,
+        batch_size,
+        optimizer,
+        params=list(net.parameters()) if params is None else listed(params),
+        autocast=autocast,
+        clip_norm=clip_norm,
+        clip=clip,
+        accumulate=accumulate,
+    )
+    ways = cast("tuple[Recompute, ...]", RECOMPUTE)
+    costs = Costs({way: estimate.cost(way) for way in ways}, history=len(net.context) > 0)
+    if budget is not None:
+        chosen = _within(costs, budget, overlap, batch_size)
+    elif recompute == "peak":
+        chosen = lowest_peak(costs, overlap is True)
+    else:
+        fixed = net.recompute if recompute is None else (recompute,) * net.num_modules
+        chosen = Choice(fixed, overlap is True)
+    return MemoryPlan(
+        recompute=chosen.recompute,
+        overlap=chosen.overlap,
+        predicted_bytes=costs.bytes(chosen),
+        base_bytes=costs.base,
+        module_peaks=costs.peaks,
+        module_flops=costs.module_flops,
+        batch_size=batch_size,
+        budget_bytes=budget,
+    )
+
+
+def parse_bytes(text: MemoryBudget) -> int:
+    """Bytes of ``400``, ``"400MB"`` (1e6 each) or ``"0.4GiB"`` (2**30 each).
+
+    Raises:
+        ValueError: for anything else, and for nothing or less.
+    """
+    size = None
+    if isinstance(text, int) and not isinstance(text, bool):
+        size = text
+    elif isinstance(text, str):
+        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", text)
+        if match is not None and match[2] in _UNITS:
+            size = int(float(match[1]) * _UNITS[match[2]])
+    if size is None or size < 1:
+        raise ValueError(
+            "a number of bytes is expected, or a string of a number and a unit such as "
+            f'"400MB" (1 MB = 1e6 bytes) or "0.4GiB" (1 GiB = 2**30 bytes); got {text!r}'
+        )
+    return size
+
+
+def _within(costs: Costs, budget: int, overlap: bool | Literal["auto"], batch_size: int) -> Choice:
+    alone = None if overlap is True else cheapest_within(costs, budget, overlap=False)
+    beside = None if overlap is False else cheapest_within(costs, budget, overlap=True)
+    if beside is not None and (alone is None or costs.recomputed(beside) <= costs.recomputed(alone)):
+        return beside
+    if alone is not None:
+        return alone
+    least = costs.bytes(lowest_peak(costs, overlap is True))
+    hint = 'recompute="peak"' + (" and overlap=True" if overlap is True else ", overlap off,")
+    if overlap is True:
+        without = costs.bytes(lowest_peak(costs, False))
+        hint += f"; with overlap off {amount(without)}"
+        least_of_all = min(least, without)
+    else:
+        least_of_all = least
+    raise MemoryBudgetError(
+        f"no choice of recomputation fits a memory budget of {amount(budget)} at batch size {batch_size}: the least is "
+        f"{amount(least)}, by {hint}, of which {amount(costs.base)} are parameters, buffers, optimizer state and the "
+        "batch. Raise the budget or take a smaller batch",
+        least_of_all,
+    )

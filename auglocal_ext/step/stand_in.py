@@ -1,0 +1,177 @@
+"""Local modules that are alike run once in a trial pass; the others of their form are stood in for."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..local_modules import LocalModule
+from ..local_modules.local_module import Objective
+from .optimizers import ModuleOptimizers
+
+
+class Trials:
+    """Which module of a pass has run for each form; one for each pass.
+
+    Args:
+        gradients: let stand-ins have gradients too, where something of them stays: optimizer state, or themselves.
+
+    Attributes:
+        model: for each module, by index, the module that has run in its place; itself if it ran.
+    """
+
+    def __init__(self, gradients: bool) -> None:
+        self.gradients = gradients
+        self.model: dict[int, int] = {}
+        self._trials: dict[Hashable, TrialModule] = {}
+
+    def find(self, form: Hashable, trial: TrialModule) -> TrialModule:
+        """The module that stands for all of this form; ``trial`` itself if it is the first."""
+        found = trial if form is None else self._trials.setdefault(form, trial)
+        self.model[trial.index] = found.index
+        return found
+
+
+class TrialModule:
+    """A local module in a trial pass: it runs, or hands out what the first module of its form did.
+
+    A stand-in makes output, loss, logits and, if asked, gradients of the right shapes without the work between, so that
+    what the pass keeps is the same.
+
+    Args:
+        module: the module.
+        form: :func:`module_form` of it; None lets it run in any case.
+        trials: those of the pass.
+    """
+
+    def __init__(self, module: LocalModule, form: Hashable, trials: Trials) -> None:
+        self.index = module.index
+        self.context = module.context
+        self._module = module
+        self._form = form
+        self._trials = trials
+        self._first = self
+        self._output: TensorForm | None = None
+        self._logits: TensorForm | None = None
+        self._used: tuple[bool, ...] = ()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        if self._first is self or self._trials.gradients:
+            yield from self._module.parameters()
+
+    def __call__(self, h: Tensor, history: list[Tensor | None] | None) -> Tensor:
+        form = None if self._form is None else (self._form, TensorForm.of(h))
+        self._first = self._trials.find(form, self)
+        if self._first is not self:
+            assert self._first._output is not None
+            return self._first._output.empty()
+        out = self._module(h, history)
+        self._output = TensorForm.of(out)
+        return out
+
+    def objective(self, out: Tensor, target: Tensor, check_labels: bool = True) -> Objective:
+        if self._first is self:
+            result = self._module.objective(out, target, check_labels)
+            self._logits = TensorForm.of(result.logits)
+            return result
+        assert self._first._logits is not None
+        trained = [p for p in self.parameters() if p.requires_grad]
+        loss = _Gradients.apply(self._first._used, *trained)
+        return Objective(loss, self._first._logits.empty(), torch.empty((), dtype=torch.int64))
+
+    def note_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Which parameters have a gradient; a module may have some that its loss does not depend on."""
+        self._used = tuple(gradient is not None for gradient in gradients)
+
+
+class _Gradients(torch.autograd.Function):
+    """A loss whose gradients are of the parameters' shapes and no more."""
+
+    @staticmethod
+    def forward(ctx: Any, used: tuple[bool, ...], *parameters: Tensor) -> Tensor:
+        ctx.used = used
+        ctx.save_for_backward(*parameters)
+        return torch.empty(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        pairs = zip(ctx.saved_tensors, ctx.used, strict=True)
+        return (None, *(torch.empty_like(p) if used else None for p, used in pairs))
+
+
+def module_form(module: LocalModule, optimizers: ModuleOptimizers) -> Hashable:
+    """Equal for two modules that do the same work on inputs of one form; None for a module like no other.
+
+    Everything that the parts hold is compared, down to plain values and the shapes of tensors, and which parameter
+    group and module a parameter is stepped with. What is neither a module, a tensor, a plain value nor a collection
+    counts as the same only if it is the same object.
+    """
+    if module.context is not None or module.index == 0:  # fed with a history, or with the batch, which outlives it
+        return None
+    groups = {id(p): index for index, group in enumerate(optimizers.whole.param_groups) for p in group["params"]}
+    mine = {id(p) for group in optimizers.view(module.index).param_groups for p in group["params"]}
+
+    within: set[int] = set()  # a module may refer to one that holds it
+
+    def of(value: Any) -> Hashable:
+        if isinstance(value, Tensor):
+            return TensorForm.of(value), groups.get(id(value)), id(value) in mine
+        if isinstance(value, nn.Module):
+            if id(value) in within:
+                return id(value)
+            within.add(id(value))
+            form = type(value), of(vars(value))
+            within.remove(id(value))
+            return form
+        if isinstance(value, dict):
+            return type(value), tuple((key, of(item)) for key, item in value.items())
+        if isinstance(value, (tuple, list)):
+            return type(value), tuple(of(item) for item in value)
+        if isinstance(value, (set, frozenset)):
+            return type(value), frozenset(of(item) for item in value)
+        if value is None or isinstance(value, (bool, int, float, str, torch.dtype, type)):
+            return type(value), value
+        return id(value)
+
+    return (
+        of(module.groups),
+        of(module.auxiliary),
+        module.kept,
+        module.options,
+        module.recompute,
+        module.fused,
+    )
+
+
+class TensorForm(NamedTuple):
+    """What the work on a tensor depends on, but its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    storage_bytes: int
+    dtype: torch.dtype
+    requires_grad: bool
+    kind: type
+
+    @staticmethod
+    def of(tensor: Tensor) -> TensorForm:
+        return TensorForm(
+            tuple(tensor.shape),
+            tensor.stride(),
+            int(tensor.storage_offset()),
+            tensor.untyped_storage().nbytes(),
+            tensor.dtype,
+            tensor.requires_grad,
+            type(tensor),
+        )
+
+    def empty(self) -> Tensor:
+        """A new tensor of the form, over a storage as large."""
+        storage = torch.empty(self.storage_bytes // self.dtype.itemsize, dtype=self.dtype)
+        return storage.as_strided(self.shape, self.stride, self.offset)

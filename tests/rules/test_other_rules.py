@@ -1,0 +1,272 @@
+"""Greedy, DGL, PredSim, InfoPro, MAN and AugLocal's ablations: published counts, formulas, combinations, errors."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from auglocal_ext import DGL, MAN, AugLocal, ContSup, Greedy, InfoPro, LocalSequential, LocalStep, PredSim, models
+from auglocal_ext.auxiliary import similarity_matrix
+from auglocal_ext.cost import count_macs
+from auglocal_ext.rules import INFOPRO_WEIGHTS
+from auglocal_ext.rules.man import MomentumNetwork
+
+
+def wrap(name, rule, modules=None):
+    with torch.device("meta"):
+        return LocalSequential(models.build(name), rule, 10, (3, 32, 32), modules=modules)
+
+
+def small(rule, modules=None, **options):
+    torch.manual_seed(3)
+    return LocalSequential(models.resnet_cifar(8, width=4), rule, 10, (3, 16, 16), modules=modules, **options)
+
+
+def batch(n=6):
+    return torch.rand(n, 3, 16, 16), torch.randint(0, 10, (n,))
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_greedy_heads():
+    net = wrap("resnet32", Greedy(), 16)
+    widths = [16] * 6 + [32] * 5 + [64] * 4
+    assert [count(a) for a in net.auxiliary] == [10 * w + 10 for w in widths]
+    x, y = batch()
+    net = small(Greedy())
+    module = net.local_modules[1]
+    h = torch.randn(6, 4, 16, 16)
+    linear = module.auxiliary.head.linear
+    expected = F.cross_entropy(F.linear(h.mean((2, 3)), linear.weight, linear.bias), y)
+    torch.testing.assert_close(module.local_loss(h, y), expected)
+
+
+@pytest.mark.parametrize(("width", "millions"), [(128, 0.85), (256, 3.36), (512, 13.4)])
+def test_dgl_heads_have_the_published_size(width, millions):
+    from auglocal_ext.auxiliary import DGLHead
+
+    head = DGLHead("mlp-sr", width, (32, 32), 10)
+    assert count(head) == 3 * (width**2 + 2 * width) + 3 * (16 * width**2 + 12 * width) + 40 * width + 10
+    assert count(head) / 1e6 == pytest.approx(millions, rel=0.01)
+    imagenet = DGLHead("mlp-sr", 512, (28, 28), 1000)
+    assert count(imagenet) / 1e6 == pytest.approx(15.4, rel=0.01)
+
+
+def test_dgl_heads_position_by_position():
+    net = small(DGL("mlp-sr"))
+    assert [type(m) for m in net.auxiliary[0].head.hidden][:1] == [nn.AdaptiveAvgPool2d]
+    head = net.auxiliary[0].head.eval()
+    h = torch.randn(2, 4, 16, 16)
+    z = h.unflatten(3, (4, 4)).unflatten(2, (4, 4)).mean((3, 5))  # a quarter of 16x16
+    for block in list(head.hidden)[1:4]:
+        z = block.bn(F.conv2d(z, block.conv.weight)).relu()
+    z = z.unflatten(3, (2, 2)).unflatten(2, (2, 2)).mean((3, 5)).flatten(1)
+    for linear, norm, _ in zip(*[iter(list(head.hidden)[6:])] * 3, strict=True):
+        z = norm(linear(z)).relu()
+    torch.testing.assert_close(head(h), F.linear(z, head.linear.weight, head.linear.bias), rtol=1e-4, atol=1e-5)
+
+
+def test_predsim_loss():
+    net = small(PredSim(beta=0.75, limit=64))
+    module = net.local_modules[1]
+    x, y = batch()
+    h = torch.randn(6, 4, 16, 16)
+    prediction, similarity = module.auxiliary.task, module.auxiliary.terms[0]
+    assert prediction.head.linear.in_features == 64
+    assert not prediction.head.linear.weight.any() and not prediction.head.linear.bias.any()
+    nn.init.normal_(prediction.head.linear.weight)
+    pooled = h.unflatten(3, (4, 4)).unflatten(2, (4, 4)).mean((3, 5)).flatten(1)
+    logits = F.linear(pooled, prediction.head.linear.weight, prediction.head.linear.bias)
+    ours = similarity_matrix(similarity.encoder(h).flatten(2).std(2))
+    wanted = similarity_matrix(F.one_hot(y, 10).float())
+    expected = 0.25 * F.cross_entropy(logits, y) + 0.75 * F.mse_loss(ours, wanted)
+    torch.testing.assert_close(module.local_loss(h, y), expected, rtol=1e-4, atol=1e-5)
+    last = net.local_modules[-1]
+    logits = torch.randn(6, 10)
+    torch.testing.assert_close(last.local_loss(logits, y), 0.25 * F.cross_entropy(logits, y))
+
+
+@pytest.mark.parametrize(
+    ("shape", "features"), [((16, 32, 32), 2048), ((16, 5, 7), 560), ((64, 8, 8), 2048), ((4096, 2, 2), 4096)]
+)
+def test_predsim_pools_to_at_most_so_many_features(shape, features):
+    from auglocal_ext.auxiliary import PredictionHead
+
+    assert PredictionHead(shape, 10).linear.in_features == features
+
+
+# Decoders cost the multiply-accumulates of ContSup's image encoders, of which they are mirror images.
+@pytest.mark.parametrize(
+    ("name", "k", "millions"), [("resnet32", 2, 3.87), ("resnet32", 16, 61.60), ("resnet110", 8, 30.63)]
+)
+def test_infopro_decoders_have_the_published_cost(name, k, millions):
+    net = LocalSequential(models.build(name), InfoPro((1, 1), (1, 1)), 10, (3, 32, 32), modules=k)
+    macs = 0
+    for auxiliary in net.auxiliary:
+        (decoder,) = (term.decoder for term in auxiliary.terms)
+        macs += count_macs(decoder, (decoder[0].in_channels, 32, 32))
+    assert macs / 1e6 == pytest.approx(millions, rel=2e-3)
+
+
+@pytest.mark.parametrize("k", [2, 4, 8, 16])
+def test_infopro_weights_are_linear_over_the_modules(k):
+    first, last = INFOPRO_WEIGHTS["cifar10", "resnet32"][k]
+    rule = InfoPro(first, last)
+    net = wrap("resnet32", rule, k)
+    weights = [rule.weights(net.network, m) for m in range(k - 1)]
+    assert weights[0] == first
+    for m, found in enumerate(weights):
+        for a, b, value in zip(first, last, found, strict=True):
+            assert value == pytest.approx(a if k == 2 else a + (b - a) * m / (k - 2))
+    if k > 2:
+        assert weights[-1] == pytest.approx(last)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "contrast"])
+def test_infopro_loss(loss):
+    net = small(InfoPro((2, 0.5), (1, 1), loss=loss, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)))
+    x, y = batch()
+    module = net.local_modules[0]
+    h = torch.randn(6, 4, 16, 16)
+    auxiliary = module.auxiliary
+    decoder, task = auxiliary.terms[0], auxiliary.task
+    found = module.local_loss(h, y, x)
+    reconstruction = decoder(h, y, x, -100)
+    classification = task.loss(h, y).loss
+    torch.testing.assert_close(found, 2 * reconstruction + 0.5 * classification, rtol=1e-4, atol=1e-5)
+    assert decoder.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    correct = net(x, y).module_correct
+    assert (correct[:-1] == -1).all() == (loss == "contrast") and correct[-1] >= 0
+
+
+def test_man_follows_the_next_block():
+    net = small(MAN(momentum=0.75), fused=False)
+    auxiliary = net.auxiliary[0]
+    following = net.local_modules[1].layers[0]
+    assert isinstance(auxiliary, MomentumNetwork)
+    for copied in (auxiliary.trained, auxiliary.average):
+        for (name, ours), (_, theirs) in zip(copied[0].named_parameters(), following.named_parameters(), strict=True):
+            assert torch.equal(ours, theirs), name
+    assert not any(p is q for p in auxiliary.parameters() for q in following.parameters())
+    step = LocalStep(net, lambda params: torch.optim.SGD(params, lr=0.5))
+    x, y = batch()
+    h = torch.randn(6, 4, 16, 16)
+    twin = copy.deepcopy(auxiliary)
+    z = twin.trained(h) + twin.average(h)
+    torch.testing.assert_close(auxiliary(h), twin.head(z))
+    average = [p.clone() for p in auxiliary.average.parameters()]
+    for _ in range(3):
+        block = [p.detach().clone() for p in following.parameters()]
+        step(x, y)
+        assert not torch.equal(block[0], next(following.parameters()))
+        average = [0.75 * a + 0.25 * b for a, b in zip(average, block, strict=True)]  # the block before its own step
+        for ours, theirs in zip(auxiliary.average.parameters(), average, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert all(p.grad is None for p in auxiliary.average.parameters())
+
+
+def test_man_before_the_classifier():
+    """The last module's block is copied without the classifier that belongs to its layer."""
+    net = small(MAN())
+    last = net.auxiliary[-1]
+    assert last(torch.randn(2, 8, 8, 8)).shape == (2, 10)
+    assert not any(isinstance(m, nn.Linear) for m in last.trained.modules())
+    copied = copy.deepcopy(net)
+    assert copied.auxiliary[0]._followed[0][0] is copied.local_modules[1].layers[0]
+
+
+def test_sampling_strategies():
+    plans = {}
+    for sampling in ("uniform", "sequential", "repeated", "conv1x1", "conv3x3"):
+        for downsampling in (True, False):
+            rule = AugLocal(3, pyramid=0.0, sampling=sampling, downsampling=downsampling)
+            net = wrap("resnet32", rule)
+            blocks = net.auxiliary[2].blocks  # after the second residual block
+            convs = [[m for m in block.modules() if isinstance(m, nn.Conv2d)][0] for block in blocks]
+            plans[sampling, downsampling] = [(c.out_channels, c.stride[0], c.kernel_size[0]) for c in convs]
+    uniform = [(32, 2, 3), (64, 2, 3)]  # layers round(2 + 13/2) = 8 and 15
+    assert plans["uniform", True] == plans["repeated", True] == plans["conv3x3", True] == uniform
+    assert plans["conv1x1", True] == [(32, 2, 1), (64, 2, 1)]
+    own = [(16, 1, 3), (16, 1, 3)]
+    assert plans["sequential", True] == own  # layers 3 and 4
+    for sampling in ("uniform", "sequential", "repeated", "conv3x3"):
+        assert plans[sampling, False] == own
+    assert plans["conv1x1", False] == [(16, 1, 1), (16, 1, 1)]
+    defaults = {s: AugLocal(3, sampling=s)._downsamples for s in ("uniform", "sequential", "repeated", "conv1x1")}
+    assert defaults == {"uniform": True, "sequential": True, "repeated": False, "conv1x1": False}
+
+
+@pytest.mark.parametrize("sampling", ["repeated", "conv1x1", "sequential"])
+@pytest.mark.parametrize("downsampling", [None, True, False])
+@pytest.mark.parametrize("name", ["resnet50", "vgg13"])
+def test_sampling_strategies_on_other_networks(name, sampling, downsampling):
+    with torch.device("meta"):
+        rule = AugLocal(3, joint_tail=False, sampling=sampling, downsampling=downsampling)
+        net = LocalSequential(models.build(name), rule, 1000, (3, 64, 64))
+    assert net.num_modules > 3
+
+
+COMBINATIONS = {
+    "contsup + auglocal": ContSup("R1E", head=AugLocal(depth=2)),
+    "contsup + infopro": ContSup("R1E", head=InfoPro((5, 0.05), (0.2, 0.5))),
+    "infopro + auglocal": InfoPro((5, 0.05), (0.2, 0.5), loss="contrast", head=AugLocal(depth=2)),
+    "man + dgl": MAN(head=DGL("mlp")),
+    "man + infopro": MAN(head=InfoPro((5, 0.05), (0.2, 0.5))),
+    "predsim + auglocal": PredSim(head=AugLocal(depth=2)),
+}
+
+
+@pytest.mark.parametrize("rule", [*COMBINATIONS.values(), Greedy(), DGL(), PredSim(), MAN()], ids=repr)
+@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_every_rule_trains(rule, recompute):
+    net = small(rule, recompute=recompute)
+    step = LocalStep(net, lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9))
+    x, y = batch(8)
+    losses = [float(step(x, y).loss) for _ in range(12)]
+    assert losses[-1] < losses[0]
+    assert net(x).shape == (8, 10)
+    assert net.export()(x).shape == (8, 10)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DGL("mlp_sr"), "unknown auxiliary head 'mlp_sr'"),
+        (lambda: PredSim(beta=1.5), "within 0 .. 1"),
+        (lambda: PredSim(limit=0), "at least 1"),
+        (lambda: PredSim(head="3c"), "unknown auxiliary head"),
+        (lambda: InfoPro((1, -1), (0, 0)), "neither negative"),
+        (lambda: InfoPro((1, 1), (0, 0), loss="ce"), "'softmax' or 'contrast'"),
+        (lambda: InfoPro((1, 1), (0, 0), mean=(0.5,)), "one value per channel"),
+        (lambda: InfoPro((1, 1), (0, 0), head="x"), "unknown auxiliary head"),
+        (lambda: MAN(momentum=2), "within 0 .. 1"),
+        (lambda: MAN(head="x"), "unknown auxiliary head"),
+        (lambda: AugLocal(sampling="random"), "sampling is one of"),
+        (lambda: small(InfoPro((1, 1), (0, 0), mean=(0.5,), std=(0.5,))), "one per channel"),
+    ],
+)
+def test_bad_settings(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("rule", [DGL(), InfoPro((1, 1), (1, 1))], ids=repr)
+def test_rules_of_feature_maps_refuse_vectors(rule):
+    layers = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3))
+    with pytest.raises(ValueError, match="Greedy"):
+        LocalSequential(layers, rule, 3, (8,))
+
+
+@pytest.mark.parametrize("rule", [Greedy(), PredSim()], ids=repr)
+def test_rules_on_vectors(rule):
+    layers = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    net = LocalSequential(layers, rule, 3, (8,))
+    out = net(torch.randn(6, 8), torch.randint(0, 3, (6,)))
+    out.loss.backward()
+    assert out.module_losses.shape == (net.num_modules,)

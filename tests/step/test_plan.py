@@ -1,0 +1,413 @@
+"""Planned memory: the figure of a mixture, against the meter on real tensors, and the choice against all others."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+import weakref
+from collections import deque
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from auglocal_ext import AugLocal, ContSup, LocalSequential, models
+from auglocal_ext.cost import FlopMeter, count_flops
+from auglocal_ext.local_modules import OneStream
+from auglocal_ext.memory import MemoryMeter
+from auglocal_ext.memory.meter import rounded
+from auglocal_ext.step import LocalStep, MemoryBudgetError, plan_memory
+from auglocal_ext.step.choice import Choice, Costs, cheapest_within, lowest_peak
+from auglocal_ext.step.module_peaks import ModuleCost, StepCost, StepEstimate
+from auglocal_ext.step.plan import parse_bytes
+from auglocal_ext.step.updates import updating_pass
+
+RULES = {"AugLocal d=2": AugLocal(2), "AugLocal d=6": AugLocal(6), "ContSup R1E": ContSup("R1E")}
+WAYS = ("none", "auxiliary", "all")
+BATCH = 16
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+
+
+def adamw(params):
+    return torch.optim.AdamW(params, lr=1e-3)
+
+
+def wrap(rule, depth=20, width=8, **options):
+    torch.manual_seed(5)
+    return LocalSequential(models.resnet_cifar(depth, width=width), rule, 10, (3, 32, 32), **options)
+
+
+def estimate(net, batch=BATCH, optimizer=sgd, **options):
+    settings = {"autocast": None, "clip_norm": None, "clip": "module", "accumulate": 1} | options
+    return StepEstimate(net, batch, optimizer, params=list(net.parameters()), **settings)
+
+
+def images(batch=BATCH, dtype=torch.float32):
+    return torch.randn(batch, 3, 32, 32, dtype=dtype), torch.randint(0, 10, (batch,))
+
+
+def metered(step, batch=BATCH, calls=1, x=None):
+    """Peak of a later step on real tensors."""
+    given, y = images(batch)
+    x = given if x is None else x
+    for _ in range(calls):
+        step(x, y)
+    for _ in range(calls - 1):
+        step(x, y)
+    with MemoryMeter() as meter:
+        meter.track(step.net, step.optimizer, x, y)
+        step(x, y)
+    return meter.peak_bytes
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_the_meters_reading_on_real_tensors(rule, autocast):
+    net = wrap(rule)
+    step = LocalStep(net, sgd, autocast=autocast, recompute="peak", batch_size=BATCH)
+    assert metered(step) == step.plan.predicted_bytes
+    for way in WAYS:
+        net.recompute = way
+        predicted = max(peaks[way] for peaks in step.plan.module_peaks)
+        assert metered(step) == predicted, way
+
+
+@pytest.mark.parametrize(
+    ("options", "calls"),
+    [
+        ({"optimizer": adamw}, 1),
+        ({"clip_norm": 1.0}, 1),
+        ({"clip_norm": 1.0, "clip": "global"}, 1),
+        ({"accumulate": 3}, 3),
+    ],
+    ids=["AdamW", "clipped", "clipped globally", "accumulated"],
+)
+def test_the_meters_reading_with_other_updates(options, calls):
+    net = wrap(AugLocal(3), width=16)
+    options = {"optimizer": sgd, **options}
+    plan = plan_memory(net, 4, **options)
+    assert metered(LocalStep(net, **options), 4, calls) == pytest.approx(plan.predicted_bytes, rel=0.02)
+
+
+def test_channels_last_and_double():
+    for net in (wrap(AugLocal(2)).to(memory_format=torch.channels_last), wrap(AugLocal(2)).double()):
+        weight = next(net.parameters())
+        x = torch.randn(BATCH, 3, 32, 32, dtype=weight.dtype)
+        if not weight.is_contiguous():
+            x = x.to(memory_format=torch.channels_last)
+        plan = plan_memory(net, BATCH, sgd)
+        assert metered(LocalStep(net, sgd), x=x) == pytest.approx(plan.predicted_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_the_plans_figure_is_that_of_a_run_with_its_choice(rule):
+    """Every module runs in it, and each recomputes what the plan says."""
+    net = wrap(rule)
+    plan = plan_memory(net, BATCH, sgd, recompute="peak")
+    run = estimate(net).cost(plan.recompute, alike=False)
+    assert max(run.end, *(module.peak for module in run.modules)) == plan.predicted_bytes
+    assert run.base == plan.base_bytes
+    assert sum(module.flops for module in run.modules) == plan.step_flops + plan.recomputed_flops
+    chosen = zip(plan.module_peaks, plan.recompute, strict=True)
+    assert [module.peak for module in run.modules] == [peaks[way] for peaks, way in chosen]
+    if rule == AugLocal(2):  # in the others one way suits all modules
+        assert len(set(plan.recompute)) > 1
+
+
+@pytest.mark.parametrize(
+    ("way", "options"),
+    [("none", {}), ("all", {"clip_norm": 1.0, "clip": "global"}), ("auxiliary", {"accumulate": 2})],
+    ids=str,
+)
+def test_modules_of_one_form_run_once_and_count_each(way, options):
+    alike, ran = [], []
+    trial = estimate(wrap(AugLocal(3)), **options)
+    for counted, setting in ((alike, True), (ran, False)):
+        with MemoryMeter() as meter:
+            counted.append(trial.cost(way, alike=setting))
+        counted.append(meter.events)
+    assert alike[0] == ran[0]
+    assert alike[1] < ran[1]
+
+
+def test_modules_that_differ_in_anything_run_each():
+    def own(change):
+        net = wrap(AugLocal(2), depth=14)
+        change(net)
+        trial = estimate(net)
+        assert trial.cost("none") == trial.cost("none", alike=False)
+        return [module.added for module in trial.cost("none").modules[1:3]]  # alike but for the change
+
+    same = own(lambda net: None)
+    assert same[0] == same[1]
+    hooked = own(lambda net: [m.register_forward_hook(lambda *_: None) for m in net.primary[2].modules()])
+    assert hooked[0] == same[0] < hooked[1]  # hooked layers run eagerly
+    frozen = own(lambda net: net.primary[2].requires_grad_(False))
+    assert frozen[0] == same[0] > frozen[1]
+
+
+def test_parameters_without_a_gradient_have_no_optimizer_state():
+    class Idle(nn.Sequential):
+        def __init__(self, width):
+            super().__init__(nn.Conv2d(width, width, 3, padding=1), nn.ReLU())
+            self.spare = nn.Parameter(torch.zeros(100_000))
+
+        def forward(self, x):
+            return self[1](self[0](x))
+
+    layers = nn.Sequential(*(Idle(3) for _ in range(4)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))
+    net = LocalSequential(layers, ContSup("R0", head="0c1f"), 10, (3, 32, 32))
+    plan = plan_memory(net, 2, sgd)
+    assert plan.base_bytes < 4 * 400_000 + 100_000
+    assert metered(LocalStep(net, sgd), 2) == pytest.approx(plan.predicted_bytes, rel=0.02)
+
+
+def test_planning_leaves_everything_as_it_was():
+    net = wrap(AugLocal(2), depth=8)
+    net.eval()
+    before = copy.deepcopy(net.state_dict())
+    state = torch.get_rng_state()
+    plan_memory(net, BATCH, sgd, recompute="peak")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not net.training and set(net.recompute) == {"none"}
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_fake_networks_and_parameter_groups():
+    def groups(net):
+        norms = [p for p in net.parameters() if p.dim() == 1]
+        return [
+            {"params": (p for p in net.parameters() if p.dim() > 1)},
+            {"params": norms, "weight_decay": 0.0},
+        ]
+
+    with FakeTensorMode():
+        fake = wrap(AugLocal(2), depth=8)
+        inside = plan_memory(fake, BATCH, sgd, params=groups(fake), recompute="peak")
+    assert plan_memory(fake, BATCH, sgd, recompute="peak") == inside
+    real = wrap(AugLocal(2), depth=8)
+    assert plan_memory(real, BATCH, sgd, recompute="peak") == inside
+    step = LocalStep(real, sgd, params=groups(real), recompute="peak", batch_size=BATCH)
+    assert step.plan == inside
+    assert [len(group["params"]) > 0 for group in step.optimizer.param_groups] == [True, True]
+    assert plan_memory(real, BATCH, sgd, autocast=torch.float16).predicted_bytes < inside.predicted_bytes
+
+
+def test_what_a_gpus_optimizer_has_beside_the_cpus_is_left_out():
+    net = wrap(AugLocal(2), depth=8)
+    plain = plan_memory(net, BATCH, adamw)
+    gpu = plan_memory(net, BATCH, lambda params: torch.optim.AdamW(params, lr=1e-3, capturable=True, fused=True))
+    assert gpu.predicted_bytes == plain.predicted_bytes
+
+
+def test_a_step_takes_its_plan():
+    net = wrap(AugLocal(2), depth=8)
+    step = LocalStep(net, sgd, recompute="peak", batch_size=BATCH)
+    assert net.recompute == step.plan.recompute != ("none",) * net.num_modules
+    free = plan_memory(net, BATCH, sgd, recompute="none").predicted_bytes
+    step = LocalStep(net, sgd, memory_budget=free, batch_size=BATCH)
+    assert set(net.recompute) == {"none"} and step.plan.budget_bytes == free
+    assert not step.plan.overlap  # on a CPU modules never overlap
+    assert LocalStep(net, sgd).plan is None
+    for options in ({"recompute": "peak"}, {"memory_budget": "1GB"}):
+        with pytest.raises(ValueError, match="pass batch_size="):
+            LocalStep(net, sgd, **options)
+
+
+def test_budget():
+    net = wrap(AugLocal(2), depth=8)
+    free, lowest = (plan_memory(net, BATCH, sgd, recompute=way) for way in ("none", "peak"))
+    assert lowest.predicted_bytes < free.predicted_bytes and lowest.recomputed_flops > free.recomputed_flops == 0
+    shares = []
+    for budget in (free.predicted_bytes, (free.predicted_bytes + lowest.predicted_bytes) // 2, lowest.predicted_bytes):
+        plan = plan_memory(net, BATCH, sgd, memory_budget=budget, overlap=False)
+        assert plan.predicted_bytes <= budget
+        shares.append(plan.recomputed_share)
+    assert shares[0] == 0 and shares == sorted(shares) and shares[-1] == lowest.recomputed_share
+    with pytest.raises(MemoryBudgetError, match=f'{lowest.predicted_bytes:,} bytes.*recompute="peak"') as refused:
+        plan_memory(net, BATCH, sgd, memory_budget=lowest.predicted_bytes - 1)
+    assert refused.value.least_bytes == lowest.predicted_bytes
+    assert plan_memory(net, BATCH, sgd, memory_budget=refused.value.least_bytes) is not None
+
+
+def test_overlap():
+    net = wrap(AugLocal(2), depth=8)
+    alone = plan_memory(net, BATCH, sgd, recompute="none")
+    both = plan_memory(net, BATCH, sgd, recompute="none", overlap=True)
+    assert not alone.overlap and both.overlap
+    assert alone.predicted_bytes < both.predicted_bytes < 2 * alone.predicted_bytes
+    assert plan_memory(net, BATCH, sgd, memory_budget=both.predicted_bytes).overlap
+    assert not plan_memory(net, BATCH, sgd, memory_budget=both.predicted_bytes - 1).overlap
+    assert not plan_memory(net, BATCH, sgd, recompute="peak").overlap
+    with pytest.raises(MemoryBudgetError, match="with overlap off") as refused:
+        plan_memory(net, BATCH, sgd, memory_budget=1000, overlap=True)
+    assert refused.value.least_bytes == plan_memory(net, BATCH, sgd, recompute="peak").predicted_bytes
+
+
+class PerStream(OneStream):
+    """Two streams as they hold memory: what modules of one make is counted there, inputs stay for three modules."""
+
+    def __init__(self):
+        self.stream = 0
+        self.kept = deque()
+
+    def module(self, index):
+        self.stream = index % 2
+        while self.kept and self.kept[0][0] <= index - 3:
+            self.kept.popleft()
+        return super().module(index)
+
+    def handed_on(self, index, h, history):
+        self.kept.append((index + 1, [h, *(t for t in history if t is not None)]))
+
+
+class StreamMeter(TorchDispatchMode):
+    """Most bytes alive of what was made while each stream ran."""
+
+    def __init__(self, streams):
+        super().__init__()
+        self.streams, self.live, self.most, self.known = streams, [0, 0], [0, 0], {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for item in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(item, torch.Tensor) and func is not torch.ops.prim.device.default:
+                self.note(item.untyped_storage(), self.streams.stream)
+        return out
+
+    def note(self, storage, stream):
+        key, size = storage._cdata, rounded(storage.nbytes())
+        if key not in self.known:
+            self.known[key] = weakref.finalize(storage, self.forget, key, stream, size)
+            self.live[stream] += size
+            self.most[stream] = max(self.most[stream], self.live[stream])
+
+    def forget(self, key, stream, size):
+        del self.known[key]
+        self.live[stream] -= size
+
+
+@pytest.mark.parametrize("rule", [AugLocal(2), ContSup("R0"), ContSup("R2E"), ContSup("R4")], ids=str)
+@pytest.mark.parametrize("way", ["none", "all"])
+def test_overlap_is_what_two_streams_hold(rule, way):
+    """They are played by one: a stream's memory is what its modules have made and not let go of."""
+    net = wrap(rule, depth=14)
+    predicted = plan_memory(net, BATCH, sgd, recompute=way, overlap=True)
+    step = LocalStep(net, sgd, recompute=way)
+    x, y = images()
+    step(x, y)
+    streams = PerStream()
+    with StreamMeter(streams) as meter:
+        for tensor in (x, y, *net.parameters(), *net.buffers()):
+            meter.known[tensor.untyped_storage()._cdata] = None
+        for state in step.optimizer.state.values():
+            meter.known[state["momentum_buffer"].untyped_storage()._cdata] = None
+        updating_pass(net.local_modules, x, y, step._updates, None, streams)
+    held = predicted.base_bytes + sum(meter.most)
+    assert held <= predicted.predicted_bytes <= (1.001 if len(net.context) == 0 else 1.1) * held
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("modules", [1, 2, 5])
+def test_the_choice_is_the_best_of_all(modules, overlap):
+    """Against every mixture of five modules, for every budget that makes a difference."""
+    generator = torch.Generator().manual_seed(modules)
+
+    def random_cost(rank):
+        size = torch.randint(10, 100, (modules, 3), generator=generator).tolist()
+        return StepCost(
+            base=1000,
+            modules=tuple(
+                ModuleCost(before=1000 + 7 * k, added=added, input=7 * k % 5, flops=100 + rank * flops)
+                for k, (added, flops, _) in enumerate(size)
+            ),
+            end=1040,
+        )
+
+    costs = Costs({way: random_cost(rank) for rank, way in enumerate(WAYS)}, history=False)
+    every = [Choice(ways, overlap) for ways in itertools.product(WAYS, repeat=modules)]
+    sizes = sorted({costs.bytes(choice) for choice in every})
+    assert costs.bytes(lowest_peak(costs, overlap)) == sizes[0]
+    for budget in sizes:
+        found = cheapest_within(costs, budget, overlap)
+        assert costs.bytes(found) <= budget
+        assert costs.recomputed(found) == min(costs.recomputed(c) for c in every if costs.bytes(c) <= budget)
+    assert cheapest_within(costs, sizes[0] - 1, overlap) is None
+    best = [c for c in every if costs.bytes(c) == sizes[0]]
+    assert costs.recomputed(lowest_peak(costs, overlap)) == min(costs.recomputed(choice) for choice in best)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (7, 7),
+        ("7", 7),
+        ("400MB", 400_000_000),
+        ("0.4GiB", int(0.4 * 2**30)),
+        (" 1.5 KB", 1500),
+        ("2TiB", 2**41),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "4 parsecs", "-1GB", "1e3", "0.4 gib", 0, -5, True, 0.4, None])
+def test_wrong_sizes(text):
+    with pytest.raises(ValueError, match='"400MB"'):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recompute": "peak", "memory_budget": "1GB"}, "Leave recompute out"),
+        ({"recompute": "some"}, "recompute must be one of"),
+        ({"batch_size": 0}, "batch_size is the number of images"),
+        ({"overlap": "yes"}, "overlap must be"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan_memory(wrap(ContSup("R0"), depth=8), **{"batch_size": 4, "optimizer": sgd, **options})
+
+
+def test_the_table():
+    plan = plan_memory(wrap(AugLocal(2), depth=14), BATCH, sgd, recompute="peak")
+    text = str(plan)
+    _, header, *rows, summary = text.splitlines()
+    assert header.split() == ["modules", *WAYS, "chosen", "FLOPs", "added"]
+    assert any("-" in row.split()[0] for row in rows)  # modules that look alike share a line
+    first, last = rows[0].split()[0].split("-")[0], rows[-1].split()[0].split("-")[-1]
+    assert (first, int(last)) == ("0", len(plan.recompute) - 1)
+    assert f"{plan.predicted_bytes:,} bytes" in summary and "overlap off" in summary
+
+
+def test_flops_are_counted_as_torch_counts_them():
+    with FakeTensorMode():
+        net = wrap(AugLocal(2), depth=8)
+        x, y = images()
+
+        def step():
+            net(x, y).loss.backward()
+
+        with FlopMeter() as meter:
+            step()
+        assert meter.flops == count_flops(step) > 0
+
+
+@pytest.mark.slow
+def test_a_deep_network_is_planned_in_seconds():
+    net = LocalSequential(models.resnet110(), AugLocal(6), 10, (3, 32, 32))
+    begin = time.perf_counter()
+    plan = plan_memory(net, 1024, sgd, autocast=torch.bfloat16, recompute="peak")
+    assert time.perf_counter() - begin < 60
+    assert plan.predicted_bytes < 0.40e9

@@ -1,0 +1,72 @@
+"""``python -m auglocal_ext plan`` as a user meets it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from auglocal_ext.cli import main
+
+SMALL = ["plan", "--network", "resnet8", "--width", "4", "--depth", "2", "--batch-size", "8"]
+
+
+def predicted(text):
+    return int(re.search(r"predicted [\d.]+ GB \(([\d,]+) bytes\)", text)[1].replace(",", ""))
+
+
+def test_a_table_for_each_way(capsys):
+    sizes = {}
+    for way in (None, "none", "all", "peak"):
+        assert main([*SMALL, *(["--recompute", way] if way else [])]) == 0
+        said = capsys.readouterr()
+        assert said.err == "" and "modules" in said.out and "batch size 8" in said.out
+        sizes[way] = predicted(said.out)
+    assert sizes[None] == sizes["none"] >= sizes["all"] >= sizes["peak"]
+
+
+def test_options_reach_the_step(capsys):
+    def size(*options):
+        assert main([*SMALL, *options]) == 0
+        return predicted(capsys.readouterr().out)
+
+    plain = size()
+    assert size("--amp", "bf16") < plain < size("--eager")
+    assert size("--image-size", "48") > plain
+    assert size("--overlap", "on") > plain
+    assert size("--classes", "2") < plain
+    size("--channels-last", "--no-joint-tail")
+    assert main(["plan", "--network", "resnet8", "--rule", "contsup", "--context", "E", "--batch-size", "8"]) == 0
+
+
+def test_budget(capsys):
+    assert main([*SMALL, "--memory-budget", "1GB"]) == 0
+    said = capsys.readouterr().out
+    assert "of a budget of 1.000 GB" in said and "overlap on" in said
+    assert main([*SMALL, "--memory-budget", "1KB"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: no choice of recomputation fits") and "the least is" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--memory-budget", "plenty"], "a number of bytes is expected"),
+        (["--memory-budget", "1GB", "--recompute", "peak"], "Leave recompute out"),
+        (["--context", "E"], "--context belongs to the rule contsup"),
+        (["--network", "resnet18"], "width applies to CIFAR ResNets"),
+        (["--modules", "99"], "99"),
+    ],
+)
+def test_wrong_input_is_one_message_and_status_1(capsys, arguments, said):
+    assert main([*SMALL, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("arguments", [["plan"], ["plan", "--batch-size", "8", "--rule", "bp"]])
+def test_wrong_call_is_explained(capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: python -m auglocal_ext" in capsys.readouterr().err
