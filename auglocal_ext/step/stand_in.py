@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..auxiliary.base import LocalLoss
 from ..local_modules import LocalModule
-from ..local_modules.local_module import Objective
 from .optimizers import ModuleOptimizers
 
 
@@ -73,15 +73,21 @@ class TrialModule:
         self._output = TensorForm.of(out)
         return out
 
-    def objective(self, out: Tensor, target: Tensor, check_labels: bool = True) -> Objective:
+    def objective(
+        self, out: Tensor, target: Tensor, image: Tensor | None = None, check_labels: bool = True
+    ) -> LocalLoss:
         if self._first is self:
-            result = self._module.objective(out, target, check_labels)
+            result = self._module.objective(out, target, image, check_labels)
             self._logits = TensorForm.of(result.logits)
             return result
         assert self._first._logits is not None
         trained = [p for p in self.parameters() if p.requires_grad]
         loss = _Gradients.apply(self._first._used, *trained)
-        return Objective(loss, self._first._logits.empty(), torch.empty((), dtype=torch.int64))
+        return LocalLoss(loss, self._first._logits.empty(), torch.empty((), dtype=torch.int64))
+
+    def after_step(self) -> None:
+        if self._first is self:
+            self._module.after_step()
 
     def note_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         """Which parameters have a gradient; a module may have some that its loss does not depend on."""
