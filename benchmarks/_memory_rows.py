@@ -9,16 +9,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from _networks import BUDGET, Loss, auglocal, backpropagation, build, checkpointing, input_shape, local, num_classes
+from torch import nn
 
-from auglocal_ext import AugLocal, ContSup, LocalSequential, fuse, models
-from auglocal_ext.local_modules import Recompute
+from auglocal_ext import ContSup
 from auglocal_ext.memory.meter import INPUTS
 from auglocal_ext.partition import group_children
 
 CONTEXT_MODULES = 16
-BUDGET = 0.5  # activation_memory_budget of the compiled rival, about where the peak is lowest
 
 # Peaks in GB which the AugLocal paper reports at batch 1024, fp32: max_memory_allocated with cuDNN's
 # workspaces, for ImageNet summed over its GPUs. The paper does not say which depth; d = 6 (CIFAR) and d = 5
@@ -32,8 +30,6 @@ PAPER = {
 PAPER_BATCH = 1024
 EAGER_DEPTHS = (5, 6)  # where the paper's figures stand: d = 6 (CIFAR) and d = 5 (ImageNet)
 RECOMPUTED_DEPTHS = (6,)
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,66 +51,15 @@ class Row:
     paper: str = ""
 
 
-def backpropagation(network: str, fused: bool = False) -> tuple[nn.Module, Loss]:
-    net = models.build(network)
-    if fused:
-        fuse(net)
-    return net, lambda x, y: F.cross_entropy(net(x), y)
-
-
 def compiled_backpropagation(network: str) -> tuple[nn.Module, Loss]:
-    net = models.build(network)
+    net = build(network)
     run = torch.compile(net)
     return net, lambda x, y: F.cross_entropy(run(x), y)
 
 
-def checkpointing(network: str) -> tuple[nn.Module, Loss]:
-    """Every child but the classifier keeps its input alone and runs again in the backward pass."""
-    net = models.build(network)
-    *blocks, classifier = net
-
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        for block in blocks:
-            # the blocks have no dropout, so no random state is to be kept
-            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
-        return F.cross_entropy(classifier(x), y)
-
-    return net, loss
-
-
-def auglocal(network: str, depth: int, fused: bool, recompute: Recompute = "none") -> tuple[nn.Module, Loss]:
-    """AugLocal as released: pyramid and joint tail for CIFAR, neither for ImageNet."""
-    if models.input_shape(network)[1] == 32:
-        rule = AugLocal(depth=depth, pyramid=0.5)
-    else:
-        head = "vgg" if network.startswith("vgg") else "linear"
-        rule = AugLocal(depth=depth, pyramid=0.0, joint_tail=False, single_layer_norm=False, head=head)
-    return local(network, rule, None, fused, recompute)
-
-
 def contsup(network: str, context: str, fused: bool) -> tuple[nn.Module, Loss]:
-    return local(network, ContSup(context=context, head="1c2f"), CONTEXT_MODULES, fused)
-
-
-def local(
-    network: str, rule: Any, modules: int | None, fused: bool, recompute: Recompute = "none"
-) -> tuple[nn.Module, Loss]:
-    net = models.build(network)
-    layers = len(group_children(net))
-    net = LocalSequential(
-        net,
-        rule=rule,
-        num_classes=num_classes(network),
-        input_shape=models.input_shape(network),
-        modules=None if modules is None else min(modules, layers),
-        fused=fused,
-        recompute=recompute,
-    )
-    return net, lambda x, y: net(x, y).loss
-
-
-def num_classes(network: str) -> int:
-    return 10 if models.input_shape(network)[1] == 32 else 1000
+    modules = min(CONTEXT_MODULES, len(group_children(build(network))))
+    return local(network, ContSup(context=context, head="1c2f"), modules, fused)
 
 
 def rows(cuda: bool) -> list[Row]:
@@ -147,7 +92,7 @@ def build_step(row: Row, network: str, batch: int, dtype: str) -> tuple[Callable
     net, loss_of = row.make(network)
     # foreach is what torch chooses on a GPU; said here so that the prediction runs the same optimizer
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, foreach=True)
-    x = torch.randn(batch, *models.input_shape(network))
+    x = torch.randn(batch, *input_shape(network))
     y = torch.randint(0, num_classes(network), (batch,))
 
     def step(mark: Callable[[str], None]) -> None:

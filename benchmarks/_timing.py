@@ -41,6 +41,35 @@ def measure(function: Callable[[], Any], device: str, seconds: float) -> Spread:
     return Spread(statistics.median(times), low, high, len(times))
 
 
+def time_steps(step: Callable[[], Any], device: str, seconds: float, least: int = 3, most: int = 50) -> Spread:
+    """Time of whole training steps in a row, after warm-up: as many as fit into ``seconds``, within bounds.
+
+    On CUDA from event to event without a wait between, so that the host may run ahead as it does in training.
+    """
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    once = max(time.perf_counter() - start, 1e-6)
+    runs = min(max(least, int(seconds / once)), most)
+    times: list[float] = []
+    if device == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
+        events[0].record()
+        for event in events[1:]:
+            step()
+            event.record()
+        events[-1].synchronize()
+        times = [first.elapsed_time(last) / 1e3 for first, last in zip(events, events[1:], strict=False)]
+    else:
+        for _ in range(runs):
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+    low, *_, high = statistics.quantiles(times, n=5)
+    return Spread(statistics.median(times), low, high, len(times))
+
+
 def copy_bandwidth(device: str, seconds: float) -> float:
     """Bytes read and written per second by a plain copy much larger than the caches."""
     source = torch.empty((1 << 30) if device == "cuda" else (1 << 27), dtype=torch.int8, device=device).zero_()

@@ -11,12 +11,11 @@ Prints a table; writes a JSON file and a PNG.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from _environment import environment
 from _memory_rows import PAPER, PAPER_BATCH, Row, build_step, rows
+from _networks import compiling
 from tqdm import tqdm
 
 from auglocal_ext import models
@@ -82,26 +82,13 @@ def run_row(row: Row, network: str, batch: int, dtype: str, cuda: bool) -> Resul
         if not row.compiled:
             result.predicted = estimate_step(build, flops=True)
         if cuda:
-            with activation_budget(row.budget):
+            with compiling(row.compiled, row.budget):
                 result.measured = measure_step(build)
     except torch.OutOfMemoryError:
         result.error = "out of memory"
     except Exception as error:
         result.error = " ".join(f"{type(error).__name__}: {error}".split())
-    if row.compiled:
-        torch.compiler.reset()
     return result
-
-
-@contextlib.contextmanager
-def activation_budget(budget: float | None) -> Iterator[None]:
-    if budget is None:
-        yield
-    else:
-        import torch._functorch.config
-
-        with torch._functorch.config.patch(activation_memory_budget=budget):
-            yield
 
 
 def columns(result: Result, base: Result | None) -> dict[str, str]:
