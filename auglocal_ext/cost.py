@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -45,6 +46,27 @@ def count_macs(module: nn.Module, input_shape: Sequence[int]) -> int:
     Raises:
         ValueError: a size in ``input_shape`` is not positive.
     """
+    return _macs(module, input_shape, lambda image: module(image))
+
+
+def count_training_macs(net: nn.Module, input_shape: Sequence[int]) -> int:
+    """Multiply-accumulates of the forward part of a local training step, per image.
+
+    Counted as by :func:`count_macs`: layers, context encoders and auxiliary networks with all that their losses run
+    (decoders, similarity encoders, moving averages). Products of images with one another, as in a similarity matrix,
+    depend on the batch and are not counted.
+
+    Args:
+        net: a :class:`auglocal_ext.LocalSequential`, of fake or real tensors: called with one image and its label.
+        input_shape: (C, H, W) of one image, or the shape of one sample.
+
+    Raises:
+        ValueError: a size in ``input_shape`` is not positive.
+    """
+    return _macs(net, input_shape, lambda image: net(image, torch.zeros(1, dtype=torch.long, device=image.device)))
+
+
+def _macs(module: nn.Module, input_shape: Sequence[int], run: Callable[[Tensor], Any]) -> int:
     if any(size < 1 for size in input_shape):
         raise ValueError(f"expected positive sizes in input_shape, got {tuple(input_shape)}")
     macs = 0
@@ -60,14 +82,31 @@ def count_macs(module: nn.Module, input_shape: Sequence[int]) -> int:
 
     layers = [m for m in module.modules() if isinstance(m, _ConvNd) or _is_linear(m)]
     mode = detect_fake_mode(list(module.parameters())) or FakeTensorMode(allow_non_fake_inputs=True)
+    heads = _LossHeads()
     handles = [layer.register_forward_hook(add) for layer in layers]
     try:
-        with mode, evaluating(module):
-            module(probe_input(module, input_shape, batch=1))
+        with mode, evaluating(module), heads:
+            run(probe_input(module, input_shape, batch=1))
     finally:
         for handle in handles:
             handle.remove()
-    return macs
+    return macs + heads.macs
+
+
+class _LossHeads(TorchDispatchMode):
+    """Counts linear layers that run inside the op that makes their loss, where no forward hook sees them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.name().startswith("auglocal_ext::pooled_cross_entropy"):
+            x, weight = args[:2]
+            self.macs += len(x) * weight.numel()
+        return func(*args, **(kwargs or {}))
 
 
 def count_flops(function: Callable[[], Any]) -> int:

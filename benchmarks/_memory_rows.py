@@ -14,7 +14,6 @@ from torch import nn
 
 from auglocal_ext import ContSup
 from auglocal_ext.memory.meter import INPUTS
-from auglocal_ext.partition import group_children
 
 CONTEXT_MODULES = 16
 
@@ -58,8 +57,7 @@ def compiled_backpropagation(network: str) -> tuple[nn.Module, Loss]:
 
 
 def contsup(network: str, context: str, fused: bool) -> tuple[nn.Module, Loss]:
-    modules = min(CONTEXT_MODULES, len(group_children(build(network))))
-    return local(network, ContSup(context=context, head="1c2f"), modules, fused)
+    return local(network, ContSup(context=context, head="1c2f"), CONTEXT_MODULES, fused)
 
 
 def rows(cuda: bool) -> list[Row]:

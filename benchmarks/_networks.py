@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from auglocal_ext import AugLocal, LocalSequential, fuse, models
 from auglocal_ext.local_modules import Recompute
+from auglocal_ext.partition import group_children
 
 BUDGET = 0.5  # activation_memory_budget of the compiled rival, about where the peak is lowest
 
@@ -73,12 +74,14 @@ def auglocal(network: str, depth: int, fused: bool, recompute: Recompute = "none
 def local(
     network: str, rule: Any, modules: int | None, fused: bool, recompute: Recompute = "none"
 ) -> tuple[LocalSequential, Loss]:
+    """The network under a rule, cut into ``modules``, or as many layers as it has; None leaves the cuts to the rule."""
+    layers = build(network)
     net = LocalSequential(
-        build(network),
+        layers,
         rule=rule,
         num_classes=num_classes(network),
         input_shape=input_shape(network),
-        modules=modules,
+        modules=None if modules is None else min(modules, len(group_children(layers))),
         fused=fused,
         recompute=recompute,
     )

@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py                              # ResNet-32 and ResNet-110, batch 1024, fp32
     python benchmarks/memory.py --network resnet34 --rows BP AugLocal --dtype bf16
+    python benchmarks/memory.py --rules                      # a row for each learning rule, with its arithmetic
 
 Without a GPU the peaks are predicted: tensor bytes under fake tensors, no library workspace. With one they
 are measured as well, with the allocator's reserved bytes and the time per step, beside ``torch.compile``.
@@ -13,61 +14,44 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from _environment import environment
 from _memory_rows import PAPER, PAPER_BATCH, Row, build_step, rows
+from _memory_table import GB, Result, as_json, table
 from _networks import compiling
+from _rule_rows import rule_rows
+from torch import nn
 from tqdm import tqdm
 
-from auglocal_ext import models
-from auglocal_ext.cost import count_parameters
-from auglocal_ext.memory import MemoryReport, PlotRow, estimate_step, measure_step, plot_memory
+from auglocal_ext import LocalSequential, models
+from auglocal_ext.cost import count_macs, count_parameters, count_training_macs
+from auglocal_ext.memory import PlotRow, estimate_step, measure_step, plot_memory
 
-GB = 1e9
 NETWORKS = ("resnet32", "resnet110")
-LOCAL = ("AugLocal", "ContSup")
+RIVALS = ("BP", "checkpointing", "compile")
 COLORS = {
     "BP": "#8a94a0",
     "checkpointing": "#e3a857",
     "compile": "#b0a08a",
     "AugLocal": "#d1495b",
     "ContSup": "#2e86ab",
+    "Greedy": "#7a9e7e",
+    "DGL": "#4f7f5b",
+    "PredSim": "#9a6fb0",
+    "InfoPro": "#c77d3b",
+    "MAN": "#5c6bc0",
+    "combination": "#3f4a56",
 }
 
 
-@dataclass
-class Result:
-    """What came out of one row; on a GPU it failed if nothing was measured."""
-
-    row: Row
-    cuda: bool
-    dtype: str = "fp32"
-    predicted: MemoryReport | None = None
-    measured: MemoryReport | None = None
-    parameters: int = 0
-    deployed: int = 0
-    error: str | None = None
-    paper_gb: float | None = None
-
-    @property
-    def report(self) -> MemoryReport | None:
-        return self.measured if self.cuda else self.predicted
-
-    @property
-    def peak_bytes(self) -> int | None:
-        return self.report.peak_bytes if self.report else None
-
-
-def run_row(row: Row, network: str, batch: int, dtype: str, cuda: bool) -> Result:
-    """One row; what goes wrong in it is its result, and the others go on."""
-    result = Result(row, cuda, dtype)
+def run_row(row: Row, network: str, batch: int, dtype: str, cuda: bool, macs: bool = False) -> Result:
+    """One row, with ``macs`` its multiply-accumulates too; what goes wrong in it is its result, the others go on."""
+    result = Result(row, cuda, dtype, counted=macs)
     if batch == PAPER_BATCH and dtype == "fp32":
         result.paper_gb = PAPER.get(network, {}).get(row.paper)
 
@@ -76,6 +60,8 @@ def run_row(row: Row, network: str, batch: int, dtype: str, cuda: bool) -> Resul
         if not result.parameters:
             result.parameters = count_parameters(tracked[0])
             result.deployed = count_parameters(tracked[0], inference=True)
+            if result.counted:
+                count_arithmetic(result, tracked[0], models.input_shape(network))
         return step, tracked
 
     try:
@@ -91,67 +77,18 @@ def run_row(row: Row, network: str, batch: int, dtype: str, cuda: bool) -> Resul
     return result
 
 
-def columns(result: Result, base: Result | None) -> dict[str, str]:
-    """The cells of one line by their headings; GB of 1e9 bytes, costs relative to the BP row."""
-    predicted, measured = result.predicted, result.measured
-    cells = {"method": result.row.name, "BatchNorm": "fused" if result.row.fused else "eager"}
-    cells["dtype"] = result.dtype
-    cells["recompute"] = "" if result.row.recompute == "none" else result.row.recompute
-    if result.cuda:
-        cells["allocated GB"] = gigabytes(measured and measured.peak_bytes)
-        cells["reserved GB"] = gigabytes(measured and measured.reserved_peak_bytes)
-        cells["predicted GB"] = gigabytes(predicted and predicted.peak_bytes)
-    else:
-        cells["peak GB"] = gigabytes(predicted and predicted.peak_bytes)
-    cells["vs BP"] = ratio(result.peak_bytes, base and base.peak_bytes)
-    cells["paper GB"] = "" if result.paper_gb is None else f"{result.paper_gb:.2f}"
-    cells["trained M"] = f"{result.parameters / 1e6:.2f}"
-    cells["deployed M"] = f"{result.deployed / 1e6:.2f}"
-    base_flops = base.predicted.flops if base and base.predicted else None
-    cells["FLOPs vs BP"] = ratio(predicted and predicted.flops, base_flops)
-    if result.cuda:
-        base_time = base.measured.median_seconds if base and base.measured else None
-        times = measured.seconds if measured else ()
-        low, median, high = statistics.quantiles(times, n=4) if times else (None, None, None)
-        cells["ms/step"] = f"{1e3 * median:.1f}" if times else ""
-        cells["IQR ms"] = f"{1e3 * (high - low):.1f}" if times else ""
-        cells["time vs BP"] = ratio(median, base_time)
-    return cells
-
-
-def gigabytes(nbytes: int | None) -> str:
-    if nbytes is None:
-        return ""
-    return f"{nbytes / GB:.2f}" if nbytes >= 0.1 * GB else f"{nbytes / GB:.4f}"
-
-
-def ratio(value: float | None, base: float | None) -> str:
-    return f"{value / base:.2f}x" if value is not None and base else ""
-
-
-def table(network: str, results: Sequence[Result]) -> str:
-    base = next((r for r in results if r.row.name == "BP"), None)
-    lines = [columns(result, base) for result in results]
-    widths = {head: max(len(head), *(len(line[head]) for line in lines)) for head in lines[0]}
-    text = [network, "  ".join(pad(head, head, widths) for head in widths)]
-    text.append("-" * len(text[1]))
-    for result, line in zip(results, lines, strict=True):
-        if result.predicted or result.measured:
-            text.append("  ".join(pad(head, cell, widths) for head, cell in line.items()))
-        if result.error:
-            text.append(f"{pad('method', line['method'], widths)}  failed: {result.error}")
-    return "\n".join(line.rstrip() for line in text)
-
-
-def pad(head: str, cell: str, widths: dict[str, int]) -> str:
-    return f"{cell:<{widths[head]}}" if head == "method" else f"{cell:>{widths[head]}}"
+def count_arithmetic(result: Result, net: nn.Module, input_shape: Sequence[int]) -> None:
+    """Multiply-accumulates per image of inference and of a training forward; backpropagation's are the same."""
+    result.inference_macs = result.training_macs = count_macs(net, input_shape)
+    if isinstance(net, LocalSequential):
+        result.training_macs = count_training_macs(net, input_shape)
 
 
 def draw(path: Path, results: dict[str, list[Result]], batch: int, dtype: str, cuda: bool) -> Path | None:
     """Bars of every row that gave a figure; through one step: BP, checkpointing and one local rule."""
     panels = []
     for network, found in results.items():
-        local = [result.row.name for result in found if result.predicted and result.row.family in LOCAL]
+        local = [result.row.name for result in found if result.predicted and result.row.family not in RIVALS]
         shown = {"BP", "BP checkpointing", "AugLocal d=3" if "AugLocal d=3" in local else "".join(local[:1])}
         drawn = [plot_row(result, result.row.name in shown) for result in found]
         if any(drawn):
@@ -183,22 +120,6 @@ def plot_row(result: Result, emphasis: bool) -> PlotRow | None:
     )
 
 
-def as_json(result: Result) -> dict[str, Any]:
-    return {
-        "name": result.row.name,
-        "family": result.row.family,
-        "fused": result.row.fused,
-        "recompute": result.row.recompute,
-        "dtype": result.dtype,
-        "parameters_trained": result.parameters,
-        "parameters_deployed": result.deployed,
-        "paper_gb": result.paper_gb,
-        "error": result.error,
-        "predicted": result.predicted and result.predicted.as_dict(timeline_points=300),
-        "measured": result.measured and result.measured.as_dict(),
-    }
-
-
 def compact(text: str) -> str:
     """Lists of numbers on one line each, so that a result file can be read and compared."""
     return re.sub(r"\[[-\d\s.,e+\[\]]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
@@ -220,6 +141,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="cpu: predict, also beside a GPU"
     )
     parser.add_argument("--rows", nargs="+", metavar="TEXT", help="only rows whose name contains one of these")
+    parser.add_argument(
+        "--rules",
+        action="store_true",
+        help="a row for each learning rule and for some combinations, in place of the rivals and of AugLocal's depths; "
+        "with multiply-accumulates per image of inference and of a training step's forward part",
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for JSON and PNG")
     options = parser.parse_args(arguments)
     if options.batch < 2:
@@ -228,9 +155,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--device cuda: torch sees no CUDA device; leave it out to predict")
     cuda = options.device != "cpu" and torch.cuda.is_available()
     wanted = [text.lower() for text in options.rows or [""]]
-    chosen = [row for row in rows(cuda) if any(text in row.name.lower() for text in wanted)]
+    known = rule_rows() if options.rules else rows(cuda)
+    chosen = [row for row in known if any(text in row.name.lower() for text in wanted)]
     if not chosen:
-        parser.error(f"--rows matches none of: {', '.join(row.name for row in rows(cuda))}")
+        parser.error(f"--rows matches none of: {', '.join(row.name for row in known)}")
 
     results: dict[str, list[Result]] = {network: [] for network in options.network}
     kind = "measured" if cuda else "predicted"
@@ -238,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for network, found in results.items():
             for row in chosen:
                 bar.set_description(f"{network}, {row.name}")
-                found.append(run_row(row, network, options.batch, options.dtype, cuda))
+                found.append(run_row(row, network, options.batch, options.dtype, cuda, macs=options.rules))
                 bar.update()
 
     note = (
@@ -249,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"Memory of one training step, batch {options.batch}, {options.dtype}, SGD with momentum; {note}")
     for network, found in results.items():
         print("\n" + table(network, found))
-    stem = options.output / f"memory-{kind}"
+    stem = options.output / f"{'rules' if options.rules else 'memory'}-{kind}"
     record = {
         "benchmark": "memory",
         "kind": kind,

@@ -43,6 +43,37 @@ def test_table_json_and_picture(benchmark, tmp_path, capsys):
     assert (tmp_path / "memory-predicted.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_rules_with_their_arithmetic(benchmark, tmp_path, capsys):
+    arguments = ["--rules", "--network", "resnet8", "--batch", "8", "--device", "cpu", "--output", str(tmp_path)]
+    assert benchmark.main([*arguments, "--rows", "BP", "Greedy", "InfoPro softmax", "MAN", "R1E", "d=2"]) == 0
+    printed = capsys.readouterr().out
+    assert "inference MMAC  training MMAC" in printed
+    assert "known of resnet32, resnet110" in printed  # InfoPro has no weights for this network; the other rows go on
+    assert (tmp_path / "rules-predicted.png").is_file() and not (tmp_path / "memory-predicted.json").exists()
+
+    record = json.loads((tmp_path / "rules-predicted.json").read_text())
+    rows = {row["name"]: row for row in record["networks"]["resnet8"]}
+    assert rows["InfoPro softmax"]["error"].startswith("ValueError")
+    bp, greedy, man, contsup = (rows[name] for name in ("BP", "Greedy", "MAN", "ContSup R1E"))
+    assert bp["macs_inference"] == bp["macs_training"] == greedy["macs_inference"] == man["macs_inference"]
+    assert greedy["macs_training"] == bp["macs_training"] + 10 * (16 + 16 + 32)  # linear classifiers of three modules
+    assert man["macs_training"] > 2 * bp["macs_training"]  # each next block runs twice more
+    assert contsup["macs_inference"] > bp["macs_inference"] and contsup["macs_training"] > contsup["macs_inference"]
+    assert all(row["predicted"]["peak_bytes"] for row in rows.values() if not row["error"])
+
+
+def test_every_rule_has_a_row(benchmark):
+    import auglocal_ext
+
+    exported = [getattr(auglocal_ext, name) for name in auglocal_ext.__all__]
+    classes = {c.__name__ for c in exported if isinstance(c, type) and issubclass(c, auglocal_ext.Rule)} - {"Rule"}
+    names = [row.name for row in benchmark.rule_rows()]
+    assert len(set(names)) == len(names)
+    for name in classes:
+        assert any(row.startswith(name) for row in names), f"{name} has no row in benchmarks/_rule_rows.py"
+    assert {row.family for row in benchmark.rule_rows()} <= set(benchmark.COLORS)
+
+
 def test_half_precision_rows_need_less(benchmark):
     peaks = {}
     for dtype in ("fp32", "bf16"):

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from auglocal_ext import AugLocal, ContSup, LocalSequential, models
-from auglocal_ext.cost import count_flops, count_macs, count_parameters
+from auglocal_ext import AugLocal, ContSup, Greedy, InfoPro, LocalSequential, models
+from auglocal_ext.cost import count_flops, count_macs, count_parameters, count_training_macs
 
 
 def small():
@@ -65,6 +65,50 @@ def test_cifar_networks_cost_what_the_papers_code_counts(name, parameters, macs)
         net = models.build(name)
     assert count_parameters(net) == parameters
     assert count_macs(net, models.input_shape(name)) == pytest.approx(macs, rel=1e-4)
+
+
+# Forward of a training step over that of backpropagation, 16 local modules, as counted in ContSup's released code.
+DECODER = InfoPro((5, 0.05), (0.2, 0.5))
+TRAINING_FORWARD = {
+    "R0": (ContSup("R0"), 1.33, 1.09),
+    "R1": (ContSup("R1"), 1.39, 1.11),
+    "E": (ContSup("E"), 2.22, 1.33),
+    "R1E": (ContSup("R1E"), 2.28, 1.35),
+    "InfoPro": (DECODER, 2.22, 1.33),
+    "R1E+decoder": (ContSup("R1E", head=DECODER), 3.17, 1.59),
+}
+
+
+@pytest.mark.parametrize("name", ["resnet32", pytest.param("resnet110", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", TRAINING_FORWARD)
+def test_training_forward_costs_the_published_share(case, name):
+    rule, *expected = TRAINING_FORWARD[case]
+    with FakeTensorMode():
+        net = LocalSequential(models.build(name), rule, 10, (3, 32, 32), modules=16)
+        backbone = count_macs(net.primary, (3, 32, 32))
+        found = count_training_macs(net, (3, 32, 32)) / backbone
+    assert found == pytest.approx(expected[name == "resnet110"], abs=0.0051)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_training_macs_by_hand_and_nothing_is_touched(fused):
+    layers = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 8, 3, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
+    net = LocalSequential(layers, Greedy(), 5, (3, 6, 6), fused=fused)
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    primary = 36 * 3 * 4 * 9 + 36 * 4 * 8 * 9 + 8 * 5
+    assert count_macs(net, (3, 6, 6)) == primary
+    assert count_training_macs(net, (3, 6, 6)) == primary + 4 * 5
+    assert net.training and all(p.grad is None for p in net.parameters())
+    assert all(not module._forward_hooks for module in net.modules())
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
 
 
 def test_flops_of_a_step():

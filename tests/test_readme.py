@@ -56,6 +56,50 @@ def test_figures_are_those_of_the_result_files():
             assert f"{100 * bytes_ / rows[network, 'BP']['predicted']['peak_bytes']:.0f}" == share, (network, name)
 
 
+# The row of benchmarks/memory.py --rules that a line of README's table of rules stands for.
+RULE_ROWS = {
+    "backpropagation": "BP",
+    "`AugLocal(depth=2)`": "AugLocal d=2",
+    "`AugLocal(depth=3)`": "AugLocal d=3",
+    "`AugLocal(depth=6)`": "AugLocal d=6",
+    '`ContSup("R0")`': "ContSup R0",
+    '`ContSup("R1")`': "ContSup R1",
+    '`ContSup("E")`': "ContSup E",
+    '`ContSup("R1E")`': "ContSup R1E",
+    "`InfoPro(first, last)`": "InfoPro softmax",
+    '`InfoPro(first, last, loss="contrast")`': "InfoPro contrast",
+    "`PredSim()`": "PredSim",
+    "`DGL()`": "DGL mlp-sr",
+    "`MAN()`": "MAN",
+    "`Greedy()`": "Greedy",
+    "`MAN(head=DGL())`": "MAN + DGL",
+    '`ContSup("R1E", head=InfoPro(first, last))`': "ContSup R1E + InfoPro",
+    '`ContSup("R1E", head=AugLocal(depth=2))`': "ContSup R1E + AugLocal d=2",
+    '`InfoPro(first, last, loss="contrast", head=AugLocal(depth=2))`': "InfoPro contrast + AugLocal d=2",
+}
+
+
+def test_costs_of_the_rules_are_those_of_the_result_file():
+    import json
+
+    report = json.loads((ROOT / "benchmarks" / "results" / "rules" / "rules-predicted.json").read_text())
+    rows = {row["name"]: row for row in report["networks"]["resnet32"]}
+    assert set(rows) - {"BP fused"} == set(RULE_ROWS.values())
+    base = rows["BP"]["predicted"]
+    wanted = {}
+    for label, name in RULE_ROWS.items():
+        row, predicted = rows[name], rows[name]["predicted"]
+        wanted[label] = (
+            f"{row['parameters_trained'] / 1e6:.2f} / {row['parameters_deployed'] / 1e6:.2f}",
+            f"{row['macs_training'] / 1e6:.1f} / {row['macs_inference'] / 1e6:.1f}",
+            f"{predicted['flops'] / base['flops']:.2f}",
+            f"{predicted['peak_bytes'] / 1e9:.2f} ({100 * predicted['peak_bytes'] / base['peak_bytes']:.0f} %)",
+        )
+    lines = README.split("| rule | a local module is trained |")[1].split("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert {label: tuple(figures) for label, _, _, *figures in cells} == wanted
+
+
 def test_accuracies_are_those_of_the_result_file():
     import json
 

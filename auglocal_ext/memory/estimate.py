@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from auglocal_ext.cost import count_flops
 from auglocal_ext.memory.device import read_device_memory, release_device_memory
@@ -75,7 +76,8 @@ def estimate_step(build_step: BuildStep, *, flops: bool = False) -> MemoryReport
         flops: also count the floating-point operations of a step (2 per multiply-accumulate).
     """
     with FakeTensorMode():
-        step, tracked = build_step()
+        with _DeepCopies():
+            step, tracked = build_step()
         count = None
         if flops:
             count = count_flops(lambda: step(_unmarked))
@@ -95,6 +97,21 @@ def estimate_step(build_step: BuildStep, *, flops: bool = False) -> MemoryReport
         categories=meter.peak_categories,
         flops=count,
     )
+
+
+class _DeepCopies(TorchFunctionMode):
+    """``copy.deepcopy`` of a fake tensor, whose storage torch cannot copy, is a clone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__deepcopy__:
+            tensor, memo = args
+            if id(tensor) not in memo:
+                copied = tensor.detach().clone()
+                if isinstance(tensor, torch.nn.Parameter):
+                    copied = torch.nn.Parameter(copied, tensor.requires_grad)
+                memo[id(tensor)] = copied
+            return memo[id(tensor)]
+        return func(*args, **(kwargs or {}))
 
 
 def measure_step(

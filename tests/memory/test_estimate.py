@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -108,3 +109,23 @@ def test_meter_counts_on_a_gpu_what_it_counts_on_fake_tensors():
         meter.track(*tracked)
         step(meter.mark)
     assert meter.peak_bytes == pytest.approx(estimate_step(build_step).peak_bytes, abs=8 * 512)
+
+
+def test_networks_that_copy_their_parts_are_predicted():
+    def build(copied: bool):
+        first = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        first[0].bias.requires_grad_(False)
+        second = copy.deepcopy(first) if copied else nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        second[0].bias.requires_grad_(False)
+        net = nn.ModuleList([first, second])
+        assert len(set(net.parameters()) | set(net.buffers())) == 2 * (4 + 3)
+        x = torch.randn(4, 3, 8, 8)
+
+        def step(mark):
+            (first(x) + second(x)).sum().backward()
+            assert [p.grad is None for p in net.parameters()] == [False, True, False, False] * 2
+
+        return step, (net, x)
+
+    found, expected = estimate_step(lambda: build(True)), estimate_step(lambda: build(False))
+    assert found.peak_bytes == expected.peak_bytes and found.categories == expected.categories
