@@ -119,11 +119,13 @@ class Graphs:
         self._given_up: str | None = None
         self.reason: str | None = "no step has run yet"
 
-    def find(self, x: Tensor, state: Any, form: Any, phase: Any, obstacle: str | None) -> GraphedStep | bool:
+    def find(
+        self, x: Tensor, built_in: Callable[[], Any], form: Any, phase: Any, obstacle: str | None
+    ) -> GraphedStep | bool:
         """The captured step for this batch; else True where it is to be captured now, False to run eagerly.
 
         Args:
-            state: what all graphs have built in.
+            built_in: tells what all graphs have built in.
             form: shapes and dtypes of the batch.
             phase: which of several steps it is that differ otherwise.
             obstacle: a reason not to capture that the caller knows of.
@@ -135,6 +137,7 @@ class Graphs:
             obstacle = f"the batch is on {x.device.type}, CUDA graphs need a CUDA device"
         if obstacle is not None or self._given_up is not None:
             return self._eager(obstacle or self._given_up, required=True)
+        state = built_in()
         if state != self._state:
             self.clear()
             self._state = state

@@ -198,7 +198,7 @@ class LocalStep:
         obstacle = "recomputed modules draw random numbers (dropout)" if self._recomputes_random else None
         form = (x.shape, x.stride(), x.dtype, y.shape, y.device)
         phase = self._updates.due
-        found = self._graphs.find(x, self._built_in(x.device), form, phase, obstacle)
+        found = self._graphs.find(x, lambda: self._built_in(x.device), form, phase, obstacle)
         self.net.check_batch(x, y, labels=isinstance(found, bool))  # a graph counts bad labels itself
         if found is True:
             return self._graphs.capture(lambda pool: self._captured(x, y, pool), phase, self._running)
