@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from auglocal_ext.ops import batch_norm_act, batch_norm_act_max_pool, pooled_cross_entropy
+from auglocal_ext.ops import batch_norm_act, batch_norm_act_max_pool, pooled_cross_entropy, reconstruction_loss
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Case:
 
 def cases(device: str, dtype: torch.dtype, first_only: bool = False) -> Iterator[Case]:
     """Every op at its shapes (or the first of them): those of the networks on CUDA, small ones on the CPU."""
-    for op in (_pooled_cross_entropy, _batch_norm_act, _batch_norm_act_max_pool):
+    for op in (_pooled_cross_entropy, _batch_norm_act, _batch_norm_act_max_pool, _reconstruction_loss):
         yield from islice(op(device, dtype), 1 if first_only else None)
 
 
@@ -174,3 +174,35 @@ def _fused_pool(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, provider: str
 ) -> tuple[Tensor, ...]:
     return (batch_norm_act_max_pool(x, weight, bias, mean, var, training=True, provider=provider),)
+
+
+# (batch, channels, height, width): images of CIFAR, STL-10 and ImageNet
+_IMAGES = {"cuda": [(1024, 3, 32, 32), (256, 3, 96, 96), (256, 3, 224, 224)], "cpu": [(64, 3, 32, 32), (8, 3, 96, 96)]}
+
+
+def _reconstruction_loss(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    for shape, layout in product(_IMAGES[device], (torch.contiguous_format, torch.channels_last)):
+        logits = torch.randn(shape, device=device).to(dtype, memory_format=layout).requires_grad_()
+        image = torch.randn(shape, device=device).to(memory_format=layout)
+        mean, std = (torch.tensor(values, device=device) for values in ((0.49, 0.48, 0.45), (0.25, 0.24, 0.26)))
+        name = "channels-last" if layout == torch.channels_last else "contiguous"
+        yield Case(
+            op="reconstruction_loss",
+            shape=f"{'x'.join(map(str, shape))}, {name}",
+            inputs=(logits, image, mean, std),
+            composition=_reconstruct,
+            fused=_fused_reconstruct,
+            # Logits and image in and the gradient out; the factor of the loss comes after it, so the gradient is read
+            # and written once more.
+            bytes=logits.numel() * (4 * logits.element_size() + image.element_size()),
+            dtype=dtype,
+        )
+
+
+def _reconstruct(logits: Tensor, image: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, ...]:
+    pixels = (image * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)).clamp(0, 1)
+    return (F.binary_cross_entropy_with_logits(logits.float(), pixels),)
+
+
+def _fused_reconstruct(logits: Tensor, image: Tensor, mean: Tensor, std: Tensor, provider: str) -> tuple[Tensor, ...]:
+    return (reconstruction_loss(logits, image, mean, std, provider=provider),)

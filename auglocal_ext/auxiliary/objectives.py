@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.blocks import initialise
+from ..ops.reconstruction_loss import reconstruction_loss
 from .base import Auxiliary, LocalLoss
 
 
@@ -135,8 +136,8 @@ class ReconstructionLoss(Term):
         initialise(self)
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
 
     def forward(self, h: Tensor, target: Tensor, image: Tensor | None, ignore_index: int) -> Tensor:
         if image is None:
@@ -144,8 +145,7 @@ class ReconstructionLoss(Term):
                 "this module's loss reconstructs the image: pass the network's input, local_loss(out, y, image=x)"
             )
         resized = F.interpolate(h, image.shape[-2:], mode="bilinear", align_corners=True)
-        pixels = (image.float() * self.std + self.mean).clamp(0, 1)
-        return F.binary_cross_entropy_with_logits(self.decoder(resized).float(), pixels)
+        return reconstruction_loss(self.decoder(resized), image, self.mean, self.std)
 
 
 def supervised_contrast(features: Tensor, target: Tensor, temperature: float, ignore_index: int = -100) -> Tensor:

@@ -1,4 +1,5 @@
-// What the kernels of every op share: block size, loads and stores of 16 bytes, launch arithmetic.
+// What the kernels of every op share: block size, loads and stores of 16 bytes, a block's sum,
+// launch arithmetic.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>
@@ -37,6 +38,20 @@ __device__ __forceinline__ void store(T* y, const float (&in)[kVector]) {
     for (int v = 0; v < kVector; ++v) pack.values[v] = static_cast<T>(in[v]);
     *reinterpret_cast<Pack<T, kVector>*>(y) = pack;
   }
+}
+
+// Sum over the threads of a block in a fixed order; the result is valid in thread 0.
+template <typename V>
+__device__ V block_sum(V value) {
+  __shared__ V partial[kThreads];
+  __syncthreads();  // an earlier sum of the same type may still be read
+  partial[threadIdx.x] = value;
+  __syncthreads();
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
+    __syncthreads();
+  }
+  return partial[0];
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) {

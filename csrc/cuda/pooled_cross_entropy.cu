@@ -22,20 +22,6 @@ namespace {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Sum over the threads of a block in a fixed order; the result is valid in thread 0.
-template <typename V>
-__device__ V block_sum(V value) {
-  __shared__ V partial[kThreads];
-  __syncthreads();  // an earlier sum of the same type may still be read
-  partial[threadIdx.x] = value;
-  __syncthreads();
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
-    __syncthreads();
-  }
-  return partial[0];
-}
-
 struct PoolParams {
   const void* x;                         // (N, C, P)
   int64_t images, channels, positions;   // N, C, P

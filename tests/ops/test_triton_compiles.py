@@ -129,6 +129,32 @@ for dtype, activation, flag, size, blocks in (
         )
     ]
 
+PIXELS = dict.fromkeys(("M_ptr", "S_ptr", "L_ptr"), "*fp32") | dict.fromkeys(("elements", "inner", "blocks"), "i32")
+PIXELS |= {f"stride_{name}{dim}": "i64" for name in "xi" for dim in "noi"}
+KERNELS += [
+    (
+        "reconstruction_loss",
+        "_pixels_kernel",
+        {"X_ptr": f"*{dtype}", "G_ptr": f"*{dtype}", "I_ptr": f"*{image}", **PIXELS},
+        {
+            "CHANNELS_LAST": flag,
+            "DENSE_X": flag,
+            "DENSE_I": not flag,
+            "NEED_GRAD": need,
+            "WIDE": not need,
+            "BLOCK": 1024,
+        },
+    )
+    for dtype, image, flag, need in (
+        ("fp32", "fp32", False, True),
+        ("bf16", "fp32", True, True),
+        ("fp16", "fp64", False, False),
+        ("fp32", "bf16", True, False),
+    )
+]
+MEAN = {"L_ptr": "*fp32", "loss_ptr": "*fp32", "programs": "i32", "count": "fp32"}
+KERNELS.append(("reconstruction_loss", "_mean_kernel", MEAN, {"BLOCK": 1024}))
+
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # Triton 3.9 announces a default of 3.10
 @pytest.mark.parametrize(("module", "kernel", "types", "constants"), KERNELS)

@@ -1,0 +1,37 @@
+"""Binary cross-entropy of a reconstruction against the image in plain PyTorch, the gradient made with it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..layout import empty_like
+
+
+def forward(
+    logits: Tensor,  # (N, C, H, W)
+    image: Tensor,  # the network's input, (N, C, H, W), of any floating dtype
+    mean: Tensor,  # (C,)
+    std: Tensor,  # (C,)
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """loss () and the gradient of the sum of all losses, (N, C, H, W).
+
+    With s = sigmoid(logits) and t = clamp(image std + mean, 0, 1):
+
+        loss = mean over all elements of -t log(s) - (1 - t) log(1 - s)
+        gradient = s - t
+
+    Everything is computed in float32 (float64 for double logits), which is the loss's dtype; the gradient has the dtype
+    of the logits and their layout, and no elements where nobody needs it. It is not divided by the number of
+    elements: so it lies in [-1, 1], where float16 holds it.
+    """
+    accumulate = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    wide = logits.to(accumulate)
+    mean, std = (values.to(accumulate).view(1, -1, 1, 1) for values in (mean, std))
+    target = (image.to(accumulate) * std + mean).clamp_(0, 1)
+    loss = F.binary_cross_entropy_with_logits(wide, target)
+    if not need_grad:
+        return loss, logits.new_empty(0)
+    return loss, empty_like(logits).copy_(wide.sigmoid().sub_(target))
