@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.blocks import initialise
+from ..ops.similarity_loss import similarity_loss
 from .base import Auxiliary, LocalLoss
 
 
@@ -63,18 +64,12 @@ class Objectives(Auxiliary):
         self.task.after_step()
 
 
-def similarity_matrix(features: Tensor, eps: float = 1e-8) -> Tensor:
-    """Adjusted cosine similarity ``(N, N)`` of the rows of ``features`` ``(N, D)``, each centred and normalised."""
-    centred = features - features.mean(1, keepdim=True)
-    unit = centred / (centred.norm(dim=1, keepdim=True) + eps)
-    return (unit @ unit.t()).clamp(-1, 1)
-
-
 class SimilarityLoss(Term):
     """``mean((S(std_p(conv(h))) - S(onehot(y)))^2)``: images of a class should have similar features (PredSim).
 
     S is the adjusted cosine similarity, std_p the standard deviation of each channel over the positions, conv a 3x3
-    convolution of C channels without bias; of vectors it is a linear layer, and there is no standard deviation.
+    convolution of C channels without bias; of vectors it is a linear layer, and there is no standard deviation, nor is
+    there of a map of one position.
     Images of the ignored label, or of none, count nowhere.
 
     Args:
@@ -95,14 +90,11 @@ class SimilarityLoss(Term):
             self.encoder = nn.Linear(channels, channels, bias=False)
 
     def forward(self, h: Tensor, target: Tensor, image: Tensor | None, ignore_index: int) -> Tensor:
-        z = self.encoder(h).float()
-        features = z.flatten(2).std(2) if z.dim() > 2 else z
-        classes = torch.arange(self.num_classes, device=target.device)
-        one_hot = (target[:, None] == classes).to(features.dtype)
-        counted = one_hot.sum(1) * (target != ignore_index)
-        difference = (similarity_matrix(features) - similarity_matrix(one_hot)).square()
-        pairs = counted[:, None] * counted
-        return (difference * pairs).sum() / pairs.sum()
+        z = self.encoder(h)
+        if z.dim() > 2 and z.shape[2:].numel() == 1:
+            z = z.flatten(1)
+        # The classifier beside it has checked the labels.
+        return similarity_loss(z, target, self.num_classes, ignore_index=ignore_index, check_labels=False)
 
 
 class ReconstructionLoss(Term):
