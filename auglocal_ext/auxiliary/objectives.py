@@ -68,9 +68,8 @@ class SimilarityLoss(Term):
     """``mean((S(std_p(conv(h))) - S(onehot(y)))^2)``: images of a class should have similar features (PredSim).
 
     S is the adjusted cosine similarity, std_p the standard deviation of each channel over the positions, conv a 3x3
-    convolution of C channels without bias; of vectors it is a linear layer, and there is no standard deviation, nor is
-    there of a map of one position.
-    Images of the ignored label, or of none, count nowhere.
+    convolution of C channels without bias; of vectors it is a linear layer. Vectors, and maps of one position, stand
+    for themselves. Images of the ignored label, or of none, count nowhere.
 
     Args:
         channels: C.
