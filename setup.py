@@ -31,12 +31,14 @@ SOURCES = {
         "csrc/cpu/batch_norm_act_max_pool.cpp",
         "csrc/cpu/pooled_cross_entropy.cpp",
         "csrc/cpu/reconstruction_loss.cpp",
+        "csrc/cpu/similarity_loss.cpp",
     ],
     "cuda": [
         "csrc/cuda/batch_norm_act.cu",
         "csrc/cuda/batch_norm_act_max_pool.cu",
         "csrc/cuda/pooled_cross_entropy.cu",
         "csrc/cuda/reconstruction_loss.cu",
+        "csrc/cuda/similarity_loss.cu",
         "csrc/cuda/versions.cu",
     ],
 }

@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from auglocal_ext.ops import batch_norm_act, batch_norm_act_max_pool, pooled_cross_entropy, reconstruction_loss
+from auglocal_ext.ops import (
+    batch_norm_act,
+    batch_norm_act_max_pool,
+    pooled_cross_entropy,
+    reconstruction_loss,
+    similarity_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,13 @@ class Case:
 
 def cases(device: str, dtype: torch.dtype, first_only: bool = False) -> Iterator[Case]:
     """Every op at its shapes (or the first of them): those of the networks on CUDA, small ones on the CPU."""
-    for op in (_pooled_cross_entropy, _batch_norm_act, _batch_norm_act_max_pool, _reconstruction_loss):
+    for op in (
+        _pooled_cross_entropy,
+        _batch_norm_act,
+        _batch_norm_act_max_pool,
+        _reconstruction_loss,
+        _similarity_loss,
+    ):
         yield from islice(op(device, dtype), 1 if first_only else None)
 
 
@@ -206,3 +218,42 @@ def _reconstruct(logits: Tensor, image: Tensor, mean: Tensor, std: Tensor) -> tu
 
 def _fused_reconstruct(logits: Tensor, image: Tensor, mean: Tensor, std: Tensor, provider: str) -> tuple[Tensor, ...]:
     return (reconstruction_loss(logits, image, mean, std, provider=provider),)
+
+
+# (batch, channels, height, width): what PredSim's convolutions make of the stages of the CIFAR ResNets
+_MATCHED = {
+    "cuda": [(1024, 16, 32, 32), (1024, 32, 16, 16), (1024, 64, 8, 8)],
+    "cpu": [(64, 16, 32, 32), (64, 64, 8, 8)],
+}
+
+
+def _similarity_loss(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    for shape, layout in product(_MATCHED[device], (torch.contiguous_format, torch.channels_last)):
+        # Deviations that differ from channel to channel: of equal ones the similarity is rounding.
+        z = torch.randn(shape, device=device) * (torch.rand(*shape[:2], 1, 1, device=device) + 0.1)
+        z = z.to(dtype, memory_format=layout).requires_grad_()
+        name = "channels-last" if layout == torch.channels_last else "contiguous"
+        yield Case(
+            op="similarity_loss",
+            shape=f"{'x'.join(map(str, shape))} -> 10, {name}",
+            inputs=(z, torch.randint(10, shape[:1], device=device)),
+            composition=_match,
+            fused=_fused_match,
+            # The gradient needs the loss, so the map is read twice, and once written; the rest is small.
+            bytes=3 * z.numel() * z.element_size(),
+            dtype=dtype,
+        )
+
+
+def _match(z: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    return (F.mse_loss(_similarity(z.float().flatten(2).std(2)), _similarity(F.one_hot(target, 10).float())),)
+
+
+def _similarity(features: Tensor) -> Tensor:
+    centred = features - features.mean(1, keepdim=True)
+    unit = centred / (centred.norm(dim=1, keepdim=True) + 1e-8)
+    return (unit @ unit.t()).clamp(-1, 1)
+
+
+def _fused_match(z: Tensor, target: Tensor, provider: str) -> tuple[Tensor, ...]:
+    return (similarity_loss(z, target, 10, provider=provider, check_labels=False),)

@@ -20,7 +20,6 @@ from .objectives import (
     ReconstructionLoss,
     SimilarityLoss,
     Term,
-    similarity_matrix,
     supervised_contrast,
 )
 from .sampling import inferred_strides, pyramid_depth, sampled_layers
@@ -51,6 +50,5 @@ __all__ = [
     "parse_context",
     "pyramid_depth",
     "sampled_layers",
-    "similarity_matrix",
     "supervised_contrast",
 ]

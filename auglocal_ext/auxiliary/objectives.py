@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..models.blocks import initialise
 from ..ops.reconstruction_loss import reconstruction_loss
+from ..ops.similarity_loss import similarity_loss
 from .base import Auxiliary, LocalLoss
 
 
@@ -22,6 +23,9 @@ class Term(nn.Module):
     """
 
     reads_image = False
+
+    def after_step(self) -> None:
+        """Called after each backward of the module; see :meth:`Auxiliary.after_step`."""
 
 
 class Objectives(Auxiliary):
@@ -42,7 +46,7 @@ class Objectives(Auxiliary):
         kept = [(weight, term) for weight, term in terms if weight != 0]
         self.weights = [weight for weight, _ in kept]
         self.terms = nn.ModuleList(term for _, term in kept)
-        self.reads_image = any(term.reads_image for _, term in kept)
+        self.reads_image = task.reads_image or any(term.reads_image for _, term in kept)
         self.classifies = task.classifies
         if task_weight == 0:
             task.requires_grad_(False)
@@ -54,6 +58,8 @@ class Objectives(Auxiliary):
         self, h: Tensor, target: Tensor, *, image: Tensor | None = None, ignore_index: int = -100, **options: Any
     ) -> LocalLoss:
         """Weighted sum of the losses; see :meth:`Auxiliary.loss`."""
+        if self.task.reads_image:
+            options["image"] = image
         result = self.task.loss(h if self.task_weight else h.detach(), target, ignore_index=ignore_index, **options)
         loss = result.loss * self.task_weight
         for weight, term in zip(self.weights, self.terms, strict=True):
@@ -62,21 +68,16 @@ class Objectives(Auxiliary):
 
     def after_step(self) -> None:
         self.task.after_step()
-
-
-def similarity_matrix(features: Tensor, eps: float = 1e-8) -> Tensor:
-    """Adjusted cosine similarity ``(N, N)`` of the rows of ``features`` ``(N, D)``, each centred and normalised."""
-    centred = features - features.mean(1, keepdim=True)
-    unit = centred / (centred.norm(dim=1, keepdim=True) + eps)
-    return (unit @ unit.t()).clamp(-1, 1)
+        for term in self.terms:
+            cast("Term", term).after_step()
 
 
 class SimilarityLoss(Term):
     """``mean((S(std_p(conv(h))) - S(onehot(y)))^2)``: images of a class should have similar features (PredSim).
 
     S is the adjusted cosine similarity, std_p the standard deviation of each channel over the positions, conv a 3x3
-    convolution of C channels without bias; of vectors it is a linear layer, and there is no standard deviation.
-    Images of the ignored label, or of none, count nowhere.
+    convolution of C channels without bias; of vectors it is a linear layer. Vectors, and maps of one position, stand
+    for themselves. Images of the ignored label, or of none, count nowhere.
 
     Args:
         channels: C.
@@ -96,14 +97,11 @@ class SimilarityLoss(Term):
             self.encoder = nn.Linear(channels, channels, bias=False)
 
     def forward(self, h: Tensor, target: Tensor, image: Tensor | None, ignore_index: int) -> Tensor:
-        z = self.encoder(h).float()
-        features = z.flatten(2).std(2) if z.dim() > 2 else z
-        classes = torch.arange(self.num_classes, device=target.device)
-        one_hot = (target[:, None] == classes).to(features.dtype)
-        counted = one_hot.sum(1) * (target != ignore_index)
-        difference = (similarity_matrix(features) - similarity_matrix(one_hot)).square()
-        pairs = counted[:, None] * counted
-        return (difference * pairs).sum() / pairs.sum()
+        z = self.encoder(h)
+        if z.dim() > 2 and z.shape[2:].numel() == 1:
+            z = z.flatten(1)
+        # The classifier beside it has checked the labels.
+        return similarity_loss(z, target, self.num_classes, ignore_index=ignore_index, check_labels=False)
 
 
 class ReconstructionLoss(Term):
@@ -144,8 +142,9 @@ class ReconstructionLoss(Term):
             raise ValueError(
                 "this module's loss reconstructs the image: pass the network's input, local_loss(out, y, image=x)"
             )
-        resized = F.interpolate(h, image.shape[-2:], mode="bilinear", align_corners=True)
-        return reconstruction_loss(self.decoder(resized), image, self.mean, self.std)
+        if h.shape[-2:] != image.shape[-2:]:  # of equal sizes it is the identity, and a copy
+            h = F.interpolate(h, image.shape[-2:], mode="bilinear", align_corners=True)
+        return reconstruction_loss(self.decoder(h), image, self.mean, self.std)
 
 
 def supervised_contrast(features: Tensor, target: Tensor, temperature: float, ignore_index: int = -100) -> Tensor:

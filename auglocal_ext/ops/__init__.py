@@ -19,6 +19,7 @@ from .batch_norm_act_max_pool import (
 from .labels import check_labels, raise_deferred_errors
 from .pooled_cross_entropy import PooledCrossEntropy, pooled_cross_entropy
 from .reconstruction_loss import reconstruction_loss
+from .similarity_loss import similarity_loss
 
 __all__ = [
     "PooledCrossEntropy",
@@ -36,4 +37,5 @@ __all__ = [
     "pooled_cross_entropy",
     "raise_deferred_errors",
     "reconstruction_loss",
+    "similarity_loss",
 ]

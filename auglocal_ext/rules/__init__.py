@@ -1,7 +1,7 @@
 """Local learning rules, one file each."""
 
 from .auglocal import SAMPLING, AugLocal
-from .base import HeadOrRule, Network, Rule
+from .base import HeadOrRule, Network, Rule, build_task, check_head, head_ends
 from .contsup import ContSup
 from .greedy import DGL, Greedy
 from .infopro import INFOPRO_WEIGHTS, InfoPro
@@ -21,4 +21,7 @@ __all__ = [
     "Network",
     "PredSim",
     "Rule",
+    "build_task",
+    "check_head",
+    "head_ends",
 ]

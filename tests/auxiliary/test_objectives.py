@@ -16,7 +16,6 @@ from auglocal_ext.auxiliary import (
     Objectives,
     ReconstructionLoss,
     SimilarityLoss,
-    similarity_matrix,
     supervised_contrast,
 )
 
@@ -48,15 +47,6 @@ def literal_contrast(features, target, temperature, ignore_index=-100):
     return sum(losses) / len(losses) if losses else 0.0
 
 
-def test_similarity_matrix():
-    rows = torch.randn(5, 7, dtype=torch.float64)
-    expected = torch.tensor(literal_similarity(rows), dtype=torch.float64)
-    torch.testing.assert_close(similarity_matrix(rows), expected)
-    one_hot = torch.eye(4)[torch.tensor([0, 1, 1])]
-    found = similarity_matrix(one_hot)
-    assert found[1, 2] == pytest.approx(1) and found[0, 1] == pytest.approx(-1 / 3)
-
-
 @pytest.mark.parametrize("shape", [(6, 4, 5, 3), (6, 4)], ids=["map", "vector"])
 def test_similarity_loss(shape):
     term = SimilarityLoss(4, 3, is_map=len(shape) == 4)
@@ -79,6 +69,17 @@ def test_similarity_loss(shape):
     ours, wanted = literal_similarity(rows), literal_similarity(labels)
     expected = sum((ours[i][j] - wanted[i][j]) ** 2 for i in used for j in used) / len(used) ** 2
     assert float(term(h, target, None, -100).detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_map_of_one_position_is_a_vector():
+    term = SimilarityLoss(4, 3)
+    h, target = torch.randn(6, 4, 1, 1), torch.tensor([0, 2, 1, -100, 0, 7])
+    vectors = SimilarityLoss(4, 3, is_map=False)
+    with torch.no_grad():
+        vectors.encoder.weight.copy_(term.encoder.weight[:, :, 1, 1])
+    loss = term(h, target, None, -100)
+    torch.testing.assert_close(loss, vectors(h.flatten(1), target, None, -100))
+    assert torch.isfinite(loss)
 
 
 @pytest.mark.parametrize("temperature", [0.07, 1.0])

@@ -154,6 +154,39 @@ KERNELS += [
 ]
 MEAN = {"L_ptr": "*fp32", "loss_ptr": "*fp32", "programs": "i32", "count": "fp32"}
 KERNELS.append(("reconstruction_loss", "_mean_kernel", MEAN, {"BLOCK": 1024}))
+LABELS = {"T_ptr": "*i64", "classes": "i32", "ignore_index": "i32"}
+for dtype, blocks in (
+    ("fp32", {"BLOCK_C": 4, "BLOCK_P": 512}),
+    ("bf16", {"BLOCK_C": 64, "BLOCK_P": 32}),
+    ("fp16", {"BLOCK_C": 1, "BLOCK_P": 2}),
+):
+    z = {"Z_ptr": f"*{dtype}", "M_ptr": "*fp32", "channels": "i32", "positions": "i32", **strides("z")}
+    out = {"DZ_ptr": f"*{dtype}", "D_ptr": "*fp32", "G_ptr": "*fp32", **strides("d")}
+    KERNELS += [
+        ("similarity_loss", "_statistics_kernel", {**z, "F_ptr": "*fp32"}, blocks),
+        ("similarity_loss", "_input_grad_kernel", {**z, **out}, blocks),
+    ]
+for flag, size in ((True, 16), (False, 4096)):
+    rows = {**LABELS, **dict.fromkeys(("F_ptr", "U_ptr", "L_ptr", "V_ptr"), "*fp32"), "channels": "i32", "eps": "fp32"}
+    gradient = {"G_ptr": "*fp32", "D_ptr": "*fp32", "row": "i32", "positions": "i32"}
+    KERNELS += [
+        ("similarity_loss", "_normalise_kernel", {**rows, "images": "i32"}, {"BLOCK_C": size, "BLOCK_N": 256}),
+        ("similarity_loss", "_gradient_kernel", {**rows, **gradient}, {"IS_MAP": flag, "BLOCK_C": size}),
+    ]
+PAIRS = {
+    **LABELS,
+    "images": "i32",
+    "S_ptr": "*fp32",
+    "Q_ptr": "*fp32",
+    "row": "i32",
+    "same": "fp32",
+    "different": "fp32",
+}
+TOTAL = dict.fromkeys(("Q_ptr", "V_ptr", "loss_ptr"), "*fp32") | {"images": "i32"}
+KERNELS += [
+    ("similarity_loss", "_pairs_kernel", PAIRS, {"BLOCK_N": 1024}),
+    ("similarity_loss", "_total_kernel", TOTAL, {"BLOCK_N": 1024}),
+]
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # Triton 3.9 announces a default of 3.10

@@ -1,0 +1,144 @@
+"""Similarity matching (PredSim's second loss) as one op, and the pass over the feature map that its backward is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import labels, providers, registry
+from .layout import empty_like
+from .reference.similarity_loss import Outputs
+
+NAME = "similarity_loss"
+
+
+def similarity_loss(
+    z: Tensor,
+    target: Tensor,
+    num_classes: int,
+    *,
+    ignore_index: int = -100,
+    provider: str | None = None,
+    check_labels: bool = True,
+) -> Tensor:
+    """loss = mean over pairs (i, j) of (S(std_p(z))_ij - S(onehot(y))_ij)^2, its gradient made in the same pass.
+
+    z (N, C, *positions) with at least two positions, or vectors (N, C), which stand for themselves instead of a std;
+    float16, bfloat16, float32 or float64, any strides; target (N,) int64, below ``num_classes`` = K. std_p is the
+    unbiased standard deviation over an image's positions and S the adjusted cosine similarity: rows centred, divided
+    by their length + 1e-8, multiplied, clamped to -1 .. 1. S(onehot(y)) is 1 within a class and -1/(K - 1) between two
+    (0 for K = 1). Images of the label ``ignore_index`` are in no pair, whatever their values; without any pair the
+    loss is NaN and its gradient 0. Returns the loss (scalar) in float32 (float64 for a double z), in which everything
+    is accumulated; the gradient has z's dtype, channels-last where z is.
+
+    Between forward and backward z itself and two (N, C) tensors are held, for vectors one. Nothing (N, N) is: the
+    similarities are made some rows at a time. The loss can be differentiated once. Where a standard deviation is 0,
+    and has no derivative, the gradient is 0; the clamp passes none outside -1 .. 1. Under autocast z is used as it is.
+
+    ``provider`` is None (automatic) or "reference", "cpu", "cuda", "triton". ``check_labels=False``: the labels have
+    been checked already, and one outside [0, K) is treated as ignored.
+
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device, label or number of classes, RuntimeError
+    for a provider that is not available.
+
+    Source: Noekland and Eidnes, Training Neural Networks with Local Error Signals, ICML 2019, section 2.2.
+    """
+    _check(z, target, num_classes)
+    if check_labels:
+        labels.check_labels(target, num_classes, ignore_index)
+    op = registry.chosen(NAME, z, provider)
+    arguments = (z, target, num_classes, ignore_index, torch.is_grad_enabled() and z.requires_grad)
+    device = z.device.type
+    if torch.is_autocast_enabled(device):
+        # The providers call matmul themselves, which autocast would send to its own dtype.
+        with torch.autocast(device, enabled=False):
+            return op(*arguments)[0]
+    return op(*arguments)[0]
+
+
+def _check(z: Tensor, target: Tensor, num_classes: int) -> None:
+    labels.check_form(target)
+    if z.dim() < 2 or 0 in z.shape:
+        raise ValueError(
+            f"expected z of shape (N, C) or (N, C, *positions) with at least one image, channel and position, "
+            f"got {tuple(z.shape)}"
+        )
+    if z.dim() > 2 and z.shape[2:].numel() == 1:
+        raise ValueError(
+            f"expected at least two positions, of which the standard deviation is taken, got {tuple(z.shape)}; "
+            "z.flatten(1) makes vectors of it, which are compared themselves"
+        )
+    if z.dtype not in providers.ALL:
+        raise TypeError(f"expected z in float16, bfloat16, float32 or float64, got {z.dtype}")
+    if target.shape[0] != z.shape[0]:
+        raise ValueError(f"expected {z.shape[0]} labels, one per image of z, got {target.shape[0]}")
+    if target.device != z.device:
+        raise ValueError(f"expected target on {z.device} as z, got it on {target.device}; move it with .to(z.device)")
+    if num_classes < 1:
+        raise ValueError(f"expected num_classes of at least 1, got {num_classes}")
+
+
+def _wide(z: Tensor) -> torch.dtype:
+    return torch.float64 if z.dtype == torch.float64 else torch.float32
+
+
+def _fake(z: Tensor, target: Tensor, classes: int, ignore_index: int, need_grad: bool) -> Outputs:
+    def new(*shape: int, made: bool = True) -> Tensor:
+        return z.new_empty(shape if made else (0,), dtype=_wide(z))
+
+    return new(), new(*z.shape[:2], made=need_grad and z.dim() > 2), new(*z.shape[:2], made=need_grad)
+
+
+def _fake_input_grad(z: Tensor, *_: Any) -> Tensor:
+    return empty_like(z)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    z, *_, ctx.made = inputs
+    _, mean, factor = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, factor)
+    ctx.dtype = z.dtype
+    ctx.save_for_backward(*((z, mean, factor) if z.dim() > 2 else (factor,)))
+
+
+def _backward(provider: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{NAME} is differentiable once: its gradient is made in the forward pass. Call backward without "
+            "create_graph=True"
+        )
+    grads: list[Tensor | None] = [None] * 5
+    if grad_loss is None or not ctx.needs_input_grad[0]:
+        return tuple(grads)
+    if not ctx.made:
+        raise RuntimeError(f"{NAME}: the gradient of z was not made; set need_grad for it")
+    *saved, factor = ctx.saved_tensors
+    # Scaled before it is rounded: in float16 the gradient of one position alone would underflow.
+    if saved:
+        grads[0] = registry.overload(f"{NAME}_input_grad", provider)(*saved, factor, grad_loss)
+    else:
+        grads[0] = (grad_loss * factor).to(ctx.dtype)
+    return tuple(grads)
+
+
+TABLE = registry.table(NAME)
+
+registry.primitive(
+    TABLE,
+    NAME,
+    "(Tensor z, Tensor target, int classes, int ignore_index, bool need_grad) "
+    "-> (Tensor loss, Tensor mean, Tensor factor)",
+    _fake,
+    "forward",
+)
+registry.primitive(
+    TABLE,
+    f"{NAME}_input_grad",
+    "(Tensor z, Tensor mean, Tensor factor, Tensor grad_loss) -> Tensor",
+    _fake_input_grad,
+    "input_grad",
+)
+registry.autograd(TABLE, _backward, _setup_context)
