@@ -30,11 +30,13 @@ SOURCES = {
         "csrc/cpu/batch_norm_act.cpp",
         "csrc/cpu/batch_norm_act_max_pool.cpp",
         "csrc/cpu/pooled_cross_entropy.cpp",
+        "csrc/cpu/supervised_contrast.cpp",
     ],
     "cuda": [
         "csrc/cuda/batch_norm_act.cu",
         "csrc/cuda/batch_norm_act_max_pool.cu",
         "csrc/cuda/pooled_cross_entropy.cu",
+        "csrc/cuda/supervised_contrast.cu",
         "csrc/cuda/versions.cu",
     ],
 }

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.blocks import initialise
+from ..ops.supervised_contrast import supervised_contrast
 from .base import Auxiliary, LocalLoss
 
 
@@ -146,26 +147,6 @@ class ReconstructionLoss(Term):
         resized = F.interpolate(h, image.shape[-2:], mode="bilinear", align_corners=True)
         pixels = (image.float() * self.std + self.mean).clamp(0, 1)
         return F.binary_cross_entropy_with_logits(self.decoder(resized).float(), pixels)
-
-
-def supervised_contrast(features: Tensor, target: Tensor, temperature: float, ignore_index: int = -100) -> Tensor:
-    """``mean_i mean_{p in P(i)} -log(exp(z_i z_p / t) / sum_{a != i} exp(z_i z_a / t))``, scalar.
-
-    z are the rows of ``features`` ``(N, D)``, normalised; P(i) the other images of i's class. Images without such, and
-    those of the ignored label, are no anchors.
-
-    Source: Khosla et al., Supervised Contrastive Learning, NeurIPS 2020, one view per image.
-    """
-    z = F.normalize(features.float(), dim=1)
-    counted = target != ignore_index
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    left_out = itself | ~counted
-    positive = (target[:, None] == target) & counted[:, None] & ~left_out
-    logits = (z @ z.t() / temperature).masked_fill(left_out, torch.finfo(z.dtype).min)
-    log_probability = (logits - logits.logsumexp(1, keepdim=True)).masked_fill(~positive, 0)
-    positives = positive.sum(1)
-    anchors = positives > 0
-    return -(log_probability.sum(1) / positives.clamp(min=1)).sum() / anchors.sum().clamp(min=1)
 
 
 class ContrastiveNetwork(Auxiliary):

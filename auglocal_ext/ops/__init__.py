@@ -18,6 +18,7 @@ from .batch_norm_act_max_pool import (
 )
 from .labels import check_labels, raise_deferred_errors
 from .pooled_cross_entropy import PooledCrossEntropy, pooled_cross_entropy
+from .supervised_contrast import supervised_contrast
 
 __all__ = [
     "PooledCrossEntropy",
@@ -34,4 +35,5 @@ __all__ = [
     "check_labels",
     "pooled_cross_entropy",
     "raise_deferred_errors",
+    "supervised_contrast",
 ]
