@@ -32,6 +32,7 @@ SOURCES = {
         "csrc/cpu/pooled_cross_entropy.cpp",
         "csrc/cpu/reconstruction_loss.cpp",
         "csrc/cpu/similarity_loss.cpp",
+        "csrc/cpu/supervised_contrast.cpp",
     ],
     "cuda": [
         "csrc/cuda/batch_norm_act.cu",
@@ -39,6 +40,7 @@ SOURCES = {
         "csrc/cuda/pooled_cross_entropy.cu",
         "csrc/cuda/reconstruction_loss.cu",
         "csrc/cuda/similarity_loss.cu",
+        "csrc/cuda/supervised_contrast.cu",
         "csrc/cuda/versions.cu",
     ],
 }

@@ -17,6 +17,7 @@ from auglocal_ext.ops import (
     pooled_cross_entropy,
     reconstruction_loss,
     similarity_loss,
+    supervised_contrast,
 )
 
 
@@ -45,6 +46,7 @@ def cases(device: str, dtype: torch.dtype, first_only: bool = False) -> Iterator
         _batch_norm_act_max_pool,
         _reconstruction_loss,
         _similarity_loss,
+        _supervised_contrast,
     ):
         yield from islice(op(device, dtype), 1 if first_only else None)
 
@@ -257,3 +259,35 @@ def _similarity(features: Tensor) -> Tensor:
 
 def _fused_match(z: Tensor, target: Tensor, provider: str) -> tuple[Tensor, ...]:
     return (similarity_loss(z, target, 10, provider=provider, check_labels=False),)
+
+
+# images, features: InfoPro's contrast at the batch sizes of CIFAR
+_FEATURES = {"cuda": [(1024, 128), (4096, 128)], "cpu": [(256, 128), (1024, 128)]}
+
+
+def _supervised_contrast(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    for images, width in _FEATURES[device]:
+        features = torch.randn(images, width, device=device).to(dtype).requires_grad_()
+        yield Case(
+            op="supervised_contrast",
+            shape=f"{images}x{width}",
+            inputs=(features, torch.randint(10, (images,), device=device)),
+            composition=_contrast,
+            fused=_fused_contrast,
+            bytes=2 * features.numel() * features.element_size() + images * 8,  # the pairs need not be in memory
+            dtype=dtype,
+        )
+
+
+def _contrast(features: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    z = F.normalize(features.float(), dim=1)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positive = (target[:, None] == target) & ~itself
+    logits = (z @ z.t() / 0.07).masked_fill(itself, torch.finfo(z.dtype).min)
+    log_probability = (logits - logits.logsumexp(1, keepdim=True)).masked_fill(~positive, 0)
+    positives = positive.sum(1)
+    return (-(log_probability.sum(1) / positives.clamp(min=1)).sum() / (positives > 0).sum().clamp(min=1),)
+
+
+def _fused_contrast(features: Tensor, target: Tensor, provider: str) -> tuple[Tensor, ...]:
+    return (supervised_contrast(features, target, 0.07, provider=provider),)

@@ -1,5 +1,6 @@
 """Parts of which learning rules are composed: sampling, fresh blocks, heads, local losses and context encoders."""
 
+from ..ops.supervised_contrast import supervised_contrast
 from .base import Auxiliary, LocalLoss
 from .blocks import BlockFactory, make_block
 from .context import ContextSupply, ImageEncoder, InputEncoder, parse_context
@@ -20,7 +21,7 @@ from .objectives import (
     ReconstructionLoss,
     SimilarityLoss,
     Term,
-    supervised_contrast,
+    similarity_matrix,
 )
 from .sampling import inferred_strides, pyramid_depth, sampled_layers
 

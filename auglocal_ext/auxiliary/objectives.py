@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..models.blocks import initialise
 from ..ops.reconstruction_loss import reconstruction_loss
 from ..ops.similarity_loss import similarity_loss
+from ..ops.supervised_contrast import supervised_contrast
 from .base import Auxiliary, LocalLoss
 
 
@@ -145,26 +146,6 @@ class ReconstructionLoss(Term):
         if h.shape[-2:] != image.shape[-2:]:  # of equal sizes it is the identity, and a copy
             h = F.interpolate(h, image.shape[-2:], mode="bilinear", align_corners=True)
         return reconstruction_loss(self.decoder(h), image, self.mean, self.std)
-
-
-def supervised_contrast(features: Tensor, target: Tensor, temperature: float, ignore_index: int = -100) -> Tensor:
-    """``mean_i mean_{p in P(i)} -log(exp(z_i z_p / t) / sum_{a != i} exp(z_i z_a / t))``, scalar.
-
-    z are the rows of ``features`` ``(N, D)``, normalised; P(i) the other images of i's class. Images without such, and
-    those of the ignored label, are no anchors.
-
-    Source: Khosla et al., Supervised Contrastive Learning, NeurIPS 2020, one view per image.
-    """
-    z = F.normalize(features.float(), dim=1)
-    counted = target != ignore_index
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    left_out = itself | ~counted
-    positive = (target[:, None] == target) & counted[:, None] & ~left_out
-    logits = (z @ z.t() / temperature).masked_fill(left_out, torch.finfo(z.dtype).min)
-    log_probability = (logits - logits.logsumexp(1, keepdim=True)).masked_fill(~positive, 0)
-    positives = positive.sum(1)
-    anchors = positives > 0
-    return -(log_probability.sum(1) / positives.clamp(min=1)).sum() / anchors.sum().clamp(min=1)
 
 
 class ContrastiveNetwork(Auxiliary):

@@ -20,6 +20,7 @@ from .labels import check_labels, raise_deferred_errors
 from .pooled_cross_entropy import PooledCrossEntropy, pooled_cross_entropy
 from .reconstruction_loss import reconstruction_loss
 from .similarity_loss import similarity_loss
+from .supervised_contrast import supervised_contrast
 
 __all__ = [
     "PooledCrossEntropy",
@@ -38,4 +39,5 @@ __all__ = [
     "raise_deferred_errors",
     "reconstruction_loss",
     "similarity_loss",
+    "supervised_contrast",
 ]

@@ -189,6 +189,29 @@ KERNELS += [
 ]
 
 
+PAIRS = {"S_ptr": "*fp32", "T_ptr": "*i64", "L_ptr": "*fp32", "A_ptr": "*i64", "first_row": "i32", "images": "i32"}
+PAIRS |= {"temperature": "fp32", "ignore_index": "i32", "stride_t": "i64"}
+UNITS = {"Z_ptr": "*fp32", "R_ptr": "*fp32", "width": "i32", "least_norm": "fp32"}
+TOTAL = {"L_ptr": "*fp32", "A_ptr": "*i64", "loss_ptr": "*fp32", "W_ptr": "*fp32", "images": "i32"}
+KERNELS += [
+    ("supervised_contrast", name, types, constants)
+    for name, types, constants in (
+        *(
+            (
+                "_normalise_kernel",
+                {**UNITS, "F_ptr": f"*{dtype}", "stride_fn": "i64", "stride_fd": "i64"},
+                {"BLOCK_D": d},
+            )
+            for dtype, d in (("fp32", 1024), ("fp16", 128), ("bf16", 1))
+        ),
+        ("_rows_kernel", PAIRS, {"NEED_GRAD": True, "BLOCK_A": 1024}),
+        ("_rows_kernel", {**PAIRS, "ignore_index": "i64"}, {"NEED_GRAD": False, "BLOCK_A": 1}),
+        ("_total_kernel", {**TOTAL, "temperature": "fp32"}, {"BLOCK_N": 256}),
+        *(("_input_grad_kernel", {**UNITS, "D_ptr": "*fp32", "W_ptr": "*fp32"}, {"BLOCK_D": d}) for d in (1, 1024)),
+    )
+]
+
+
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # Triton 3.9 announces a default of 3.10
 @pytest.mark.parametrize(("module", "kernel", "types", "constants"), KERNELS)
 def test_kernel_compiles(

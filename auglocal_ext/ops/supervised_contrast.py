@@ -1,0 +1,115 @@
+"""Supervised contrast of normalised features as one op, without a matrix of all pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import labels, providers, registry
+from .reference.supervised_contrast import Outputs
+
+NAME = "supervised_contrast"
+
+
+def supervised_contrast(
+    features: Tensor,
+    target: Tensor,
+    temperature: float,
+    ignore_index: int = -100,
+    *,
+    provider: str | None = None,
+) -> Tensor:
+    """``mean_i mean_{p in P(i)} -log(exp(z_i z_p / t) / sum_{a != i} exp(z_i z_a / t))``, its gradient made in the
+    same pass.
+
+    z are the rows of ``features`` ``(N, D)``, divided by their norms (at least 1e-12); P(i) the other images of i's
+    class. Images without such, and those of the ignored label, are no anchors, and the latter stand in no sum; without
+    any anchor the loss is 0. features in float16, bfloat16, float32 or float64, any strides; target (N,) int64, any
+    numbers. The loss is a float32 scalar (float64 for double features), sums are accumulated in that dtype, and the
+    gradient has the dtype of the features. Autocast changes nothing of this.
+
+    The matrix of all pairs never exists: at most 256 of its rows do, and (N, D) numbers are kept for backward, which
+    only scales what the forward pass made, so the loss can be differentiated once. ``provider`` is None (automatic) or
+    "reference", "cpu", "cuda", "triton".
+
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or temperature, RuntimeError for a provider
+    that is not available.
+
+    Source: Khosla et al., Supervised Contrastive Learning, NeurIPS 2020, eq. 2, one view per image.
+    """
+    _check(features, target, temperature)
+    op = registry.chosen(NAME, features, provider)
+    arguments = (
+        *(features, target, float(temperature), ignore_index),
+        torch.is_grad_enabled() and features.requires_grad,
+    )
+    device = features.device.type
+    if torch.is_autocast_enabled(device):
+        # The providers call matmul themselves, which autocast would send to its own dtype.
+        with torch.autocast(device, enabled=False):
+            return op(*arguments)[0]
+    return op(*arguments)[0]
+
+
+def _check(features: Tensor, target: Tensor, temperature: float) -> None:
+    labels.check_form(target)
+    if features.dim() != 2 or 0 in features.shape:
+        raise ValueError(
+            f"expected features of shape (N, D) with at least one image and one feature, got {tuple(features.shape)}; "
+            "flatten or pool them first"
+        )
+    if features.dtype not in providers.ALL:
+        raise TypeError(f"expected features in float16, bfloat16, float32 or float64, got {features.dtype}")
+    if target.shape[0] != features.shape[0]:
+        raise ValueError(f"expected {features.shape[0]} labels, one per row of features, got {target.shape[0]}")
+    if target.device != features.device:
+        raise ValueError(
+            f"expected target on {features.device} as features, got it on {target.device}; "
+            "move it with .to(features.device)"
+        )
+    if not 0.0 < temperature < float("inf"):
+        raise ValueError(f"expected a positive, finite temperature, got {temperature}")
+
+
+def _fake(features: Tensor, target: Tensor, temperature: float, ignore_index: int, need_grad: bool) -> Outputs:
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    made = features.shape if need_grad else (0,)
+    return features.new_empty((), dtype=dtype), features.new_empty(made, dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+    ctx.dtype = inputs[0].dtype
+    ctx.made = inputs[4]
+
+
+def _backward(provider: str, ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{NAME} is differentiable once: its gradient is made in the forward pass. Call backward without "
+            "create_graph=True, or write the loss with torch's own functions for second derivatives"
+        )
+    if grad_loss is None or not ctx.needs_input_grad[0]:
+        return (None,) * 5
+    if not ctx.made:
+        raise RuntimeError(f"{NAME}: the gradient of the features was not made; set need_grad for it")
+    (grad,) = ctx.saved_tensors
+    # Scaled before it is rounded, so that a loss scale keeps a float16 gradient from underflowing.
+    return (grad_loss * grad).to(ctx.dtype), None, None, None, None
+
+
+TABLE = registry.table(NAME)
+
+registry.primitive(
+    TABLE,
+    NAME,
+    "(Tensor features, Tensor target, float temperature, int ignore_index, bool need_grad) "
+    "-> (Tensor loss, Tensor grad_features)",
+    _fake,
+    "forward",
+)
+registry.autograd(TABLE, _backward, _setup_context)
