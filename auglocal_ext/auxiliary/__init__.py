@@ -21,7 +21,6 @@ from .objectives import (
     ReconstructionLoss,
     SimilarityLoss,
     Term,
-    similarity_matrix,
 )
 from .sampling import inferred_strides, pyramid_depth, sampled_layers
 
