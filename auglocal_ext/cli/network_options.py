@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..models import NAMES
-from ..rules import AugLocal, ContSup
+from ..training.rule_options import OPTIONS, help_of
+from ..training.values import reader
+
+_METAVARS = {"depth": "D", "pyramid": "TAU", "context": "C", "head": "H", "modules": "K|I,J,..", "weights": "A,B,C,D"}
 
 
 def add_network_options(group: Any, rules: Sequence[str]) -> None:
@@ -24,38 +27,12 @@ def add_network_options(group: Any, rules: Sequence[str]) -> None:
         choices=rules,
         help="default auglocal" + ("; bp: backpropagation of the same network" if "bp" in rules else ""),
     )
-    add(
-        "--modules",
-        type=_modules,
-        metavar="K|I,J,..",
-        help="number of local modules, or index of the last layer of each but the last",
-    )
-    add(
-        "--depth",
-        type=int,
-        metavar="D",
-        help=f"auglocal: layers of an auxiliary network with its classifier (default {AugLocal.depth})",
-    )
-    add(
-        "--pyramid",
-        type=float,
-        metavar="TAU",
-        help=f"auglocal: slope of the pyramidal depth, 0..1 (default {AugLocal.pyramid})",
-    )
-    add(
-        "--no-joint-tail",
-        dest="joint_tail",
-        action="store_const",
-        const=False,
-        help="auglocal: one module per layer up to the last, instead of training the last D layers jointly",
-    )
-    add("--context", metavar="C", help=f"contsup: R0, E, R1, R1E, R2, R4, R8, R16, ... (default {ContSup.context})")
-    add(
-        "--head",
-        metavar="H",
-        help=f"contsup: 0c1f, 0c2f, 1c1f, 1c2f, 1c3f, 2c2f (default {ContSup.head}); auglocal: linear (default), vgg",
-    )
-
+    for name, option in OPTIONS.items():
+        flag, text = "--" + name.replace("_", "-"), help_of(name).replace("%", "%%")  # argparse formats help
+        if option.kind is bool:
+            add(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            add(flag, type=_typed(option.kind), metavar=_METAVARS.get(name, "X"), help=text)
     add(
         "--eager",
         dest="fused",
@@ -65,9 +42,13 @@ def add_network_options(group: Any, rules: Sequence[str]) -> None:
     )
 
 
-def _modules(text: str) -> int | tuple[int, ...]:
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected a number, or numbers joined by commas, got {text!r}") from error
-    return numbers if "," in text else numbers[0]
+def _typed(kind: Any) -> Callable[[str], Any]:
+    read = reader(kind)
+
+    def value(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return value

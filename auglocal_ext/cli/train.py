@@ -5,19 +5,17 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..models import NAMES
 from ..training import CheckpointError, Interrupted, SettingsError, TrainConfig, Trainer, TrainingError, recipes
 from ..training import checkpoint as checkpoints
 from ..training.config import AMP, GRAPH, RECOMPUTE_CHOICES, differences, from_dict, resolve, to_recipe, with_recipe
 from ..training.data import DATASETS, ImageFiles, detect, load_data
-from ..training.rule_options import OPTIONS, RULE_OPTIONS, help_of
+from ..training.rule_options import RULE_OPTIONS
 from ..training.trainer import CHECKPOINT
-from ..training.values import reader
+from .network_options import add_network_options
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells expect it (128 + SIGINT)."""
@@ -29,8 +27,6 @@ batch 128, lr 0.1; imagenet: batch 1024, lr 0.4, 200 epochs, no warm-up), else o
 schedule; the warm-up is at most a quarter of the run. With --resume, options left out take the value of the
 interrupted run.
 """
-
-_METAVARS = {"depth": "D", "pyramid": "TAU", "context": "C", "head": "H", "modules": "K|I,J,..", "weights": "A,B,C,D"}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -73,28 +69,8 @@ def add_parser(subparsers: Any) -> None:
     )
 
     group = parser.add_argument_group("network and rule")
+    add_network_options(group, tuple(RULE_OPTIONS))
     add = group.add_argument
-    add("--network", choices=NAMES, metavar="NAME", help=f"{', '.join(NAMES)} (default resnet32)")
-    add("--width", type=int, metavar="N", help="width of a CIFAR ResNet's first stage (default 16)")
-    add(
-        "--rule",
-        choices=tuple(RULE_OPTIONS),
-        help="default auglocal; bp: backpropagation of the same network",
-    )
-    for name, option in OPTIONS.items():
-        if option.kind is bool:
-            add(_flag(name), action=argparse.BooleanOptionalAction, default=None, help=_escaped(help_of(name)))
-        else:
-            kind = _typed(option.kind)
-            add(_flag(name), type=kind, metavar=_METAVARS.get(name, "X"), help=_escaped(help_of(name)))
-
-    add(
-        "--eager",
-        dest="fused",
-        action="store_const",
-        const=False,
-        help="torch's own layers instead of fused ones, which save memory (and on a CPU not always time)",
-    )
     add(
         "--recompute",
         choices=RECOMPUTE_CHOICES,
@@ -129,26 +105,6 @@ def add_parser(subparsers: Any) -> None:
     add("--amp", choices=tuple(AMP), help="mixed precision (default none)")
     add("--channels-last", action="store_const", const=True, help="store images and activations channels last")
     add("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:1, ...")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _escaped(text: str) -> str:
-    return text.replace("%", "%%")  # argparse formats help
-
-
-def _typed(kind: Any) -> Callable[[str], Any]:
-    read = reader(kind)
-
-    def value(text: str) -> Any:
-        try:
-            return read(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return value
 
 
 def run(arguments: argparse.Namespace) -> int:
