@@ -120,3 +120,25 @@ def test_flops_of_a_step():
     assert count_flops(step) == 2 * 4 * (16 * 32 * 2 + 32 * 8 * 3)
     with FakeTensorMode():
         assert count_flops(step) == 2 * 4 * (16 * 32 * 2 + 32 * 8 * 3)
+
+
+def test_matrix_products_inside_of_ops_are_counted():
+    """As those of the eager formulas: logits and their two gradients, pairs and theirs (one by symmetry)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from auglocal_ext.ops import pooled_cross_entropy, similarity_loss, supervised_contrast
+
+    def counted(run):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
+
+    x, weight = torch.randn(6, 5, 4, 4, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    target = torch.tensor([0, 1, 2, 0, 1, 2])
+    assert counted(lambda: pooled_cross_entropy(x, weight, None, target).loss.backward()) == 3 * 2 * 6 * 5 * 3
+    assert counted(lambda: pooled_cross_entropy(x.detach(), weight, None, target).loss.backward()) == 2 * 2 * 6 * 5 * 3
+    assert counted(lambda: similarity_loss(x, target, 3).backward()) == 2 * 2 * 6 * 6 * 5
+    features = torch.randn(6, 5, requires_grad=True)
+    assert counted(lambda: supervised_contrast(features, target, 0.07).backward()) == 3 * 2 * 6 * 6 * 5
+    with torch.no_grad():
+        assert counted(lambda: supervised_contrast(features, target, 0.07)) == 2 * 6 * 6 * 5

@@ -171,6 +171,21 @@ def _backward(provider: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tu
     return tuple(grads)
 
 
+def _flops(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    mean: bool,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> int:
+    return 2 * len(x) * weight.numel() * (1 + need_x + need_weight)
+
+
 TABLE = registry.table(NAME)
 
 registry.primitive(
@@ -183,3 +198,4 @@ registry.primitive(
     "forward",
 )
 registry.autograd(TABLE, _backward, _setup_context)
+registry.flops(TABLE, _flops)

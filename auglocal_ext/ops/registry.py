@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import providers
 
@@ -73,6 +74,15 @@ def autograd(table: providers.Table, backward: Callable[..., Any], setup_context
             setup_context=setup_context,
             lib=_library,
         )
+
+
+def flops(table: providers.Table, formula: Callable[..., int]) -> None:
+    """Tell torch's FLOP counter what matrix products the op makes inside, by ``formula(*arguments)``."""
+
+    def count(*arguments: Any, out_val: Any = None) -> int:
+        return formula(*arguments)
+
+    register_flop_formula(getattr(torch.ops.auglocal_ext, table.op), get_raw=True)(count)
 
 
 def _define(overload_name: str, signature: str, fake: Callable[..., Any]) -> None:

@@ -124,6 +124,11 @@ def _backward(provider: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tu
     return tuple(grads)
 
 
+def _flops(z: Tensor, target: Tensor, classes: int, ignore_index: int, need_grad: bool) -> int:
+    images, channels = z.shape[:2]
+    return (4 if need_grad else 2) * images * images * channels
+
+
 TABLE = registry.table(NAME)
 
 registry.primitive(
@@ -142,3 +147,4 @@ registry.primitive(
     "input_grad",
 )
 registry.autograd(TABLE, _backward, _setup_context)
+registry.flops(TABLE, _flops)

@@ -102,6 +102,11 @@ def _backward(provider: str, ctx: Any, grad_loss: Tensor | None, _: None) -> tup
     return (grad_loss * grad).to(ctx.dtype), None, None, None, None
 
 
+def _flops(features: Tensor, target: Tensor, temperature: float, ignore_index: int, need_grad: bool) -> int:
+    images, width = features.shape
+    return (6 if need_grad else 2) * images * images * width
+
+
 TABLE = registry.table(NAME)
 
 registry.primitive(
@@ -113,3 +118,4 @@ registry.primitive(
     "forward",
 )
 registry.autograd(TABLE, _backward, _setup_context)
+registry.flops(TABLE, _flops)
