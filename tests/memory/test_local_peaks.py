@@ -56,6 +56,10 @@ def activation_peak(depth, rule, batch=64):
     return meter.peak_categories[ACTIVATIONS]
 
 
+def deep_ones_slow(cases):
+    return [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] == "resnet110")) for case in cases]
+
+
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 def test_the_peak_does_not_grow_with_the_number_of_modules(rule):
     shallow, deep = activation_peak(20, rule), activation_peak(56, rule)
@@ -146,7 +150,7 @@ def released_logits(auxiliary, h):
     return linear(pooled if norm is None else norm(pooled))
 
 
-@pytest.mark.parametrize(("network", "depth"), RELEASED_AUGLOCAL)
+@pytest.mark.parametrize(("network", "depth"), deep_ones_slow(RELEASED_AUGLOCAL))
 def test_released_loop_peak_is_the_known_one(network, depth):
     def build():
         layers = models.build(network)
@@ -181,7 +185,7 @@ def local_peak(network, depth, fused, dtype=torch.float32):
     return estimate_step(build).peak_bytes / GB
 
 
-@pytest.mark.parametrize(("network", "depth"), RELEASED_AUGLOCAL)
+@pytest.mark.parametrize(("network", "depth"), deep_ones_slow(RELEASED_AUGLOCAL))
 def test_local_sequential_needs_no_more_than_the_released_loop(network, depth):
     """Lower is expected: the head's feature gradient is (N, C) expanded over the positions, never a map."""
     assert local_peak(network, depth, fused=False) <= RELEASED_AUGLOCAL[network, depth]
@@ -196,7 +200,7 @@ FUSED_AUGLOCAL = {
 }
 
 
-@pytest.mark.parametrize(("network", "dtype"), FUSED_AUGLOCAL, ids=str)
+@pytest.mark.parametrize(("network", "dtype"), deep_ones_slow(FUSED_AUGLOCAL), ids=str)
 def test_fused_peak_is_what_raw_convolution_outputs_cost(network, dtype):
     peak = local_peak(network, 6, fused=True, dtype=dtype)
     assert 0.9 * FUSED_AUGLOCAL[network, dtype] < peak <= 1.05 * FUSED_AUGLOCAL[network, dtype]

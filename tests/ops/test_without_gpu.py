@@ -35,6 +35,7 @@ def run_cases(cases: str, least: int, *options: str, **environment: str) -> None
     assert passed is not None and int(passed.group(1)) >= least, done.stdout[-1000:]
 
 
+@pytest.mark.slow
 def test_triton_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -42,6 +43,7 @@ def test_triton_kernels_in_the_interpreter() -> None:
     run_cases("cpu-triton", 90, TRITON_INTERPRET="1")
 
 
+@pytest.mark.slow
 def test_cuda_kernels_on_the_emulator(tmp_path: Path) -> None:
     if not sys.platform.startswith("linux") or shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("needs Linux and a C++ compiler")

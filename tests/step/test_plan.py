@@ -78,6 +78,7 @@ def test_the_meters_reading_on_real_tensors(rule, autocast):
         assert metered(step) == predicted, way
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "calls"),
     [
@@ -120,6 +121,7 @@ def test_the_plans_figure_is_that_of_a_run_with_its_choice(rule):
         assert len(set(plan.recompute)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "options"),
     [("none", {}), ("all", {"clip_norm": 1.0, "clip": "global"}), ("auxiliary", {"accumulate": 2})],
@@ -295,6 +297,7 @@ class StreamMeter(TorchDispatchMode):
         self.live[stream] -= size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [AugLocal(2), ContSup("R0"), ContSup("R2E"), ContSup("R4")], ids=str)
 @pytest.mark.parametrize("way", ["none", "all"])
 def test_overlap_is_what_two_streams_hold(rule, way):
