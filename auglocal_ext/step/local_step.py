@@ -144,6 +144,7 @@ class LocalStep:
         self._overlap = overlap is True if self.plan is None else self.plan.overlap
         self._graphs = None if graph is False else Graphs(graph is True, warmup=2 + accumulate)
         self._streams = OneStream()
+        self._second: torch.cuda.Stream | None = None
         self._recomputes_random = False
 
     @property
@@ -244,7 +245,12 @@ class LocalStep:
 
     def _run(self, x: Tensor, y: Tensor) -> StepOutput:
         """The step itself, eager or under capture."""
-        self._streams = TwoStreams(x.device) if self._overlap and x.is_cuda else OneStream()
+        self._streams = OneStream()
+        if self._overlap and x.is_cuda:
+            if self._second is None or self._second.device != x.device:
+                # One for all steps: libraries and the allocator keep memory for every stream they have met.
+                self._second = torch.cuda.Stream(x.device)
+            self._streams = TwoStreams(x.device, self._second)
         out = updating_pass(self.net.local_modules, x, y, self._updates, self._autocast_dtype, self._streams)
         return StepOutput(out.loss.detach(), out.logits, out.module_losses, out.module_correct)
 

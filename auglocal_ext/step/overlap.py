@@ -25,12 +25,12 @@ class TwoStreams(OneStream):
 
     Args:
         device: a CUDA device.
-        second: the stream of the odd modules; default a new one.
+        second: the stream of the odd modules.
     """
 
-    def __init__(self, device: torch.device, second: torch.cuda.Stream | None = None) -> None:
+    def __init__(self, device: torch.device, second: torch.cuda.Stream) -> None:
         self._device = device
-        self._second = torch.cuda.Stream(device) if second is None else second
+        self._second = second
         self._first: torch.cuda.Stream | None = None
         self._handed_on: torch.cuda.Event | None = None
         self._read_by: deque[tuple[int, list[Tensor]]] = deque()

@@ -8,7 +8,10 @@ import weakref
 
 import pytest
 import torch
+from step_nets import small
 
+from auglocal_ext import LocalOutput
+from auglocal_ext.step import LocalStep
 from auglocal_ext.step.overlap import TwoStreams
 
 
@@ -106,3 +109,26 @@ def test_inputs_are_let_go_of_after_three_modules(streams):
             plan.handed_on(index, h, ())
             del h
     assert max(alive) == 3
+
+
+def test_all_steps_share_the_second_stream(monkeypatch):
+    """Libraries and the allocator keep memory for each stream, of which torch would hand out another every time."""
+    made = []
+
+    class Fake:
+        def __init__(self, device):
+            self.device = device
+            made.append(self)
+
+    step = LocalStep(small(), lambda params: torch.optim.SGD(params, lr=0.1), graph=False, overlap=True)
+    used = []
+    monkeypatch.setattr(torch.cuda, "Stream", Fake)
+    monkeypatch.setattr("auglocal_ext.step.local_step.TwoStreams", lambda device, second: used.append(second))
+    monkeypatch.setattr("auglocal_ext.step.local_step.updating_pass", lambda *_: LocalOutput(*[torch.zeros(())] * 4))
+
+    class OnCuda:
+        is_cuda, device = True, torch.device("cuda", 0)
+
+    for _ in range(3):
+        step._run(OnCuda(), None)
+    assert used == made * 3 and len(made) == 1
