@@ -100,6 +100,33 @@ def test_costs_of_the_rules_are_those_of_the_result_file():
     assert {label: tuple(figures) for label, _, _, *figures in cells} == wanted
 
 
+def test_step_figures_are_those_of_the_result_file():
+    import json
+
+    report = json.loads((ROOT / "benchmarks" / "results" / "step-cpu.json").read_text())
+    rows = {(network, row["name"]): row for network, rows in report["networks"].items() for row in rows}
+    table = re.findall(r"^\| `(.+?)` \| ([\d.]+) \| (\d+) \| ([\d.]+) \| (\d+) \|$", README, flags=re.M)
+    assert len(table) == 9
+    for name, peak32, operators32, peak110, operators110 in table:
+        for network, peak, operators in (("resnet32", peak32, operators32), ("resnet110", peak110, operators110)):
+            row = rows[network, name]
+            assert row["dtype"] == "bf16" and not row["errors"]
+            assert f"{row['predicted_peak_bytes'] / 1e9:.2f}" == peak, (network, name)
+            assert str(row["counts"]["operators"]) == operators, (network, name)
+            assert row["counts"]["host_reads"] == int(name.startswith("AugLocal")), (network, name)
+    report = json.loads((ROOT / "benchmarks" / "results" / "step-cpu-scaling.json").read_text())
+    peaks = {(p["over"], p["at"], p["name"]): p["predicted_peak_bytes"] for p in report["scaling"]}
+    figures = re.findall(r"([\d.]+) and ([\d.]+) GB \(`(.+?)`\)", README)
+    assert len(figures) == 3
+    for shallow, deep, name in figures:
+        for depth, figure in ((20, shallow), (1202, deep)):
+            assert f"{peaks['depth', depth, name] / 1e9:.2f}" == figure, (depth, name)
+    (activations,) = re.findall(r"activations are ([\d.]+) GB at both depths", README)
+    for point in report["scaling"]:
+        if point["name"] == "AugLocal d=2 graph" and point["over"] == "depth":
+            assert f"{point['predicted_categories']['activations and other'] / 1e9:.2f}" == activations
+
+
 def test_accuracies_are_those_of_the_result_file():
     import json
 
