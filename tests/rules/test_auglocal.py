@@ -87,7 +87,7 @@ def test_imagenet_parameter_counts(name, slope, millions):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "slope", "expected"),
-    [("resnet34", 0.0, 4.18), ("resnet34", 0.5, 3.73), ("resnet101", 0.0, 5.74), ("resnet101", 0.5, 5.20)],
+    [("resnet34", 0.0, 4.18), ("resnet34", 0.5, 3.73), ("resnet101", 0.0, 5.74), ("resnet101", 0.5, 5.21)],
 )
 def test_imagenet_arithmetic(name, slope, expected):
     assert ratio_of_flops(name, AugLocal(5, slope, **IMAGENET)) == pytest.approx(expected, abs=0.0051)
