@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 from ..ops import batch_norm_act_apply, batch_norm_act_input_grad, batch_norm_act_reduce, batch_norm_factors
+from ..ops.registry import refuse_create_graph
+
+#: What has the second derivatives that the fused nodes have not.
+PLAIN = "the plain module, to which auglocal_ext.unfuse(module) takes it back"
 
 
 def norm_act_conv(
@@ -93,14 +97,6 @@ def check_vectors(x: Tensor, *vectors: Tensor | None) -> None:
             )
 
 
-def refuse_create_graph(name: str) -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{name} is differentiable once. Call backward without create_graph=True, or for second derivatives "
-            "take the fused module back with auglocal_ext.unfuse(module)"
-        )
-
-
 def input_grads(
     grad: Tensor,
     factors: Factors,
@@ -170,7 +166,7 @@ class _NormActConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_create_graph("norm_act_conv")
+        refuse_create_graph("norm_act_conv", PLAIN)
         grads: list[Tensor | None] = [None] * 10
         if grad is None:
             return tuple(grads)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..ops import batch_norm_factors
-from .norm_act_conv import Factors, Norm, check_vectors, input_grads, normalised, refuse_create_graph
+from ..ops.registry import refuse_create_graph
+from .norm_act_conv import PLAIN, Factors, Norm, check_vectors, input_grads, normalised
 
 
 class Branch(NamedTuple):
@@ -68,7 +69,7 @@ class _NormShortcutAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_create_graph("norm_shortcut_act")
+        refuse_create_graph("norm_shortcut_act", PLAIN)
         grads: list[Tensor | None] = [None] * 12
         if grad is None:
             return tuple(grads)

@@ -256,11 +256,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(provider: str, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{NAME} is differentiable once. Call backward without create_graph=True, or use F.batch_norm for second "
-            "derivatives"
-        )
     grads: list[Tensor | None] = [None] * 8
     if grad is None:
         return tuple(grads)
@@ -313,4 +308,4 @@ registry.primitive(
     "input_grad",
 )
 registry.composite(TABLE, f"(Tensor x, {_FACTORS}, bool training) -> Tensor", _fake_forward, _forward)
-registry.autograd(TABLE, _backward, _setup_context)
+registry.autograd(TABLE, _backward, _setup_context, instead="F.batch_norm")

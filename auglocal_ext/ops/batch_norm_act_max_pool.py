@@ -200,11 +200,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(provider: str, ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{NAME} is differentiable once. Call backward without create_graph=True, or use F.batch_norm and "
-            "F.max_pool2d for second derivatives"
-        )
     grads: list[Tensor | None] = [None] * 13
     if grad is None:
         return tuple(grads)
@@ -247,4 +242,4 @@ registry.primitive(
 registry.composite(
     TABLE, f"({_FACTORS}, {_WINDOW}, bool training) -> (Tensor y, Tensor indices)", _fake_apply, _forward
 )
-registry.autograd(TABLE, _backward, _setup_context)
+registry.autograd(TABLE, _backward, _setup_context, instead="F.batch_norm and F.max_pool2d")

@@ -151,11 +151,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 
 def _backward(provider: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{NAME} is differentiable once: its gradients are made in the forward pass. Call backward without "
-            "create_graph=True, or use PooledLinear's forward and F.cross_entropy for second derivatives"
-        )
     grads: list[Tensor | None] = [None] * 10
     if grad_loss is None:
         return tuple(grads)
@@ -197,5 +192,5 @@ registry.primitive(
     _fake,
     "forward",
 )
-registry.autograd(TABLE, _backward, _setup_context)
+registry.autograd(TABLE, _backward, _setup_context, instead="PooledLinear's forward and F.cross_entropy")
 registry.flops(TABLE, _flops)

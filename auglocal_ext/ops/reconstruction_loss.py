@@ -72,11 +72,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(provider: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{NAME} is differentiable once: its gradient is made in the forward pass. Call backward without "
-            "create_graph=True, or use F.binary_cross_entropy_with_logits for second derivatives"
-        )
     nothing = (None, None, None, None)
     if grad_loss is None or not ctx.needs_input_grad[0]:
         return None, *nothing
@@ -98,4 +93,4 @@ registry.primitive(
     _fake,
     "forward",
 )
-registry.autograd(TABLE, _backward, _setup_context)
+registry.autograd(TABLE, _backward, _setup_context, instead="F.binary_cross_entropy_with_logits")

@@ -65,14 +65,30 @@ def composite(table: providers.Table, signature: str, fake: Callable[..., Any], 
         _library.impl(overload_name, partial(forward, provider.name), "CompositeExplicitAutograd")
 
 
-def autograd(table: providers.Table, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Give the op its gradients, by ``backward(provider, ctx, *gradients)``."""
+def autograd(
+    table: providers.Table, backward: Callable[..., Any], setup_context: Callable[..., None], instead: str
+) -> None:
+    """Give the op its gradients, by ``backward(provider, ctx, *gradients)``; ``instead`` has second derivatives."""
+
+    def once(provider: str, ctx: Any, *gradients: Tensor | None) -> Any:
+        refuse_create_graph(table.op, instead)
+        return backward(provider, ctx, *gradients)
+
     for provider in table.providers:
         torch.library.register_autograd(
             f"auglocal_ext::{table.op}.{provider.name}",
-            partial(backward, provider.name),
+            partial(once, provider.name),
             setup_context=setup_context,
             lib=_library,
+        )
+
+
+def refuse_create_graph(name: str, instead: str) -> None:
+    """RuntimeError in a backward pass that is recorded for second derivatives, which ``name`` does not have."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} is differentiable once. Call backward without create_graph=True, or for second derivatives use "
+            f"{instead}"
         )
 
 

@@ -105,11 +105,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 
 def _backward(provider: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{NAME} is differentiable once: its gradient is made in the forward pass. Call backward without "
-            "create_graph=True"
-        )
     grads: list[Tensor | None] = [None] * 5
     if grad_loss is None or not ctx.needs_input_grad[0]:
         return tuple(grads)
@@ -146,5 +141,5 @@ registry.primitive(
     _fake_input_grad,
     "input_grad",
 )
-registry.autograd(TABLE, _backward, _setup_context)
+registry.autograd(TABLE, _backward, _setup_context, instead="torch's own functions")
 registry.flops(TABLE, _flops)

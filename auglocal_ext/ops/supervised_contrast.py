@@ -88,11 +88,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 
 def _backward(provider: str, ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{NAME} is differentiable once: its gradient is made in the forward pass. Call backward without "
-            "create_graph=True, or write the loss with torch's own functions for second derivatives"
-        )
     if grad_loss is None or not ctx.needs_input_grad[0]:
         return (None,) * 5
     if not ctx.made:
@@ -117,5 +112,5 @@ registry.primitive(
     _fake,
     "forward",
 )
-registry.autograd(TABLE, _backward, _setup_context)
+registry.autograd(TABLE, _backward, _setup_context, instead="torch's own functions")
 registry.flops(TABLE, _flops)

@@ -145,7 +145,7 @@ class LocalStep:
         self._graphs = None if graph is False else Graphs(graph is True, warmup=2 + accumulate)
         self._streams = OneStream()
         self._second: torch.cuda.Stream | None = None
-        self._recomputes_random = False
+        self._draws = False  # random numbers in a step, as dropout does
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -196,7 +196,8 @@ class LocalStep:
         if self._graphs is None:
             self.net.check_batch(x, y)
             return None
-        obstacle = "recomputed modules draw random numbers (dropout)" if self._recomputes_random else None
+        recomputes = any(choice != "none" for choice in self.net.recompute)
+        obstacle = "recomputed modules draw random numbers (dropout)" if recomputes and self._draws else None
         form = (x.shape, x.stride(), x.dtype, y.shape, y.device)
         phase = self._updates.due
         found = self._graphs.find(x, lambda: self._built_in(x.device), form, phase, obstacle)
@@ -239,8 +240,7 @@ class LocalStep:
             self._updates.drop()
             self._optimizers.forget_views()
             raise
-        if _random_position(x.device) != before and any(choice != "none" for choice in self.net.recompute):
-            self._recomputes_random = True
+        self._draws = _random_position(x.device) != before
         return out
 
     def _run(self, x: Tensor, y: Tensor) -> StepOutput:

@@ -13,21 +13,15 @@
 #include <vector>
 
 #include "../batch_norm_act_host.h"
+#include "channels.h"
+#include "loops.h"
 
 namespace auglocal {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // elements worth a thread
-constexpr int64_t kChunk = 1024;   // rows of channels whose sums are one task
-constexpr int64_t kRun = 32;       // of them, or of a lane's positions, added up in the narrow type
+constexpr int64_t kChunk = 1024;  // rows of channels whose sums are one task
+constexpr int64_t kRun = 32;      // of them, or of a lane's positions, added up in the narrow type
 constexpr int kLanes = 16;
-
-template <typename T>
-using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-int64_t grain(int64_t elements_per_item) {
-  return std::max<int64_t>(1, kGrain / elements_per_item);
-}
 
 // A map as rows of elements: along the channels (n, p) -> C, along the positions (n, c) -> P.
 template <typename T>
@@ -50,34 +44,6 @@ template <typename T>
 Rows<T> rows(const std::optional<FeatureMap>& map, bool channels) {
   return map ? rows<T>(*map, channels) : Rows<T>{nullptr, 0, 0, 1};
 }
-
-// The channels' factors as arrays, which loops along the channels read as vectors.
-template <typename Real>
-struct Channels {
-  std::vector<Real> mean, scale, bias;
-
-  explicit Channels(const BatchNormProblem& problem) {
-    const int64_t width = problem.x.channels;
-    const Real *means = problem.mean.const_data_ptr<Real>(), *rstds = problem.rstd.const_data_ptr<Real>();
-    mean.assign(means, means + width);
-    scale.assign(rstds, rstds + width);
-    for (int64_t c = 0; problem.weight.defined() && c < width; ++c)
-      scale[c] *= problem.weight.const_data_ptr<Real>()[c];
-    bias.resize(width, 0);
-    if (problem.bias.defined()) std::copy_n(problem.bias.const_data_ptr<Real>(), width, bias.begin());
-  }
-};
-
-template <typename Real>
-struct ChannelPointers {
-  const Real* __restrict__ mean, * __restrict__ scale, * __restrict__ bias;
-
-  ChannelPointers(const Channels<Real>& channels, int64_t first)
-      : mean(channels.mean.data() + first),
-        scale(channels.scale.data() + first),
-        bias(channels.bias.data() + first) {}
-  Channel<Real> operator[](int64_t c) const { return {mean[c], scale[c], bias[c]}; }
-};
 
 // Two sums of a channel over one image (along the positions) or over kChunk rows (along the channels).
 struct Sums {
@@ -122,13 +88,6 @@ Sums sum_row(int64_t count, const Pair& pair) {
     }
   }
   return total;
-}
-
-// Calls f(std::true_type) or f(std::false_type).
-template <typename F>
-void with(bool flag, const F& f) {
-  if (flag) f(std::true_type());
-  else f(std::false_type());
 }
 
 template <typename T>
@@ -232,7 +191,7 @@ void reduce(const BatchNormProblem& problem, Tensor& sum_g, Tensor& sum_g_xhat) 
   const bool unit_stride = x.stride == 1 && grad.stride == 1 && residual.stride == 1;
   const int64_t width = map.channels, positions = map.positions, rows_in_all = map.images * positions;
   const int64_t chunks = parts(map, channels);
-  const Channels<Real> factors(problem);
+  const Channels<Real> factors(problem.mean, problem.rstd, problem.weight, problem.bias, problem.x.channels);
   std::vector<Sums> partial(chunks * width);
 
   // g and g (x - mean) of one element
@@ -320,7 +279,7 @@ void apply(const BatchNormProblem& problem, const FeatureMap& output) {
   const Rows<const T> x = rows<const T>(problem.x, channels);
   const Rows<const T> residual = rows<const T>(problem.residual, channels);
   const Rows<T> y = rows<T>(output, channels);
-  const Channels<Real> factors(problem);
+  const Channels<Real> factors(problem.mean, problem.rstd, problem.weight, problem.bias, problem.x.channels);
   const bool unit_stride = x.stride == 1 && residual.stride == 1 && y.stride == 1;
   for_each_row(problem, channels, unit_stride,
                [&](auto variant, auto with_channels, int64_t n, int64_t outer, int64_t inner) {
@@ -348,7 +307,7 @@ void input_grad(const BatchNormProblem& problem, const std::optional<Tensor>& su
   const Rows<const T> x = rows<const T>(problem.x, channels), grad = rows<const T>(problem.grad, channels);
   const Rows<const T> residual = rows<const T>(problem.residual, channels);
   const Rows<T> grad_x = rows<T>(output, channels), grad_residual = rows<T>(output_residual, channels);
-  const Channels<Real> factors(problem);
+  const Channels<Real> factors(problem.mean, problem.rstd, problem.weight, problem.bias, problem.x.channels);
   std::vector<Real> mean_g(problem.x.channels, 0), inner_g(problem.x.channels, 0);
   if (sum_g && sum_g_xhat) {
     const Real count = static_cast<Real>(problem.count());

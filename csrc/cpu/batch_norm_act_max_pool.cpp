@@ -13,26 +13,13 @@
 #include <vector>
 
 #include "../batch_norm_act_max_pool_host.h"
+#include "channels.h"
+#include "loops.h"
 
 namespace auglocal {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // elements worth a thread
-constexpr int kRows = 16;          // of a pooled map that are one task
-
-template <typename T>
-using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-int64_t grain(int64_t elements_per_item) {
-  return std::max<int64_t>(1, kGrain / elements_per_item);
-}
-
-// Calls f(std::true_type) or f(std::false_type).
-template <typename F>
-void with(bool flag, const F& f) {
-  if (flag) f(std::true_type());
-  else f(std::false_type());
-}
+constexpr int kRows = 16;  // of a pooled map that are one task
 
 template <typename T>
 struct Plane {
@@ -53,34 +40,6 @@ template <typename T>
 Plane<T> mutable_plane(Tensor& map) {
   return {map.mutable_data_ptr<T>(), strides_of(map)};
 }
-
-// The channels' factors as arrays, which loops along the channels read as vectors.
-template <typename Real>
-struct Channels {
-  std::vector<Real> mean, scale, bias;
-
-  explicit Channels(const MaxPoolProblem& problem) {
-    const int64_t width = problem.channels;
-    const Real *means = problem.mean.const_data_ptr<Real>(), *rstds = problem.rstd.const_data_ptr<Real>();
-    mean.assign(means, means + width);
-    scale.assign(rstds, rstds + width);
-    for (int64_t c = 0; problem.weight.defined() && c < width; ++c)
-      scale[c] *= problem.weight.const_data_ptr<Real>()[c];
-    bias.resize(width, 0);
-    if (problem.bias.defined()) std::copy_n(problem.bias.const_data_ptr<Real>(), width, bias.begin());
-  }
-};
-
-template <typename Real>
-struct ChannelPointers {
-  const Real* __restrict__ mean, * __restrict__ scale, * __restrict__ bias;
-
-  ChannelPointers(const Channels<Real>& channels, int64_t first)
-      : mean(channels.mean.data() + first),
-        scale(channels.scale.data() + first),
-        bias(channels.bias.data() + first) {}
-  Channel<Real> operator[](int64_t c) const { return {mean[c], scale[c], bias[c]}; }
-};
 
 // What a loop is compiled for: the layout, and ReLU, whose mask the compiler vectorises where it stands
 // alone.
@@ -123,7 +82,7 @@ void apply(const MaxPoolProblem& problem, Tensor& y, Tensor& indices) {
   const Plane<const T> x = plane<T>(problem.x);
   const Plane<T> out = mutable_plane<T>(y);
   const Plane<uint8_t> places = mutable_plane<uint8_t>(indices);
-  const Channels<Real> channels(problem);
+  const Channels<Real> channels(problem.mean, problem.rstd, problem.weight, problem.bias, problem.channels);
   const Real lowest = -std::numeric_limits<Real>::infinity();
   // Columns that windows have in the same place lie side by side: those of each remainder modulo the stride.
   const int padded = problem.width + 2 * window.padding_w, step = std::min(window.stride_w, padded);
@@ -196,7 +155,7 @@ void reduce(const MaxPoolProblem& problem, const Tensor& grad, const Tensor& ind
   const PoolWindow window = problem.window;
   const Plane<const T> x = plane<T>(problem.x), above = plane<T>(grad);
   const Plane<const uint8_t> places = plane<uint8_t>(indices);
-  const Channels<Real> channels(problem);
+  const Channels<Real> channels(problem.mean, problem.rstd, problem.weight, problem.bias, problem.channels);
   const int64_t chunks = (problem.pooled_height + kRows - 1) / kRows;
   std::vector<Sums> partial(problem.images * chunks * problem.channels);
   // Of the elements of a window, from its first one.
@@ -249,7 +208,7 @@ void input_grad(const MaxPoolProblem& problem, const Tensor& grad, const Tensor&
   const Plane<const T> x = plane<T>(problem.x), above = plane<T>(grad);
   const Plane<const uint8_t> places = plane<uint8_t>(indices);
   const Plane<T> out = mutable_plane<T>(grad_x);
-  const Channels<Real> channels(problem);
+  const Channels<Real> channels(problem.mean, problem.rstd, problem.weight, problem.bias, problem.channels);
   std::vector<Real> mean_g(problem.channels, 0), inner_g(problem.channels, 0);
   if (sum_g.defined() && sum_g_xhat.defined()) {
     const Real count = static_cast<Real>(problem.count());

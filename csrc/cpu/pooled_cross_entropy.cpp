@@ -12,15 +12,10 @@
 #include <type_traits>
 
 #include "../pooled_cross_entropy_host.h"
+#include "loops.h"
 
 namespace auglocal {
 namespace {
-
-constexpr int64_t kGrain = 32768;  // elements worth a thread
-
-int64_t grain(int64_t elements_per_item) {
-  return std::max<int64_t>(1, kGrain / elements_per_item);
-}
 
 // Sum of `count` elements; the independent partial sums are what lets the compiler vectorise it.
 template <typename Real, typename T>

@@ -12,29 +12,15 @@
 #include <vector>
 
 #include "../similarity_loss_host.h"
+#include "loops.h"
 
 namespace auglocal {
 namespace {
 
-constexpr int64_t kGrain = 32768;   // elements worth a thread
 constexpr int64_t kPairs = 131072;  // whose similarities are made at a time, small enough for a cache
 constexpr int64_t kRun = 512;       // elements added up in the narrow type, by kLanes of them
 constexpr int64_t kTile = 32;       // channels of a channels-last map that are read together
 constexpr int kLanes = 16;
-
-template <typename T>
-using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-int64_t grain(int64_t elements_per_item) {
-  return std::max<int64_t>(1, kGrain / elements_per_item);
-}
-
-// Calls f(std::true_type) or f(std::false_type).
-template <typename F>
-void with(bool flag, const F& f) {
-  if (flag) f(std::true_type());
-  else f(std::false_type());
-}
 
 // Sum of value(i); independent lanes let the compiler vectorise it.
 template <typename Real, typename Value>

@@ -12,16 +12,12 @@
 #include <type_traits>
 
 #include "../supervised_contrast_host.h"
+#include "loops.h"
 
 namespace auglocal {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // elements worth a thread
-constexpr int kLanes = 16;         // independent partial sums, which shorten the chain of roundings
-
-int64_t grain(int64_t elements_per_row) {
-  return std::max<int64_t>(1, kGrain / elements_per_row);
-}
+constexpr int kLanes = 16;  // independent partial sums, which shorten the chain of roundings
 
 template <typename Real>
 Real dot(const Real* a, const Real* b, int64_t count) {

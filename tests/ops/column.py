@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from auglocal_ext.ops import providers
 
@@ -127,3 +128,17 @@ def assert_runs_beside_the_current_device(check: Callable[[str], None]) -> None:
     torch.cuda.set_device(0)
     check("cuda:1")
     assert torch.cuda.current_device() == 0
+
+
+class GradientNeeds(TorchDispatchMode):
+    """Records for each call of an op whether it is asked for the gradient, its fifth argument."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__()
+        self._op = op
+        self.needs: list[bool] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if self._op in str(function):
+            self.needs.append(args[4])
+        return function(*args, **(kwargs or {}))

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from auglocal_ext.ops import providers, reconstruction_loss
 
@@ -150,23 +149,10 @@ def test_pixels_are_cut_to_their_range(device: str, provider: str) -> None:
     assert grad.flatten().tolist() == [0.5, 0.25, -0.25, -0.5, 0.5, 0.5, -0.5, 0.25]
 
 
-class Calls(TorchDispatchMode):
-    """Records whether the op is asked for a gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.needs: list[bool] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if OP in str(function):
-            self.needs.append(args[4])
-        return function(*args, **(kwargs or {}))
-
-
 @column.cases
 def test_only_logits_get_a_gradient(device: str, provider: str, poison: None) -> None:
     logits, *others = inputs((2, 3, 8, 8), torch.float32, device)
-    with Calls() as calls:
+    with column.GradientNeeds(OP) as calls:
         others = [tensor.requires_grad_() for tensor in others]
         loss = reconstruction_loss(logits, *others, provider=provider)
         assert calls.needs == [False]

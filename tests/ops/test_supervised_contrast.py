@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from auglocal_ext.ops import providers, supervised_contrast
 from auglocal_ext.ops.reference.supervised_contrast import ROWS
@@ -181,24 +180,11 @@ def test_nan_is_passed_on(device: str, provider: str) -> None:
     assert loss.isnan() and torch.autograd.grad(loss, features)[0].isnan().all()
 
 
-class Calls(TorchDispatchMode):
-    """Records whether the op is asked for the gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.needs: list[bool] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if OP in str(function):
-            self.needs.append(args[4])
-        return function(*args, **(kwargs or {}))
-
-
 @column.cases
 def test_the_gradient_is_made_where_it_is_needed(device: str, provider: str, poison: None) -> None:
     features, target = inputs((9, 7), torch.float32, device)
     leaf = features.clone().requires_grad_()
-    with Calls() as calls:
+    with column.GradientNeeds(OP) as calls:
         without = supervised_contrast(features, target, 0.1, provider=provider)
         loss = supervised_contrast(leaf, target, 0.1, provider=provider)
         with torch.no_grad():

@@ -200,13 +200,15 @@ def test_a_required_graph_that_cannot_be_raises_and_changes_nothing():
 def test_an_optimizer_that_reads_its_learning_rate_on_the_host_runs_eagerly():
     net, other = twins()
 
-    def adadelta(params):
-        return torch.optim.Rprop(params, lr=0.01)
+    def unfused(params):
+        return torch.optim.SGD(params, lr=0.125, fused=False)
 
-    plain, step = adadelta(other.parameters()), LocalStep(net, adadelta)
+    plain, step = unfused(other.parameters()), LocalStep(net, unfused)
     for x, y in batches(6):
         plain_step(other, plain, x, y)
         step(x, y)
+    assert not step.graphed and "local module 0" in step.eager_reason
+    assert OperatorTape.made == 1
     assert_same_state(net, other)
 
 
@@ -236,3 +238,7 @@ def test_dropout_is_captured_only_where_nothing_is_recomputed(monkeypatch):
             step(x, y)
         assert step.graphed is graphed
     assert "random" in step.eager_reason
+    step.net.recompute = "none"
+    for x, y in batches(5):
+        step(x, y)
+    assert step.graphed
