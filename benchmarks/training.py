@@ -1,4 +1,4 @@
-"""Accuracy on real images: backpropagation, AugLocal and ContSup, same settings, same seed.
+"""Accuracy on real images: backpropagation and every learning rule, same settings, same seed.
 
     python benchmarks/training.py --data DIR        # thin ResNet-8, 5 epochs of 20 000 images, on the CPU
 
@@ -32,6 +32,12 @@ ROWS = {
     "ContSup R0": "--rule contsup --context R0",
     "ContSup E": "--rule contsup --context E",
     "ContSup R1E": "--rule contsup --context R1E",
+    "Greedy": "--rule greedy",
+    "DGL": "--rule dgl",
+    "PredSim": "--rule predsim",
+    # The weights of its experiments with the same data, one module per layer (ResNet-32); this network has none.
+    "InfoPro": "--rule infopro --weights 5,0.05,0.2,0.5",
+    "MAN": "--rule man",
 }
 SETTINGS = (
     "--network resnet8 --width 8 --batch-size 128 --lr 0.1 --epochs 5 --train-images 20000 --seed 1234 "
