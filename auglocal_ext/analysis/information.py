@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -67,7 +68,7 @@ def information(
     *,
     epochs: int = 10,
     probe_lr: float = 0.1,
-    decoder_lr: float = 2e-3,
+    decoder_lr: float = 5e-3,
     probe_blocks: int = 5,
     seed: int = 0,
     bars: bool = False,
@@ -82,14 +83,13 @@ def information(
     as InfoPro and ContSup estimate them; both are lower bounds, tighter the better decoder and classifier are. H(x) is
     not known, so image information is counted from the best guess that does not look at h, the mean image.
 
-    Protocol, since the papers' own is not published: the network is frozen and in eval mode. Decoder
-    and probe are fed with h standardised per channel. The decoder has 64 channels at the resolution of h (a
-    convolution, two residual blocks) and makes the image's values of them by pixel shuffle; its loss is the binary
-    cross-entropy against the image in [0, 1], its optimizer Adam. The probe is a residual network of the size of
-    ResNet-32 (three stages of ``probe_blocks`` blocks) on maps, two hidden layers of 256 on vectors; SGD with Nesterov
-    momentum 0.9 and weight decay 5e-4. Both train for ``epochs`` epochs of the
-    source's training batches with cosine learning rates per step and are scored on its held-out ones. Their size and
-    the number of epochs move the estimates: compare only figures of equal settings.
+    Protocol, since the papers' own is not published: the network is frozen and in eval mode; decoder and probe are fed
+    with h standardised per channel. The decoder has a convolution and two residual blocks at the resolution of h and
+    makes the image's values of them by pixel shuffle; its loss is the binary cross-entropy against the image in [0, 1],
+    its optimizer Adam. The probe is a residual network of the size of ResNet-32 (three stages of ``probe_blocks``
+    blocks) on maps, two hidden layers of 256 on vectors; SGD with Nesterov momentum 0.9 and weight decay 5e-4. Both
+    train for ``epochs`` epochs of the source's training batches, with a cosine per step, and are scored on its held-out
+    ones. Their size and the number of epochs move the estimates: compare only figures of equal settings.
 
     Args:
         network: :class:`auglocal_ext.LocalSequential` or ``nn.Sequential``.
@@ -183,15 +183,14 @@ class _Residual(nn.Module):
 
 
 class Decoder(Readout):
-    """The image out of a layer's output: 64 channels at its resolution, then pixel shuffle to the image's.
+    """The image out of a layer's output: residual blocks at its resolution, then pixel shuffle to the image's.
 
+    A map a factor f smaller than the image is decoded with 16 f channels, 256 at most, which costs the same at every f.
     Where the image's side is no multiple of the map's, the map is resized (bilinear) to the image first. Of vectors a
-    linear layer makes 64 channels at an eighth of the image's side. It starts at even odds for every value, and has
+    linear layer makes 64 channels at a quarter of the image's side, 8 at most. It starts at even odds for every value, and has
     no BatchNorm but that of its input: what a collapsed layer puts out, the same for all images, is no variance to
     divide by.
     """
-
-    CHANNELS = 64
 
     def __init__(self, shape: tuple[int, ...], image_shape: tuple[int, int, int], mean: Tensor, std: Tensor) -> None:
         super().__init__()
@@ -199,27 +198,27 @@ class Decoder(Readout):
         self.standardise = standardisation(shape)
         self.start: nn.Module = nn.Identity()
         if len(shape) == 1:
-            coarse = [-(-side // 8) for side in size]
+            coarse = (64, *(min(8, -(-side // 4)) for side in size))
             self.start = nn.Sequential(
-                nn.Linear(shape[0], self.CHANNELS * coarse[0] * coarse[1]),
-                nn.ReLU(inplace=True),
-                nn.Unflatten(1, (self.CHANNELS, *coarse)),
+                nn.Linear(shape[0], math.prod(coarse)), nn.ReLU(inplace=True), nn.Unflatten(1, coarse)
             )
-            shape = (self.CHANNELS, *coarse)
-        factor = size[0] // shape[1]
-        fits = factor >= 1 and [side * factor for side in shape[1:]] == size
+            shape = coarse
+        factor = max(1, size[0] // shape[1])
+        fits = [side * factor for side in shape[1:]] == size
         self.resized = None if fits else tuple(size)
-        values = nn.Conv2d(self.CHANNELS, channels * (factor**2 if fits else 1), 3, padding=1)
+        factor = factor if fits else 1
+        width = min(16 * factor, 256)
+        values = nn.Conv2d(width, channels * factor**2, 3, padding=1)
         nn.init.zeros_(values.weight)
         nn.init.zeros_(cast(Tensor, values.bias))
         self.body = nn.Sequential(
-            nn.Conv2d(shape[0], self.CHANNELS, 3, padding=1),
+            nn.Conv2d(shape[0], width, 3, padding=1),
             nn.ReLU(inplace=True),
-            _Residual(self.CHANNELS),
-            _Residual(self.CHANNELS),
+            _Residual(width),
+            _Residual(width),
             nn.ReLU(inplace=True),
             values,
-            nn.PixelShuffle(factor if fits else 1),
+            nn.PixelShuffle(factor),
         )
         self.mean: Tensor
         self.std: Tensor
