@@ -45,15 +45,18 @@ def test_figures_are_those_of_the_result_files():
 
     report = json.loads((ROOT / "benchmarks" / "results" / "memory-predicted.json").read_text())
     rows = {(network, row["name"]): row for network, rows in report["networks"].items() for row in rows}
-    table = re.findall(r"^\| (.+?) \| ([\d.]+) \| (\d+) % \| ([\d.]+) \| (\d+) % \|", README, flags=re.M)
+    row = r"^\| (.+?) \| ([\d.]+) \| (\d+) % \| ([\d.]+) \| (\d+) % \| ([\d.]+) / ([\d.]+) \|$"
+    table = re.findall(row, README, flags=re.M)
     assert len(table) == 10
     names = {"backpropagation": "BP", "+ `fuse(net)`": "BP fused", "+ checkpointing per block": "BP checkpointing"}
-    for label, peak32, share32, peak110, share110 in table:
+    for label, peak32, share32, peak110, share110, flops32, flops110 in table:
         name = names.get(label) or re.sub(r" \(K = \d+\)", "", label).replace("d = ", "d=")
-        for network, peak, share in (("resnet32", peak32, share32), ("resnet110", peak110, share110)):
-            bytes_ = rows[network, name]["predicted"]["peak_bytes"]
-            assert f"{bytes_ / 1e9:.2f}" == peak, (network, name)
-            assert f"{100 * bytes_ / rows[network, 'BP']['predicted']['peak_bytes']:.0f}" == share, (network, name)
+        cells = {"resnet32": (peak32, share32, flops32), "resnet110": (peak110, share110, flops110)}
+        for network, (peak, share, flops) in cells.items():
+            found, base = rows[network, name]["predicted"], rows[network, "BP"]["predicted"]
+            assert f"{found['peak_bytes'] / 1e9:.2f}" == peak, (network, name)
+            assert f"{100 * found['peak_bytes'] / base['peak_bytes']:.0f}" == share, (network, name)
+            assert f"{found['flops'] / base['flops']:.2f}" == flops, (network, name)
 
 
 # The row of benchmarks/memory.py --rules that a line of README's table of rules stands for.

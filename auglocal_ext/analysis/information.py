@@ -187,9 +187,9 @@ class Decoder(Readout):
 
     A map a factor f smaller than the image is decoded with 16 f channels, 256 at most, which costs the same at every f.
     Where the image's side is no multiple of the map's, the map is resized (bilinear) to the image first. Of vectors a
-    linear layer makes 64 channels at a quarter of the image's side, 8 at most. It starts at even odds for every value, and has
-    no BatchNorm but that of its input: what a collapsed layer puts out, the same for all images, is no variance to
-    divide by.
+    linear layer makes 64 channels at a quarter of the image's side, 8 at most. It starts at even odds for every value,
+    and has no BatchNorm but that of its input: what a collapsed layer puts out, the same for all images, is no
+    variance to divide by.
     """
 
     def __init__(self, shape: tuple[int, ...], image_shape: tuple[int, int, int], mean: Tensor, std: Tensor) -> None:
