@@ -120,9 +120,7 @@ class EndToEndLearner:
             self.grad_scaler.scale(loss).backward()
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
-        loss = loss.detach()
-        correct = (logits.detach().argmax(dim=1) == labels).sum()
-        return StepResult(loss, loss.reshape(1), correct)
+        return StepResult.of_one_module(loss, logits, labels)
 
     def plan(self) -> None:
         return None
@@ -141,7 +139,7 @@ class EndToEndLearner:
 
 
 class LocalLearner:
-    """Each local module by its own loss (:class:`auglocal_ext.step.LocalStep`); ``correct``: the last module's hits."""
+    """Each local module by its own loss (:class:`auglocal_ext.step.LocalStep`)."""
 
     def __init__(self, network: LocalSequential, config: TrainConfig, device: torch.device):
         self.network, self._device, self._graph = network, device, config.graph
@@ -173,7 +171,7 @@ class LocalLearner:
         self._graphed += self._step.graphed
         if len(labels) == self._batch_size:  # an epoch's smaller last batch never runs as a graph
             self._eager_reason = self._step.eager_reason
-        return StepResult(out.loss, out.module_losses, out.module_correct[-1])
+        return StepResult(out.loss, out.module_losses, out.module_correct)
 
     def plan(self) -> str:
         if self._graph == "off":
