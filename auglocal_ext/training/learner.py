@@ -51,25 +51,33 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
-def make_learner(
+def make_network(
     config: TrainConfig, input_shape: tuple[int, int, int], num_classes: int, device: torch.device
-) -> Learner:
-    """The network of the resolved ``config`` on ``device`` and its training; SettingsError if they do not fit."""
+) -> LocalSequential | nn.Sequential:
+    """The network of the resolved ``config`` with fresh weights on ``device``: as it is for backpropagation, cut into
+    local modules for a rule. SettingsError if they do not fit.
+    """
     rule = make_rule(config)
     try:
         layers = build(config.network, num_classes=num_classes, width=config.width)
-        network: nn.Module = layers
+        network: LocalSequential | nn.Sequential = layers
         if rule is not None:
-            network = local = LocalSequential(
-                layers, rule, num_classes, input_shape, config.modules, fused=config.fused
-            )
+            network = LocalSequential(layers, rule, num_classes, input_shape, config.modules, fused=config.fused)
     except (TypeError, ValueError) as error:
         raise SettingsError(str(error)) from error
     network.to(device)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
-    if rule is not None:
-        return LocalLearner(local, config, device)
+    return network
+
+
+def make_learner(
+    config: TrainConfig, input_shape: tuple[int, int, int], num_classes: int, device: torch.device
+) -> Learner:
+    """The network of the resolved ``config`` on ``device`` and its training; SettingsError if they do not fit."""
+    network = make_network(config, input_shape, num_classes, device)
+    if isinstance(network, LocalSequential):
+        return LocalLearner(network, config, device)
     _try(network, config.network, input_shape, device)
     return EndToEndLearner(network, config, device)
 

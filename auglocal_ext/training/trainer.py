@@ -76,7 +76,7 @@ class Trainer:
     ):
         self._bars, self._say = bars, say
         self.device = pick_device(config.device)
-        self.data = _load(config, bars) if data is None else data
+        self.data = load_images(config, bars) if data is None else data
         self.config = resolve(config, self.data.name, isinstance(self.data, ImageFiles))
         self.output = Path(self.config.output).expanduser()
 
@@ -283,7 +283,8 @@ class Trainer:
         return progress_bar(total, description, "image", self._bars, initial)
 
 
-def _load(config: TrainConfig, bars: bool) -> ImageArrays | ImageFiles:
+def load_images(config: TrainConfig, bars: bool) -> ImageArrays | ImageFiles:
+    """The images that ``config`` names."""
     return load_data(
         config.data,
         config.dataset,
