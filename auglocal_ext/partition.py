@@ -78,6 +78,15 @@ def group_children(layers: nn.Sequential) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(layers)], strict=True))
 
 
+def classifier_start(layers: nn.Sequential) -> int:
+    """Position of the child with which the network's classifier starts: the last one with parameters.
+
+    ``len(layers)`` where one layer is all there is. Raises as :func:`group_children`.
+    """
+    starts = _first_children(layers)
+    return starts[-1] if len(starts) > 1 else len(layers)
+
+
 def leaves(module: nn.Module) -> Iterator[nn.Module]:
     """Submodules through nested ``nn.Sequential`` only: other containers are opaque."""
     if isinstance(module, nn.Sequential):
@@ -150,8 +159,7 @@ def describe(layers: nn.Sequential, input_shape: Sequence[int], num_classes: int
     """
     ranges = group_children(layers)
     children = list(layers)
-    firsts = _first_children(layers)
-    classifier = firsts[-1] if len(firsts) > 1 else len(children)
+    classifier = classifier_start(layers)
     described = []
     with evaluating(layers):
         h = probe_input(layers, input_shape)

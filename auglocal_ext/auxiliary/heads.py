@@ -122,6 +122,17 @@ class DGLHead(Head):
 DGL_HEADS = ("mlp-sr", "mlp", "cnn")
 
 
+def pooled_size(shape: tuple[int, ...], limit: int) -> tuple[int, int]:
+    """Height and width of a map ``(C, H, W)``, halved in turn until their product with C is at most ``limit``, or 1."""
+    channels, height, width = shape
+    while channels * height * width > limit and (height, width) != (1, 1):
+        if height >= width:
+            height = -(-height // 2)
+        else:
+            width = -(-width // 2)
+    return height, width
+
+
 class PredictionHead(Head):
     """PredSim's classifier: average pool until at most ``limit`` features are left, flatten, linear from zeros.
 
@@ -140,14 +151,9 @@ class PredictionHead(Head):
         self.pool: nn.Module = nn.Identity()
         features = shape[0]
         if len(shape) == 3:
-            height, width = shape[1:]
-            while shape[0] * height * width > limit and (height, width) != (1, 1):
-                if height >= width:
-                    height = -(-height // 2)
-                else:
-                    width = -(-width // 2)
-            self.pool = nn.Sequential(nn.AdaptiveAvgPool2d((height, width)), nn.Flatten())
-            features = shape[0] * height * width
+            size = pooled_size(shape, limit)
+            self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(size), nn.Flatten())
+            features = shape[0] * size[0] * size[1]
         self.linear = PooledLinear(features, num_classes)
         nn.init.zeros_(self.linear.weight)
         if self.linear.bias is not None:

@@ -117,7 +117,7 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def progress_bar(total: int, description: str, unit: str, show: bool, initial: int = 0) -> Any:
+def progress_bar(total: int | None, description: str, unit: str, show: bool, initial: int = 0) -> Any:
     """A tqdm bar on standard error, which stays silent where that is no terminal, or unless ``show``."""
     from tqdm import tqdm
 

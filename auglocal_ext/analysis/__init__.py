@@ -1,0 +1,21 @@
+"""What a trained network's layers represent: similarity to another network, separability, information, learning."""
+
+from .cka import CKA, cka
+from .features import layer_names, layer_outputs
+from .information import Information, LayerInformation, information
+from .probes import LayerProbe, linear_probes
+from .readout import Loaders, Source
+
+__all__ = [
+    "CKA",
+    "Information",
+    "LayerInformation",
+    "LayerProbe",
+    "Loaders",
+    "Source",
+    "cka",
+    "information",
+    "layer_names",
+    "layer_outputs",
+    "linear_probes",
+]

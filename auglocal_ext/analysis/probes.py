@@ -1,0 +1,101 @@
+"""How well a linear classifier tells the classes from each layer's output."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..auxiliary.heads import pooled_size
+from ..nn import PooledLinear
+from .readout import Readout, Source, standardisation, train_readouts
+
+
+@dataclass(frozen=True)
+class LayerProbe:
+    """A layer's linear probe: how many features it saw, accuracies as fractions, loss in nats.
+
+    ``train_accuracy`` is that of the last epoch's batches while the probe was trained on them.
+    """
+
+    name: str
+    features: int
+    train_accuracy: float
+    test_accuracy: float
+    test_loss: float
+
+
+class LinearProbe(Readout):
+    """``linear(standardise(pool(h)))``: average pool to ``max_features``, BatchNorm, linear from zeros."""
+
+    def __init__(self, shape: tuple[int, ...], num_classes: int, max_features: int) -> None:
+        super().__init__()
+        self.pool: nn.Module = nn.Flatten()
+        if len(shape) == 3:
+            size = pooled_size(shape, max_features)
+            self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(size), nn.Flatten())
+            shape = (shape[0], *size)
+        self.features = math.prod(shape)
+        self.standardise = standardisation((self.features,))
+        self.linear = PooledLinear(self.features, num_classes)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def optimizer(self, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=lr, momentum=0.9, nesterov=True)
+
+    def outcome(self, h: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        loss, _, correct = self.linear.loss(self.standardise(self.pool(h.float())), labels)
+        return loss, correct
+
+
+def linear_probes(
+    network: nn.Module,
+    source: Source,
+    num_classes: int,
+    input_shape: tuple[int, ...],
+    *,
+    epochs: int = 30,
+    lr: float = 0.1,
+    max_features: int = 2048,
+    seed: int = 0,
+    bars: bool = False,
+) -> list[LayerProbe]:
+    """Accuracy of a linear classifier on each layer's frozen output: its linear separability.
+
+    Protocol, since the papers' own is not published: the network is frozen and in eval mode; maps are average pooled,
+    height and width halved in turn, to at most ``max_features`` features (channels are never pooled), flattened and
+    standardised by BatchNorm without weights, which leaves the classifier linear; cross-entropy, SGD with Nesterov
+    momentum 0.9, no weight decay, a cosine from ``lr`` to 0 per step over ``epochs`` epochs of the source's training
+    batches, from weights of zero. All probes are trained in one pass over the data.
+
+    Args:
+        network: :class:`auglocal_ext.LocalSequential` or ``nn.Sequential``.
+        source: training and held-out batches.
+        num_classes: number of classes.
+        input_shape: of one image, ``(channels, height, width)`` or ``(features,)``.
+        seed: of what the source leaves to chance.
+        bars: show progress bars where standard error is a terminal.
+
+    Raises:
+        TypeError: for a network of another kind.
+        ValueError: for fewer than one epoch, an empty source, a label out of range.
+    """
+    trained = train_readouts(
+        network,
+        lambda shape: LinearProbe(shape, num_classes, max_features),
+        source,
+        input_shape,
+        epochs=epochs,
+        lr=lr,
+        seed=seed,
+        label="linear probes",
+        bars=bars,
+    )
+    return [
+        LayerProbe(name, cast("LinearProbe", probe).features, s.train_accuracy, s.test_accuracy, s.test_loss)
+        for name, probe, s in trained
+    ]

@@ -1,0 +1,196 @@
+"""Small networks trained on the frozen outputs of a network's layers, all layers in one pass over the data."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..partition import evaluating
+from ..training.logs import progress_bar
+from .features import layer_names, layer_outputs, layer_shapes
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Source(Protocol):
+    """Images (N, *input_shape), normalised as the network is fed with them, and labels (N,) int64, in batches.
+
+    The batches of :mod:`auglocal_ext.training` are one, :class:`Loaders` makes one of two DataLoaders.
+    """
+
+    steps: int
+
+    def train(self, epoch: int) -> Iterator[Batch]:
+        """``steps`` batches; epochs count from 1."""
+
+    def test(self) -> Iterator[Batch]:
+        """Held-out data, each once."""
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """A :class:`Source` of two DataLoaders, or other iterables with a length."""
+
+    train_loader: Sequence[Batch] | torch.utils.data.DataLoader[Batch]
+    test_loader: Sequence[Batch] | torch.utils.data.DataLoader[Batch]
+
+    @property
+    def steps(self) -> int:
+        return len(self.train_loader)
+
+    def train(self, epoch: int) -> Iterator[Batch]:
+        return iter(self.train_loader)
+
+    def test(self) -> Iterator[Batch]:
+        return iter(self.test_loader)
+
+
+class Readout(nn.Module, ABC):
+    """Looks at a layer's output ``h``; its own optimizer trains it, nothing else is trained."""
+
+    @abstractmethod
+    def optimizer(self, lr: float) -> torch.optim.Optimizer:
+        """A fresh optimizer of the parameters."""
+
+    @abstractmethod
+    def outcome(self, h: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss of the batch, with graph, and the number of right answers (0 where nothing is classified)."""
+
+
+def standardisation(shape: tuple[int, ...]) -> nn.Module:
+    """BatchNorm without weights for outputs of ``shape``, ``(C, H, W)`` or ``(features,)``.
+
+    What it sees stays what it is while a readout trains, so its statistics are averaged over all batches alike.
+    """
+    kind = nn.BatchNorm2d if len(shape) == 3 else nn.BatchNorm1d
+    return kind(shape[0], affine=False, momentum=None)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean loss and accuracy of a readout: on the training images of the last epoch, and on held-out ones."""
+
+    train_loss: float
+    train_accuracy: float
+    test_loss: float
+    test_accuracy: float
+
+
+class _Sums:
+    """Image-weighted sums of losses and right answers, on the device until they are read."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._sums = torch.zeros(count, 2, dtype=torch.float64, device=device)
+        self._images = 0
+
+    def add(self, outcomes: Sequence[tuple[Tensor, Tensor]], images: int) -> None:
+        self._sums[:, 0] += torch.stack([loss.detach().double() for loss, _ in outcomes]) * images
+        self._sums[:, 1] += torch.stack([correct for _, correct in outcomes])
+        self._images += images
+
+    def means(self) -> list[list[float]]:
+        return (self._sums / max(1, self._images)).tolist()
+
+
+def train_readouts(
+    network: nn.Module,
+    make: Callable[[tuple[int, ...]], Readout],
+    source: Source,
+    input_shape: tuple[int, ...],
+    *,
+    epochs: int,
+    lr: float,
+    seed: int,
+    label: str,
+    bars: bool,
+) -> list[tuple[str, Readout, Score]]:
+    """Train one readout per layer, ``make(shape of its output)``, and score it on held-out data.
+
+    The network is frozen, in eval mode; its mode is restored. Every batch runs through it once, and each layer's
+    readout takes its step before the next layer runs: one layer's output and one readout's activations exist at a
+    time, so that memory grows neither with the data nor, but for the readouts' parameters, with the number of layers.
+    The learning rate falls as a cosine from ``lr`` to 0 over all steps. What is drawn comes from ``seed``, and the
+    random state is left as it was. Batches of a single image are left out: BatchNorm is undefined on one.
+
+    Returns name, readout and score of each layer.
+
+    Raises:
+        ValueError: for fewer than one epoch, or a source without batches.
+    """
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    if source.steps < 1:
+        raise ValueError("the source has no training batch (steps = 0)")
+    device = next(network.parameters()).device
+    with evaluating(network):
+        shapes = layer_shapes(network, input_shape)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        readouts = [make(shape).to(device) for shape in shapes]
+        trained = _train(network, readouts, source, epochs, lr, label, bars)
+    tested = _test(network, readouts, source, label, bars)
+    scores = [Score(*train, *test) for train, test in zip(trained, tested, strict=True)]
+    return list(zip(layer_names(network), readouts, scores, strict=True))
+
+
+def _train(
+    network: nn.Module, readouts: Sequence[Readout], source: Source, epochs: int, lr: float, label: str, bars: bool
+) -> list[list[float]]:
+    device = next(network.parameters()).device
+    optimizers = [readout.optimizer(lr) for readout in readouts]
+    for readout in readouts:
+        readout.train()
+    sums = _Sums(len(readouts), device)
+    total, step = epochs * source.steps, 0
+    with evaluating(network), progress_bar(total, label, "step", bars) as bar:
+        for epoch in range(1, epochs + 1):
+            sums = _Sums(len(readouts), device)
+            for images, labels in source.train(epoch):
+                rate = lr / 2 * (1 + math.cos(math.pi * min(step, total) / total))
+                step += 1
+                bar.update()
+                if len(images) > 1:
+                    images, labels = images.to(device), labels.to(device)
+                    sums.add(_step(network, readouts, optimizers, images, labels, rate), len(images))
+    return sums.means()
+
+
+def _step(
+    network: nn.Module,
+    readouts: Sequence[Readout],
+    optimizers: Sequence[torch.optim.Optimizer],
+    images: Tensor,
+    labels: Tensor,
+    lr: float,
+) -> list[tuple[Tensor, Tensor]]:
+    outcomes = []
+    outputs = layer_outputs(network, images)
+    for readout, optimizer, h in zip(readouts, optimizers, outputs, strict=True):
+        with torch.enable_grad():
+            loss, correct = readout.outcome(h, images, labels)
+            optimizer.zero_grad()
+            loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        outcomes.append((loss.detach(), correct))
+    return outcomes
+
+
+def _test(network: nn.Module, readouts: Sequence[Readout], source: Source, label: str, bars: bool) -> list[list[float]]:
+    device = next(network.parameters()).device
+    sums = _Sums(len(readouts), device)
+    with evaluating(network, *readouts), progress_bar(None, f"{label}, test", "batch", bars) as bar:
+        for images, labels in source.test():
+            images, labels = images.to(device), labels.to(device)
+            outputs = layer_outputs(network, images)
+            found = [r.outcome(h, images, labels) for r, h in zip(readouts, outputs, strict=True)]
+            sums.add(found, len(images))
+            bar.update()
+    return sums.means()
