@@ -14,6 +14,7 @@ from .batches import Batches, make_batches
 from .config import TrainConfig, from_dict, pick_device
 from .data import ImageArrays, ImageFiles, default_workers
 from .errors import CheckpointError, SettingsError
+from .folder import few
 from .learner import make_network
 from .trainer import CHECKPOINT, load_images
 
@@ -86,9 +87,10 @@ class SavedRun:
             ("images of shape", self.input_shape, images.input_shape),
         ):
             if tuple(trained) != tuple(found):
+                expected, came = (few([*map(str, values)]) for values in (trained, found))
                 raise CheckpointError(
-                    f"{self.path} was trained on {what} {_listed(trained)}, this data has {_listed(found)}; "
-                    "give the folder of its own data set"
+                    f"{self.path} was trained on {what} {expected}, this data has {came}; give the folder of its own "
+                    "data set"
                 )
 
     def source(
@@ -157,8 +159,3 @@ def load_run(path: str | Path, device: str = "auto") -> SavedRun:
         ) from error
     epochs = state["progress"]["epochs"]
     return SavedRun(file.parent, config, network.eval(), classes, shape, epochs, target)
-
-
-def _listed(values: tuple[object, ...]) -> str:
-    shown = ", ".join(map(str, values[:6]))
-    return f"{shown}, ... ({len(values)})" if len(values) > 6 else shown
