@@ -73,21 +73,33 @@ def draw_probes(path: Path, runs: Mapping[str, Sequence[LayerProbe]]) -> Path:
 
 
 def draw_information(path: Path, runs: Mapping[str, Information]) -> Path:
-    """I(h, x) and I(h, y) over the layers, a line per run, and the limits of both."""
-    figure, (image, label) = _line_figure(2, runs)
-    named = {run: [layer.name for layer in found.layers] for run, found in runs.items()}
-    _lines(image, {run: (named[run], [layer.image_information for layer in i.layers]) for run, i in runs.items()})
-    _lines(label, {run: (named[run], [layer.label_information for layer in i.layers]) for run, i in runs.items()})
+    """I(h, x), I(h, y) and the strong probe's accuracy over the layers: a line per run, and what no line is above.
+
+    An I(h, y) far below zero is that of a probe which is sure of wrong answers: the chart is cut off there.
+    """
+    figure, (image, label, accuracy) = _line_figure(3, runs)
+    layers = {run: ([layer.name for layer in found.layers], found.layers) for run, found in runs.items()}
+    _lines(image, {run: (names, [layer.image_information for layer in at]) for run, (names, at) in layers.items()})
+    _lines(label, {run: (names, [layer.label_information for layer in at]) for run, (names, at) in layers.items()})
+    _lines(accuracy, {run: (names, [100 * layer.accuracy for layer in at]) for run, (names, at) in layers.items()})
     _limits(image, "the image itself", [found.blank_error - found.perfect_error for found in runs.values()])
-    _limits(label, "entropy of the labels", [found.label_entropy for found in runs.values()])
+    entropies = [found.label_entropy for found in runs.values()]
+    lowest = -max(entropies) / 4
+    if label.get_ylim()[0] < lowest:
+        label.set_ylim(lowest, label.get_ylim()[1])
+        label.annotate(
+            "lower values are cut off", (1, 0), (-4, 4), "axes fraction", "offset points", ha="right", **_SMALL
+        )
+    _limits(label, "entropy of the labels", entropies)
     image.set_ylabel("I(h, x), nats per value of the image", **_SMALL)
     label.set_ylabel("I(h, y), nats", **_SMALL)
+    accuracy.set_ylabel("accuracy of the strong classifier, %", **_SMALL)
     _legend(figure, image, runs)
     return _write(
         figure,
         path,
         "What each layer tells of the image and of the label",
-        "lower bounds: by reconstruction of the image (left), by a strong classifier (right), on test images",
+        "estimates: by reconstruction of the image (left), by a strong classifier (centre, right), on test images",
     )
 
 
@@ -197,7 +209,7 @@ def _module_bar(figure: Any, axes: Any, modules: int) -> None:
 
 def _line_figure(columns: int, runs: Iterable[str]) -> tuple[Any, Any]:
     """A row of charts with room for the runs below them."""
-    width = 9.0 if columns == 1 else 13.5
+    width = {1: 9.0, 2: 13.5, 3: 16.5}[columns]
     figure, (axes,) = _figure(1, columns, (width, 4.4 + 0.2 * _legend_rows(width, list(runs))[1]))
     return figure, axes
 

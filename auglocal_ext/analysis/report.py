@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..training import SavedRun, SettingsError
 from ..training.config import to_dict
@@ -118,34 +119,28 @@ class Report:
                 for against, value in zip(result.names_b, row, strict=True)
             )
             plots.draw_cka(self._figure(f"cka-{name}"), result, name, reference or name)
-            matched = self._matched(found)
-            if matched and reference is not None:
-                plots.draw_matched(self._figure("cka-matched"), matched, reference)
+            if matched := self._matched(found):
+                plots.draw_matched(self._figure("cka-matched"), matched, str(reference))
         return self._cka_table(found)
 
     def _matched(self, found: dict[str, CKA]) -> dict[str, CKA]:
-        """Runs with as many layers as the reference, which is another one."""
-        return {
-            name: result
-            for name, result in found.items()
-            if self._selection.reference not in (None, name) and len(result.names_a) == len(result.names_b)
-        }
+        """Runs with as many layers as the reference."""
+        if self._selection.reference is None:
+            return {}
+        return {name: result for name, result in found.items() if len(result.names_a) == len(result.names_b)}
 
     def _cka_table(self, found: dict[str, CKA]) -> str:
-        matched = self._matched(found)
+        """Layers beside the same layer of the reference; of networks with other layers, beside its classifier."""
+        matched, reference = self._matched(found), self._selection.reference
+        rest = {name: result for name, result in found.items() if name not in matched}
         lines = []
         if matched:
-            names = {name: result.names_a for name, result in matched.items()}
-            values = {name: result.matched.tolist() for name, result in matched.items()}
-            lines.append(f"CKA of each layer with the same layer of {self._selection.reference}")
-            lines.append(layer_table(names, values))
-        rest = {name: result for name, result in found.items() if name not in matched}
+            lines.append(f"CKA of each layer with the same layer of {reference}")
+            lines.append(_cka_lines(matched, {name: result.matched for name, result in matched.items()}))
         if rest:
-            names = {name: result.names_a for name, result in rest.items()}
-            values = {name: result.matrix[:, -1].tolist() for name, result in rest.items()}
-            of = self._selection.reference
-            lines.append(f"CKA of each layer with the classifier of {'its own network' if of is None else of}")
-            lines.append(layer_table(names, values))
+            whose = "its own network" if reference is None else reference
+            lines.append(f"CKA of each layer with the classifier of {whose}")
+            lines.append(_cka_lines(rest, {name: result.matrix[:, -1] for name, result in rest.items()}))
         return "\n".join(lines)
 
     def _probes(self) -> str:
@@ -235,6 +230,11 @@ class Report:
 
     def _figure(self, name: str) -> Path:
         return self.output / f"{name.replace('/', '-')}.png"
+
+
+def _cka_lines(found: dict[str, CKA], values: dict[str, Tensor]) -> str:
+    names = {name: result.names_a for name, result in found.items()}
+    return layer_table(names, {name: column.tolist() for name, column in values.items()})
 
 
 def _command(settings: Settings) -> str:

@@ -109,7 +109,7 @@ def test_lines_over_layers(tmp_path, figures, names, runs, kind):
     elif kind == "information":
         plots.draw_information(path, {run: knowledge(names) for run in runs})
         layers = range(len(names))
-        expected = [[0.1 - 0.001 * i for i in layers], [0.03 * i for i in layers]]
+        expected = [[0.1 - 0.001 * i for i in layers], [0.03 * i for i in layers], [50.0] * len(names)]
     else:
         plots.draw_modules(path, {run: scores(names, last=3) for run in runs})
         expected = [[2 - 0.01 * k for k in range(len(names) - 2)], [30.0 + k for k in range(len(names) - 2)]]
@@ -150,10 +150,20 @@ def test_networks_of_different_layers_are_counted(tmp_path, figures):
 
 def test_limits_are_drawn_and_seen(tmp_path, figures):
     plots.draw_information(tmp_path / "information.png", {"bp": knowledge(SHORT), "greedy": knowledge(SHORT)})
-    for axes, limit in zip(figures[0].axes, (0.69 - 0.55, 2.303), strict=True):
+    *charts, _ = figures[0].axes
+    for axes, limit in zip(charts, (0.69 - 0.55, 2.303), strict=True):
         (line,) = [line for line in axes.lines if line.get_label().startswith("_")]
         assert line.get_ydata()[0] == pytest.approx(limit, abs=1e-3)
         assert axes.get_ylim()[1] > limit
+        assert not [text for text in axes.texts if "cut off" in text.get_text()]
+
+
+def test_an_over_confident_probe_does_not_flatten_the_others(tmp_path, figures):
+    sure = Information(2.303, 0.69, 0.55, [LayerInformation(name, 0.6, 0.1, -80.0, 0.1) for name in SHORT])
+    plots.draw_information(tmp_path / "information.png", {"bp": knowledge(SHORT), "sure": sure})
+    _, label, _ = figures[0].axes
+    assert label.get_ylim()[0] == pytest.approx(-2.303 / 4)
+    assert "cut off" in label.texts[0].get_text()
 
 
 @pytest.mark.parametrize("modules", [1, 4, 50])
