@@ -1,6 +1,7 @@
 """What a trained network's layers represent: similarity to another network, separability, information, learning."""
 
 from .cka import CKA, cka
+from .curves import Curves, ModuleScore, module_scores, read_curves
 from .features import layer_names, layer_outputs
 from .information import Information, LayerInformation, information
 from .probes import LayerProbe, linear_probes
@@ -8,14 +9,18 @@ from .readout import Loaders, Source
 
 __all__ = [
     "CKA",
+    "Curves",
     "Information",
     "LayerInformation",
     "LayerProbe",
     "Loaders",
+    "ModuleScore",
     "Source",
     "cka",
     "information",
     "layer_names",
     "layer_outputs",
     "linear_probes",
+    "module_scores",
+    "read_curves",
 ]

@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-_COMMANDS = ("info", "plan", "train")
+_COMMANDS = ("analyze", "info", "plan", "train")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 config = TrainConfig(data="cifar10", output="runs/first", network="resnet32", rule="auglocal", depth=3)
 summary = Trainer(config).fit()
 config = TrainConfig.from_recipe("infopro", data="cifar10", output="runs/second", epochs=20)
+network = load_run("runs/first").network
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from .config import TrainConfig
 from .data import ImageArrays, ImageFiles, load_data
 from .errors import CheckpointError, DataError, DivergedError, Interrupted, SettingsError, TrainingError
 from .recipes import RECIPES, Recipe
+from .saved_run import SavedRun, load_run
 from .trainer import Summary, Trainer
 
 __all__ = [
@@ -22,10 +24,12 @@ __all__ = [
     "ImageFiles",
     "Interrupted",
     "Recipe",
+    "SavedRun",
     "SettingsError",
     "Summary",
     "TrainConfig",
     "Trainer",
     "TrainingError",
     "load_data",
+    "load_run",
 ]

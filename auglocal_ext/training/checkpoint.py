@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save(state: dict[str, Any], path: Path) -> None:

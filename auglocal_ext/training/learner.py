@@ -51,25 +51,33 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
-def make_learner(
+def make_network(
     config: TrainConfig, input_shape: tuple[int, int, int], num_classes: int, device: torch.device
-) -> Learner:
-    """The network of the resolved ``config`` on ``device`` and its training; SettingsError if they do not fit."""
+) -> LocalSequential | nn.Sequential:
+    """The network of the resolved ``config`` with fresh weights on ``device``: as it is for backpropagation, cut into
+    local modules for a rule. SettingsError if they do not fit.
+    """
     rule = make_rule(config)
     try:
         layers = build(config.network, num_classes=num_classes, width=config.width)
-        network: nn.Module = layers
+        network: LocalSequential | nn.Sequential = layers
         if rule is not None:
-            network = local = LocalSequential(
-                layers, rule, num_classes, input_shape, config.modules, fused=config.fused
-            )
+            network = LocalSequential(layers, rule, num_classes, input_shape, config.modules, fused=config.fused)
     except (TypeError, ValueError) as error:
         raise SettingsError(str(error)) from error
     network.to(device)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
-    if rule is not None:
-        return LocalLearner(local, config, device)
+    return network
+
+
+def make_learner(
+    config: TrainConfig, input_shape: tuple[int, int, int], num_classes: int, device: torch.device
+) -> Learner:
+    """The network of the resolved ``config`` on ``device`` and its training; SettingsError if they do not fit."""
+    network = make_network(config, input_shape, num_classes, device)
+    if isinstance(network, LocalSequential):
+        return LocalLearner(network, config, device)
     _try(network, config.network, input_shape, device)
     return EndToEndLearner(network, config, device)
 
@@ -120,9 +128,7 @@ class EndToEndLearner:
             self.grad_scaler.scale(loss).backward()
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
-        loss = loss.detach()
-        correct = (logits.detach().argmax(dim=1) == labels).sum()
-        return StepResult(loss, loss.reshape(1), correct)
+        return StepResult.of_one_module(loss, logits, labels)
 
     def plan(self) -> None:
         return None
@@ -141,7 +147,7 @@ class EndToEndLearner:
 
 
 class LocalLearner:
-    """Each local module by its own loss (:class:`auglocal_ext.step.LocalStep`); ``correct``: the last module's hits."""
+    """Each local module by its own loss (:class:`auglocal_ext.step.LocalStep`)."""
 
     def __init__(self, network: LocalSequential, config: TrainConfig, device: torch.device):
         self.network, self._device, self._graph = network, device, config.graph
@@ -173,7 +179,7 @@ class LocalLearner:
         self._graphed += self._step.graphed
         if len(labels) == self._batch_size:  # an epoch's smaller last batch never runs as a graph
             self._eager_reason = self._step.eager_reason
-        return StepResult(out.loss, out.module_losses, out.module_correct[-1])
+        return StepResult(out.loss, out.module_losses, out.module_correct)
 
     def plan(self) -> str:
         if self._graph == "off":

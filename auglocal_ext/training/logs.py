@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -20,8 +21,10 @@ class EpochRow:
     the end of a step to the next batch being ready on it, on the CPU the time it took to make the batches.
 
     ``train_loss`` is the mean over the images of the loss that was differentiated: for a local rule the sum
-    of ``module_losses`` (one per local module, separated by spaces in the file). ``peak_bytes`` is the peak
-    since the start: allocated CUDA memory, or on the CPU the process's resident set.
+    of ``module_losses``. ``module_accuracies`` are those of each module's own classifier on the same images, nan where
+    it has none; the last module's is ``train_accuracy``. Both are one number per local module, separated by spaces in
+    the file. ``peak_bytes`` is the peak since the start: allocated CUDA memory, or on the CPU the process's resident
+    set.
     """
 
     epoch: int
@@ -35,6 +38,10 @@ class EpochRow:
     waiting: float
     peak_bytes: int
     module_losses: tuple[float, ...]
+    module_accuracies: tuple[float, ...]
+
+
+_PER_MODULE = ("module_losses", "module_accuracies")
 
 
 class CsvLog:
@@ -47,7 +54,7 @@ class CsvLog:
         if epoch and path.is_file():
             with path.open(newline="") as file:
                 # A row cut short by a crash has no last column.
-                kept = [row for row in csv.DictReader(file) if row.get("module_losses") and int(row["epoch"]) <= epoch]
+                kept = [row for row in csv.DictReader(file) if row.get(names[-1]) and int(row["epoch"]) <= epoch]
         temporary = path.with_suffix(".partial")
         with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, names, extrasaction="ignore")
@@ -57,7 +64,7 @@ class CsvLog:
 
     def add(self, row: EpochRow) -> None:
         values = asdict(row)
-        values["module_losses"] = " ".join(map(repr, row.module_losses))
+        values |= {name: " ".join(map(repr, values[name])) for name in _PER_MODULE}
         with self.path.open("a", newline="") as file:
             csv.writer(file).writerow(values.values())
 
@@ -79,12 +86,15 @@ class TensorBoardLog:
         if self._writer is None:
             return
         for name, value in asdict(row).items():
-            if name not in ("epoch", "module_losses"):
+            if name != "epoch" and name not in _PER_MODULE:
                 # train/loss and test/loss, so that TensorBoard groups the two splits.
                 tag = name.replace("_", "/", 1) if name.startswith(("train_", "test_")) else name
                 self._writer.add_scalar(tag, value, row.epoch)
         for module, loss in enumerate(row.module_losses):
             self._writer.add_scalar(f"module_loss/{module}", loss, row.epoch)
+        for module, accuracy in enumerate(row.module_accuracies):
+            if not math.isnan(accuracy):
+                self._writer.add_scalar(f"module_accuracy/{module}", accuracy, row.epoch)
         self._writer.flush()
 
     def close(self) -> None:

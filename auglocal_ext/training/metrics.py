@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,20 +12,34 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepResult:
-    """A step's mean loss (scalar), the local losses (K,), the number of right answers, all on the device."""
+    """A step's mean loss (scalar), local losses (K,) and right answers of each module (K,), all on the device.
+
+    ``module_correct`` is -1 where a module does not classify. The last module's are the network's.
+    """
 
     loss: Tensor
     module_losses: Tensor
-    correct: Tensor
+    module_correct: Tensor
+
+    @classmethod
+    def of_one_module(cls, loss: Tensor, logits: Tensor, labels: Tensor) -> StepResult:
+        """Of a network that is trained, or looked at, as a whole."""
+        loss = loss.detach()
+        return cls(loss, loss.reshape(1), (logits.detach().argmax(dim=1) == labels).sum().reshape(1))
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Means over the images seen so far."""
+    """Means over the images seen so far; a module that does not classify has the accuracy nan."""
 
     loss: float
-    accuracy: float
     module_losses: tuple[float, ...]
+    module_accuracies: tuple[float, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """The network's, which is that of the last module."""
+        return self.module_accuracies[-1]
 
 
 _PLAIN = ("steps", "images", "seconds", "waiting")
@@ -40,20 +55,23 @@ class EpochSums:
     def __init__(self, modules: int, device: torch.device):
         self.steps = self.images = 0
         self.seconds = self.waiting = 0.0
-        # fp64: half a million images' losses must add up to more digits than fp32 has.
-        self._sums = torch.zeros(modules + 2, dtype=torch.float64, device=device)
+        # The loss, the local losses, the hits of each module; fp64: half a million images' losses must add up to more
+        # digits than fp32 has.
+        self._sums = torch.zeros(1 + 2 * modules, dtype=torch.float64, device=device)
+        self._modules = modules
 
     def add(self, result: StepResult, images: int) -> None:
         losses = torch.cat([result.loss.detach().reshape(1), result.module_losses.detach()]).double()
-        self._sums[:-1] += losses * images
-        self._sums[-1] += result.correct
+        self._sums[: len(losses)] += losses * images
+        self._sums[len(losses) :] += result.module_correct
         self.steps += 1
         self.images += images
 
     def read(self) -> Reading:
         count = max(1, self.images)
-        loss, *modules, correct = (self._sums / count).tolist()
-        return Reading(loss, correct, tuple(modules))
+        loss, *modules = (self._sums / count).tolist()
+        losses, hits = modules[: self._modules], modules[self._modules :]
+        return Reading(loss, tuple(losses), tuple(math.nan if share < 0 else share for share in hits))
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _PLAIN} | {"sums": self._sums.cpu()}

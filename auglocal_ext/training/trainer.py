@@ -76,7 +76,7 @@ class Trainer:
     ):
         self._bars, self._say = bars, say
         self.device = pick_device(config.device)
-        self.data = _load(config, bars) if data is None else data
+        self.data = load_images(config, bars) if data is None else data
         self.config = resolve(config, self.data.name, isinstance(self.data, ImageFiles))
         self.output = Path(self.config.output).expanduser()
 
@@ -166,6 +166,7 @@ class Trainer:
             waiting=sums.waiting / sums.seconds,
             peak_bytes=peak_bytes(self.device),
             module_losses=train.module_losses,
+            module_accuracies=train.module_accuracies,
         )
 
     def _train(self, epoch: int) -> Reading:
@@ -205,14 +206,14 @@ class Trainer:
 
     def evaluate(self) -> Reading:
         """Mean cross-entropy and top-1 accuracy of the network alone, in eval mode, over the test images."""
-        sums = EpochSums(0, self.device)
+        sums = EpochSums(1, self.device)
         self.network.eval()
         with torch.no_grad(), self._bar("test", self.data.test_count) as bar:
             for images, labels in self._batches.test():
                 with autocast(self.config.amp, self.device):
                     logits = self.network(images)
                 loss = F.cross_entropy(logits.float(), labels)
-                sums.add(StepResult(loss, loss.new_zeros(0), (logits.argmax(dim=1) == labels).sum()), len(labels))
+                sums.add(StepResult.of_one_module(loss, logits, labels), len(labels))
                 bar.update(len(labels))
                 if self._interrupt.requested:
                     break
@@ -282,7 +283,8 @@ class Trainer:
         return progress_bar(total, description, "image", self._bars, initial)
 
 
-def _load(config: TrainConfig, bars: bool) -> ImageArrays | ImageFiles:
+def load_images(config: TrainConfig, bars: bool) -> ImageArrays | ImageFiles:
+    """The images that ``config`` names."""
     return load_data(
         config.data,
         config.dataset,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import sys
 import time
@@ -15,7 +16,7 @@ from auglocal_ext.training.logs import CsvLog, EpochRow, TensorBoardLog, peak_by
 
 
 def row(epoch):
-    return EpochRow(epoch, 0.1, 2.5, 0.25, 2.0, 0.5, 1000.0, 3.5, 0.02, 10**9, (1.5, 1.0))
+    return EpochRow(epoch, 0.1, 2.5, 0.25, 2.0, 0.5, 1000.0, 3.5, 0.02, 10**9, (1.5, 1.0), (math.nan, 0.25))
 
 
 def test_csv(tmp_path):
@@ -23,8 +24,8 @@ def test_csv(tmp_path):
     CsvLog(path, 0).add(row(1))
     assert path.read_text().splitlines() == [
         "epoch,lr,train_loss,train_accuracy,test_loss,test_accuracy,images_per_second,seconds,waiting,peak_bytes,"
-        "module_losses",
-        "1,0.1,2.5,0.25,2.0,0.5,1000.0,3.5,0.02,1000000000,1.5 1.0",
+        "module_losses,module_accuracies",
+        "1,0.1,2.5,0.25,2.0,0.5,1000.0,3.5,0.02,1000000000,1.5 1.0,nan 0.25",
     ]
 
 
@@ -62,10 +63,13 @@ def test_tensorboard(tmp_path):
         "test/accuracy",
         "lr",
         "module_loss/1",
+        "module_accuracy/1",
         "images_per_second",
         "waiting",
     } <= set(tags)
     assert events.Scalars("module_loss/0")[0].value == 1.5
+    assert events.Scalars("module_accuracy/1")[0].value == 0.25
+    assert "module_accuracy/0" not in tags  # a module that does not classify
 
 
 def test_without_tensorboard_one_line_says_so(tmp_path, monkeypatch):

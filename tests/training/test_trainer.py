@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 
 import pytest
@@ -17,6 +18,7 @@ from auglocal_ext.training import (
     Trainer,
     checkpoint,
 )
+from auglocal_ext.training.metrics import EpochSums, StepResult
 from auglocal_ext.training.schedule import learning_rate
 
 
@@ -32,6 +34,31 @@ def test_learns(config, separable, rule):
     losses = [float(loss) for loss in rows[3]["module_losses"].split()]
     assert len(losses) == {"bp": 1, "auglocal": 3, "contsup": 4}[rule["rule"]]
     assert sum(losses) == pytest.approx(float(rows[3]["train_loss"]), rel=1e-5)
+    accuracies = [[float(accuracy) for accuracy in row["module_accuracies"].split()] for row in rows]
+    assert {len(row) for row in accuracies} == {len(losses)}
+    assert [row[-1] for row in accuracies] == [float(row["train_accuracy"]) for row in rows]
+    assert all(sum(column[-3:]) > sum(column[:3]) for column in zip(*accuracies, strict=True))  # each module learns
+
+
+def test_a_module_without_classifier_has_no_accuracy(config, separable):
+    settings = config(epochs=1, rule="infopro", modules=3, loss="contrast", weights=(1.0, 1.0, 1.0, 1.0))
+    trainer(settings, separable).fit()
+    (row,) = log(settings)
+    first, second, last = row["module_accuracies"].split()
+    assert first == second == "nan" and last == row["train_accuracy"]
+
+
+def test_hits_of_each_module_are_counted_over_the_images():
+    sums = EpochSums(3, torch.device("cpu"))
+    for correct, images in (([2, -1, 4], 4), ([0, -1, 1], 2)):
+        sums.add(StepResult(torch.tensor(6.0), torch.tensor([1.0, 2.0, 3.0]), torch.tensor(correct)), images)
+    reading = sums.read()
+    assert reading.loss == 6 and reading.module_losses == (1, 2, 3)
+    first, second, last = reading.module_accuracies
+    assert first == 2 / 6 and math.isnan(second) and last == reading.accuracy == 5 / 6
+    again = EpochSums(3, torch.device("cpu"))
+    again.load_state_dict(sums.state_dict())
+    assert again.read().module_losses == reading.module_losses
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -1,0 +1,161 @@
+"""A trained network out of its run folder, and the images it was trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..local_sequential import LocalSequential
+from . import checkpoint
+from .batches import Batches, make_batches
+from .config import TrainConfig, from_dict, pick_device
+from .data import ImageArrays, ImageFiles, default_workers
+from .errors import CheckpointError, SettingsError
+from .folder import few
+from .learner import make_network
+from .trainer import CHECKPOINT, load_images
+
+
+@dataclass(frozen=True, eq=False)
+class SavedRun:
+    """A run as its checkpoint has it.
+
+    Attributes:
+        path: the run folder.
+        config: its settings, resolved, as they are stored.
+        network: with the trained weights, in eval mode on ``device``; an ``nn.Sequential`` for backpropagation.
+        classes: names of the classes, in the order of the labels.
+        input_shape: channels, height, width of an image.
+        epochs: how many are finished.
+        device: where the network is and batches are made.
+    """
+
+    path: Path
+    config: TrainConfig
+    network: LocalSequential | nn.Sequential
+    classes: tuple[str, ...]
+    input_shape: tuple[int, int, int]
+    epochs: int
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.resolve().name
+
+    def images_config(
+        self, data: str | Path | None = None, train_images: int | None = None, seed: int | None = None
+    ) -> TrainConfig:
+        """The settings that say which images :meth:`images` loads."""
+        own = self.config.train_images
+        if train_images is not None and own is not None and train_images > own:
+            raise SettingsError(
+                f"{self.path} was trained on {own} images: choose at most as many training images, not {train_images}"
+            )
+        # Parts drawn with one seed lie in each other, so a smaller one holds only images the run was trained on.
+        draw = self.config.seed if own is not None or seed is None else seed
+        return replace(
+            self.config,
+            data=self.config.data if data is None else str(data),
+            train_images=own if train_images is None else train_images,
+            seed=draw,
+        )
+
+    def images(
+        self,
+        data: str | Path | None = None,
+        train_images: int | None = None,
+        seed: int | None = None,
+        bars: bool = False,
+    ) -> ImageArrays | ImageFiles:
+        """The data set of the run, read from ``data``, or from where it lay when the run was trained.
+
+        ``train_images`` takes fewer training images than the run had, drawn among its own by ``seed``. Raises DataError
+        or SettingsError, as :func:`load_data` does, and CheckpointError for images the network was not trained on.
+        """
+        images = load_images(self.images_config(data, train_images, seed), bars)
+        self.check(images)
+        return images
+
+    def check(self, images: ImageArrays | ImageFiles) -> None:
+        """CheckpointError if classes or shape of the images are not those the network was trained on."""
+        for what, trained, found in (
+            ("classes", self.classes, images.classes),
+            ("images of shape", self.input_shape, images.input_shape),
+        ):
+            if tuple(trained) != tuple(found):
+                expected, came = (few([*map(str, values)]) for values in (trained, found))
+                raise CheckpointError(
+                    f"{self.path} was trained on {what} {expected}, this data has {came}; give the folder of its own "
+                    "data set"
+                )
+
+    def source(
+        self,
+        data: str | Path | ImageArrays | ImageFiles | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        train_images: int | None = None,
+    ) -> Batches:
+        """Batches of the run's images on its device, with its own augmentation and normalisation.
+
+        Args:
+            data: where the images now lie, or the images themselves; default as stored.
+            batch_size: default that of the run.
+            seed: of order and augmentation, and of ``train_images``; default that of the run.
+            train_images: fewer training images than the run had, see :meth:`images`; not for images themselves.
+        """
+        if isinstance(data, ImageArrays | ImageFiles):
+            images = data
+            self.check(images)
+        else:
+            images = self.images(data, train_images, seed)
+        recipe = self.config.recipe_values
+        return make_batches(
+            images,
+            recipe.augmentation,
+            batch_size=recipe.batch_size if batch_size is None else batch_size,
+            seed=self.config.seed if seed is None else seed,
+            device=self.device,
+            channels_last=self.config.channels_last,
+            workers=default_workers() if self.config.workers is None else self.config.workers,
+        )
+
+
+def load_run(path: str | Path, device: str = "auto") -> SavedRun:
+    """The network of a run, rebuilt by its stored settings, with the weights of its checkpoint.
+
+    Args:
+        path: the run folder, or the checkpoint in it.
+        device: ``"auto"`` or torch's name; it need not be the device of the training.
+
+    Raises:
+        CheckpointError: if there is no checkpoint, or it is not one of this version.
+        SettingsError: for a device that is not there.
+    """
+    target = pick_device(device)
+    path = Path(path).expanduser()
+    file = path / CHECKPOINT if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(
+            f"{path}: expected the folder of a run, as `train --output` makes it, with a {CHECKPOINT} in it; "
+            + ("there is none in it" if path.is_dir() else "there is no such file or folder")
+        )
+    state = checkpoint.load(file)
+    facts = state["data"]
+    classes, shape = tuple(facts["classes"]), tuple(facts["input_shape"])
+    try:
+        config = from_dict(state["settings"])
+        network = make_network(config, shape, len(classes), target)
+        network.load_state_dict(state["network"])
+    except (SettingsError, RuntimeError) as error:
+        reason = "\n".join(str(error).splitlines()[:3])  # torch lists every weight that does not fit
+        raise CheckpointError(
+            f"{file}: its settings no longer make the network of its weights: another version wrote it, train it "
+            f"again or analyse it with that version ({reason})"
+        ) from error
+    epochs = state["progress"]["epochs"]
+    return SavedRun(file.parent, config, network.eval(), classes, shape, epochs, target)
