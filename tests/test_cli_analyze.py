@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import json
 import re
 import shutil
@@ -62,8 +61,6 @@ def made(tmp_path_factory):
 def analyze(made, tmp_path, monkeypatch):
     """``analyze("bp", "--against", ...)``: exit status; results in ``tmp_path / "out"``."""
     monkeypatch.chdir(made / "runs")
-    # The strong probe is as large as ResNet-32; one block per stage runs the same code.
-    monkeypatch.setattr(report, "information", functools.partial(information, probe_blocks=1))
 
     def call(*arguments):
         return main(["analyze", *arguments, "--device", "cpu", "--output", str(tmp_path / "out")])
@@ -80,7 +77,7 @@ def files(folder):
     return {path.name for path in folder.iterdir()}
 
 
-FAST = ("--probe-epochs", "1", "--information-epochs", "1", "--batch-size", "8")
+FAST = ("--probe-epochs", "1", "--information-epochs", "1", "--probe-blocks", "1", "--batch-size", "8")
 
 
 def test_everything(analyze, made, tmp_path, capsys):
@@ -117,6 +114,13 @@ def test_everything(analyze, made, tmp_path, capsys):
     for row in facts:
         gain = float(row["blank_error"]) - float(row["reconstruction_error"])
         assert float(row["image_information"]) == pytest.approx(gain)
+
+    augmentation = run.config.recipe_values.augmentation
+    settings = (2, run.input_shape, augmentation.mean, augmentation.std)
+    fresh = run.source(made / "images", batch_size=8, seed=0)  # its augmentation is drawn from the beginning
+    estimate = information(run.network, fresh, *settings, epochs=1, probe_blocks=1)
+    losses = [float(row["label_information"]) for row in facts if row["run"] == "contsup"]
+    assert losses == pytest.approx([layer.label_information for layer in estimate.layers], rel=1e-3)
 
     curves = rows(out / "curves.csv")
     assert list(curves[0]) == ["run", "epoch", "module", "loss", "accuracy"]
@@ -219,6 +223,10 @@ def test_moved_data_and_fewer_training_images(analyze, made, tmp_path, monkeypat
         (["--checkpoint", "bp", "--analyses", "cka", "--probe-epochs", "3"], "--probe-epochs belongs to probes"),
         (["--checkpoint", "bp", "--analyses", "cka", "--train-images", "8"], "belongs to probes and information"),
         (["--checkpoint", "bp", "--probe-epochs", "0"], "--probe-epochs must be at least 1, got 0"),
+        (
+            ["--checkpoint", "bp", "--analyses", "probes", "--probe-blocks", "2"],
+            "--probe-blocks belongs to information",
+        ),
         (["--checkpoint", "bp", "--images", "3"], "--images must be at least 4, got 3"),
         (["--checkpoint", "bp", "--batch-size", "3"], "--batch-size must be at least 4, got 3"),
         (["--checkpoint", "bp", "--train-images", "30"], "--train-images must be between 2 and the 20 there are"),

@@ -64,7 +64,8 @@ def cka(
 
     Args:
         a, b: :class:`auglocal_ext.LocalSequential` or ``nn.Sequential``, the same object for a network with itself.
-        batches: of images ``(N, *input_shape)`` and labels, which are not looked at.
+        batches: of images ``(N, *input_shape)`` and labels, which are not looked at. In random order: HSIC compares
+            within a minibatch, and one of a single class is like no other.
         images: stop after so many; None for all there are.
         bars: show a progress bar where standard error is a terminal.
 

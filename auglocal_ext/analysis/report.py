@@ -30,6 +30,7 @@ from .tables import Table, aligned, layer_table, thinned
 IMAGES = 10_000
 PROBE_EPOCHS = 30
 INFORMATION_EPOCHS = 10
+PROBE_BLOCKS = 5
 
 FACTS = "analysis.json"
 
@@ -70,7 +71,7 @@ class Report:
         return {
             "command": _command(settings),
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "settings": asdict(settings) | {"images": self._images, **self._epochs},
+            "settings": asdict(settings) | {"images": self._images, **self._training},
             "protocol": {name: _protocol(protocols[name]) for name in settings.analyses},
             "runs": {name: _run_facts(run) for name, run in selection.runs.items()},
             "against": None
@@ -90,11 +91,12 @@ class Report:
         return min(there, self._settings.images or IMAGES)
 
     @property
-    def _epochs(self) -> dict[str, int]:
+    def _training(self) -> dict[str, int]:
         settings = self._settings
         return {
             "probe_epochs": settings.probe_epochs or PROBE_EPOCHS,
             "information_epochs": settings.information_epochs or INFORMATION_EPOCHS,
+            "probe_blocks": settings.probe_blocks or PROBE_BLOCKS,
         }
 
     def _each(self, analysis: str) -> Iterator[tuple[str, SavedRun]]:
@@ -152,7 +154,7 @@ class Report:
                 self._selection.source(name),
                 len(run.classes),
                 run.input_shape,
-                epochs=self._epochs["probe_epochs"],
+                epochs=self._training["probe_epochs"],
                 seed=self._settings.seed,
                 bars=self._bars,
             )
@@ -179,7 +181,8 @@ class Report:
                 run.input_shape,
                 augmentation.mean,
                 augmentation.std,
-                epochs=self._epochs["information_epochs"],
+                epochs=self._training["information_epochs"],
+                probe_blocks=self._training["probe_blocks"],
                 seed=self._settings.seed,
                 bars=self._bars,
             )

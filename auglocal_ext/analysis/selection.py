@@ -21,6 +21,7 @@ _OWN_OPTIONS = {
     "images": ("cka",),
     "probe_epochs": ("probes",),
     "information_epochs": ("information",),
+    "probe_blocks": ("information",),
     "train_images": ("probes", "information"),
 }
 
@@ -40,6 +41,7 @@ class Settings:
     train_images: int | None = None
     probe_epochs: int | None = None
     information_epochs: int | None = None
+    probe_blocks: int | None = None
     batch_size: int = 256
     seed: int = 0
     device: str = "auto"
@@ -58,6 +60,7 @@ class Settings:
             ("train_images", 2),
             ("probe_epochs", 1),
             ("information_epochs", 1),
+            ("probe_blocks", 1),
             ("batch_size", least_images),
             ("seed", 0),
         ):

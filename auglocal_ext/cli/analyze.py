@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..analysis.report import IMAGES, INFORMATION_EPOCHS, PROBE_EPOCHS, Report
+from ..analysis.report import IMAGES, INFORMATION_EPOCHS, PROBE_BLOCKS, PROBE_EPOCHS, Report
 from ..analysis.selection import ANALYSES, Settings, select
 from ..training import TrainingError
 from .train import INTERRUPTED
@@ -52,6 +52,12 @@ def add_parser(subparsers: Any) -> None:
         type=int,
         metavar="N",
         help=f"of decoders and strong classifiers (default {INFORMATION_EPOCHS})",
+    )
+    add(
+        "--probe-blocks",
+        type=int,
+        metavar="N",
+        help=f"residual blocks per stage of the strong classifiers (default {PROBE_BLOCKS}: the size of ResNet-32)",
     )
     add("--seed", type=int, default=0, metavar="N", help="of everything that is drawn (default 0)")
     add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda, cuda:1, ...")
