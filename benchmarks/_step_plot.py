@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from auglocal_ext.memory import plot as style
+from auglocal_ext import pictures as style
 from auglocal_ext.memory.plot import GB
 
 COLORS = {
@@ -31,17 +31,17 @@ def draw_rows(path: Path, networks: dict[str, list[dict[str, Any]]], title: str,
     if not shown:
         return None
     heights = [0.9 + 0.27 * max(len(rows), 4) for rows in shown.values()]
-    figure, axes = _figure(len(shown), 2, (13.5, 1.0 + sum(heights)), height_ratios=heights)
+    figure, axes = style.new_figure(len(shown), 2, (13.5, 1.0 + sum(heights)), height_ratios=heights)
     for (name, rows), (left, right) in zip(shown.items(), axes, strict=True):
         labels = [f"{row['name']}" for row in rows]
         colors = [COLORS[row["family"]] for row in rows]
         label, values = _work(rows)
         _bars(left, labels, values, colors, label)
-        left.set_title(name, loc="left", fontsize=12, fontweight="bold", color=style._INK)
+        left.set_title(name, loc="left", fontsize=12, fontweight="bold", color=style.INK)
         measured = any(row["allocated_peak_bytes"] for row in rows)
         kind = "allocated peak" if measured else "predicted peak, without library workspaces"
         _bars(right, [""] * len(rows), [_gigabytes(row) for row in rows], colors, f"{kind}, GB (1e9 bytes)")
-    return _write(figure, path, title, subtitle)
+    return style.write(figure, path, title, subtitle)
 
 
 def draw_scaling(path: Path, points: list[dict[str, Any]], title: str, subtitle: str) -> Path | None:
@@ -50,24 +50,24 @@ def draw_scaling(path: Path, points: list[dict[str, Any]], title: str, subtitle:
     if not points:
         return None
     timed = any(point["seconds_per_step"] for point in points)
-    figure, axes = _figure(2 if timed else 1, 2, (13.5, 8.6 if timed else 4.9))
+    figure, axes = style.new_figure(2 if timed else 1, 2, (13.5, 8.6 if timed else 4.9))
     for column, (over, label) in enumerate((("depth", "layers of a CIFAR ResNet"), ("batch", "images per step"))):
         here = [point for point in points if point["over"] == over]
         if here:
             _lines(axes[0][column], here, _gigabytes)
             fixed = f"batch {here[0]['batch']}" if over == "depth" else here[0]["network"]
-            axes[0][column].set_title(fixed, loc="left", fontsize=12, fontweight="bold", color=style._INK)
+            axes[0][column].set_title(fixed, loc="left", fontsize=12, fontweight="bold", color=style.INK)
             if timed:
                 _lines(axes[1][column], here, _milliseconds)
         for chart in axes[:, column]:
             chart.set_visible(bool(here))
-        axes[-1][column].set_xlabel(label, fontsize=9, color=style._QUIET)
+        axes[-1][column].set_xlabel(label, fontsize=9, color=style.QUIET)
     kind = "allocated peak" if any(point["allocated_peak_bytes"] for point in points) else "predicted peak"
-    axes[0][0].set_ylabel(f"{kind}, GB (1e9 bytes)", fontsize=9, color=style._QUIET)
+    axes[0][0].set_ylabel(f"{kind}, GB (1e9 bytes)", fontsize=9, color=style.QUIET)
     if timed:
-        axes[1][0].set_ylabel("ms per step", fontsize=9, color=style._QUIET)
-    axes[0][0].legend(loc="upper left", frameon=False, fontsize=9.5, labelcolor=style._INK)
-    return _write(figure, path, title, subtitle)
+        axes[1][0].set_ylabel("ms per step", fontsize=9, color=style.QUIET)
+    axes[0][0].legend(loc="upper left", frameon=False, fontsize=9.5, labelcolor=style.INK)
+    return style.write(figure, path, title, subtitle)
 
 
 def _drawn(row: dict[str, Any]) -> bool:
@@ -92,14 +92,14 @@ def _gigabytes(row: dict[str, Any]) -> float | None:
 def _bars(axes: Any, labels: Sequence[str], values: Sequence[float | None], colors: Sequence[str], label: str) -> None:
     places = range(len(values))
     axes.barh(places, [value or 0 for value in values], color=colors, height=0.72, zorder=2)
-    text = {"textcoords": "offset points", "va": "center", "fontsize": 9, "color": style._INK}
+    text = {"textcoords": "offset points", "va": "center", "fontsize": 9, "color": style.INK}
     for place, value in zip(places, values, strict=True):
         axes.annotate(_text(value), (value or 0, place), (5, 0), **text)
     axes.set_yticks(places, labels, fontsize=9.5)
     axes.set_ylim(len(values) - 0.4, -0.6)
     axes.set_xlim(0, 1.12 * max([value for value in values if value] or [1]))
-    axes.set_xlabel(label, fontsize=9, color=style._QUIET)
-    style._plain(axes, "x")
+    axes.set_xlabel(label, fontsize=9, color=style.QUIET)
+    style.plain(axes, "x")
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
 
@@ -119,24 +119,4 @@ def _lines(axes: Any, points: Sequence[dict[str, Any]], value: Any) -> None:
             axes.plot(x, y, dash, color=COLORS[family], marker="o", markersize=4, linewidth=1.6, label=name)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    style._plain(axes, "y")
-
-
-def _figure(lines: int, columns: int, size: tuple[float, float], **ratios: Any) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, hspace=0.04, wspace=0.03)
-    figure = Figure(figsize=size, dpi=110, facecolor="white", layout=layout)
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(lines, columns, squeeze=False, **ratios)
-
-
-def _write(figure: Any, path: Path, title: str, subtitle: str) -> Path:
-    figure.suptitle(f"{title}\n", x=0.012, ha="left", fontsize=15, fontweight="bold", color=style._INK)
-    at = 1 - 0.52 / figure.get_figheight()
-    figure.text(0.012, at, subtitle, fontsize=9.5, color=style._QUIET, va="center")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    style.plain(axes, "y")

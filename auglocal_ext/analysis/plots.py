@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..memory import plot as style
+from .. import pictures as style
 from .cka import CKA
 from .curves import Curves, ModuleScore
 from .information import Information
@@ -16,29 +16,29 @@ from .tables import thinned
 
 COLORS = ("#d1495b", "#2f6f9f", "#e3a857", "#3f8f6b", "#7b6d8d", "#4fb3bf", "#a0522d", "#8a94a0")
 DASHES = ("-", "--", ":")
-_SMALL = {"fontsize": 9, "color": style._QUIET}
+_SMALL = {"fontsize": 9, "color": style.QUIET}
 
 
 def draw_cka(path: Path, cka: CKA, run: str, reference: str) -> Path:
     """Heat map of one run's layers (upwards) by those of the reference (to the right), colours from 0 to 1."""
     rows, columns = cka.matrix.shape
     unit = min(0.55, 8.0 / max(rows, columns))  # inches a layer
-    figure, ((axes,),) = _figure(1, 1, (max(unit * columns, 2.0) + 2.4, max(unit * rows, 2.0) + 2.1))
+    figure, ((axes,),) = style.new_figure(1, 1, (max(unit * columns, 2.0) + 2.4, max(unit * rows, 2.0) + 2.1))
     image = axes.imshow(cka.matrix.numpy(), vmin=0, vmax=1, cmap="magma", origin="lower", interpolation="nearest")
     for axis, names, turned in ((axes.xaxis, cka.names_b, 90), (axes.yaxis, cka.names_a, 0)):
         shown = thinned(len(names), 28)
-        axis.set_ticks(shown, [names[i] for i in shown], rotation=turned, fontsize=8, color=style._INK)
-    axes.tick_params(length=2, color=style._GRID)
+        axis.set_ticks(shown, [names[i] for i in shown], rotation=turned, fontsize=8, color=style.INK)
+    axes.tick_params(length=2, color=style.GRID)
     axes.set_xlabel(f"layers of {reference}", **_SMALL)
     axes.set_ylabel(f"layers of {run}", **_SMALL)
     for spine in axes.spines.values():
         spine.set_visible(False)
     bar = figure.colorbar(image, ax=axes, aspect=24, pad=0.02)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=style._QUIET, labelsize=8.5, length=2)
+    bar.ax.tick_params(colors=style.QUIET, labelsize=8.5, length=2)
     bar.set_label("linear CKA", **_SMALL)
     title = f"{run}: layers by layers" if run == reference else f"{run} beside {reference}"
-    return _write(figure, path, title, f"linear CKA, unbiased, {cka.images:,} test images")
+    return style.write(figure, path, title, f"linear CKA, unbiased, {cka.images:,} test images")
 
 
 def draw_matched(path: Path, runs: Mapping[str, CKA], reference: str) -> Path:
@@ -49,7 +49,7 @@ def draw_matched(path: Path, runs: Mapping[str, CKA], reference: str) -> Path:
     axes.set_ylabel("linear CKA", **_SMALL)
     _legend(figure, axes, runs)
     images = max(cka.images for cka in runs.values())
-    return _write(
+    return style.write(
         figure,
         path,
         f"Each layer beside the same layer of {reference}",
@@ -69,7 +69,9 @@ def draw_probes(path: Path, runs: Mapping[str, Sequence[LayerProbe]]) -> Path:
     )
     axes.set_ylabel("test accuracy, %", **_SMALL)
     _legend(figure, axes, runs)
-    return _write(figure, path, "What a linear classifier reads out of each layer", "linear probes on frozen features")
+    return style.write(
+        figure, path, "What a linear classifier reads out of each layer", "linear probes on frozen features"
+    )
 
 
 def draw_information(path: Path, runs: Mapping[str, Information]) -> Path:
@@ -95,7 +97,7 @@ def draw_information(path: Path, runs: Mapping[str, Information]) -> Path:
     label.set_ylabel("I(h, y), nats", **_SMALL)
     accuracy.set_ylabel("accuracy of the strong classifier, %", **_SMALL)
     _legend(figure, image, runs)
-    return _write(
+    return style.write(
         figure,
         path,
         "What each layer tells of the image and of the label",
@@ -105,7 +107,7 @@ def draw_information(path: Path, runs: Mapping[str, Information]) -> Path:
 
 def draw_curves(path: Path, runs: Mapping[str, Curves]) -> Path:
     """Training loss and accuracy of each local module over the epochs: a line of two charts per run."""
-    figure, charts = _figure(len(runs), 2, (13.5, 1.0 + 3.1 * len(runs)))
+    figure, charts = style.new_figure(len(runs), 2, (13.5, 1.0 + 3.1 * len(runs)))
     for (run, curves), (loss, accuracy) in zip(runs.items(), charts, strict=True):
         modules = curves.module_losses.shape[1]
         colors = _graded(modules)
@@ -115,19 +117,21 @@ def draw_curves(path: Path, runs: Mapping[str, Curves]) -> Path:
             look = {"color": colors(k), "linewidth": 1.2, **marker}
             loss.plot(epochs, curves.module_losses[:, k].tolist(), **look)
             accuracy.plot(epochs, (100 * curves.module_accuracies[:, k]).tolist(), **look)
-        tested = {"color": style._INK, "linewidth": 1.4, "linestyle": (0, (4, 2)), "label": "network, test"}
+        tested = {"color": style.INK, "linewidth": 1.4, "linestyle": (0, (4, 2)), "label": "network, test"}
         accuracy.plot(epochs, (100 * curves.test_accuracy).tolist(), **tested)
-        accuracy.legend(loc="lower right", frameon=False, fontsize=8.5, labelcolor=style._QUIET)
-        loss.set_title(run, loc="left", fontsize=12, fontweight="bold", color=style._INK)
+        accuracy.legend(loc="lower right", frameon=False, fontsize=8.5, labelcolor=style.QUIET)
+        loss.set_title(run, loc="left", fontsize=12, fontweight="bold", color=style.INK)
         loss.set_ylabel("local loss, training", **_SMALL)
         accuracy.set_ylabel("accuracy, training, %", **_SMALL)
         for axes in (loss, accuracy):
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_xlabel("epoch", **_SMALL)
-            style._plain(axes, "y")
+            style.plain(axes, "y")
         if modules > 1:
             _module_bar(figure, accuracy, modules)
-    return _write(figure, path, "How the local modules learn", "a line per local module, from the first to the last")
+    return style.write(
+        figure, path, "How the local modules learn", "a line per local module, from the first to the last"
+    )
 
 
 def draw_modules(path: Path, runs: Mapping[str, Sequence[ModuleScore]]) -> Path:
@@ -149,7 +153,9 @@ def draw_modules(path: Path, runs: Mapping[str, Sequence[ModuleScore]]) -> Path:
     loss.set_ylabel("local loss", **_SMALL)
     accuracy.set_ylabel("accuracy of the module's classifier, %", **_SMALL)
     _legend(figure, loss, runs)
-    return _write(figure, path, "The local modules on test images", "a point at the last layer of each local module")
+    return style.write(
+        figure, path, "The local modules on test images", "a point at the last layer of each local module"
+    )
 
 
 def _lines(axes: Any, runs: Mapping[str, tuple[Sequence[str], Sequence[float]]]) -> None:
@@ -171,14 +177,14 @@ def _lines(axes: Any, runs: Mapping[str, tuple[Sequence[str], Sequence[float]]])
         axes.set_xlabel("layer", **_SMALL)
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlim(-0.02 * longest - 0.2, longest - 0.8 + 0.02 * longest)
-    style._plain(axes, "y")
+    style.plain(axes, "y")
     axes.tick_params(axis="x", labelsize=8.5)
 
 
 def _limits(axes: Any, text: str, values: Sequence[float]) -> None:
     """What no line can be above, each value once."""
     for value in sorted({round(value, 3) for value in values}):
-        axes.axhline(value, color=style._QUIET, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1.5)
+        axes.axhline(value, color=style.QUIET, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1.5)
         axes.annotate(text, (0, value), (0, 3), textcoords="offset points", va="bottom", **_SMALL)
         bottom, top = axes.get_ylim()
         axes.set_ylim(min(0.0, bottom), max(1.1 * value, top))
@@ -203,14 +209,14 @@ def _module_bar(figure: Any, axes: Any, modules: int) -> None:
     bar = figure.colorbar(scale, ax=axes, aspect=18, pad=0.02, ticks=thinned(modules, 8))
     bar.outline.set_visible(False)
     bar.ax.minorticks_off()
-    bar.ax.tick_params(colors=style._QUIET, labelsize=8.5, length=2)
+    bar.ax.tick_params(colors=style.QUIET, labelsize=8.5, length=2)
     bar.set_label("local module", **_SMALL)
 
 
 def _line_figure(columns: int, runs: Iterable[str]) -> tuple[Any, Any]:
     """A row of charts with room for the runs below them."""
     width = {1: 9.0, 2: 13.5, 3: 16.5}[columns]
-    figure, (axes,) = _figure(1, columns, (width, 4.4 + 0.2 * _legend_rows(width, list(runs))[1]))
+    figure, (axes,) = style.new_figure(1, columns, (width, 4.4 + 0.2 * _legend_rows(width, list(runs))[1]))
     return figure, axes
 
 
@@ -218,32 +224,10 @@ def _legend(figure: Any, axes: Any, runs: Iterable[str]) -> None:
     """The runs, below the charts."""
     columns, _ = _legend_rows(figure.get_figwidth(), list(runs))
     place = {"loc": "outside lower left", "ncols": columns, "frameon": False}
-    figure.legend(*axes.get_legend_handles_labels(), **place, fontsize=9.5, labelcolor=style._INK)
+    figure.legend(*axes.get_legend_handles_labels(), **place, fontsize=9.5, labelcolor=style.INK)
 
 
 def _legend_rows(width: float, labels: Sequence[str]) -> tuple[int, int]:
     """Columns and rows of a legend in a figure of ``width`` inches."""
     columns = max(1, min(len(labels), int(width / (0.6 + 0.085 * max(map(len, labels))))))
     return columns, -(-len(labels) // columns)
-
-
-def _figure(lines: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, hspace=0.04, wspace=0.03)
-    figure = Figure(figsize=size, dpi=120, facecolor="white", layout=layout)
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(lines, columns, squeeze=False)
-
-
-def _write(figure: Any, path: Path, title: str, subtitle: str) -> Path:
-    figure.suptitle(
-        f"{title}\n", x=0.12 / figure.get_figwidth(), ha="left", fontsize=13, fontweight="bold", color=style._INK
-    )
-    at = 1 - 0.48 / figure.get_figheight()
-    figure.text(0.12 / figure.get_figwidth(), at, subtitle, va="center", **_SMALL)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path

@@ -20,13 +20,13 @@ MANY = tuple(f"resnet110-auglocal-d{depth}" for depth in range(12))
 def figures(monkeypatch):
     """The figures that were written, and so have their parts in place."""
     found = []
-    write = plots._write
+    write = plots.style.write
 
     def kept(figure, *arguments):
         found.append(figure)
         return write(figure, *arguments)
 
-    monkeypatch.setattr(plots, "_write", kept)
+    monkeypatch.setattr(plots.style, "write", kept)
     return found
 
 
