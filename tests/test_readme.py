@@ -130,14 +130,16 @@ def test_step_figures_are_those_of_the_result_file():
             assert f"{point['predicted_categories']['activations and other'] / 1e9:.2f}" == activations
 
 
-def test_accuracies_are_those_of_the_result_file():
+def test_accuracies_are_those_of_the_result_files(load_benchmark):
     import json
 
-    report = json.loads((ROOT / "benchmarks" / "results" / "cpu_cifar10_resnet8.json").read_text())
-    found = {
-        options.strip(): value for options, value in re.findall(r"\| `(--rule [^`]+)` \| \d+ \| ([\d.]+) % \|", README)
-    }
-    assert len(found) == len(report["rows"]) == 6
-    for row in report["rows"]:
-        (options,) = [options for options in found if row["command"].endswith(options)]
-        assert f"{100 * row['last_test_accuracy']:.2f}" == found[options]
+    benchmark = load_benchmark("accuracy")
+    results = sorted((ROOT / "benchmarks" / "results" / "accuracy").glob("*/accuracy.json"))
+    assert results
+    for path in results:
+        report = json.loads(path.read_text())
+        assert report["tables"] == json.loads(json.dumps(benchmark.group(report["runs"]))), path
+        text = path.with_suffix(".md").read_text()
+        assert text == f"# Test accuracy\n\n{benchmark.describe(report['tables'])}", path
+        for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
+            assert table in README, f"README has not the table of {path}"
