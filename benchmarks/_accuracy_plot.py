@@ -10,7 +10,7 @@ from typing import Any
 from _accuracy_table import accuracies
 from _accuracy_text import conditions, heading
 
-from auglocal_ext.memory import plot as style
+from auglocal_ext import pictures as style
 
 # One hue for the depths of AugLocal, one for ContSup's contexts, one for MAN; dashes where hues come close.
 LINES = {
@@ -41,15 +41,12 @@ def draw(path: Path, tables: Sequence[dict[str, Any]], runs: Sequence[dict[str, 
     panels = [(table, curves) for table, curves in panels if curves]
     if not panels:
         return None
-    figure, axes = _figure(len(panels))
-    for chart, (table, curves) in zip(axes, panels, strict=True):
+    figure, axes = style.new_figure(len(panels), 1, (11, 0.7 + 5.2 * len(panels)))
+    for chart, (table, curves) in zip(axes[:, 0], panels, strict=True):
         for name, seeds in curves.items():
             _line(chart, name, seeds)
         _finish(chart, table, curves)
-    figure.suptitle("Test accuracy", x=0.012, ha="left", fontsize=15, fontweight="bold", color=style._INK)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return style.write(figure, path, "Test accuracy")
 
 
 def _curves(table: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, list[list[float]]]:
@@ -79,7 +76,7 @@ def _finish(chart: Any, table: dict[str, Any], curves: dict[str, list[list[float
 
     seeds = max(map(len, curves.values()))
     note = f"mean of {seeds} seeds, band from least to greatest" if seeds > 1 else "one seed"
-    chart.set_title(heading(table), loc="left", fontsize=12, fontweight="bold", color=style._INK, pad=22)
+    chart.set_title(heading(table), loc="left", fontsize=12, fontweight="bold", color=style.INK, pad=22)
     chart.annotate(
         f"{conditions(table)}; {note}",
         (0, 1),
@@ -87,15 +84,15 @@ def _finish(chart: Any, table: dict[str, Any], curves: dict[str, list[list[float
         xycoords="axes fraction",
         textcoords="offset points",
         fontsize=8.5,
-        color=style._QUIET,
+        color=style.QUIET,
     )
-    chart.set_xlabel("epoch", fontsize=9, color=style._QUIET)
-    chart.set_ylabel("test accuracy, %, on a scale of log(error)", fontsize=9, color=style._QUIET)
+    chart.set_xlabel("epoch", fontsize=9, color=style.QUIET)
+    chart.set_ylabel("test accuracy, %, on a scale of log(error)", fontsize=9, color=style.QUIET)
     _scale(chart, [value for seeds in curves.values() for seed in seeds for value in seed])
     if table["epochs"] > 1:
         chart.set_xlim(1, table["epochs"])
     chart.xaxis.set_major_locator(MaxNLocator(integer=True))
-    style._plain(chart, "y")
+    style.plain(chart, "y")
     order = sorted(curves, key=lambda name: -sum(seed[-1] for seed in curves[name]) / len(curves[name]))
     handles = dict(zip(*reversed(chart.get_legend_handles_labels()), strict=True))
     chart.legend(
@@ -106,7 +103,7 @@ def _finish(chart: Any, table: dict[str, Any], curves: dict[str, list[list[float
         borderaxespad=0,
         frameon=False,
         fontsize=9.5,
-        labelcolor=style._INK,
+        labelcolor=style.INK,
         title="by last accuracy",
         title_fontsize=8.5,
         alignment="left",
@@ -135,14 +132,3 @@ def _scale(chart: Any, values: Sequence[float]) -> None:
     chart.set_yticks([tick for tick in known if chart.get_ylim()[0] <= tick <= chart.get_ylim()[1]])
     chart.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     chart.yaxis.set_minor_locator(NullLocator())
-
-
-def _figure(panels: int) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, hspace=0.06)
-    figure = Figure(figsize=(11, 0.4 + 5.2 * panels), dpi=110, facecolor="white", layout=layout)
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(panels, 1, squeeze=False)[:, 0]
