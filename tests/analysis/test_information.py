@@ -128,3 +128,16 @@ def test_errors():
         information(net, source(), 3, (7,), MEAN, STD)
     with pytest.raises(ValueError, match="probe_blocks must be at least 1, got 0"):
         information(net, source(), 3, (3, 8, 8), MEAN, STD, probe_blocks=0)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    on_cpu, options = estimate("identity", epochs=4), {"epochs": 4, "probe_blocks": 1}
+    torch.manual_seed(0)
+    net = network("identity").cuda()
+    found = information(net, source(), 3, (3, 8, 8), MEAN, STD, **options)
+    assert found.label_entropy == pytest.approx(on_cpu.label_entropy)
+    assert found.blank_error == pytest.approx(on_cpu.blank_error, rel=1e-6)
+    # The same readouts, drawn by another generator.
+    for here, there in zip(on_cpu.layers, found.layers, strict=True):
+        assert there.image_information == pytest.approx(here.image_information, abs=0.1)

@@ -139,3 +139,16 @@ def test_errors():
         linear_probes(identity(2), Loaders([], [(torch.randn(2, 2), torch.zeros(2).long())]), 2, (2,))
     with pytest.raises((ValueError, IndexError), match="label"):
         linear_probes(identity(2), loaders(torch.randn(8, 2), torch.full((8,), 5), 4), 2, (2,))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    x, y = torch.randn(64, 3, 16, 16), torch.randint(4, (64,))
+    x[torch.arange(64), :, 0, 0] += 9 * (y - 1.5)[:, None]
+    source = Loaders(list(zip(x.split(16), y.split(16), strict=True)), [(x, y)])
+    net = LocalSequential(models.resnet8(num_classes=4, width=4), ContSup("R1E"), 4, (3, 16, 16))
+    on_cpu = linear_probes(net, source, 4, (3, 16, 16), epochs=3)
+    state = torch.cuda.get_rng_state()
+    for here, there in zip(on_cpu, linear_probes(net.cuda(), source, 4, (3, 16, 16), epochs=3), strict=True):
+        assert there.test_loss == pytest.approx(here.test_loss, rel=0.02)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
