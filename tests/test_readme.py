@@ -16,7 +16,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_examples_run():
-    first, second = [block for block in blocks("python") if block.startswith(("import torch", "from auglocal_ext"))]
+    first, second, third = [block for block in blocks("python") if block.startswith(("import torch", "from auglocal_ext"))]
     names: dict = {}
 
     def run(example: str) -> None:
@@ -30,6 +30,8 @@ def test_the_examples_run():
     run(second)
     assert torch.equal(names["logits"], names["out"].logits)  # the step's own forward came first
     assert names["scheduler"].optimizer is names["step"].optimizer
+    run(third)
+    assert names["similarity"].shape == (17, 17) and names["probe"].name == "classifier"
 
 
 def test_ci_runs_the_commands_as_written():

@@ -138,6 +138,6 @@ def test_on_a_gpu():
     found = information(net, source(), 3, (3, 8, 8), MEAN, STD, **options)
     assert found.label_entropy == pytest.approx(on_cpu.label_entropy)
     assert found.blank_error == pytest.approx(on_cpu.blank_error, rel=1e-6)
-    # The same readouts, drawn by another generator.
+    # The same readouts from the same weights: rounding alone differs, and training lets it grow.
     for here, there in zip(on_cpu.layers, found.layers, strict=True):
         assert there.image_information == pytest.approx(here.image_information, abs=0.1)
