@@ -45,7 +45,7 @@ class LinearProbe(Readout):
         nn.init.zeros_(self.linear.bias)
 
     def optimizer(self, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=lr)
+        return torch.optim.Adam(self.parameters(), lr=lr / math.sqrt(self.features))
 
     def outcome(self, h: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         loss, _, correct = self.linear.loss(self.standardise(self.pool(h.float())), labels)
@@ -59,7 +59,7 @@ def linear_probes(
     input_shape: tuple[int, ...],
     *,
     epochs: int = 30,
-    lr: float = 2e-3,
+    lr: float = 0.1,
     max_features: int = 2048,
     seed: int = 0,
     bars: bool = False,
@@ -69,9 +69,9 @@ def linear_probes(
     Protocol, since the papers' own is not published: the network is frozen and in eval mode; maps are average pooled,
     height and width halved in turn, to at most ``max_features`` features (channels are never pooled), flattened and
     standardised by BatchNorm without weights, which leaves the classifier linear; cross-entropy, Adam, no weight decay,
-    a cosine from ``lr`` to 0 per step over ``epochs`` epochs of the source's training batches, from weights of zero.
-    (SGD takes a rate of its own for each number of features; 0.1 overshoots with 2048.) All probes are trained in one
-    pass over the data.
+    from weights of zero. The learning rate is ``lr`` over the square root of the number of features, so that a step
+    moves the logits as far whatever their number, and falls as a cosine to 0 per step over ``epochs`` epochs of the
+    source's training batches. All probes are trained in one pass over the data.
 
     Args:
         network: :class:`auglocal_ext.LocalSequential` or ``nn.Sequential``.

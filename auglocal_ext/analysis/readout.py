@@ -115,8 +115,8 @@ def train_readouts(
     The network is frozen, in eval mode; its mode is restored. Every batch runs through it once, and each layer's
     readout takes its step before the next layer runs: one layer's output and one readout's activations exist at a
     time, so that memory grows neither with the data nor, but for the readouts' parameters, with the number of layers.
-    The learning rate falls as a cosine from ``lr`` to 0 over all steps. What is drawn comes from ``seed``, and the
-    random state is left as it was. Batches of a single image are left out: BatchNorm is undefined on one.
+    Learning rates fall as a cosine from those of ``optimizer(lr)`` to 0 over all steps. What is drawn comes from
+    ``seed``, and the random state is left as it was. Batches of one image are left out: BatchNorm is undefined there.
 
     Returns name, readout and score of each layer.
 
@@ -144,20 +144,22 @@ def _train(
 ) -> list[list[float]]:
     device = next(network.parameters()).device
     optimizers = [readout.optimizer(lr) for readout in readouts]
-    for readout in readouts:
+    for readout, optimizer in zip(readouts, optimizers, strict=True):
         readout.train()
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
     sums = _Sums(len(readouts), device)
     total, step = epochs * source.steps, 0
     with evaluating(network), progress_bar(total, label, "step", bars) as bar:
         for epoch in range(1, epochs + 1):
             sums = _Sums(len(readouts), device)
             for images, labels in source.train(epoch):
-                rate = lr / 2 * (1 + math.cos(math.pi * min(step, total) / total))
+                fraction = (1 + math.cos(math.pi * min(step, total) / total)) / 2
                 step += 1
                 bar.update()
                 if len(images) > 1:
                     images, labels = images.to(device), labels.to(device)
-                    sums.add(_step(network, readouts, optimizers, images, labels, rate), len(images))
+                    sums.add(_step(network, readouts, optimizers, images, labels, fraction), len(images))
     return sums.means()
 
 
@@ -167,7 +169,7 @@ def _step(
     optimizers: Sequence[torch.optim.Optimizer],
     images: Tensor,
     labels: Tensor,
-    lr: float,
+    fraction: float,
 ) -> list[tuple[Tensor, Tensor]]:
     outcomes = []
     outputs = layer_outputs(network, images)
@@ -177,7 +179,7 @@ def _step(
             optimizer.zero_grad()
             loss.backward()
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = fraction * group["initial_lr"]
         optimizer.step()
         outcomes.append((loss.detach(), correct))
     return outcomes

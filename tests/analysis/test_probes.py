@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from auglocal_ext import ContSup, LocalSequential, models
 from auglocal_ext.analysis import Loaders, linear_probes
 from auglocal_ext.analysis.probes import LinearProbe
+from auglocal_ext.analysis.readout import train_readouts
 
 
 def identity(features: int) -> nn.Sequential:
@@ -46,10 +48,9 @@ def test_separable_data_and_such_that_no_linear_classifier_tells():
         2,
         (2,),
         epochs=5,
-        lr=0.05,
     )
     assert easy.test_accuracy > 0.99 and easy.train_accuracy > 0.98 and easy.test_loss < 0.2
-    (hard, *_) = linear_probes(identity(2), loaders(points, (signs.prod(1) > 0).long()), 2, (2,), epochs=5, lr=0.05)
+    (hard, *_) = linear_probes(identity(2), loaders(points, (signs.prod(1) > 0).long()), 2, (2,), epochs=5)
     assert hard.test_loss > 0.67 and hard.test_accuracy < 0.8  # a line has at most three corners on their side
 
 
@@ -62,8 +63,8 @@ def test_each_layer_has_what_its_network_makes_of_it():
         network[0].bias.zero_()
         network[2].weight.zero_()
     source = loaders(points, (signs.prod(1) > 0).long())
-    (raw, *_) = linear_probes(identity(2), source, 2, (2,), epochs=5, lr=0.05)
-    first, second, third = linear_probes(network, source, 2, (2,), epochs=5, lr=0.05)
+    (raw, *_) = linear_probes(identity(2), source, 2, (2,), epochs=5)
+    first, second, third = linear_probes(network, source, 2, (2,), epochs=5)
     assert raw.test_accuracy < 0.8 < 0.97 < first.test_accuracy
     assert second.test_accuracy < 0.6 and third.test_accuracy < 0.6
     assert [p.features for p in (first, second, third)] == [4, 3, 2]
@@ -129,6 +130,26 @@ def test_batches_are_let_go_of():
 
     linear_probes(models.resnet8(width=4), Stream(), 10, (3, 16, 16), epochs=2)
     assert len(alive) == 12
+
+
+def test_rates_are_the_readouts_own_and_fall_as_a_cosine():
+    used: dict[str, list[float]] = {}
+
+    class Watched(LinearProbe):
+        def optimizer(self, lr):
+            made = super().optimizer(lr)
+            made.register_step_pre_hook(
+                lambda optimizer, *_: used.setdefault(str(self.features), []).append(optimizer.param_groups[0]["lr"])
+            )
+            return made
+
+    network = nn.Sequential(nn.Linear(2, 16), nn.Linear(16, 4), nn.Linear(4, 2))
+    source = loaders(torch.randn(8, 2), torch.zeros(8).long(), 2)
+    options = {"epochs": 2, "lr": 0.3, "seed": 0, "label": "", "bars": False}
+    train_readouts(network, lambda shape: Watched(shape, 2, 2048), source, (2,), **options)
+    falling = [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert used["16"] == pytest.approx([0.3 / 4 * part for part in falling])
+    assert used["4"] == pytest.approx([0.3 / 2 * part for part in falling])
 
 
 def test_errors():
