@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 
@@ -62,6 +63,14 @@ def test_figures_are_those_of_the_result_files():
             assert f"{100 * found['peak_bytes'] / base['peak_bytes']:.0f}" == share, (network, name)
             assert f"{found['flops'] / base['flops']:.2f}" == flops, (network, name)
 
+
+RUNS_OF_THE_ANALYSIS = {
+    "BP": "bp",
+    "BP, other seed": "bp-2",
+    "AugLocal d = 2": "auglocal",
+    "ContSup R1E": "contsup",
+    "greedy": "greedy",
+}
 
 # The row of benchmarks/memory.py --rules that a line of README's table of rules stands for.
 RULE_ROWS = {
@@ -147,3 +156,27 @@ def test_accuracies_are_those_of_the_result_files(load_benchmark):
         assert text == f"# Test accuracy\n\n{benchmark.describe(report['tables'])}", path
         for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
             assert table in README, f"README has not the table of {path}"
+
+
+def test_figures_of_the_analysis_are_those_of_the_result_files():
+    folder = ROOT / "benchmarks" / "results" / "analysis"
+
+    def read(name: str) -> dict[tuple[str, str], dict[str, str]]:
+        with (folder / name).open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {
+            (row["run"], row["layer"]): row for row in rows if row["layer"] == row.get("reference_layer", row["layer"])
+        }
+
+    similar, probes, told = read("cka.csv"), read("probes/probes.csv"), read("information.csv")
+    lines = README.split("| layer | ")[1].split("\n\n")[0].splitlines()
+    runs = [name.strip() for name in lines[0].strip("|").split("|")]
+    assert len(runs) == 5 and len(lines) == 2 + 5
+    for line in lines[2:]:
+        layer, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        for run, cell in zip(runs, cells, strict=True):
+            at = (RUNS_OF_THE_ANALYSIS[run], layer)
+            wanted = f"{float(similar[at]['cka']):.2f} / {100 * float(probes[at]['test_accuracy']):.1f}"
+            assert cell == f"{wanted} / {float(told[at]['image_information']):.3f}", (run, layer)
+    for picture in re.findall(r"\(benchmarks/results/analysis/(.+?)\)", README):
+        assert (folder / picture).is_file()
