@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -46,8 +47,6 @@ def test_ci_runs_the_commands_as_written():
 
 
 def test_figures_are_those_of_the_result_files():
-    import json
-
     report = json.loads((ROOT / "benchmarks" / "results" / "memory-predicted.json").read_text())
     rows = {(network, row["name"]): row for network, rows in report["networks"].items() for row in rows}
     row = r"^\| (.+?) \| ([\d.]+) \| (\d+) % \| ([\d.]+) \| (\d+) % \| ([\d.]+) / ([\d.]+) \|$"
@@ -96,8 +95,6 @@ RULE_ROWS = {
 
 
 def test_costs_of_the_rules_are_those_of_the_result_file():
-    import json
-
     report = json.loads((ROOT / "benchmarks" / "results" / "rules" / "rules-predicted.json").read_text())
     rows = {row["name"]: row for row in report["networks"]["resnet32"]}
     assert set(rows) - {"BP fused"} == set(RULE_ROWS.values())
@@ -117,8 +114,6 @@ def test_costs_of_the_rules_are_those_of_the_result_file():
 
 
 def test_step_figures_are_those_of_the_result_file():
-    import json
-
     report = json.loads((ROOT / "benchmarks" / "results" / "step-cpu.json").read_text())
     rows = {(network, row["name"]): row for network, rows in report["networks"].items() for row in rows}
     table = re.findall(r"^\| `(.+?)` \| ([\d.]+) \| (\d+) \| ([\d.]+) \| (\d+) \|$", README, flags=re.M)
@@ -144,8 +139,6 @@ def test_step_figures_are_those_of_the_result_file():
 
 
 def test_accuracies_are_those_of_the_result_files(load_benchmark):
-    import json
-
     benchmark = load_benchmark("accuracy")
     results = sorted((ROOT / "benchmarks" / "results" / "accuracy").glob("*/accuracy.json"))
     assert results
@@ -180,3 +173,17 @@ def test_figures_of_the_analysis_are_those_of_the_result_files():
             assert cell == f"{wanted} / {float(told[at]['image_information']):.3f}", (run, layer)
     for picture in re.findall(r"\(benchmarks/results/analysis/(.+?)\)", README):
         assert (folder / picture).is_file()
+
+
+def test_times_of_the_cpu_provider_are_those_of_the_result_file():
+    report = json.loads((ROOT / "benchmarks" / "results" / "kernels-cpu.json").read_text())
+    times: dict[tuple[str, ...], dict[str, float]] = {}
+    for line in report["results"]:
+        assert not line["error"], line
+        times.setdefault((line["op"], line["shape"], line["dtype"]), {})[line["variant"]] = line["time"]["median"]
+    ratios: dict[str, list[float]] = {}
+    for (op, *_), found in times.items():
+        ratios.setdefault(op, []).append(found["cpu"] / found["eager"])
+    (text,) = re.findall(r"`benchmarks/results/kernels-cpu.json`\): (.+)\.$", README, flags=re.M)
+    said = {op: (low, high) for op, low, high in re.findall(r"`(\w+)` ([\d.]+) to ([\d.]+)", text)}
+    assert said == {op: (f"{min(found):.1f}", f"{max(found):.1f}") for op, found in ratios.items()}
