@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..partition import evaluating
 from ..training.logs import progress_bar
+from ..training.metrics import EpochSums, Reading, StepResult
 from .features import layer_names, layer_outputs, layer_shapes
 
 Batch = tuple[Tensor, Tensor]
@@ -82,20 +83,10 @@ class Score:
     test_accuracy: float
 
 
-class _Sums:
-    """Image-weighted sums of losses and right answers, on the device until they are read."""
-
-    def __init__(self, count: int, device: torch.device) -> None:
-        self._sums = torch.zeros(count, 2, dtype=torch.float64, device=device)
-        self._images = 0
-
-    def add(self, outcomes: Sequence[tuple[Tensor, Tensor]], images: int) -> None:
-        self._sums[:, 0] += torch.stack([loss.detach().double() for loss, _ in outcomes]) * images
-        self._sums[:, 1] += torch.stack([correct for _, correct in outcomes])
-        self._images += images
-
-    def means(self) -> list[list[float]]:
-        return (self._sums / max(1, self._images)).tolist()
+def _result(outcomes: Sequence[tuple[Tensor, Tensor]]) -> StepResult:
+    """What the readouts came to on a batch, each as the local module it is."""
+    losses = torch.stack([loss.detach() for loss, _ in outcomes])
+    return StepResult(losses.sum(), losses, torch.stack([correct for _, correct in outcomes]))
 
 
 def train_readouts(
@@ -135,32 +126,33 @@ def train_readouts(
         readouts = [make(shape).to(device) for shape in shapes]
         trained = _train(network, readouts, source, epochs, lr, label, bars)
     tested = _test(network, readouts, source, label, bars)
-    scores = [Score(*train, *test) for train, test in zip(trained, tested, strict=True)]
+    parts = (trained.module_losses, trained.module_accuracies, tested.module_losses, tested.module_accuracies)
+    scores = [Score(*score) for score in zip(*parts, strict=True)]
     return list(zip(layer_names(network), readouts, scores, strict=True))
 
 
 def _train(
     network: nn.Module, readouts: Sequence[Readout], source: Source, epochs: int, lr: float, label: str, bars: bool
-) -> list[list[float]]:
+) -> Reading:
     device = next(network.parameters()).device
     optimizers = [readout.optimizer(lr) for readout in readouts]
     for readout, optimizer in zip(readouts, optimizers, strict=True):
         readout.train()
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-    sums = _Sums(len(readouts), device)
+    sums = EpochSums(len(readouts), device)
     total, step = epochs * source.steps, 0
     with evaluating(network), progress_bar(total, label, "step", bars) as bar:
         for epoch in range(1, epochs + 1):
-            sums = _Sums(len(readouts), device)
+            sums = EpochSums(len(readouts), device)
             for images, labels in source.train(epoch):
                 fraction = (1 + math.cos(math.pi * min(step, total) / total)) / 2
                 step += 1
                 bar.update()
                 if len(images) > 1:
                     images, labels = images.to(device), labels.to(device)
-                    sums.add(_step(network, readouts, optimizers, images, labels, fraction), len(images))
-    return sums.means()
+                    sums.add(_result(_step(network, readouts, optimizers, images, labels, fraction)), len(images))
+    return sums.read()
 
 
 def _step(
@@ -185,14 +177,14 @@ def _step(
     return outcomes
 
 
-def _test(network: nn.Module, readouts: Sequence[Readout], source: Source, label: str, bars: bool) -> list[list[float]]:
+def _test(network: nn.Module, readouts: Sequence[Readout], source: Source, label: str, bars: bool) -> Reading:
     device = next(network.parameters()).device
-    sums = _Sums(len(readouts), device)
+    sums = EpochSums(len(readouts), device)
     with evaluating(network, *readouts), progress_bar(None, f"{label}, test", "batch", bars) as bar:
         for images, labels in source.test():
             images, labels = images.to(device), labels.to(device)
             outputs = layer_outputs(network, images)
             found = [r.outcome(h, images, labels) for r, h in zip(readouts, outputs, strict=True)]
-            sums.add(found, len(images))
+            sums.add(_result(found), len(images))
             bar.update()
-    return sums.means()
+    return sums.read()
