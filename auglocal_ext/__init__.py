@@ -11,15 +11,20 @@ from .local_modules import LocalModule, LocalOutput
 from .local_sequential import InferenceNetwork, LocalSequential
 from .nn import FusionReport, fuse, unfuse
 from .partition import Balanced
-from .rules import DGL, MAN, AugLocal, ContSup, Greedy, InfoPro, PredSim, Rule
+from .rules import DGL, MAN, AugLocal, ContSup, ConvHead, Greedy, InfoPro, PredSim, Rule
 from .step import LocalStep
+from .tasks import Binary, Classification, Criterion, MultiLabel, Regression, Task
 
 __all__ = [
     "DGL",
     "MAN",
     "AugLocal",
     "Balanced",
+    "Binary",
+    "Classification",
     "ContSup",
+    "ConvHead",
+    "Criterion",
     "FusionReport",
     "Greedy",
     "InferenceNetwork",
@@ -28,8 +33,11 @@ __all__ = [
     "LocalOutput",
     "LocalSequential",
     "LocalStep",
+    "MultiLabel",
     "PredSim",
+    "Regression",
     "Rule",
+    "Task",
     "__version__",
     "fuse",
     "unfuse",

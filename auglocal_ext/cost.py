@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from auglocal_ext.partition import evaluating, probe_input
+from auglocal_ext.layers import evaluating, probe_input
 
 
 def count_parameters(module: nn.Module, *, inference: bool = False) -> int:
@@ -57,13 +57,13 @@ def count_training_macs(net: nn.Module, input_shape: Sequence[int]) -> int:
     depend on the batch and are not counted.
 
     Args:
-        net: a :class:`auglocal_ext.LocalSequential`, of fake or real tensors: called with one image and its label.
+        net: a :class:`auglocal_ext.LocalSequential`, of fake or real tensors: called with one image and its target.
         input_shape: (C, H, W) of one image, or the shape of one sample.
 
     Raises:
         ValueError: a size in ``input_shape`` is not positive.
     """
-    return _macs(net, input_shape, lambda image: net(image, torch.zeros(1, dtype=torch.long, device=image.device)))
+    return _macs(net, input_shape, lambda image: net(image, cast(Any, net.task).example(1, image.device)))
 
 
 def _macs(module: nn.Module, input_shape: Sequence[int], run: Callable[[Tensor], Any]) -> int:
@@ -86,7 +86,8 @@ def _macs(module: nn.Module, input_shape: Sequence[int], run: Callable[[Tensor],
     handles = [layer.register_forward_hook(add) for layer in layers]
     try:
         with mode, evaluating(module), heads:
-            run(probe_input(module, input_shape, batch=1))
+            wrapped = getattr(module, "network", None)  # of a network on integers, their dtype
+            run(probe_input(module, input_shape, 1, getattr(wrapped, "input_dtype", None)))
     finally:
         for handle in handles:
             handle.remove()

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .auxiliary.base import Auxiliary
+from .auxiliary.base import Auxiliary, Part, parts_of, set_recompute
 from .auxiliary.context import ContextSupply
-from .local_modules import RECOMPUTE, LocalModule, LocalOutput, LossOptions, Recompute, local_pass, run_forward
-from .nn import FusedSequential, fuse, unfuse
-from .ops.labels import check_form, check_labels
-from .partition import Balanced, describe, evaluating, probe_input
+from .auxiliary.heads import Head
+from .layers import LayoutChoice, describe, evaluating, nesting_hint, probe_input
+from .local_modules import RECOMPUTE, LocalModule, LocalOutput, Recompute, local_pass, run_forward
+from .nn import FusedSequential, fuse, sharded, unfuse
+from .partition import Balanced
 from .rules.balance import balanced_ends
-from .rules.base import Network, Rule
+from .rules.base import Network, Rule, made_like
+from .tasks import Classification, Criterion, Task
 
 
 class LocalSequential(nn.Module):
@@ -38,15 +43,27 @@ class LocalSequential(nn.Module):
     usual. Nothing in the pass synchronises the host with the GPU.
 
     Args:
-        layers: the network. Each child is a layer; children without parameters and normalisation layers join the
-            layer before them; the last child with parameters is the classifier and joins the last layer.
+        layers: the network. Each child is a layer; children without parameters and those with one number per channel
+            (normalisations, PReLU) join the layer before them; the last child with other parameters is the classifier
+            and joins the last layer.
         rule: the learning rule, for example :class:`auglocal_ext.AugLocal` or :class:`auglocal_ext.ContSup`.
-        num_classes: number of classes C; the network's output is ``(N, C)``.
+        num_classes: short for ``task=Classification(num_classes)``, of which ``label_smoothing`` and ``ignore_index``
+            are said here.
         input_shape: shape of one input, ``(channels, height, width)`` or ``(features,)``.
         modules: None for one local module per layer (AugLocal joins its tail, see there); K for K contiguous
             modules of equal counts; explicit cut points (index of the last layer of each module but the last); or
             :class:`auglocal_ext.Balanced` for K modules of balanced memory. One module is ordinary
             backpropagation.
+        task: what is learned (:mod:`auglocal_ext.tasks`): :class:`auglocal_ext.Classification`,
+            :class:`auglocal_ext.Binary`, :class:`auglocal_ext.MultiLabel`, :class:`auglocal_ext.Regression`, or one's own.
+        criterion: with ``outputs``, short for ``task=Criterion(criterion, outputs)``: any
+            ``criterion(output, target) -> scalar``.
+        outputs: numbers that the network, and so every head, puts out per sample.
+        example_input: an input ``(1, *input_shape)`` in place of ``input_shape``, such as integer tokens ``(1, T)``; more
+            than one are taken for a batch of which the first counts.
+        layout: how the layers' outputs are laid out where they have positions: ``"channels_first"``,
+            ``"channels_last"`` (tokens ``(T, C)`` too), or ``"class_token"``: tokens of which heads read the first. One for
+            all layers, or one (or None) for each. None: as the layers tell.
         label_smoothing: of every local cross-entropy, in [0, 1].
         ignore_index: label that counts nowhere.
         recompute: what keeps only its input and runs a second time for its backward: ``"none"``, the blocks of the
@@ -60,22 +77,28 @@ class LocalSequential(nn.Module):
         primary: the ``layers`` object itself, with its own state-dict keys under ``primary.``.
         auxiliary: auxiliary networks of modules 0 .. K-2, keys under ``auxiliary.``.
         context: context encoders of modules 1 .. K-1 where the rule has them, keys under ``context.``.
-        network: what the rule saw: layers with kinds, shapes and widths, and module ends.
+        network: what the rule saw: layers with kinds, features and widths, the task, and module ends.
+        task: what is learned.
 
     Raises:
-        TypeError: if ``layers`` is no ``nn.Sequential`` or ``rule`` no rule.
-        ValueError: if the network does not fit ``input_shape`` or ``num_classes``, if it cannot be cut as asked,
-            or if the rule cannot make an auxiliary network for it.
+        TypeError: if ``layers`` is no ``nn.Sequential``, ``rule`` no rule or ``task`` no task.
+        ValueError: if the network does not fit its input or the task, if it cannot be cut as asked, if the rule cannot
+            make an auxiliary network for it, or if a part of that cannot honour what is asked of it.
     """
 
     def __init__(
         self,
         layers: nn.Sequential,
         rule: Rule,
-        num_classes: int,
-        input_shape: Sequence[int],
+        num_classes: int | None = None,
+        input_shape: Sequence[int] | None = None,
         modules: int | Sequence[int] | Balanced | None = None,
         *,
+        task: Task | None = None,
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+        outputs: int | None = None,
+        example_input: Tensor | None = None,
+        layout: LayoutChoice = None,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         recompute: Recompute | Sequence[Recompute] = "none",
@@ -84,37 +107,54 @@ class LocalSequential(nn.Module):
         super().__init__()
         if not isinstance(rule, Rule):
             raise TypeError(f"rule must be a learning rule such as AugLocal(depth=6) or ContSup('R1E'), got {rule!r}")
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"label_smoothing must be within 0 .. 1, got {label_smoothing}")
-        shape = tuple(int(s) for s in input_shape)
+        what = _what_is_learned(num_classes, task, criterion, outputs, label_smoothing, ignore_index)
+        example = _example(layers, input_shape, example_input)
         unfuse(layers)
-        described = describe(layers, shape, num_classes)
-        if isinstance(modules, Balanced):
-            ends = balanced_ends(layers, rule, described, shape, num_classes, modules.modules, fused)
-        else:
-            ends = rule.ends(len(described), modules)
+        described = describe(layers, example, layout)
+        what.check_output(described.layers[-1].shape, "the network's output")
+        network = Network(
+            primary=layers,
+            layers=described.layers,
+            input_shape=tuple(example.shape[1:]),
+            task=what,
+            ends=(),
+            input=described.input,
+            input_dtype=None if example.is_floating_point() else example.dtype,
+        )
+        try:
+            if isinstance(modules, Balanced):
+                ends = balanced_ends(network, rule, example, modules.modules)
+            else:
+                ends = rule.ends(len(described.layers), modules)
+        except ValueError as error:
+            hint = nesting_hint(layers)
+            if not hint:
+                raise
+            raise ValueError(f"{error}{hint}") from error
+        chosen = _recompute_per_module(recompute, len(ends))
         self.rule = rule
-        self.network = Network(layers, described, shape, num_classes, ends)
+        self.network = replace(network, ends=ends, recompute=tuple(choice != "none" for choice in chosen))
         self.primary = layers
-        self._options = LossOptions(ignore_index, label_smoothing, rule.classifier_weight)
-        self._recompute = _recompute_per_module(recompute, self.network.num_modules)
+        self._recompute = chosen
         last = self.network.num_modules - 1
-        template = probe_input(layers, shape, 0)
-        # Parts are made where they are used; .to() is left out where nothing changes, since fake tensors refuse it.
-        with template.device:
-            auxiliary = [rule.build_auxiliary(self.network, k) for k in range(last)]
-            supplies = {str(k): rule.build_context(self.network, k) for k in range(1, last + 1)}
+        auxiliary = [made_like(layers, partial(rule.build_auxiliary, self.network, k)) for k in range(last)]
+        supplies = {
+            str(k): made_like(layers, partial(rule.build_context, self.network, k)) for k in range(1, last + 1)
+        }
+        for k, made in enumerate(auxiliary):
+            if not isinstance(made, Auxiliary):
+                raise TypeError(f"{rule!r} made {type(made).__name__} for local module {k}, which is no Auxiliary")
         self.auxiliary = nn.ModuleList(auxiliary)
         self.context = nn.ModuleDict({k: supply for k, supply in supplies.items() if supply is not None})
-        if template.dtype != torch.get_default_dtype():
-            self.auxiliary.to(template.dtype)
-            self.context.to(template.dtype)
+        self.task = what
         if fused:
             for part in (layers, self.auxiliary, self.context):
                 fuse(part)
         self._warn_of_shared_parameters()
-        self._one_image_norms = self._dry_run()
-        self._warned_fp16 = False
+        self._one_image_norms = self._dry_run(example)
+        self._choosy = self._choosy_parts()
+        self._warned: set[str] = set()
+        self._parameter_count = sum(1 for _ in self.parameters())
 
     def _warn_of_shared_parameters(self) -> None:
         owner: dict[int, int] = {}
@@ -128,8 +168,8 @@ class LocalSequential(nn.Module):
                         stacklevel=3,
                     )
 
-    def _dry_run(self) -> list[str]:
-        """Runs every part on one image of zeros; names BatchNorm layers that see one value per channel and image."""
+    def _dry_run(self, example: Tensor) -> list[str]:
+        """Runs every part on one example; names BatchNorm layers that see one value per channel and sample."""
         single: list[str] = []
         names = {module: name for name, module in self.named_modules()}
 
@@ -137,21 +177,17 @@ class LocalSequential(nn.Module):
             if args[0].dim() == 2 or args[0].shape[2:].numel() == 1:
                 single.append(names[module])
 
+        def check(module: LocalModule, h: Tensor) -> None:
+            if module.auxiliary is not None:
+                output = module.auxiliary(h)
+                whose = f"the output of local module {module.index}'s auxiliary network"
+                module.auxiliary.settings.task.check_output(tuple(output.shape[1:]), whose)
+
         norms = [m for m in names if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         hooks = [norm.register_forward_pre_hook(note) for norm in norms]
         try:
             with evaluating(self):
-                h = probe_input(self.primary, self.network.input_shape)
-                history: list[Tensor | None] = []
-                for module in self.local_modules:
-                    h = module(h, history)
-                    if module.auxiliary is not None and module.auxiliary.classifies:
-                        logits = module.auxiliary(h)
-                        if logits.shape[1:] != (self.network.num_classes,):
-                            raise ValueError(
-                                f"the auxiliary network of local module {module.index} puts out "
-                                f"{tuple(logits.shape[1:])} per image, expected ({self.network.num_classes},)"
-                            )
+                run_forward(self.local_modules, example, check)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -184,7 +220,8 @@ class LocalSequential(nn.Module):
                     context=contexts[k],
                     auxiliary=cast("Auxiliary", self.auxiliary[k]) if k < self.num_modules - 1 else None,
                     kept=needed_later[-1 - k],
-                    options=self._options,
+                    task=self.task,
+                    weight=self.rule.classifier_weight,
                     recompute=self._recompute[k],
                     fused=isinstance(self.primary, FusedSequential),
                 )
@@ -195,29 +232,31 @@ class LocalSequential(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor | None = None, *, grad_scaler: torch.amp.GradScaler | None = None
     ) -> LocalOutput | Tensor:
-        """Logits of the primary network, or with labels one training pass over the local modules.
+        """Output of the primary network, or with targets one training pass over the local modules.
 
         Args:
-            x: inputs ``(N, *input_shape)``, floating point.
-            y: class indices ``(N,)``, int64. None: inference, in training or eval mode.
+            x: inputs ``(N, *input_shape)``, floating point; integers if the network was wrapped for such.
+            y: targets of the network's task: of a classification class indices ``(N,)``, int64, or class probabilities
+                ``(N, num_classes)``. None: inference, in training or eval mode.
             grad_scaler: for fp16: its scale is handed to the inner backward so that nothing underflows. Use it
                 with ``grad_scaler.scale(out.loss).backward()`` as usual.
 
         Returns:
-            Without ``y`` logits ``(N, num_classes)``; with ``y`` a :class:`auglocal_ext.LocalOutput`. Under
+            Without ``y`` the output ``(N, outputs)``; with ``y`` a :class:`auglocal_ext.LocalOutput`. Under
             ``torch.no_grad`` the losses alone, without gradients.
 
         Raises:
-            TypeError: if ``x`` is not floating point or ``y`` not int64.
-            ValueError: if a shape is wrong, the batch is empty, a label is out of range (on CUDA raised by a later
+            TypeError: if ``x`` or ``y`` is of a dtype that is not known.
+            ValueError: if a shape is wrong, the batch is empty, a target is not valid (on CUDA raised by a later
                 call, without a synchronisation; such labels count as ignored), ``x`` requires a gradient, or
                 a BatchNorm layer would see a single value per channel.
+            RuntimeError: for parameters that are sharded.
         """
         if y is None:
             self._check_input(x, training_pass=False)
-            if len(self.context) == 0:
-                return self.primary(x)
-            return run_forward(self.local_modules, x)
+            out = self.primary(x) if len(self.context) == 0 else run_forward(self.local_modules, x)
+            self._warn_of_backpropagation(out)
+            return out
         self.check_batch(x, y)
         scale = None
         if grad_scaler is not None:
@@ -226,52 +265,73 @@ class LocalSequential(nn.Module):
             self.warn_of_fp16(x)
         return local_pass(self.local_modules, x, y, scale)
 
+    def _warn_of_backpropagation(self, out: Tensor) -> None:
+        """Let the output's backward warn, once: ``net(x)`` in training mode is easily taken for local learning."""
+        if torch.compiler.is_compiling() or not self.training or self.num_modules == 1 or not out.requires_grad:
+            return
+        if "backpropagation" not in self._warned:
+            out.register_hook(self._backpropagates)
+
+    def _backpropagates(self, grad: Tensor) -> None:
+        self._warn(
+            "backpropagation",
+            "a backward through net(x) in training mode is ordinary backpropagation through the whole network: its "
+            "auxiliary networks are not trained and all activations are kept. For local learning call net(x, y) and "
+            "out.loss.backward(), or LocalStep; if backpropagation is meant, train net.primary",
+        )
+
+    def _warn(self, about: str, message: str) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
+            warnings.warn(message, stacklevel=4)
+
     def warn_of_fp16(self, x: Tensor) -> None:
         """Warn, once, if a training pass on ``x`` would run in fp16: it has no loss scaler."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        if dtype == torch.float16 and not self._warned_fp16:
-            self._warned_fp16 = True
-            warnings.warn(
+        if dtype == torch.float16:
+            self._warn(
+                "fp16",
                 "a training pass in fp16 without grad_scaler: small gradients of the local modules underflow to "
                 "zero. Pass net(x, y, grad_scaler=scaler), or use bfloat16",
-                stacklevel=3,
             )
 
     def _check_input(self, x: Tensor, training_pass: bool) -> None:
-        if not x.is_floating_point():
+        wanted = self.network.input_dtype
+        if wanted is not None and (x.is_floating_point() or x.is_complex()):
+            raise TypeError(f"x must be integers, as the {wanted} this network was wrapped for; got {x.dtype}")
+        if wanted is None and not x.is_floating_point():
             raise TypeError(
                 f"x must be floating point, got {x.dtype}; convert and normalise images first, for example "
-                "x.float().div(255)"
+                "x.float().div(255). A network on integer tokens is wrapped with example_input="
             )
         expected = self.network.input_shape
-        fits = x.dim() == len(expected) + 1 and x.shape[1] == expected[0]
-        if training_pass:
-            fits = fits and tuple(x.shape[1:]) == expected
+        fits = x.dim() == len(expected) + 1
+        if fits and training_pass:
+            fits = tuple(x.shape[1:]) == expected
+        elif fits and self.network.input is not None:
+            axis = 1 if self.network.input.layout == "channels_first" else -1
+            fits = x.shape[axis] == self.network.input.channels
         if not fits:
             raise ValueError(
                 f"x must have shape (N, {', '.join(map(str, expected))}), the input_shape this network was wrapped "
                 f"for; got {tuple(x.shape)}"
             )
 
-    def check_batch(self, x: Tensor, y: Tensor, *, labels: bool = True) -> None:
+    def check_batch(self, x: Tensor, y: Tensor, *, values: bool = True) -> None:
         """Raise for a batch that no training pass can run on, as :meth:`forward` does.
 
-        ``labels=False`` leaves out the values of ``y``, whose check on CUDA is a handful of kernels.
+        ``values=False`` leaves out the values of ``y``, whose check on CUDA is a handful of kernels.
         """
         self._check_input(x, training_pass=True)
-        if labels:
-            check_labels(y, self.network.num_classes, self.ignore_index)
-        else:
-            check_form(y)
         if len(x) == 0:
             raise ValueError("the batch is empty (N = 0); drop it before the training pass")
-        if len(y) != len(x):
-            raise ValueError(f"y must hold one label per input, expected ({len(x)},), got {tuple(y.shape)}")
+        self.check_target(y, len(x), values=values)
         if y.device != x.device:
             raise ValueError(f"x is on {x.device} and y on {y.device}; move y to {x.device}")
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError("x requires a gradient, but local modules hand none to their input; pass x.detach()")
+        self._refuse_sharding()
         if len(x) == 1 and self.training and self._one_image_norms:
             active = [n for n in self._one_image_norms if self.get_submodule(n).training]
             if active:
@@ -305,12 +365,37 @@ class LocalSequential(nn.Module):
 
     @recompute.setter
     def recompute(self, recompute: Recompute | Sequence[Recompute]) -> None:
-        self._recompute = _recompute_per_module(recompute, self.num_modules)
+        chosen = _recompute_per_module(recompute, self.num_modules)
+        pairs = zip(self.auxiliary, chosen, strict=False)  # the last module has no auxiliary network
+        set_recompute([(part, choice != "none") for auxiliary, choice in pairs for part in parts_of(auxiliary)])
+        self._recompute = chosen
 
-    @property
-    def ignore_index(self) -> int:
-        """The label that counts nowhere."""
-        return self._options.ignore_index
+    def check_target(self, y: Tensor, samples: int, *, values: bool = True) -> None:
+        """Raise TypeError or ValueError for targets that the task, or a part of an auxiliary network, does not take."""
+        self.task.check(y, samples, values=values)
+        for part in self._choosy:
+            part.check_target(y)
+
+    def _choosy_parts(self) -> tuple[Part, ...]:
+        """One part of each kind that does not take every target its network's task does."""
+        found: dict[tuple[Any, int], Part] = {}
+        for part in parts_of(self.auxiliary):
+            if type(part).check_target is Part.check_target:
+                continue
+            if not (isinstance(part, Head) and part.settings.task is self.task):
+                found.setdefault((type(part), id(part.settings.task)), part)
+        return tuple(found.values())
+
+    def _refuse_sharding(self) -> None:
+        """RuntimeError for parameters that ``fully_shard`` or FullyShardedDataParallel holds."""
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return
+        if sharded(self.parameters()) or sum(1 for _ in self.parameters()) != self._parameter_count:
+            raise RuntimeError(
+                "parameters of this network are sharded, or were replaced since it was wrapped: the training pass would "
+                "miss them. Leave fully_shard and FullyShardedDataParallel out; DistributedDataParallel around the whole "
+                "network works"
+            )
 
     def extra_repr(self) -> str:
         return f"rule={self.rule!r}, modules={self.num_modules}, module_ends={self.network.ends}"
@@ -326,30 +411,83 @@ def _recompute_per_module(recompute: Recompute | Sequence[Recompute], modules: i
     return chosen
 
 
+def _what_is_learned(
+    num_classes: int | None,
+    task: Task | None,
+    criterion: Callable[[Tensor, Tensor], Tensor] | None,
+    outputs: int | None,
+    label_smoothing: float,
+    ignore_index: int,
+) -> Task:
+    given = [
+        name
+        for name, value in (("num_classes", num_classes), ("task", task), ("criterion", criterion))
+        if value is not None
+    ]
+    if len(given) != 1:
+        raise ValueError(
+            "say what is learned by one of num_classes=N, task=Regression(...) or another task, and criterion=function "
+            f"with outputs=N; got {' and '.join(given) if given else 'none of them'}"
+        )
+    if (outputs is not None) != (criterion is not None):
+        raise ValueError("criterion=function goes with outputs=N, the numbers that the network puts out per sample")
+    if num_classes is not None:
+        return Classification(num_classes, label_smoothing=label_smoothing, ignore_index=ignore_index)
+    if label_smoothing != 0.0 or ignore_index != -100:
+        raise ValueError(
+            f"label_smoothing and ignore_index belong to num_classes=N; say them in the {given[0]} itself, such as "
+            "task=Classification(N, label_smoothing=0.1)"
+        )
+    if criterion is not None:
+        assert outputs is not None
+        return Criterion(criterion, outputs)
+    if not isinstance(task, Task):
+        raise TypeError(f"task must be a task such as Classification(10) or Regression(1), got {task!r}")
+    return task
+
+
+def _example(layers: nn.Sequential, input_shape: Sequence[int] | None, example_input: Tensor | None) -> Tensor:
+    """One input, ``(1, ...)``, on the network's device and, if it is floating point, in its dtype."""
+    if (input_shape is None) == (example_input is None):
+        raise ValueError("pass either input_shape, such as (3, 32, 32), or example_input, a tensor (1, *input_shape)")
+    if example_input is None:
+        try:
+            shape = tuple(operator.index(size) for size in cast("Sequence[int]", input_shape))
+        except TypeError:
+            shape = ()
+        if not shape or min(shape) < 1:
+            raise ValueError(
+                "input_shape is the shape of one input without the batch dimension, such as (3, 32, 32) of images or "
+                f"(12,) of vectors; got {input_shape!r}"
+            )
+        return probe_input(layers, shape)
+    if not isinstance(example_input, Tensor) or example_input.dim() < 2 or len(example_input) < 1:
+        found = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
+        raise ValueError(f"example_input must be a tensor (1, *input_shape) with the batch first, got {found}")
+    template = probe_input(layers, (), 0)
+    example = example_input[:1].detach().to(template.device)
+    return example.to(template.dtype) if example.is_floating_point() else example
+
+
 class InferenceNetwork(nn.Module):
-    """The primary network with its context encoders, for inference: ``(N, *input_shape) -> (N, num_classes)``."""
+    """The primary network with its context encoders, for inference: ``(N, *input_shape) -> (N, outputs)``."""
 
     def __init__(self, primary: nn.Sequential, modules: Sequence[LocalModule], context: nn.ModuleDict) -> None:
         super().__init__()
         self.primary = primary
         self.context = context
-        self._runs: list[tuple[int, int, frozenset[int]]] = []
-        start = 0
-        for module in modules:
-            self._runs.append((start, start + len(module.layers), module.kept))
-            start += len(module.layers)
+        children = iter(primary)
+        self._modules_in_order = tuple(
+            replace(
+                module,
+                groups=tuple(tuple(next(children) for _ in group) for group in module.groups),
+                context=context[str(module.index)] if module.context is not None else None,
+                auxiliary=None,
+                recompute="none",
+                fused=False,
+            )
+            for module in modules
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        children = list(self.primary)
-        history: list[Tensor | None] = []
-        h = x
-        for k, (start, stop, kept) in enumerate(self._runs):
-            if str(k) in self.context:
-                h = self.context[str(k)](h, history)
-            history.append(h)
-            for i in range(len(history)):
-                if i not in kept:
-                    history[i] = None
-            for child in children[start:stop]:
-                h = child(h)
-        return h
+        return run_forward(self._modules_in_order, x)

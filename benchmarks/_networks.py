@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from auglocal_ext import AugLocal, LocalSequential, fuse, models
 from auglocal_ext.local_modules import Recompute
-from auglocal_ext.partition import group_children
+from auglocal_ext.layers import group_children
 
 BUDGET = 0.5  # activation_memory_budget of the compiled rival, about where the peak is lowest
 

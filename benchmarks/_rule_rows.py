@@ -10,12 +10,12 @@ from _memory_rows import CONTEXT_MODULES, Loss, Row, auglocal, backpropagation, 
 from torch import nn
 
 from auglocal_ext import DGL, MAN, AugLocal, ContSup, Greedy, InfoPro, PredSim, Rule
-from auglocal_ext.rules import INFOPRO_WEIGHTS, HeadOrRule
+from auglocal_ext.rules import INFOPRO_WEIGHTS, Head
 
 AUGLOCAL_DEPTHS = (2, 3, 6)
 
 
-def infopro(network: str, loss: Literal["softmax", "contrast"] = "softmax", head: HeadOrRule = "1c2f") -> InfoPro:
+def infopro(network: str, loss: Literal["softmax", "contrast"] = "softmax", head: Head = "1c2f") -> InfoPro:
     """InfoPro with its paper's weights for CIFAR-10: what has weight 0 is not trained, so they matter to the costs.
 
     They are those of the contrastive loss, with softmax too, as in ContSup's released configurations.

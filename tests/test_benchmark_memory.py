@@ -66,7 +66,8 @@ def test_every_rule_has_a_row(benchmark):
     import auglocal_ext
 
     exported = [getattr(auglocal_ext, name) for name in auglocal_ext.__all__]
-    classes = {c.__name__ for c in exported if isinstance(c, type) and issubclass(c, auglocal_ext.Rule)} - {"Rule"}
+    rules = {c for c in exported if isinstance(c, type) and issubclass(c, auglocal_ext.Rule)}
+    classes = {c.__name__ for c in rules if c.name}  # heads have none
     names = [row.name for row in benchmark.rule_rows()]
     assert len(set(names)) == len(names)
     for name in classes:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import auglocal_ext
 from auglocal_ext import AugLocal, ContSup, LocalSequential, models
+from auglocal_ext.auxiliary import LossContext
 
 
 def small(rule=None, modules=None, **options):
@@ -125,7 +126,7 @@ def test_flat_layers_are_one_chain():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        net.local_modules[0].objective(net.local_modules[0](x), y)
+        net.local_modules[0].local_loss(net.local_modules[0](x), y)
     assert len(set(kept)) == 3  # the image and the two raw convolution outputs
     assert net.local_modules[0].fused
     auglocal_ext.unfuse(net)
@@ -500,10 +501,10 @@ def test_errors_when_built():
     [
         (lambda x, y: (x, y.float()), TypeError, "int64"),
         (lambda x, y: (x, y.int()), TypeError, "int64"),
-        (lambda x, y: (x, F.one_hot(y, 10)), ValueError, "\\(N,\\)|shape"),
+        (lambda x, y: (x, F.one_hot(y, 10)), ValueError, "one-hot rows are probabilities once .float\\(\\)"),
         (lambda x, y: (x, y + 10), ValueError, "range|0 .. 9|\\[0, 10\\)"),
         (lambda x, y: (x, y - 11), ValueError, "range|0 .. 9|\\[0, 10\\)"),
-        (lambda x, y: (x, y[:-1]), ValueError, "one label per input"),
+        (lambda x, y: (x, y[:-1]), ValueError, "one target per input, expected 6"),
         (lambda x, y: (x[:, :2], y), ValueError, "x must have shape \\(N, 3, 16, 16\\)"),
         (lambda x, y: (x[:, :, :8], y), ValueError, "x must have shape \\(N, 3, 16, 16\\)"),
         (lambda x, y: (x[0], y), ValueError, "x must have shape"),
@@ -634,7 +635,7 @@ def test_the_last_modules_loss_ignores_bad_labels_that_were_not_checked():
     logits, (_, y) = torch.randn(6, 10), batch()
     wrong, ignored = y.clone(), y.clone()
     wrong[2], wrong[3], ignored[2:4] = 10, -5, -100
-    ours, expected = (last.objective(logits, target, check_labels=False) for target in (wrong, ignored))
-    assert torch.equal(ours.loss, expected.loss) and torch.equal(ours.correct, expected.correct)
+    ours, expected = (last.objective(logits, LossContext(target)) for target in (wrong, ignored))
+    assert torch.equal(ours.loss, expected.loss) and torch.equal(ours.count, expected.count)
     with pytest.raises(ValueError, match="label 10 at index 2"):
         last.local_loss(logits, wrong)

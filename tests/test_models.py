@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from auglocal_ext import models
-from auglocal_ext.partition import describe
+from auglocal_ext.layers import describe, probe_input
 
 
 def count(module):
@@ -29,7 +29,7 @@ def test_split_into_layers(name, layers, parameters, widths):
     with torch.device("meta"):
         net = models.build(name)
     shape = models.input_shape(name)
-    described = describe(net, shape, 10 if shape[1] == 32 else 1000)
+    described = describe(net, probe_input(net, shape)).layers
     assert len(described) == layers
     assert [layer.width for layer in described] == widths
     assert count(net) == parameters

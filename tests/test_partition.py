@@ -6,10 +6,9 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
 
 from auglocal_ext import Balanced, ContSup, LocalSequential, models
-from auglocal_ext.partition import CONTSUP_BALANCED, balance, cut_points, describe, group_children
+from auglocal_ext.partition import CONTSUP_BALANCED, balance, cut_points
 
 # [stage, block] after which a module ends, ContSup's "equal layers" partitions; a stage has 5 or 18 blocks.
 EQUAL_RESNET32 = {
@@ -70,72 +69,6 @@ def test_published_balanced_partitions(table, per_stage):
         assert cut_points(total, CONTSUP_BALANCED[total, k])[-1] == total - 1
 
 
-def test_parameter_free_children_join_the_layer_before():
-    net = nn.Sequential(
-        nn.Identity(),
-        nn.Conv2d(3, 8, 3),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(8, 8, 3),
-        nn.ReLU(),
-        nn.Dropout(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 4),
-    )
-    assert group_children(net) == [(0, 5), (5, 11)]
-    layers = describe(net, (3, 16, 16), 4)
-    assert [(layer.kind, layer.width, layer.shape) for layer in layers] == [
-        ("conv", 8, (8, 7, 7)),
-        ("conv", 8, (4,)),
-    ]
-
-
-def test_multilayer_perceptron_and_single_layer():
-    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
-    assert [layer.kind for layer in describe(net, (5,), 3)] == ["linear", "linear"]
-    assert group_children(nn.Sequential(nn.Flatten(), nn.Linear(8, 3))) == [(0, 2)]
-
-
-def test_a_convolution_can_be_the_classifier():
-    net = nn.Sequential(
-        *(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.ReLU()),
-        *(nn.Conv2d(12, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-    )
-    assert [(layer.kind, layer.width) for layer in describe(net, (3, 9, 9), 5)] == [("conv", 8), ("conv", 12)]
-
-
-def test_a_layer_of_two_convolutions_is_of_no_known_kind():
-    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), nn.Flatten(), nn.LazyLinear(4))
-    net(torch.zeros(1, 3, 9, 9))
-    (layer,) = describe(net, (3, 9, 9), 4)
-    assert layer.kind == "Conv2d"
-
-
-def test_torchvision_children_are_understood():
-    torchvision = pytest.importorskip("torchvision", exc_type=Exception)
-    r = torchvision.models.resnet18(weights=None, num_classes=6)
-    blocks = itertools.chain(r.layer1, r.layer2, r.layer3, r.layer4)
-    net = nn.Sequential(r.conv1, r.bn1, r.relu, r.maxpool, *blocks, r.avgpool, nn.Flatten(), r.fc)
-    layers = describe(net, (3, 64, 64), 6)
-    assert [layer.kind for layer in layers] == ["conv"] + ["basic"] * 8
-    assert (layers[-1].start, layers[-1].stop) == (11, 15)
-
-
-def test_describing_changes_nothing():
-    net = models.resnet_cifar(8, width=4).train()
-    net[1].eval()
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    modes = [m.training for m in net.modules()]
-    state = torch.get_rng_state()
-    describe(net, (3, 32, 32), 10)
-    assert [m.training for m in net.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), state)
-    for key, value in net.state_dict().items():
-        assert torch.equal(value, before[key]), key
-
-
 @pytest.mark.parametrize(
     ("modules", "error", "message"),
     [
@@ -150,13 +83,6 @@ def test_describing_changes_nothing():
 def test_wrong_cuts(modules, error, message):
     with pytest.raises(error, match=message):
         cut_points(16, modules)
-
-
-def test_layers_must_be_a_sequential():
-    with pytest.raises(TypeError, match="nn.Sequential.*got Linear"):
-        group_children(nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="no child with parameters"):
-        group_children(nn.Sequential(nn.ReLU()))
 
 
 def test_balance_is_optimal():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..partition import evaluating
+from ..layers import evaluating
 from ..training.logs import progress_bar
 from .features import layer_names, layer_outputs
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers import evaluating
 from ..local_sequential import LocalSequential
-from ..partition import evaluating
+from ..tasks import Classification
 from ..training import CheckpointError
 from ..training.logs import EpochRow, progress_bar
 from ..training.metrics import EpochSums, StepResult
@@ -119,6 +119,6 @@ def module_scores(
 def _result(network: LocalSequential | nn.Sequential, images: Tensor, labels: Tensor) -> StepResult:
     if isinstance(network, LocalSequential):
         out = network(images, labels)
-        return StepResult(out.loss, out.module_losses, out.module_correct)
+        return StepResult(out.loss, out.module_losses, out.module_counts)
     logits = network(images)
-    return StepResult.of_one_module(F.cross_entropy(logits, labels), logits, labels)
+    return StepResult.of_one_module(Classification(logits.shape[1]).score(logits, labels))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..local_sequential import LocalSequential
-from ..partition import classifier_start, group_children
+from ..layers import Features, classifier_start, group_children, observe, probe_input
 
 
 def _layers(network: nn.Module) -> nn.Sequential:
@@ -41,7 +41,7 @@ def layer_names(network: nn.Module) -> tuple[str, ...]:
 def layer_outputs(network: nn.Module, x: Tensor) -> Iterator[Tensor]:
     """Outputs of the network's layers for inputs ``x`` ``(N, *input_shape)``, in order; the last are the logits.
 
-    What a layer is, :func:`auglocal_ext.partition.group_children` says, except that the classifier (the last child
+    What a layer is, :func:`auglocal_ext.layers.group_children` says, except that the classifier (the last child
     with parameters, and what follows it) is a layer of its own here: L + 1 outputs of a network of L layers. Of a
     :class:`auglocal_ext.LocalSequential` they are those of inference: context is supplied, auxiliary networks never
     run. The mode of the network is left as it is.
@@ -70,9 +70,25 @@ def layer_outputs(network: nn.Module, x: Tensor) -> Iterator[Tensor]:
         yield h
 
 
-def layer_shapes(network: nn.Module, input_shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the layers' outputs without the batch dimension, by two images of zeros; call it in eval mode."""
-    parameter = next(network.parameters())
-    x = torch.zeros(2, *input_shape, device=parameter.device, dtype=parameter.dtype)
+def layer_features(network: nn.Module, input_shape: tuple[int, ...]) -> tuple[Features, ...]:
+    """What the layers put out, described, by an input of zeros; the network is to be in eval mode.
+
+    Raises:
+        ValueError: where neither the layers nor ``LocalSequential(layout=...)`` tell which axis holds the channels.
+    """
+    layers = _layers(network)
+    wrapped = network.network if isinstance(network, LocalSequential) else None
+    dtype = None if wrapped is None else wrapped.input_dtype
     with torch.no_grad():
-        return tuple(tuple(h.shape[1:]) for h in layer_outputs(network, x))
+        handed = observe(list(layers), probe_input(layers, input_shape, 1, dtype))
+    found = []
+    for index, (name, (_, stop)) in enumerate(zip(layer_names(network), _ranges(layers), strict=True)):
+        said = wrapped.layers[index].layout if wrapped is not None and index < len(wrapped.layers) else None
+        features = handed[stop].features(said)
+        if features is None:
+            raise ValueError(
+                f"{handed[stop].why_unknown} which axis of layer {name}'s output {handed[stop].shape} holds the "
+                "channels: wrap the network in LocalSequential(..., layout=...)"
+            )
+        found.append(features)
+    return tuple(found)

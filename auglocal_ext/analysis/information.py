@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers import Features
 from ..models.blocks import BasicBlock, conv_bn_relu, initialise
 from ..nn import PooledLinear
 from ..ops.reconstruction_loss import reconstruction_loss
@@ -116,10 +117,10 @@ def information(
         train_readouts, network, source=source, input_shape=input_shape, epochs=epochs, seed=seed, bars=bars
     )
     probes = train(
-        make=lambda shape: StrongProbe(shape, num_classes, probe_blocks), lr=probe_lr, label="I(h, y) probes"
+        make=lambda read: StrongProbe(read, num_classes, probe_blocks), lr=probe_lr, label="I(h, y) probes"
     )
     decoders = train(
-        make=lambda shape: Decoder(shape, input_shape, centre, spread), lr=decoder_lr, label="I(h, x) decoders"
+        make=lambda read: Decoder(read, input_shape, centre, spread), lr=decoder_lr, label="I(h, x) decoders"
     )
     seen, held_out = (_statistics(batches, centre, spread, num_classes) for batches in (source.train(1), source.test()))
     entropy = float(torch.special.entr(held_out.label_shares).sum())
@@ -132,6 +133,13 @@ def information(
     return Information(entropy, blank, held_out.own_error, layers)
 
 
+def _channels_first(read: Features) -> tuple[int, ...]:
+    """``(C, H, W)`` of maps or ``(C,)`` of vectors; ValueError for other features."""
+    if not read.is_vector and not read.is_2d:
+        raise ValueError(f"information is estimated of vectors and of maps with height and width, not of {read}")
+    return (read.channels, *read.positions)
+
+
 class StrongProbe(Readout):
     """A classifier that finds what a linear one does not: a residual network on maps, two hidden layers on vectors.
 
@@ -139,8 +147,9 @@ class StrongProbe(Readout):
     channels; the second and third stage halve maps of 16 positions a side and more. Global average pool, linear.
     """
 
-    def __init__(self, shape: tuple[int, ...], num_classes: int, blocks: int) -> None:
+    def __init__(self, read: Features, num_classes: int, blocks: int) -> None:
         super().__init__()
+        self._read, shape = read, _channels_first(read)
         if len(shape) == 3:
             width, side = max(16, shape[0]), min(shape[1:])
             parts: list[nn.Module] = [conv_bn_relu(shape[0], width)]
@@ -157,7 +166,7 @@ class StrongProbe(Readout):
             parts = [
                 part for n, m in pairwise(sizes) for part in (nn.Linear(n, m), nn.BatchNorm1d(m), nn.ReLU(inplace=True))
             ]
-        self.standardise = standardisation(shape)
+        self.standardise = standardisation(shape[0], len(shape) - 1)
         self.body = nn.Sequential(*parts)
         self.linear = PooledLinear(width, num_classes)
         initialise(self.body)
@@ -166,7 +175,7 @@ class StrongProbe(Readout):
         return torch.optim.SGD(self.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
     def outcome(self, h: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        loss, _, correct = self.linear.loss(self.body(self.standardise(h.float())), labels)
+        loss, _, correct = self.linear.loss(self.body(self.standardise(self._read.channels_first(h.float()))), labels)
         return loss, correct
 
 
@@ -192,10 +201,11 @@ class Decoder(Readout):
     variance to divide by.
     """
 
-    def __init__(self, shape: tuple[int, ...], image_shape: tuple[int, int, int], mean: Tensor, std: Tensor) -> None:
+    def __init__(self, read: Features, image_shape: tuple[int, int, int], mean: Tensor, std: Tensor) -> None:
         super().__init__()
+        self._read, shape = read, _channels_first(read)
         channels, *size = image_shape
-        self.standardise = standardisation(shape)
+        self.standardise = standardisation(shape[0], len(shape) - 1)
         self.start: nn.Module = nn.Identity()
         if len(shape) == 1:
             coarse = (64, *(min(8, -(-side // 4)) for side in size))
@@ -229,7 +239,7 @@ class Decoder(Readout):
         return torch.optim.Adam(self.parameters(), lr=lr)
 
     def outcome(self, h: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.start(self.standardise(h.float()))
+        h = self.start(self.standardise(self._read.channels_first(h.float())))
         if self.resized is not None:
             h = F.interpolate(h, self.resized, mode="bilinear", align_corners=False)
         loss = reconstruction_loss(self.body(h), images, self.mean, self.std)

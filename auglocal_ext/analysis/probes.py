@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..auxiliary.heads import pooled_size
+from ..layers import Features, pooled_size, pooling
 from ..nn import PooledLinear
 from .readout import Readout, Source, standardisation, train_readouts
 
@@ -31,15 +31,13 @@ class LayerProbe:
 class LinearProbe(Readout):
     """``linear(standardise(pool(h)))``: average pool to ``max_features``, BatchNorm, linear from zeros."""
 
-    def __init__(self, shape: tuple[int, ...], num_classes: int, max_features: int) -> None:
+    def __init__(self, read: Features, num_classes: int, max_features: int) -> None:
         super().__init__()
-        self.pool: nn.Module = nn.Flatten()
-        if len(shape) == 3:
-            size = pooled_size(shape, max_features)
-            self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(size), nn.Flatten())
-            shape = (shape[0], *size)
-        self.features = math.prod(shape)
-        self.standardise = standardisation((self.features,))
+        self._read = read
+        size = pooled_size(read.channels, read.seen_positions, max_features)
+        self.pool = pooling(read.seen_positions, size) or nn.Flatten()
+        self.features = read.channels * math.prod(size if not isinstance(self.pool, nn.Flatten) else read.positions)
+        self.standardise = standardisation(self.features, 0)
         self.linear = PooledLinear(self.features, num_classes)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
@@ -48,7 +46,7 @@ class LinearProbe(Readout):
         return torch.optim.Adam(self.parameters(), lr=lr / math.sqrt(self.features))
 
     def outcome(self, h: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        loss, _, correct = self.linear.loss(self.standardise(self.pool(h.float())), labels)
+        loss, _, correct = self.linear.loss(self.standardise(self.pool(self._read.seen(h.float()))), labels)
         return loss, correct
 
 
@@ -67,7 +65,7 @@ def linear_probes(
     """Accuracy of a linear classifier on each layer's frozen output: its linear separability.
 
     Protocol, since the papers' own is not published: the network is frozen and in eval mode; maps are average pooled,
-    height and width halved in turn, to at most ``max_features`` features (channels are never pooled), flattened and
+    the longest axis of positions halved in turn, to at most ``max_features`` features (channels are never pooled), flattened and
     standardised by BatchNorm without weights, which leaves the classifier linear; cross-entropy, Adam, no weight decay,
     from weights of zero. The learning rate is ``lr`` over the square root of the number of features, so that a step
     moves the logits as far whatever their number, and falls as a cosine to 0 per step over ``epochs`` epochs of the
@@ -87,7 +85,7 @@ def linear_probes(
     """
     trained = train_readouts(
         network,
-        lambda shape: LinearProbe(shape, num_classes, max_features),
+        lambda read: LinearProbe(read, num_classes, max_features),
         source,
         input_shape,
         epochs=epochs,

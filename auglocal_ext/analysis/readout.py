@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..partition import evaluating
+from ..layers import Features, evaluating
 from ..training.logs import progress_bar
 from ..training.metrics import EpochSums, Reading, StepResult
-from .features import layer_names, layer_outputs, layer_shapes
+from .features import layer_features, layer_names, layer_outputs
 
 Batch = tuple[Tensor, Tensor]
 
@@ -64,13 +64,13 @@ class Readout(nn.Module, ABC):
         """Mean loss of the batch, with graph, and the number of right answers (0 where nothing is classified)."""
 
 
-def standardisation(shape: tuple[int, ...]) -> nn.Module:
-    """BatchNorm without weights for outputs of ``shape``, ``(C, H, W)`` or ``(features,)``.
+def standardisation(channels: int, positions: int) -> nn.Module:
+    """BatchNorm without weights for ``(N, channels, *positions)`` of so many position axes, 0 to 3.
 
     What it sees stays what it is while a readout trains, so its statistics are averaged over all batches alike.
     """
-    kind = nn.BatchNorm2d if len(shape) == 3 else nn.BatchNorm1d
-    return kind(shape[0], affine=False, momentum=None)
+    kinds = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    return kinds[positions](channels, affine=False, momentum=None)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _result(outcomes: Sequence[tuple[Tensor, Tensor]]) -> StepResult:
 
 def train_readouts(
     network: nn.Module,
-    make: Callable[[tuple[int, ...]], Readout],
+    make: Callable[[Features], Readout],
     source: Source,
     input_shape: tuple[int, ...],
     *,
@@ -101,7 +101,7 @@ def train_readouts(
     label: str,
     bars: bool,
 ) -> list[tuple[str, Readout, Score]]:
-    """Train one readout per layer, ``make(shape of its output)``, and score it on held-out data.
+    """Train one readout per layer, ``make(features of its output)``, and score it on held-out data.
 
     The network is frozen, in eval mode; its mode is restored. Every batch runs through it once, and each layer's
     readout takes its step before the next layer runs: one layer's output and one readout's activations exist at a
@@ -120,10 +120,10 @@ def train_readouts(
         raise ValueError("the source has no training batch (steps = 0)")
     device = next(network.parameters()).device
     with evaluating(network):
-        shapes = layer_shapes(network, input_shape)
+        features = layer_features(network, input_shape)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        readouts = [make(shape).to(device) for shape in shapes]
+        readouts = [make(read).to(device) for read in features]
         trained = _train(network, readouts, source, epochs, lr, label, bars)
     tested = _test(network, readouts, source, label, bars)
     parts = (trained.module_losses, trained.module_accuracies, tested.module_losses, tested.module_accuracies)

@@ -8,30 +8,30 @@ from typing import cast
 
 from torch import nn
 
+from ..layers import Layer, Residual, has_parameters, leaves
 from ..models.blocks import BasicBlock, Bottleneck, initialise
-from ..partition import Layer, leaves
 
 #: ``factory(in_channels, out_channels, stride, layer)`` returns a module that maps ``(N, in_channels, H, W)`` to
-#: ``(N, out_channels, H/stride, W/stride)``; ``layer`` is the sampled layer of the primary network.
+#: ``(N, out_channels, H/stride, W/stride)``, or features of another layout to features of that layout; ``layer`` is the
+#: sampled layer of the primary network.
 BlockFactory = Callable[[int, int, int, nn.Module], nn.Module]
+_FACTORY = "AugLocal(block=factory) with a factory(in_channels, out_channels, stride, layer) that returns an nn.Module"
+
+_ACTIVATIONS = nn.modules.activation.__name__
+#: Where torch's layers are that an auxiliary block leaves out.
+_LEFT_OUT = tuple(
+    f"torch.nn.modules.{name}" for name in ("dropout", "pooling", "flatten", "linear", "padding", "upsampling")
+)
 
 
-def output_channels(layer: Layer) -> int:
-    """Channels (or features) a block modelled on ``layer`` puts out."""
-    if layer.kind == "bottleneck":
-        return layer.block.conv3.out_channels
-    return layer.width
-
-
-def _conv_block(
-    children: list[nn.Module], source: nn.Conv2d, in_channels: int, out_channels: int, pool: bool
-) -> nn.Sequential:
+def _conv_block(layer: Layer, children: list[nn.Module], in_channels: int, out_channels: int, pool: bool) -> nn.Module:
     """Convolution with the sampled layer's kernel, stride 1, and its normalisation and activation, fresh."""
+    source = cast("nn.Conv2d", layer.block)
     kernel, dilation = (cast("tuple[int, int]", size) for size in (source.kernel_size, source.dilation))
     if any(k % 2 == 0 for k in kernel):
         raise ValueError(
             f"an auxiliary block keeps the size of its map, which a convolution of kernel {kernel} cannot with equal "
-            "padding; pass AugLocal(block=factory) with a factory(in_channels, out_channels, stride, layer)"
+            f"padding; pass {_FACTORY}"
         )
     parts: list[nn.Module] = [nn.MaxPool2d(2)] if pool else []
     parts.append(
@@ -44,32 +44,52 @@ def _conv_block(
             bias=source.bias is not None,
         )
     )
-    found_activation = False
-    for child in children:
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            parts.append(nn.BatchNorm2d(out_channels, eps=child.eps, momentum=child.momentum))
-        elif isinstance(child, nn.GroupNorm):
-            parts.append(nn.GroupNorm(child.num_groups, out_channels, eps=child.eps))
-        elif type(child).__module__.endswith("modules.activation") and not any(True for _ in child.parameters()):
-            parts.append(copy.deepcopy(child))
-            found_activation = True
-            break
-    if not found_activation:
-        parts.append(nn.ReLU(inplace=True))
-    return nn.Sequential(*parts)
+    made = nn.Sequential(*parts, *_rest(layer, children, out_channels))
+    initialise(made)
+    return made
 
 
-def _linear_block(children: list[nn.Module], source: nn.Linear, in_features: int, out_features: int) -> nn.Sequential:
-    parts: list[nn.Module] = [nn.Linear(in_features, out_features, bias=source.bias is not None)]
-    for child in children:
-        if isinstance(child, nn.BatchNorm1d):
-            parts.append(nn.BatchNorm1d(out_features, eps=child.eps, momentum=child.momentum))
-        elif type(child).__module__.endswith("modules.activation") and not any(True for _ in child.parameters()):
-            parts.append(copy.deepcopy(child))
-            break
-    else:
-        parts.append(nn.ReLU(inplace=True))
-    return nn.Sequential(*parts)
+def _linear_block(layer: Layer, children: list[nn.Module], in_features: int, out_features: int) -> nn.Module:
+    source = cast("nn.Linear", layer.block)
+    linear = nn.Linear(in_features, out_features, bias=source.bias is not None)
+    return nn.Sequential(linear, *_rest(layer, children, out_features))
+
+
+def _rest(layer: Layer, children: list[nn.Module], width: int) -> list[nn.Module]:
+    """Normalisation and activation as the sampled layer has them, fresh; ReLU where it has none.
+
+    Dropout, pooling and what follows the activation are left out.
+    """
+    parts: list[nn.Module] = []
+    for leaf in _after(children, cast("nn.Module", layer.block)):
+        made = _norm(leaf, width)
+        if made is not None:
+            parts.append(made)
+        elif isinstance(leaf, nn.PReLU):
+            count, value = (width if leaf.num_parameters > 1 else 1), leaf.init
+            return [*parts, nn.PReLU(count, value)]
+        elif type(leaf).__module__ == _ACTIVATIONS and not has_parameters(leaf):
+            return [*parts, copy.deepcopy(leaf)]
+        elif not type(leaf).__module__.startswith(_LEFT_OUT):
+            raise ValueError(
+                f"layer {layer.index} holds a {type(leaf).__name__}, of which no fresh one can be made for an auxiliary "
+                f"block; pass {_FACTORY}"
+            )
+    return [*parts, nn.ReLU(inplace=True)]
+
+
+def _norm(leaf: nn.Module, width: int) -> nn.Module | None:
+    """A fresh normalisation of the kind of ``leaf``, for ``width`` channels; None where it is none that is known."""
+    if isinstance(leaf, nn.BatchNorm2d | nn.BatchNorm1d):
+        kind = nn.BatchNorm2d if isinstance(leaf, nn.BatchNorm2d) else nn.BatchNorm1d
+        return kind(width, eps=leaf.eps, momentum=leaf.momentum)
+    if isinstance(leaf, nn.GroupNorm):
+        return nn.GroupNorm(leaf.num_groups, width, eps=leaf.eps)
+    if type(leaf) is nn.InstanceNorm2d:
+        return nn.InstanceNorm2d(width, leaf.eps, leaf.momentum, leaf.affine, leaf.track_running_stats)
+    if type(leaf) in (nn.LayerNorm, nn.RMSNorm) and len(leaf.normalized_shape) == 1:  # type: ignore[arg-type]
+        return type(leaf)(width, eps=leaf.eps)  # type: ignore[arg-type, call-arg]
+    return copy.deepcopy(leaf) if type(leaf) is nn.LocalResponseNorm else None
 
 
 def _after(children: list[nn.Module], source: nn.Module) -> list[nn.Module]:
@@ -105,29 +125,22 @@ def make_block(
         ValueError: if no block can be made of the layer's kind and there is no factory.
     """
     width = layer.width if width is None else width
-    out_channels = output_channels(layer) * width // layer.width
+    out_channels = layer.out_channels * width // layer.width
     if factory is not None:
         source = children[0] if len(children) == 1 else nn.Sequential(*children)
         return factory(in_channels, out_channels, stride, source)
     block = layer.block
     if layer.kind == "basic":
         return BasicBlock(in_channels, out_channels, stride)
-    if layer.kind == "bottleneck":
-        return Bottleneck(
-            in_channels,
-            out_channels,
-            stride,
-            block.conv2.out_channels * width // layer.width,
-            block.conv2.groups,
-        )
+    if isinstance(block, Residual):
+        mid_channels = block.mid_channels * width // layer.width
+        return Bottleneck(in_channels, out_channels, stride, mid_channels, block.groups)
     if layer.kind == "conv":
-        made = _conv_block(_after(children, block), block, in_channels, out_channels, stride == 2)
-        initialise(made)
-        return made
+        return _conv_block(layer, children, in_channels, out_channels, stride == 2)
     if layer.kind == "linear":
-        return _linear_block(_after(children, block), block, in_channels, out_channels)
+        return _linear_block(layer, children, in_channels, out_channels)
     raise ValueError(
-        f"layer {layer.index} is a {layer.kind}, of which no auxiliary block can be made; known are BasicBlock, "
-        "Bottleneck, convolution and linear layers. Pass AugLocal(block=factory) with a "
-        "factory(in_channels, out_channels, stride, layer) that returns an nn.Module"
+        f"layer {layer.index} is {layer.what}, of which no auxiliary block can be made: known are layers of one residual "
+        "block (two 3x3 convolutions, or 1x1, 3x3, 1x1, each with BatchNorm, and ReLU), one convolution or one linear "
+        f"layer. Pass {_FACTORY}"
     )

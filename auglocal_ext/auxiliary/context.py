@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..layers import Features
 from ..models.blocks import initialise
 
 
@@ -26,17 +28,21 @@ def parse_context(context: str) -> tuple[int, bool]:
     return int(match[1] or 0), match[2] is not None
 
 
-def _match_size(z: Tensor, h: Tensor) -> Tensor:
-    if z.shape[-2:] == h.shape[-2:]:
+def _match_size(z: Tensor, size: torch.Size) -> Tensor:
+    if z.shape[-2:] == size:
         return z
-    return F.adaptive_avg_pool2d(z, (h.shape[-2], h.shape[-1]))
+    height, width = size
+    if torch.compiler.is_compiling() and z.shape[-2] % height == 0 and z.shape[-1] % width == 0:
+        # The same mean; Inductor of torch 2.11 cannot lower adaptive pooling to a size it takes for a variable.
+        return z.unflatten(-1, (width, -1)).unflatten(-3, (height, -1)).mean((-3, -1))
+    return F.adaptive_avg_pool2d(z, (height, width))
 
 
 class ImageEncoder(nn.Module):
     """Context "E": two 3x3 convolutions with BatchNorm and ReLU at full resolution, then average pooling.
 
-    ``(N, in_channels, S, S) -> (N, out_channels, *size of h)``, 12 channels in between; 360 + 111 C parameters
-    for RGB images.
+    ``(N, in_channels, S, S) -> (N, out_channels, *size)``, ``hidden`` channels in between; with 12 of them 360 + 111 C
+    parameters for RGB images.
     """
 
     def __init__(self, in_channels: int, out_channels: int, hidden: int = 12) -> None:
@@ -51,14 +57,14 @@ class ImageEncoder(nn.Module):
         )
         initialise(self)
 
-    def forward(self, image: Tensor, h: Tensor) -> Tensor:
-        return _match_size(self.encoder(image), h)
+    def forward(self, image: Tensor, size: torch.Size) -> Tensor:
+        return _match_size(self.encoder(image), size)
 
 
 class InputEncoder(nn.Module):
     """Context "R": a 1x1 convolution with BatchNorm and ReLU at the source's resolution, then average pooling.
 
-    ``(N, in_channels, H', W') -> (N, out_channels, *size of h)``; ``C_out (C_in + 3)`` parameters.
+    ``(N, in_channels, H', W') -> (N, out_channels, *size)``; ``C_out (C_in + 3)`` parameters.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -68,8 +74,17 @@ class InputEncoder(nn.Module):
         )
         initialise(self)
 
-    def forward(self, source: Tensor, h: Tensor) -> Tensor:
-        return _match_size(self.encoder(source), h)
+    def forward(self, source: Tensor, size: torch.Size) -> Tensor:
+        return _match_size(self.encoder(source), size)
+
+
+def supplied_inputs(module: int, count: int, image: bool) -> tuple[int, ...]:
+    """Indices of the module inputs that ``R<count>`` supplies local module ``module`` with, the newest first.
+
+    They are those of modules 0 .. module - 1; that of module 0 is the image, which is not supplied a second time.
+    """
+    newest, oldest = module - 1, 1 if image else 0
+    return tuple(range(newest, max(oldest, newest - count + 1) - 1, -1))
 
 
 class ContextSupply(nn.Module):
@@ -78,31 +93,43 @@ class ContextSupply(nn.Module):
     Its encoders belong to module k: the loss of module k alone trains them, and inference runs them.
 
     Args:
-        channels: channels of ``h``, the previous module's output.
-        history_channels: channels of the inputs of modules 0 .. k-1 (the first is the image).
-        count: n of ``R<n>``: how many of the most recent module inputs are supplied.
-        image: whether the image is supplied through an :class:`ImageEncoder`. It is then not supplied a second
-            time as the input of module 0.
+        features: those of ``h``, the previous module's output.
+        image: those of the image, where an :class:`ImageEncoder` is to supply it.
+        inputs: those of the module inputs that are supplied, by index (:func:`supplied_inputs`).
+        hidden: channels inside an :class:`ImageEncoder`.
+
+    Raises:
+        ValueError: for features without height and width, which 2-D convolutions cannot encode.
     """
 
-    def __init__(self, channels: int, history_channels: Sequence[int], count: int, image: bool) -> None:
+    def __init__(
+        self, features: Features, image: Features | None, inputs: Mapping[int, Features], hidden: int = 12
+    ) -> None:
         super().__init__()
-        newest = len(history_channels) - 1
-        oldest = 1 if image else 0
-        self.sources = tuple(range(newest, max(oldest, newest - count + 1) - 1, -1))
-        self.image = ImageEncoder(history_channels[0], channels) if image else None
-        self.inputs = nn.ModuleList(InputEncoder(history_channels[i], channels) for i in self.sources)
+        for read in (features, *([] if image is None else [image]), *inputs.values()):
+            if not read.is_2d:
+                raise ValueError(
+                    f"context is encoded by 2-D convolutions and needs images and feature maps, not {read}; use "
+                    "context='R0'"
+                )
+        self._features = features
+        self._image = image
+        self._inputs = dict(inputs)
+        channels = features.channels
+        self.image = None if image is None else ImageEncoder(image.channels, channels, hidden)
+        self.inputs = nn.ModuleList(InputEncoder(source.channels, channels) for source in inputs.values())
 
     @property
     def needed(self) -> frozenset[int]:
         """Indices into the history of module inputs that are read."""
-        return frozenset(self.sources) | ({0} if self.image is not None else frozenset())
+        return frozenset(self._inputs) | ({0} if self.image is not None else frozenset())
 
     def forward(self, h: Tensor, history: Sequence[Tensor | None]) -> Tensor:
         """Merged input of the module; ``h`` and the history are read, never written."""
         merged = h
-        if self.image is not None:
-            merged = merged + self.image(history[0], h)
-        for source, encoder in zip(self.sources, self.inputs, strict=True):
-            merged = merged + encoder(history[source], h)
+        size = self._features.channels_first(h).shape[-2:]
+        if self.image is not None and self._image is not None:
+            merged = merged + self._features.restored(self.image(self._image.channels_first(history[0]), size))
+        for (index, source), encoder in zip(self._inputs.items(), self.inputs, strict=True):
+            merged = merged + self._features.restored(encoder(source.channels_first(history[index]), size))
         return merged

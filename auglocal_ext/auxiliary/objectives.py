@@ -1,74 +1,72 @@
-"""Local losses beside the classifier's: similarity matching, reconstruction of the image, supervised contrast."""
+"""Local losses beside the classifier's: similarity matching and reconstruction of the image."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers import Features
 from ..models.blocks import initialise
 from ..ops.reconstruction_loss import reconstruction_loss
 from ..ops.similarity_loss import similarity_loss
-from ..ops.supervised_contrast import supervised_contrast
-from .base import Auxiliary, LocalLoss
+from ..tasks import Scored
+from ..tasks.classification import check_indices, classes_of
+from .base import Auxiliary, LossContext, LossSettings, Part
+
+_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
-class Term(nn.Module):
-    """One more loss of a module's output: ``forward(h, target, image, ignore_index) -> scalar``.
+class Term(Part, ABC):
+    """One more loss of a module's output: ``loss(h, context)``, a scalar."""
 
-    Attributes:
-        reads_image: whether ``image``, the network's input, is looked at.
-    """
-
-    reads_image = False
+    @abstractmethod
+    def loss(self, h: Tensor, context: LossContext) -> Tensor:
+        """The loss of the module's output ``h``, differentiable."""
 
     def after_step(self) -> None:
         """Called after each backward of the module; see :meth:`Auxiliary.after_step`."""
 
 
 class Objectives(Auxiliary):
-    """``task_weight * task(h, y) + sum_i weight_i * term_i(h, y, image)``.
+    """``weight * network(h, y) + sum_i weight_i * term_i(h, y, image)``.
 
-    ``forward(h)`` are the task's logits.
+    ``forward(h)`` is the network's output.
 
     Args:
-        task: auxiliary network with a loss. With weight 0 it is not trained and only counts correct answers.
-        task_weight: its weight.
+        network: auxiliary network with a loss. With weight 0 it is not trained and only counts.
+        weight: its weight.
         terms: weights and terms; those of weight 0 are left out.
     """
 
-    def __init__(self, task: Auxiliary, task_weight: float, terms: Sequence[tuple[float, Term]]) -> None:
-        super().__init__()
-        self.task = task
-        self.task_weight = task_weight
+    can_recompute = True
+
+    def __init__(self, network: Auxiliary, weight: float, terms: Sequence[tuple[float, Term]]) -> None:
+        super().__init__(network.settings)
+        self.network = network
+        self.weight = weight
         kept = [(weight, term) for weight, term in terms if weight != 0]
         self.weights = [weight for weight, _ in kept]
         self.terms = nn.ModuleList(term for _, term in kept)
-        self.reads_image = task.reads_image or any(term.reads_image for _, term in kept)
-        self.classifies = task.classifies
-        if task_weight == 0:
-            task.requires_grad_(False)
+        if weight == 0:
+            network.requires_grad_(False)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.task(h)
+        return self.network(h)
 
-    def loss(
-        self, h: Tensor, target: Tensor, *, image: Tensor | None = None, ignore_index: int = -100, **options: Any
-    ) -> LocalLoss:
-        """Weighted sum of the losses; see :meth:`Auxiliary.loss`."""
-        if self.task.reads_image:
-            options["image"] = image
-        result = self.task.loss(h if self.task_weight else h.detach(), target, ignore_index=ignore_index, **options)
-        loss = result.loss * self.task_weight
+    def loss(self, h: Tensor, context: LossContext) -> Scored:
+        result = self.network.loss(h if self.weight else h.detach(), context)
+        loss = result.loss * self.weight
         for weight, term in zip(self.weights, self.terms, strict=True):
-            loss = loss + weight * term(h, target, image, ignore_index)
-        return LocalLoss(loss, result.logits, result.correct)
+            loss = loss + weight * cast("Term", term).loss(h, context)
+        return result._replace(loss=loss)
 
     def after_step(self) -> None:
-        self.task.after_step()
+        self.network.after_step()
         for term in self.terms:
             cast("Term", term).after_step()
 
@@ -76,33 +74,55 @@ class Objectives(Auxiliary):
 class SimilarityLoss(Term):
     """``mean((S(std_p(conv(h))) - S(onehot(y)))^2)``: images of a class should have similar features (PredSim).
 
-    S is the adjusted cosine similarity, std_p the standard deviation of each channel over the positions, conv a 3x3
-    convolution of C channels without bias; of vectors it is a linear layer. Vectors, and maps of one position, stand
-    for themselves. Images of the ignored label, or of none, count nowhere.
+    S is the adjusted cosine similarity, std_p the standard deviation of each channel over the positions, conv a
+    convolution with a kernel of 3 along each axis and C channels, without bias; of tokens and vectors it is a linear
+    layer. Vectors, and maps of one position, stand for themselves. Images of the ignored label, or of none, count
+    nowhere. Smoothed labels have the similarities of plain ones, so label smoothing changes nothing here.
 
     Args:
-        channels: C.
-        num_classes: K.
-        is_map: whether ``h`` has positions.
+        features: those of ``h``.
+        settings: of a classification with class indices.
+
+    Raises:
+        ValueError: for another task.
 
     Source: Noekland and Eidnes, Training Neural Networks with Local Error Signals, ICML 2019.
     """
 
-    def __init__(self, channels: int, num_classes: int, is_map: bool = True) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.encoder: nn.Module
-        if is_map:
-            self.encoder = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        else:
-            self.encoder = nn.Linear(channels, channels, bias=False)
+    can_recompute = True
 
-    def forward(self, h: Tensor, target: Tensor, image: Tensor | None, ignore_index: int) -> Tensor:
-        z = self.encoder(h)
+    def __init__(self, features: Features, settings: LossSettings) -> None:
+        super().__init__(settings)
+        self.features = features
+        self.encoder: nn.Module
+        channels = features.channels
+        if features.is_vector or features.is_tokens:
+            self.encoder = nn.Linear(channels, channels, bias=False)
+        elif len(features.positions) in _CONVOLUTIONS:
+            kind = _CONVOLUTIONS[len(features.positions)]
+            self.encoder = kind(channels, channels, 3, padding=1, bias=False)
+        else:
+            raise ValueError(f"PredSim's similarity loss is known of maps of 1 to 3 axes, not of {features}")
+
+    def check(self, settings: LossSettings) -> None:
+        super().check(settings)
+        classes_of(settings.task, "PredSim's similarity loss")
+
+    def check_target(self, target: Tensor) -> None:
+        check_indices(target, "PredSim's similarity loss")
+
+    def forward(self, h: Tensor, target: Tensor) -> Tensor:
+        if self.features.is_vector or self.features.is_tokens:
+            z = self.features.channels_first(self.encoder(h))
+        else:
+            z = self.encoder(self.features.channels_first(h))
         if z.dim() > 2 and z.shape[2:].numel() == 1:
             z = z.flatten(1)
-        # The classifier beside it has checked the labels.
-        return similarity_loss(z, target, self.num_classes, ignore_index=ignore_index, check_labels=False)
+        task = classes_of(self.settings.task, "PredSim's similarity loss")
+        return similarity_loss(z, target, task.num_classes, ignore_index=task.ignore_index, check_labels=False)
+
+    def loss(self, h: Tensor, context: LossContext) -> Tensor:
+        return self.run(self, h, context.target)
 
 
 class ReconstructionLoss(Term):
@@ -110,27 +130,41 @@ class ReconstructionLoss(Term):
 
     The decoder resizes h to the image (bilinear, corners aligned), then a 3x3 convolution to 12 channels, BatchNorm,
     ReLU, a 3x3 convolution to the image's channels and a sigmoid: 108 C + 363 parameters for RGB. The binary
-    cross-entropy is against the image in [0, 1], which the network's normalised input is turned back into.
+    cross-entropy is against the image in [0, 1], which the network's normalised input is turned back into. It looks at
+    no target, so images of the ignored label count.
 
     Args:
-        channels: C of ``h`` ``(N, C, H', W')``.
-        image_channels: channels of the image.
+        features: those of ``h``, a map with height and width.
+        image: those of the network's input.
         mean, std: per channel, in units of [0, 1]: the network's input is ``(image - mean) / std``.
+        settings: of any task.
+
+    Raises:
+        ValueError: for features or inputs that have no height and width, and for a ``mean`` of another length.
 
     Source: Wang et al., Revisiting Locally Supervised Learning: an Alternative to End-to-end Training, ICLR 2021.
     """
 
-    reads_image = True
+    can_recompute = True
 
     def __init__(
-        self, channels: int, image_channels: int, mean: Sequence[float], std: Sequence[float], hidden: int = 12
+        self,
+        features: Features,
+        image: Features,
+        mean: Sequence[float],
+        std: Sequence[float],
+        settings: LossSettings,
+        hidden: int = 12,
     ) -> None:
-        super().__init__()
+        super().__init__(settings)
+        self.check_features(features, image, mean)
+        self.features = features
+        self.image = image
         self.decoder = nn.Sequential(
-            nn.Conv2d(channels, hidden, 3, padding=1),
+            nn.Conv2d(features.channels, hidden, 3, padding=1),
             nn.BatchNorm2d(hidden),
             nn.ReLU(inplace=True),
-            nn.Conv2d(hidden, image_channels, 3, padding=1),
+            nn.Conv2d(hidden, image.channels, 3, padding=1),
         )
         initialise(self)
         self.mean: Tensor
@@ -138,35 +172,25 @@ class ReconstructionLoss(Term):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
 
-    def forward(self, h: Tensor, target: Tensor, image: Tensor | None, ignore_index: int) -> Tensor:
-        if image is None:
+    @staticmethod
+    def check_features(features: Features, image: Features, mean: Sequence[float]) -> None:
+        """ValueError for features and images that this loss cannot be built for."""
+        for read, what in ((features, "a module here puts out"), (image, "the network's inputs are")):
+            if not read.is_2d:
+                raise ValueError(
+                    f"InfoPro reconstructs images from feature maps with height and width, but {what} {read}; take a rule "
+                    "without reconstruction, such as Greedy() or AugLocal(depth=1)"
+                )
+        if len(mean) != image.channels:
             raise ValueError(
-                "this module's loss reconstructs the image: pass the network's input, local_loss(out, y, image=x)"
+                f"mean and std have {len(mean)} channels, images {image.channels}; pass one value per channel"
             )
+
+    def forward(self, h: Tensor, image: Tensor) -> Tensor:
+        h, image = self.features.channels_first(h), self.image.channels_first(image)
         if h.shape[-2:] != image.shape[-2:]:  # of equal sizes it is the identity, and a copy
             h = F.interpolate(h, image.shape[-2:], mode="bilinear", align_corners=True)
         return reconstruction_loss(self.decoder(h), image, self.mean, self.std)
 
-
-class ContrastiveNetwork(Auxiliary):
-    """An auxiliary network that is trained by supervised contrast: its features, not logits, by ``forward(h)``.
-
-    Args:
-        network: maps ``h`` to features ``(N, D)``.
-        temperature: t.
-    """
-
-    classifies = False
-
-    def __init__(self, network: nn.Module, temperature: float = 0.07) -> None:
-        super().__init__()
-        self.network = network
-        self.temperature = temperature
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.network(h)
-
-    def loss(self, h: Tensor, target: Tensor, *, ignore_index: int = -100, **options: Any) -> LocalLoss:
-        features = self.network(h)
-        loss = supervised_contrast(features, target, self.temperature, ignore_index)
-        return LocalLoss(loss, features.detach(), torch.full((), -1, device=h.device))
+    def loss(self, h: Tensor, context: LossContext) -> Tensor:
+        return self.run(self, h, context.image)

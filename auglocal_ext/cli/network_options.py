@@ -10,8 +10,6 @@ from ..models import NAMES
 from ..training.rule_options import OPTIONS, help_of
 from ..training.values import reader
 
-_METAVARS = {"depth": "D", "pyramid": "TAU", "context": "C", "head": "H", "modules": "K|I,J,..", "weights": "A,B,C,D"}
-
 
 def add_network_options(group: Any, rules: Sequence[str]) -> None:
     """Adds them to a group of arguments; each has the default None, which tells that it was not given.
@@ -32,7 +30,7 @@ def add_network_options(group: Any, rules: Sequence[str]) -> None:
         if option.kind is bool:
             add(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
-            add(flag, type=_typed(option.kind), metavar=_METAVARS.get(name, "X"), help=text)
+            add(flag, type=_typed(option.kind), metavar=option.metavar, help=text)
     add(
         "--eager",
         dest="fused",

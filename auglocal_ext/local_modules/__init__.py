@@ -1,15 +1,15 @@
 """A local module, and the training pass over local modules."""
 
-from .local_module import RECOMPUTE, LocalModule, LossOptions, Recompute, run_forward
+from .local_module import RECOMPUTE, LocalModule, Recompute, Relay, run_forward
 from .local_pass import LocalOutput, OneStream, Take, local_pass
 
 __all__ = [
     "RECOMPUTE",
     "LocalModule",
     "LocalOutput",
-    "LossOptions",
     "OneStream",
     "Recompute",
+    "Relay",
     "Take",
     "local_pass",
     "run_forward",

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..auxiliary.base import Auxiliary, LocalLoss
+from ..auxiliary.base import Auxiliary, LossContext
 from ..auxiliary.context import ContextSupply
 from ..nn import FusedSequential, recomputed, run_chain
-from ..ops import labels
+from ..tasks import Scored, Task
 
 Recompute = Literal["none", "auxiliary", "all"]
 RECOMPUTE: tuple[str, ...] = get_args(Recompute)
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    """What the local losses have in common.
-
-    ``ignore_index``: label that counts nowhere; ``label_smoothing``: in [0, 1], as in ``F.cross_entropy``;
-    ``classifier_weight``: weight of the last module's cross-entropy.
-    """
-
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
-    classifier_weight: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +26,7 @@ class LocalModule:
         h, history = x, []
         for module in net.local_modules:
             out = module(h, history)
-            loss = module.local_loss(out, y)
+            loss = module.local_loss(out, y, x)
             loss.backward()
             h = out.detach()
 
@@ -51,9 +37,10 @@ class LocalModule:
         context: encoders of the supplied context, None where the rule has none.
         auxiliary: auxiliary network; None for the last module, which ends in the network's own classifier.
         kept: indices of module inputs that later modules are supplied with.
-        options: settings of the cross-entropy.
+        task: what the network learns.
+        weight: of the last module's loss.
         recompute: what keeps only its input and runs again for its backward: ``"none"``, the blocks of the
-            ``"auxiliary"`` network, or ``"all"``: also the layers and the context encoders.
+            ``"auxiliary"`` network (whose settings say so too), or ``"all"``: also the layers and the context encoders.
         fused: run the layers as one chain (:func:`auglocal_ext.nn.run_chain`), as :func:`auglocal_ext.fuse` does.
     """
 
@@ -62,7 +49,8 @@ class LocalModule:
     context: ContextSupply | None
     auxiliary: Auxiliary | None
     kept: frozenset[int]
-    options: LossOptions
+    task: Task
+    weight: float = 1.0
     recompute: Recompute = "none"
     fused: bool = False
 
@@ -72,10 +60,10 @@ class LocalModule:
         return tuple(child for group in self.groups for child in group)
 
     def forward(self, h: Tensor, history: list[Tensor | None] | None = None) -> Tensor:
-        """Output of the module's layers, ``(N, C, H, W)``; of the last module the logits ``(N, num_classes)``.
+        """Output of the module's layers, ``(N, *shape)``; of the last module that of the network.
 
         Args:
-            h: detached output of the previous module; the image for the first.
+            h: detached output of the previous module; the network's input for the first.
             history: inputs of the modules before this one. The module appends its own and lets go of those no
                 later module is supplied with. Needed only where a rule supplies context.
         """
@@ -115,40 +103,26 @@ class LocalModule:
                     history[i] = None
         return h
 
-    def objective(
-        self, out: Tensor, target: Tensor, image: Tensor | None = None, check_labels: bool = True
-    ) -> LocalLoss:
-        """Local loss of the module's output; see :meth:`local_loss`."""
-        options = self.options
+    def objective(self, out: Tensor, context: LossContext) -> Scored:
+        """Local loss of the module's output, with the task's output and count; the target has been checked."""
         if self.auxiliary is not None:
-            return self.auxiliary.loss(
-                out,
-                target,
-                ignore_index=options.ignore_index,
-                label_smoothing=options.label_smoothing,
-                check_labels=check_labels,
-                **({} if self.recompute == "none" else {"recompute": True}),
-                **({"image": image} if self.auxiliary.reads_image else {}),
-            )
-        if check_labels:
-            labels.check_labels(target, out.shape[1], options.ignore_index)
-        target = labels.ignoring_bad_labels(target, out.shape[1], options.ignore_index)
-        loss = F.cross_entropy(out, target, ignore_index=options.ignore_index, label_smoothing=options.label_smoothing)
-        if options.classifier_weight != 1:
-            loss = loss * options.classifier_weight
-        logits = out.detach()
-        hits = (logits.argmax(1) == target) & (target != options.ignore_index)
-        return LocalLoss(loss, logits, hits.sum())
+            return self.auxiliary.loss(out, context)
+        scored = self.task.score(out, context.target)
+        return scored if self.weight == 1 else scored._replace(loss=scored.loss * self.weight)
 
-    def local_loss(self, out: Tensor, target: Tensor, image: Tensor | None = None) -> Tensor:
+    def local_loss(self, out: Tensor, target: Tensor, x: Tensor | None = None) -> Tensor:
         """Scalar local loss of this module, to call ``backward()`` on.
 
         Args:
             out: what :meth:`forward` returned.
-            target: class indices ``(N,)``, int64.
-            image: the network's input, for rules that reconstruct it.
+            target: of the network's task, such as class indices ``(N,)``.
+            x: the network's input, for rules that reconstruct it.
+
+        Raises:
+            TypeError, ValueError: for a target that is not valid.
         """
-        return self.objective(out, target, image).loss
+        self.task.check(target, len(out))
+        return self.objective(out, LossContext(target, x)).loss
 
     def after_step(self) -> None:
         """To be called after the module's backward: what a rule does then, such as moving averages."""
@@ -173,10 +147,37 @@ class LocalModule:
                     yield parameter
 
 
-def run_forward(modules: Sequence[LocalModule], x: Tensor) -> Tensor:
-    """Logits of the whole network, context included, auxiliary networks left out."""
-    h = x
-    history: list[Tensor | None] | None = [] if any(m.context is not None for m in modules) else None
+class Relay:
+    """Hands each local module the output of the one before, and the inputs that it is supplied with.
+
+    Args:
+        modules: the local modules, which are to run in order.
+        x: the network's input.
+
+    Attributes:
+        h: what the next module is fed: the output of the last one, unless it is set to something else.
+        history: inputs that later modules are supplied with; None where none is.
+    """
+
+    def __init__(self, modules: Sequence[LocalModule], x: Tensor) -> None:
+        self.h = x
+        self.history: list[Tensor | None] | None = None
+        if any(module.context is not None for module in modules):
+            self.history = []
+
+    def through(self, module: LocalModule) -> Tensor:
+        """The output of ``module``; its input is let go of, but for what autograd and later modules need of it."""
+        self.h = module(self.h, self.history)
+        return self.h
+
+
+def run_forward(
+    modules: Sequence[LocalModule], x: Tensor, each: Callable[[LocalModule, Tensor], None] | None = None
+) -> Tensor:
+    """Output of the whole network, context included, auxiliary networks left out; ``each`` is shown every output."""
+    relay = Relay(modules, x)
     for module in modules:
-        h = module(h, history)
-    return h
+        out = relay.through(module)
+        if each is not None:
+            each(module, out)
+    return relay.h

@@ -10,23 +10,36 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .local_module import LocalModule
+from ..auxiliary.base import LossContext
+from .local_module import LocalModule, Relay
 
 
 class LocalOutput(NamedTuple):
-    """Result of one pass over the local modules.
+    """Result of one pass over the local modules, or of one training step.
 
     Attributes:
-        loss: scalar, the sum of the local losses; ``loss.backward()`` hands the gradients to ``.grad``, once.
-        logits: ``(N, num_classes)`` of the last module, detached.
+        loss: scalar, the sum of the local losses. Of a pass, ``net(x, y)``, its ``backward()`` hands the gradients to
+            ``.grad``, once; of a step it is detached.
+        output: ``(N, outputs)`` of the last module, detached.
         module_losses: ``(K,)``, detached.
-        module_correct: ``(K,)``, int64: how many images each module's classifier has right.
+        module_counts: ``(K,)``, what the task counts with each module's output, summed over the batch: of a
+            classification top-1 hits. -1 where nothing is counted.
     """
 
     loss: Tensor
-    logits: Tensor
+    output: Tensor
     module_losses: Tensor
-    module_correct: Tensor
+    module_counts: Tensor
+
+    @property
+    def logits(self) -> Tensor:
+        """:attr:`output`, as a classification calls it."""
+        return self.output
+
+    @property
+    def module_correct(self) -> Tensor:
+        """:attr:`module_counts`, as a classification calls them: how many samples each module has right."""
+        return self.module_counts
 
 
 class Gradients:
@@ -147,7 +160,7 @@ def local_pass(
     Args:
         modules: the local modules in order.
         x: input batch.
-        target: class indices ``(N,)``, int64, checked by the caller.
+        target: of the network's task, checked by the caller.
         scale: 0-dimensional factor for the inner backward (fp16 loss scale); taken out again when the gradients
             are handed over, but not for ``take``. None is 1.
         take: is given the gradients of each module at once; ``loss.backward()`` then has none to hand over.
@@ -156,35 +169,35 @@ def local_pass(
     streams = OneStream() if streams is None else streams
     with_gradients = torch.is_grad_enabled()
     gradients = Gradients()
+    context = LossContext(target, x)
     losses: list[Tensor] = []
-    correct: list[Tensor] = []
-    history: list[Tensor | None] | None = [] if any(m.context is not None for m in modules) else None
-    logits = h = x
+    counts: list[Tensor] = []
+    relay = Relay(modules, x)
+    output = x
     for module in modules:
         with streams.module(module.index):
             with _uncached_autocast(x.device.type):
-                # One name for input and output: a module with context keeps the merged input, h must not outlive it.
-                h = module(h, history)
-                streams.handed_on(module.index, h.detach(), history or ())
-                objective = module.objective(h, target, x, check_labels=False)
-            logits = objective.logits
-            losses.append(objective.loss.detach())
-            correct.append(objective.correct)
+                h = relay.through(module)
+                streams.handed_on(module.index, h.detach(), relay.history or ())
+                scored = module.objective(h, context)
+            relay.h = h = h.detach()
+            output = scored.output
+            losses.append(scored.loss.detach())
+            counts.append(scored.count)
             if with_gradients:
                 parameters = [p for p in module.parameters() if p.requires_grad]
                 if take is None:
-                    gradients.add(parameters, _gradients(parameters, objective.loss, scale, hooks=False))
+                    gradients.add(parameters, _gradients(parameters, scored.loss, scale, hooks=False))
                 else:
-                    take(module, parameters, _gradients(parameters, objective.loss, scale, hooks=True))
+                    take(module, parameters, _gradients(parameters, scored.loss, scale, hooks=True))
                 module.after_step()
-            h = h.detach()
-            del objective
+            del scored
     streams.join()
     module_losses = torch.stack(losses)
     loss = losses[0] if len(losses) == 1 else module_losses.sum()
     if gradients.parameters:
         loss = _HandOver.apply(loss, scale, gradients, *gradients.parameters)
-    return LocalOutput(loss, logits.detach(), module_losses, torch.stack(correct))
+    return LocalOutput(loss, output.detach(), module_losses, torch.stack(counts))
 
 
 def _gradients(

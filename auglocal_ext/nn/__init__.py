@@ -11,6 +11,7 @@ from .pooled_linear import PooledLinear
 from .pooling import global_average_pool
 from .recompute import recomputed
 from .residual import FusedResidual
+from .sharding import sharded
 
 __all__ = [
     "BatchNormAct1d",
@@ -27,5 +28,6 @@ __all__ = [
     "norm_shortcut_act",
     "recomputed",
     "run_chain",
+    "sharded",
     "unfuse",
 ]

@@ -16,7 +16,8 @@ from .batch_norm_act_max_pool import (
     batch_norm_act_max_pool_input_grad,
     batch_norm_act_max_pool_reduce,
 )
-from .labels import check_labels, raise_deferred_errors
+from .deferred import raise_deferred_errors
+from .labels import check_labels
 from .pooled_cross_entropy import PooledCrossEntropy, pooled_cross_entropy
 from .reconstruction_loss import reconstruction_loss
 from .similarity_loss import similarity_loss

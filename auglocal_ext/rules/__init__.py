@@ -1,27 +1,43 @@
-"""Local learning rules, one file each."""
+"""Local learning rules, one file each, and the heads that end their auxiliary networks."""
 
 from .auglocal import SAMPLING, AugLocal
-from .base import HeadOrRule, Network, Rule, build_task, check_head, head_ends
+from .base import HEADS, Head, Network, Rule, resolved
 from .contsup import ContSup
 from .greedy import DGL, Greedy
+from .heads import CONV_HEADS, DGL_HEADS, ConvHead, DGLHead, LinearHead, PredictionHead, VGGHead
 from .infopro import INFOPRO_WEIGHTS, InfoPro
 from .man import MAN
+from .options import Option, option
 from .predsim import PredSim
 
+#: The rules that the command line and recipes know, by name.
+RULES: dict[str, type[Rule]] = {
+    rule.name: rule for rule in (AugLocal, ContSup, DGL, Greedy, InfoPro, MAN, PredSim)
+}
+
 __all__ = [
+    "CONV_HEADS",
     "DGL",
+    "DGL_HEADS",
+    "HEADS",
     "INFOPRO_WEIGHTS",
     "MAN",
+    "RULES",
     "SAMPLING",
     "AugLocal",
     "ContSup",
+    "ConvHead",
+    "DGLHead",
     "Greedy",
-    "HeadOrRule",
+    "Head",
     "InfoPro",
+    "LinearHead",
     "Network",
+    "Option",
     "PredSim",
+    "PredictionHead",
     "Rule",
-    "build_task",
-    "check_head",
-    "head_ends",
+    "VGGHead",
+    "option",
+    "resolved",
 ]

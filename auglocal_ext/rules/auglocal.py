@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..auxiliary.blocks import BlockFactory, make_block, output_channels
-from ..auxiliary.heads import AuxiliaryNetwork, Head, LinearHead, VGGHead
+from ..auxiliary.base import Auxiliary
+from ..auxiliary.blocks import BlockFactory, make_block
+from ..auxiliary.heads import preceded
 from ..auxiliary.sampling import inferred_strides, pyramid_depth, sampled_layers
+from ..layers import Features, Layer, evaluating, probe_input, vectors
 from ..models.blocks import conv_bn_relu
-from ..partition import Layer, cut_points
-from .base import Network, Rule
+from ..partition import cut_points
+from .base import Head, Network, Rule, resolved
+from .heads import LinearHead
+from .options import head_option, option
 
 Sampling = Literal["uniform", "sequential", "repeated", "conv1x1", "conv3x3"]
 SAMPLING: tuple[str, ...] = get_args(Sampling)
@@ -34,10 +39,10 @@ class AugLocal(Rule):
         joint_tail: with one module per layer (``modules=None``), train the last m + 1 layers as one module
             (K = L - m local modules, as the released CIFAR code) instead of every layer by itself (K = L, as the
             paper's figure and the ImageNet code).
-        head: ``"linear"`` (global average pool, linear) or ``"vgg"`` (flatten, pool to 512, two hidden linear
-            layers; the head of the released ImageNet VGG).
+        head: what looks at the last block's output: ``"linear"`` (global average pool, linear), ``"vgg"`` (flatten,
+            pool to 512, two hidden linear layers; the head of the released ImageNet VGG), any other head, or a rule.
         single_layer_norm: put a BatchNorm between pooling and linear layer where one layer is sampled, as the CIFAR
-            code does and the ImageNet code does not.
+            code does and the ImageNet code does not. None: with the linear head; no other head has such a place.
         sampling: which layers the auxiliary blocks are modelled on, for the paper's ablation: ``"uniform"``, the
             ``"sequential"`` next ones, the module's own layer ``"repeated"``; or ``"conv1x1"`` or ``"conv3x3"``
             convolutions with BatchNorm and ReLU.
@@ -45,23 +50,26 @@ class AugLocal(Rule):
             and stride 1. None: they do for uniform and sequential sampling. ``"repeated"`` and the convolutions with
             True take those of uniformly sampled layers.
         block: ``factory(in_channels, out_channels, stride, layer)`` that makes the auxiliary blocks instead, for
-            layers of a kind not known here.
+            layers of a kind not known here; not with sampling of convolutions, which no layer is modelled on.
 
     Raises:
-        ValueError: for depth < 1, a slope outside [0, 1] or an unknown head; when wrapped, for layers no block can
-            be made of, for sampled layers narrower than the module's output, and for a network too shallow.
+        ValueError: for depth < 1, a slope outside [0, 1], an unknown head or options that exclude each other; when
+            wrapped, for layers no block can be made of, for sampled layers narrower than the module's output, and for a
+            network too shallow.
 
     Source: Ma et al., Scaling Supervised Local Learning with Augmented Auxiliary Networks, ICLR 2024.
     """
 
-    depth: int = 6
-    pyramid: float = 0.5
-    joint_tail: bool = True
-    head: Literal["linear", "vgg"] = "linear"
-    single_layer_norm: bool = True
+    name = "auglocal"
+
+    depth: int = option(6, "layers of an auxiliary network with its classifier", metavar="D")
+    pyramid: float = option(0.5, "slope of the pyramidal depth, 0..1", metavar="TAU")
+    joint_tail: bool = option(True, "train the last layers, as many as --depth, as one module")
+    head: Head = head_option("linear")
+    single_layer_norm: bool | None = None
     block: BlockFactory | None = None
-    sampling: Sampling = "uniform"
-    downsampling: bool | None = None
+    sampling: Sampling = option("uniform", ", ".join(SAMPLING), kind=str)
+    downsampling: bool | None = option(None, "auxiliary blocks take widths and strides of the sampled layers")
 
     def __post_init__(self) -> None:
         if isinstance(self.depth, bool) or not isinstance(self.depth, int) or self.depth < 1:
@@ -71,15 +79,22 @@ class AugLocal(Rule):
             )
         if not 0.0 <= self.pyramid <= 1.0:
             raise ValueError(f"pyramid is the slope of the pyramidal depth, within 0 .. 1; got {self.pyramid!r}")
-        if self.head not in ("linear", "vgg"):
-            raise ValueError(f"head is 'linear' or 'vgg'; got {self.head!r}")
+        head = resolved(self.head)
+        if self.single_layer_norm and not isinstance(head, LinearHead):
+            raise ValueError(
+                f"single_layer_norm puts a BatchNorm before the linear head's layer; head={self.head!r} has no such place"
+            )
         if self.sampling not in SAMPLING:
             raise ValueError(f"sampling is one of {', '.join(SAMPLING)}; got {self.sampling!r}")
+        if self.block is not None and self.sampling in _KERNELS:
+            raise ValueError(f"sampling={self.sampling!r} makes all blocks itself: leave out block=factory")
 
     def ends(self, num_layers: int, modules: int | Sequence[int] | None) -> tuple[int, ...]:
         if modules is not None or not self.joint_tail:
             return cut_points(num_layers, modules)
         count = num_layers - (self.depth - 1)
+        if num_layers < 2:
+            raise ValueError("the network has one layer, which leaves none to be trained locally")
         if count < 2:
             raise ValueError(
                 f"AugLocal(depth={self.depth}) trains the last {self.depth} layers as one module, but the network has "
@@ -119,30 +134,78 @@ class AugLocal(Rule):
             return [2 if a != b else 1 for a, b in zip([width, *widths], widths, strict=False)]
         return inferred_strides(width, [layer.width for layer in layers])
 
-    def build_auxiliary(self, network: Network, module: int) -> AuxiliaryNetwork:
-        here = network.last_layer(module)
-        channels, rank = here.shape[0], len(here.shape)
+    def build_auxiliary(self, network: Network, module: int) -> Auxiliary:
+        here, features = network.last_layer(module), network.features(module)
         blocks: list[nn.Module] = []
         for index, stride in zip(self.sampled(network, module), self.strides(network, module), strict=True):
             sampled = network.layers[index]
             model = sampled if self.sampling in ("uniform", "sequential") else here
             sized = sampled if self._downsamples else here
             if self.sampling in _KERNELS:
-                blocks.append(conv_bn_relu(channels, output_channels(sized), _KERNELS[self.sampling], stride))
-                channels = output_channels(sized)
+                _needs_map(features, f"sampling={self.sampling!r} makes convolutions")
+                blocks.append(conv_bn_relu(features.channels, sized.out_channels, _KERNELS[self.sampling], stride))
+                features = features.with_channels(sized.out_channels)
                 continue
-            if model.kind == "linear" and rank > 1 and self.block is None:
-                blocks.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
-                rank = 1
+            if self.block is None:
+                features = self._fit(model, features, blocks)
             children = network.children_of(model)
-            blocks.append(make_block(model, children, channels, stride, self.block, sized.width))
-            channels = output_channels(model) * sized.width // model.width
-        head: Head
-        if self.head == "vgg":
-            head = VGGHead(network.num_classes)
-        else:
-            head = LinearHead(channels, network.num_classes, self.single_layer_norm and len(blocks) == 1)
-        return AuxiliaryNetwork(nn.Sequential(*blocks), head)
+            blocks.append(make_block(model, children, features.channels, stride, self.block, sized.width))
+            features = features.with_channels(model.out_channels * sized.width // model.width)
+        head = resolved(self.head)
+        if isinstance(head, LinearHead):
+            norm = head.norm or (self.single_layer_norm is not False and len(blocks) == 1)
+            head = LinearHead(norm)
+        elif blocks:
+            features = _output(nn.Sequential(*blocks), network, module, features)
+        return preceded(blocks, head.build_auxiliary(network.with_features(module, features), module))
+
+    def _fit(self, model: Layer, features: Features, blocks: list[nn.Module]) -> Features:
+        """What a block modelled on ``model`` is fed with, behind ``blocks``; pooled where it takes vectors."""
+        if model.kind in ("conv", "basic", "bottleneck"):
+            _needs_map(features, f"layer {model.index} is {model.what}, a convolution of maps")
+        elif model.kind == "linear" and not features.is_vector:
+            per_token = model.features is not None and model.features.layout != "channels_first"
+            if len(model.shape) > 1 and per_token and features.layout != "channels_first":
+                return features
+            blocks.append(_Pool(features))
+            return vectors(features.channels)
+        return features
+
+
+class _Pool(nn.Module):
+    """The mean over all positions."""
+
+    def __init__(self, features: Features) -> None:
+        super().__init__()
+        self._features = features
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self._features.pooled(h)
+
+
+def _needs_map(features: Features, why: str) -> None:
+    if features.layout != "channels_first" or not features.is_2d:
+        raise ValueError(
+            f"{why}, but the auxiliary network is fed with {features}; pass AugLocal(block=factory), explicit modules, or "
+            "another rule"
+        )
+
+
+def _output(blocks: nn.Module, network: Network, module: int, features: Features) -> Features:
+    """What blocks make of local module ``module``'s output, of the layout of ``features``: their sizes by a pass."""
+    template = probe_input(network.primary, network.last_layer(module).shape)
+    blocks.to(template.dtype)
+    with evaluating(blocks), torch.no_grad():
+        shape = tuple(int(size) for size in blocks(template).shape[1:])
+    if len(shape) == 1:
+        return vectors(shape[0])
+    found = Features(shape, features.layout)
+    if found.channels != features.channels:
+        raise ValueError(
+            f"the auxiliary blocks of local module {module} put out a shape of {shape}, expected {features.channels} "
+            f"channels in the layout {features.layout!r}"
+        )
+    return found
 
 
 def _refuse_narrowing(here: Layer, sampled: Sequence[Layer]) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ..layers import evaluating
 from ..nn import fuse, unfuse
-from ..partition import Layer, balance, evaluating, probe_input
-from .base import Network, Rule
+from ..partition import balance
+from .base import Network, Rule, made_like
 
 _BATCH = 2
 
@@ -37,44 +39,43 @@ def saved_bytes(run: Callable[[], Tensor], parameters: frozenset[int]) -> int:
     return total // _BATCH
 
 
-def balanced_ends(
-    primary: nn.Sequential,
-    rule: Rule,
-    layers: tuple[Layer, ...],
-    input_shape: tuple[int, ...],
-    num_classes: int,
-    num_modules: int,
-    fused: bool = False,
-) -> tuple[int, ...]:
+def balanced_ends(network: Network, rule: Rule, example: Tensor, num_modules: int) -> tuple[int, ...]:
     """Module ends with the smallest maximum of saved bytes; see :class:`auglocal_ext.partition.Balanced`.
 
-    ``fused`` counts what is kept by parts that :func:`auglocal_ext.nn.fuse` has changed; it changes ``primary``'s.
+    Counted is what fused parts keep (:func:`auglocal_ext.nn.fuse`), whether the network is to run fused or not, so that
+    the cuts do not depend on it. The network is left unfused.
+
+    Args:
+        network: with its layers; its ``ends`` are not looked at.
+        example: an input ``(1, ...)``.
     """
-    change = fuse if fused else unfuse
-    finest = Network(primary, layers, input_shape, num_classes, tuple(range(len(layers))))
-    children = list(primary)
+    layers = network.layers
+    finest = replace(network, ends=tuple(range(len(layers))))
+    children = list(network.primary)
     cost: list[int] = []
     head_cost: list[int] = []
     context_cost: list[int] = [0]
     # In eval mode BatchNorm saves the same maps but moves no running statistic.
-    with torch.random.fork_rng(devices=[]), evaluating(primary):
+    with torch.random.fork_rng(devices=[]), evaluating(network.primary):
         inputs: list[Tensor] = []
-        h = probe_input(primary, input_shape, _BATCH)
+        h = example.expand(_BATCH, *example.shape[1:]).contiguous()
         for layer in layers:
             if layer.index > 0:
-                context = rule.build_context(finest, layer.index)
+                context = made_like(network.primary, partial(rule.build_context, finest, layer.index))
                 if context is not None:
-                    change(context)
+                    fuse(context)
                 context_cost.append(0 if context is None else _cost(context, partial(context, h, inputs), inputs))
             inputs.append(h)
             run = nn.Sequential(*children[layer.start : layer.stop])
-            change(run)
+            fuse(run)
             cost.append(_cost(run, partial(run, h), []))
-            head = rule.build_auxiliary(finest, layer.index) if layer.index < len(layers) - 1 else None
-            if head is not None:
-                change(head)
+            head = None
+            if layer.index < len(layers) - 1:
+                head = made_like(network.primary, partial(rule.build_auxiliary, finest, layer.index))
+                fuse(head)
             h = run(h)
             head_cost.append(0 if head is None else _cost(head, partial(head, h), [h]))
+    unfuse(network.primary)
     return balance(len(layers), num_modules, cost, head_cost, context_cost)
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import nn
 
-from ..auxiliary.base import Auxiliary
+from ..auxiliary.base import Auxiliary, LossSettings
 from ..auxiliary.context import ContextSupply
-from ..auxiliary.heads import CONV_HEADS, conv_head
-from ..partition import Layer, cut_points
+from ..layers import Features, Layer, classifier_start, probe_input
+from ..partition import cut_points
+from ..tasks import Task
+from .options import Option, options_of
 
 
 @dataclass(frozen=True)
@@ -20,17 +24,22 @@ class Network:
 
     Attributes:
         primary: the user's ``nn.Sequential``.
-        layers: its layers (:class:`auglocal_ext.partition.Layer`).
-        input_shape: shape of one input, ``(C, H, W)`` or ``(features,)``.
-        num_classes: number of classes.
+        layers: its layers (:class:`auglocal_ext.layers.Layer`).
+        input_shape: shape of one input, ``(C, H, W)`` or ``(features,)``, or of tokens ``(T,)``.
+        task: what is learned.
         ends: index of the last layer of each local module, ascending.
+        input: the input's features; None where nothing tells which axis holds the channels.
+        recompute: of each local module, whether its auxiliary network is to recompute.
     """
 
     primary: nn.Sequential
     layers: tuple[Layer, ...]
     input_shape: tuple[int, ...]
-    num_classes: int
+    task: Task
     ends: tuple[int, ...]
+    input: Features | None = None
+    input_dtype: torch.dtype | None = None
+    recompute: tuple[bool, ...] = ()
 
     @property
     def num_modules(self) -> int:
@@ -39,12 +48,49 @@ class Network:
     @property
     def last_width(self) -> int:
         """Channels of the last stage: of the deepest layer before the classifier."""
-        last = self.layers[-1]
-        return last.block.conv3.out_channels if last.kind == "bottleneck" else last.width
+        return self.layers[-1].out_channels
+
+    def settings(self, module: int) -> LossSettings:
+        """What the auxiliary network of local module ``module`` is built with."""
+        return LossSettings(self.task, bool(self.recompute) and self.recompute[module])
 
     def last_layer(self, module: int) -> Layer:
         """The layer with which local module ``module`` ends."""
         return self.layers[self.ends[module]]
+
+    def features(self, module: int) -> Features:
+        """What local module ``module`` puts out.
+
+        Raises:
+            ValueError: where neither the layers nor ``layout=`` tell which axis holds the channels.
+        """
+        layer = self.last_layer(module)
+        if layer.features is None:
+            raise ValueError(
+                f"layer {layer.index} ({layer.what}), with which local module {module} ends, puts out a shape of "
+                f"{layer.shape}, and {layer.unknown} which axis holds the channels: say "
+                "LocalSequential(..., layout='channels_first') for (C, *positions), 'channels_last' for (*positions, C) "
+                "and tokens (T, C), 'class_token' for tokens of which heads read the first; or one for each layer"
+            )
+        return layer.features
+
+    def image(self, who: str) -> Features:
+        """The network's input, where ``who`` needs images.
+
+        Raises:
+            ValueError: for integer inputs, and where no layer tells which axis holds the channels.
+        """
+        if self.input is None or self.input_dtype is not None and not self.input_dtype.is_floating_point:
+            raise ValueError(
+                f"{who} needs images of channels, height and width, but the network's inputs are of shape "
+                f"{self.input_shape}" + (f" in {self.input_dtype}" if self.input_dtype is not None else "")
+            )
+        return self.input
+
+    def with_features(self, module: int, features: Features) -> Network:
+        """The network as a head sees it that looks at ``features`` in place of module ``module``'s output."""
+        layer = replace(self.last_layer(module), shape=features.shape, features=features)
+        return replace(self, layers=(*self.layers[: layer.index], layer, *self.layers[layer.index + 1 :]))
 
     def children_of(self, layer: Layer) -> list[nn.Module]:
         """The children of ``primary`` that form ``layer``."""
@@ -52,26 +98,59 @@ class Network:
 
     def body_of(self, layer: Layer) -> list[nn.Module]:
         """:meth:`children_of` without the classifier, which belongs to the last layer."""
-        children = self.children_of(layer)
-        if layer.index < len(self.layers) - 1:
-            return children
-        trained = [i for i, child in enumerate(children) if next(child.parameters(), None) is not None]
-        return children[: trained[-1]]
+        return list(self.primary)[layer.start : min(layer.stop, classifier_start(self.primary))]
 
 
 class Rule(ABC):
     """A local learning rule: builds the auxiliary network and the context of each local module.
 
-    A subclass composes parts of :mod:`auglocal_ext.auxiliary`; the training pass itself is the same for all.
+    A subclass composes parts of :mod:`auglocal_ext.auxiliary`; the training pass itself is the same for all. Where it has
+    a field ``head``, a rule or the name of one, that rule's auxiliary networks look at what this rule makes, and cuts and
+    the weight of the last loss are those of the head unless the subclass says otherwise.
     """
+
+    #: Name on the command line and in recipes, once the rule is in ``RULES``.
+    name: ClassVar[str] = ""
+
+    @classmethod
+    def options(cls) -> list[Option]:
+        """The rule's options on the command line and in recipes."""
+        return options_of(cls)
+
+    @classmethod
+    def of_options(cls, values: Mapping[str, Any], mean: Sequence[float], std: Sequence[float]) -> Rule:
+        """The rule with these values of its options; what is left out has its default.
+
+        Args:
+            mean, std: per channel, in units of [0, 1], by which the images are normalised.
+        """
+        fields = {each.name: each.field for each in cls.options()}
+        return cls(**{fields[name]: value for name, value in values.items()})
+
+    def option_values(self) -> dict[str, Any]:
+        """The inverse of :meth:`of_options`."""
+        return {each.name: getattr(self, each.field) for each in self.options()}
+
+    @property
+    def head_rule(self) -> Rule | None:
+        """The rule whose auxiliary networks this one's end in; None where there is none."""
+        head = getattr(self, "head", None)
+        return None if head is None else resolved(head)
 
     @property
     def classifier_weight(self) -> float:
-        """Weight of the last module's cross-entropy, which goes through the network's own classifier."""
-        return 1.0
+        """Weight of the last module's loss, which goes through the network's own classifier."""
+        return 1.0 if self.head_rule is None else self.head_rule.classifier_weight
+
+    @property
+    def supplies_context(self) -> bool:
+        """Whether :meth:`build_context` ever builds anything; a head must not."""
+        return type(self).build_context is not Rule.build_context
 
     def ends(self, num_layers: int, modules: int | Sequence[int] | None) -> tuple[int, ...]:
         """Index of the last layer of each local module for the user's ``modules`` argument."""
+        if self.head_rule is not None:
+            return self.head_rule.ends(num_layers, modules)
         return cut_points(num_layers, modules)
 
     @abstractmethod
@@ -79,8 +158,8 @@ class Rule(ABC):
         """Fresh auxiliary network of local module ``module`` (never asked for the last one).
 
         Returns:
-            ``forward(h)`` makes logits, ``loss(h, target, **options)`` the local loss; often an
-            :class:`auglocal_ext.auxiliary.AuxiliaryNetwork`.
+            ``forward(h)`` makes the task's output, ``loss(h, context)`` the local loss; often an
+            :class:`auglocal_ext.auxiliary.AuxiliaryNetwork`. It is built with ``network.settings(module)``.
         """
 
     def build_context(self, network: Network, module: int) -> ContextSupply | None:
@@ -88,39 +167,41 @@ class Rule(ABC):
         return None
 
 
-#: A local classifier by name (``CONV_HEADS``), or a rule whose auxiliary networks are taken.
-HeadOrRule = str | Rule
+Made = TypeVar("Made", bound=nn.Module | None)
 
 
-def check_head(head: HeadOrRule) -> None:
-    """ValueError unless ``head`` is one of ``CONV_HEADS`` or a rule."""
-    if not isinstance(head, Rule) and head not in CONV_HEADS:
+def made_like(primary: nn.Module, make: Callable[[], Made]) -> Made:
+    """What ``make()`` builds, on the device and in the dtype of the network ``primary``."""
+    template = probe_input(primary, (), 0)
+    with template.device:
+        made = make()
+    # Left out where nothing changes, since fake tensors refuse it.
+    if made is not None and template.dtype != torch.get_default_dtype():
+        made.to(template.dtype)
+    return made
+
+
+#: Who looks at a module's output: a rule, or the name of one of ``HEADS``.
+Head = Rule | str
+#: Heads by name; filled by :mod:`auglocal_ext.rules.heads`.
+HEADS: dict[str, Any] = {}
+
+
+def resolved(head: Head) -> Rule:
+    """The rule that ``head`` is or names.
+
+    Raises:
+        ValueError: for an unknown name, what is no rule, and a rule that supplies context, which a head has none of.
+    """
+    if isinstance(head, str) and head in HEADS:
+        return HEADS[head]()
+    if not isinstance(head, Rule):
         raise ValueError(
-            f"unknown auxiliary head {head!r}; choose one of {', '.join(CONV_HEADS)}, or a rule such as "
-            "AugLocal(depth=3)"
+            f"unknown auxiliary head {head!r}; choose one of {', '.join(HEADS)}, or a rule such as AugLocal(depth=3)"
         )
-
-
-def head_ends(head: HeadOrRule | None, num_layers: int, modules: int | Sequence[int] | None) -> tuple[int, ...]:
-    """Where a rule cuts whose auxiliary networks are those of ``head``."""
-    if isinstance(head, Rule):
-        return head.ends(num_layers, modules)
-    return cut_points(num_layers, modules)
-
-
-def build_task(
-    head: HeadOrRule, network: Network, module: int, widen: float = 1.0, feature_dim: int = 128
-) -> Auxiliary:
-    """Fresh auxiliary network of local module ``module``, of the named kind or as the rule ``head`` makes it."""
-    if isinstance(head, Rule):
-        return head.build_auxiliary(network, module)
-    shape = network.last_layer(module).shape
-    return conv_head(
-        head,
-        shape[0],
-        network.last_width,
-        network.num_classes,
-        widen=widen,
-        feature_dim=feature_dim,
-        is_map=len(shape) == 3,
-    )
+    if head.supplies_context:
+        raise ValueError(
+            f"{head!r} cannot be a head: it supplies modules with context, and a head only looks at their output. Make it "
+            "the outer rule, with the other one as its head"
+        )
+    return head

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..auxiliary.base import Auxiliary
-from ..auxiliary.context import ContextSupply, parse_context
-from .base import HeadOrRule, Network, Rule, build_task, check_head, head_ends
+from ..auxiliary.context import ContextSupply, parse_context, supplied_inputs
+from .base import Head, Network, Rule, resolved
+from .heads import CONV_HEADS, ConvHead
+from .options import head_option, option
 
 
 @dataclass(frozen=True)
@@ -20,49 +21,66 @@ class ContSup(Rule):
     Args:
         context: ``"R0"`` none (greedy local learning), ``"E"`` the image, ``"R<n>"`` the last n merged module inputs
             (reaching back to the image), ``"R<n>E"`` both.
-        head: local classifier ``0c1f``, ``0c2f``, ``1c1f``, ``1c2f``, ``1c3f`` or ``2c2f``: convolutions, linear
-            layers (:func:`auglocal_ext.auxiliary.conv_head`); or a rule whose auxiliary networks are taken, such as
-            ``AugLocal(depth=3)``, or ``InfoPro(...)`` for the paper's experiments with a decoder.
-        widen: width factor of the local classifier.
-        feature_dim: features of its hidden linear layers.
+        head: who looks at a module's output: ``0c1f``, ``0c2f``, ``1c1f``, ``1c2f``, ``1c3f`` or ``2c2f``
+            (convolutions, linear layers: :class:`auglocal_ext.rules.ConvHead`) or any other head; or a rule whose
+            auxiliary networks are taken, such as ``AugLocal(depth=3)``, or ``InfoPro(...)`` for the paper's experiments
+            with a decoder.
+        widen: width factor of the image encoders (12 channels inside) and of a head that is named.
+        feature_dim: features of the hidden linear layers of a head that is named; default 128.
 
     Raises:
-        ValueError: for an unknown context or head, or a factor that is not positive.
+        ValueError: for an unknown context or head, a factor that is not positive, and an option that nothing reads: a
+            head that is a rule has its own ``widen`` and ``feature_dim``.
 
     Source: Go beyond End-to-End Training: Boosting Greedy Local Learning with Context Supply, arXiv 2312.07636;
     cross-entropy as local loss, without InfoPro's decoder.
     """
 
-    context: str = "R1E"
-    head: HeadOrRule = "1c2f"
+    name = "contsup"
+
+    context: str = option("R1E", "R0, E, R1, R1E, R2, R4, R8, R16, ...", metavar="C")
+    head: Head = head_option("1c2f")
     widen: float = 1.0
-    feature_dim: int = 128
+    feature_dim: int | None = None
 
     def __post_init__(self) -> None:
-        parse_context(self.context)
-        check_head(self.head)
-        if self.widen <= 0 or self.feature_dim < 1:
+        _, image = parse_context(self.context)
+        resolved(self.head)
+        if not self.widen > 0 or (self.feature_dim is not None and self.feature_dim < 1):
             raise ValueError(
                 f"widen must be positive and feature_dim at least 1; got {self.widen} and {self.feature_dim}"
             )
+        if self.head not in CONV_HEADS:
+            unread = "feature_dim" if self.feature_dim is not None else "widen" if self.widen != 1 and not image else ""
+            if unread:
+                raise ValueError(
+                    f"{unread}={getattr(self, unread)} is read by nothing here: head={self.head!r} has options of its "
+                    "own, such as ConvHead('1c2f', widen=2)"
+                )
 
-    def ends(self, num_layers: int, modules: int | Sequence[int] | None) -> tuple[int, ...]:
-        return head_ends(self.head, num_layers, modules)
+    @property
+    def head_rule(self) -> Rule:
+        if isinstance(self.head, str) and self.head in CONV_HEADS:
+            return ConvHead(self.head, self.widen, 128 if self.feature_dim is None else self.feature_dim)
+        return resolved(self.head)
+
+    @property
+    def supplies_context(self) -> bool:
+        return parse_context(self.context) != (0, False)
 
     def build_auxiliary(self, network: Network, module: int) -> Auxiliary:
-        return build_task(self.head, network, module, self.widen, self.feature_dim)
+        return self.head_rule.build_auxiliary(network, module)
 
     def build_context(self, network: Network, module: int) -> ContextSupply | None:
         count, image = parse_context(self.context)
         if count == 0 and not image:
             return None
-        shapes = [network.input_shape] + [network.last_layer(k).shape for k in range(module)]
-        for shape in shapes:
-            if len(shape) != 3:
-                raise ValueError(
-                    f"context {self.context!r} is encoded by convolutions and needs images and feature maps (C, H, W); "
-                    f"a module here has an input of shape {shape}. Use context='R0' for networks on vectors"
-                )
-        # Module j >= 1 is fed what module j-1 puts out, so these are the channels of the inputs of modules 0 .. k-1.
-        history = [shape[0] for shape in shapes[:-1]]
-        return ContextSupply(shapes[-1][0], history, count, image)
+        who = f"context {self.context!r}"
+
+        # Module j >= 1 is fed what module j - 1 puts out, so that is the input whose index is j.
+        inputs = {
+            index: network.features(index - 1) if index > 0 else network.image(who)
+            for index in supplied_inputs(module, count, image)
+        }
+        hidden = int(12 * self.widen)
+        return ContextSupply(network.features(module - 1), network.image(who) if image else None, inputs, hidden)

@@ -4,51 +4,47 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
-from ..auxiliary.heads import DGL_HEADS, AuxiliaryNetwork, DGLHead, LinearHead
-from .base import Network, Rule
+from ..auxiliary.base import Auxiliary
+from .base import Head, Network, Rule, resolved
+from .options import head_option
 
 
 @dataclass(frozen=True)
 class Greedy(Rule):
     """Each local module is trained through a linear classifier on its pooled output: ``CE(W mean_p(h) + b, y)``.
 
+    Args:
+        head: who looks at a module's output: the name of a head or a rule.
+
     Source: the baseline "greedy SL" of Wang et al., ICLR 2021.
     """
 
-    def build_auxiliary(self, network: Network, module: int) -> AuxiliaryNetwork:
-        head = LinearHead(network.last_layer(module).shape[0], network.num_classes)
-        return AuxiliaryNetwork(nn.Sequential(), head)
+    name = "greedy"
+
+    head: Head = head_option("linear")
+
+    def __post_init__(self) -> None:
+        resolved(self.head)
+
+    def build_auxiliary(self, network: Network, module: int) -> Auxiliary:
+        return resolved(self.head).build_auxiliary(network, module)
 
 
 @dataclass(frozen=True)
-class DGL(Rule):
+class DGL(Greedy):
     """Each local module is trained through a classifier of its own: ``CE(head(h), y)``; all modules on the same batch.
 
     Args:
-        head: ``"mlp-sr"`` (pooled to a quarter, 1x1 convolutions, hidden linear layers), ``"mlp"`` or ``"cnn"``:
-            :class:`auglocal_ext.auxiliary.DGLHead`.
+        head: ``"mlp-sr"`` (pooled to a quarter, 1x1 convolutions, hidden linear layers), ``"mlp"`` or ``"cnn"``, see
+            :class:`auglocal_ext.rules.DGLHead`; or any other head.
 
     Raises:
-        ValueError: for an unknown head; when wrapped, for a module that puts out vectors.
+        ValueError: for an unknown head; when wrapped, for a module whose output the head cannot take.
 
     Source: Belilovsky, Eickenberg and Oyallon, Decoupled Greedy Learning of CNNs, ICML 2020, algorithm 1 (all modules
     are updated on the same batch).
     """
 
-    head: str = "mlp-sr"
+    name = "dgl"
 
-    def __post_init__(self) -> None:
-        if self.head not in DGL_HEADS:
-            raise ValueError(f"unknown auxiliary head {self.head!r}; choose one of {', '.join(DGL_HEADS)}")
-
-    def build_auxiliary(self, network: Network, module: int) -> AuxiliaryNetwork:
-        shape = network.last_layer(module).shape
-        if len(shape) != 3:
-            raise ValueError(
-                f"DGL's heads pool feature maps (C, H, W), but local module {module} puts out {shape}; "
-                "use Greedy() for networks on vectors"
-            )
-        head = DGLHead(self.head, shape[0], (shape[1], shape[2]), network.num_classes)
-        return AuxiliaryNetwork(nn.Sequential(), head)
+    head: Head = head_option("mlp-sr")

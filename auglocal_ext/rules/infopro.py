@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-from ..auxiliary.base import Auxiliary
-from ..auxiliary.objectives import ContrastiveNetwork, Objectives, ReconstructionLoss
-from .base import HeadOrRule, Network, Rule, build_task, check_head, head_ends
+from ..auxiliary.objectives import Objectives, ReconstructionLoss
+from ..tasks import SupervisedContrast
+from .base import Head, Network, Rule, resolved
+from .options import Option, head_option, option
 
 Weights = tuple[float, float]
 
@@ -24,25 +25,29 @@ class InfoPro(Rule):
         first: ``(lambda1, lambda2)`` of the first local module.
         last: those of the last one that has an auxiliary network.
         loss: ``"softmax"`` or ``"contrast"`` (temperature 0.07).
-        head: local classifier, as of :class:`auglocal_ext.ContSup`, or a rule whose auxiliary networks take its
-            place, such as ``AugLocal(depth=3)``. With ``loss="contrast"`` it puts out ``feature_dim`` features.
-        feature_dim: features of the contrastive loss.
+        head: who looks at a module's output, by name as of :class:`auglocal_ext.ContSup`, or a rule whose auxiliary
+            networks are taken, such as ``AugLocal(depth=3)``. With ``loss="contrast"`` it puts out ``feature_dim``
+            features.
+        feature_dim: features of the contrastive loss, 128 by default; no other loss reads it.
         mean, std: per channel, in units of [0, 1], by which images were normalised before the network. The
             defaults are for images in [0, 1] that were not.
 
     Raises:
-        ValueError: for negative weights, an unknown loss or head; when wrapped, for networks on vectors and for a
-            ``mean`` that does not fit the image's channels.
+        ValueError: for negative weights, an unknown loss or head, a ``feature_dim`` that nothing reads; when wrapped, for
+            modules that put out no maps, for a ``mean`` that does not fit the image's channels, and for a contrastive loss
+            of another task than classification without label smoothing.
 
     Source: Wang et al., Revisiting Locally Supervised Learning: an Alternative to End-to-end Training, ICLR 2021;
     ``INFOPRO_WEIGHTS`` holds its weights.
     """
 
+    name = "infopro"
+
     first: Weights
     last: Weights
-    loss: Literal["softmax", "contrast"] = "softmax"
-    head: HeadOrRule = "1c2f"
-    feature_dim: int = 128
+    loss: Literal["softmax", "contrast"] = option("softmax", "softmax, contrast", kind=str)
+    head: Head = head_option("1c2f")
+    feature_dim: int | None = None
     mean: Sequence[float] = (0.0, 0.0, 0.0)
     std: Sequence[float] = (1.0, 1.0, 1.0)
 
@@ -55,10 +60,35 @@ class InfoPro(Rule):
             raise ValueError(f"loss is 'softmax' or 'contrast'; got {self.loss!r}")
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean and std need one value per channel each; got {self.mean!r} and {self.std!r}")
-        check_head(self.head)
+        if self.feature_dim is not None and (self.loss != "contrast" or self.feature_dim < 1):
+            raise ValueError(
+                f"feature_dim is the number of features of loss='contrast', at least 1; got {self.feature_dim} with "
+                f"loss={self.loss!r}"
+            )
+        resolved(self.head)
 
-    def ends(self, num_layers: int, modules: int | Sequence[int] | None) -> tuple[int, ...]:
-        return head_ends(self.head, num_layers, modules)
+    @classmethod
+    def options(cls) -> list[Option]:
+        text = (
+            "lambda1 and lambda2 (reconstruction, --loss) of the first local module, then of the last; left out, those of "
+            "InfoPro's experiments for the data set, network and number of modules"
+        )
+        return [*super().options(), Option("weights", tuple[float, ...], text, "", None, "A,B,C,D")]
+
+    @classmethod
+    def of_options(cls, values: Mapping[str, Any], mean: Sequence[float], std: Sequence[float]) -> InfoPro:
+        weights = values["weights"]
+        if len(weights) != 4:
+            raise ValueError(
+                "--weights are four numbers, lambda1 and lambda2 of the first local module and of the last; got "
+                + ",".join(f"{weight:g}" for weight in weights)
+            )
+        own = {name: value for name, value in values.items() if name != "weights"}
+        return cls(tuple(weights[:2]), tuple(weights[2:]), mean=tuple(mean), std=tuple(std), **own)
+
+    def option_values(self) -> dict[str, Any]:
+        own = {each.name: getattr(self, each.field) for each in self.options() if each.field}
+        return own | {"weights": (*self.first, *self.last)}
 
     def weights(self, network: Network, module: int) -> Weights:
         """``(lambda1, lambda2)`` of local module ``module``."""
@@ -67,24 +97,16 @@ class InfoPro(Rule):
         return reconstruction, task
 
     def build_auxiliary(self, network: Network, module: int) -> Objectives:
-        shape = network.last_layer(module).shape
-        if len(shape) != 3 or len(network.input_shape) != 3:
-            raise ValueError(
-                f"InfoPro reconstructs images of feature maps (C, H, W), but local module {module} puts out {shape} "
-                f"for inputs {network.input_shape}; use Greedy() for networks on vectors"
-            )
-        if len(self.mean) != network.input_shape[0]:
-            raise ValueError(
-                f"mean and std have {len(self.mean)} channels, images {network.input_shape[0]}; pass one per channel"
-            )
-        task: Auxiliary
+        features, image, settings = network.features(module), network.image("InfoPro"), network.settings(module)
+        ReconstructionLoss.check_features(features, image, self.mean)
+        looked_at = network
         if self.loss == "contrast":
-            task = ContrastiveNetwork(build_task(self.head, replace(network, num_classes=self.feature_dim), module))
-        else:
-            task = build_task(self.head, network, module)
+            dim = 128 if self.feature_dim is None else self.feature_dim
+            looked_at = replace(network, task=SupervisedContrast(dim, network.task))
+        head = resolved(self.head).build_auxiliary(looked_at, module)
         reconstruction, classification = self.weights(network, module)
-        decoder = ReconstructionLoss(shape[0], network.input_shape[0], self.mean, self.std)
-        return Objectives(task, classification, [(reconstruction, decoder)])
+        decoder = ReconstructionLoss(features, image, self.mean, self.std, settings)
+        return Objectives(head, classification, [(reconstruction, decoder)])
 
 
 #: ``(first, last)`` of the paper's contrastive experiments, by data set, network and number of local modules. The

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..auxiliary.base import Auxiliary, LocalLoss
-from ..partition import evaluating, probe_input
-from .base import HeadOrRule, Network, Rule, build_task, check_head, head_ends
+from ..auxiliary.base import Auxiliary, LossContext
+from ..layers import Features, evaluating, first_leaves, has_parameters, leaves, observe, probe_input
+from ..nn import sharded
+from ..tasks import Scored
+from .base import Head, Network, Rule, resolved
+from .options import head_option, option
 
 
 class MomentumNetwork(Auxiliary):
@@ -27,27 +28,42 @@ class MomentumNetwork(Auxiliary):
         momentum: m.
     """
 
+    can_recompute = True
+
     def __init__(self, block: nn.Module, head: Auxiliary, momentum: float) -> None:
-        super().__init__()
-        self.trained = copy.deepcopy(block)
-        self.average = copy.deepcopy(block).requires_grad_(False)
+        super().__init__(head.settings)
+        self.trained = _copied(block)
+        self.average = _copied(block).requires_grad_(False)
         self.head = head
         self.momentum = momentum
-        self.reads_image, self.classifies = head.reads_image, head.classifies
         self._followed = (block,)  # in a tuple, so that it is no submodule of this one
 
     def forward(self, h: Tensor) -> Tensor:
         return self.head(self.trained(h) + self.average(h))
 
-    def loss(self, h: Tensor, target: Tensor, **options: Any) -> LocalLoss:
-        return self.head.loss(self.trained(h) + self.average(h), target, **options)
+    def loss(self, h: Tensor, context: LossContext) -> Scored:
+        return self.head.loss(self.run(self.trained, h) + self.run(self.average, h), context)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Move the average towards the block."""
         average: list[Tensor] = list(self.average.parameters())
-        torch._foreach_lerp_(average, list(self._followed[0].parameters()), 1 - self.momentum)
+        followed = list(self._followed[0].parameters())
+        if sharded(followed):
+            raise RuntimeError(
+                "MAN's average cannot follow a block whose parameters are sharded: leave fully_shard out"
+            )
+        torch._foreach_lerp_(average, followed, 1 - self.momentum)
         self.head.after_step()
+
+
+def _copied(block: nn.Module) -> nn.Module:
+    """A copy with tensors of its own; of fake tensors too, whose storage cannot be copied."""
+    memo: dict[int, Tensor] = {}
+    for tensor in (*block.parameters(), *block.buffers()):
+        made = tensor.detach().clone()
+        memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+    return copy.deepcopy(block, memo)
 
 
 @dataclass(frozen=True)
@@ -55,7 +71,8 @@ class MAN(Rule):
     """Each local module is trained through ``head(trained(h) + average(h))``, two copies of the next block.
 
     One is trained with the module; the other is a moving average of the next block's parameters, updated after the
-    module's backward, when the block has not been stepped for this batch. Both start as copies of the block.
+    module's backward, when the block has not been stepped for this batch. Both start as copies of the block. The block
+    is the next layer, of the last layer without the classifier and the pooling and flattening before it.
 
     Args:
         momentum: m in ``average = m average + (1 - m) block``, within 0 .. 1.
@@ -69,24 +86,51 @@ class MAN(Rule):
     "learnable bias" is the trained copy, as in the released code.
     """
 
-    momentum: float = 0.995
-    head: HeadOrRule = "1c2f"
+    name = "man"
+
+    momentum: float = option(0.995, "m in average = m average + (1 - m) block", name="average_momentum")
+    head: Head = head_option("1c2f")
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.momentum <= 1.0:
             raise ValueError(f"momentum is within 0 .. 1; got {self.momentum!r}")
-        check_head(self.head)
-
-    def ends(self, num_layers: int, modules: int | Sequence[int] | None) -> tuple[int, ...]:
-        return head_ends(self.head, num_layers, modules)
+        resolved(self.head)
 
     def build_auxiliary(self, network: Network, module: int) -> MomentumNetwork:
-        here, after = network.ends[module], network.ends[module] + 1
-        block = nn.Sequential(*network.body_of(network.layers[after]))
-        with evaluating(block):
-            shape = tuple(block(probe_input(block, network.layers[here].shape)).shape[1:])
+        after = network.ends[module] + 1
+        block, features = _next_block(network, after)
         # To the head the module ends one layer later, before the classifier if that layer holds it.
-        layers = (*network.layers[:after], replace(network.layers[after], shape=shape), *network.layers[after + 1 :])
         ends = tuple(after if k == module else end for k, end in enumerate(network.ends))
-        head = build_task(self.head, replace(network, layers=layers, ends=ends), module)
-        return MomentumNetwork(block, head, self.momentum)
+        seen = replace(network, ends=ends).with_features(module, features)
+        return MomentumNetwork(block, resolved(self.head).build_auxiliary(seen, module), self.momentum)
+
+
+def _next_block(network: Network, index: int) -> tuple[nn.Module, Features]:
+    """Layer ``index`` as a block, and what it puts out: without the classifier, and without a tail that ends the map.
+
+    The tail is made of pooling and flattening: of the last layer what follows the last weights, from the first part that
+    changes the shape; of another layer that too where it turns a map into vectors.
+    """
+    layer = network.layers[index]
+    children = network.body_of(layer)
+    parts = [leaf for child in children for leaf in leaves(child)]
+    example = probe_input(network.primary, network.layers[index - 1].shape)
+    with evaluating(*parts):
+        handed = observe(parts, example)
+    weighted = max((i for i, part in enumerate(parts) if has_parameters(part)), default=-1)
+    count = len(parts)
+    ends_map = len(handed[-1].shape) < len(handed[weighted + 1].shape)
+    if ends_map or index == len(network.layers) - 1:
+        keep = (i for i in range(weighted + 1, len(parts)) if handed[i + 1].shape != handed[weighted + 1].shape)
+        count = next(keep, count)
+    block = nn.Sequential(*first_leaves(children, count))
+    if count == len(parts) and layer.features is not None and layer.shape == handed[-1].shape:
+        return block, layer.features
+    features = handed[count].features(layer.layout)
+    if features is None:
+        raise ValueError(
+            f"MAN copies layer {index} ({layer.what}) without its pooling and classifier, which puts out a shape of "
+            f"{handed[count].shape}, and {handed[count].why_unknown} which axis holds the channels: say layout= for layer "
+            f"{index}, take another rule, or fewer modules"
+        )
+    return block, features

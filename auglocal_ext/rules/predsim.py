@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
-
-from ..auxiliary.base import Auxiliary
-from ..auxiliary.heads import AuxiliaryNetwork, PredictionHead
 from ..auxiliary.objectives import Objectives, SimilarityLoss
-from .base import HeadOrRule, Network, Rule, build_task, check_head, head_ends
+from .base import Head, Network, Rule, resolved
+from .heads import PredictionHead
+from .options import head_option, option
 
 
 @dataclass(frozen=True)
@@ -21,43 +19,55 @@ class PredSim(Rule):
 
     Args:
         beta: weight of the similarity loss, within 0 .. 1.
-        limit: features that the prediction layer is fed, at most.
-        head: None for the method's own prediction layer, or any other: a name or a rule whose auxiliary networks
-            take its place, such as ``AugLocal(depth=3)``.
+        limit: features that the prediction layer is fed, at most; 2048 by default. No other head reads it.
+        head: None for the method's own prediction layer (:class:`auglocal_ext.rules.PredictionHead`), or any other: a
+            name or a rule whose auxiliary networks take its place, such as ``AugLocal(depth=3)``.
         scale_classifier: False gives the last module's cross-entropy the weight 1, as AugLocal's experiments do.
 
     Raises:
-        ValueError: for ``beta`` outside 0 .. 1, a ``limit`` below 1 or an unknown head.
+        ValueError: for ``beta`` outside 0 .. 1, a ``limit`` below 1 or that nothing reads, or an unknown head; when
+            wrapped, for another task than classification.
 
     Source: Noekland and Eidnes, Training Neural Networks with Local Error Signals, ICML 2019; beta = 0.99 there. Each
     layer's own Adam optimizer and dropout are matters of training, not of the rule.
     """
 
-    beta: float = 0.99
-    limit: int = 2048
-    head: HeadOrRule | None = None
-    scale_classifier: bool = True
+    name = "predsim"
+
+    beta: float = option(0.99, "weight of the similarity loss, 0..1")
+    limit: int | None = option(None, "features that the prediction layer is fed, at most (default 2048)", kind=int)
+    head: Head | None = head_option(None, "its own prediction layer, a head or a rule")
+    scale_classifier: bool = option(True, "the last module's cross-entropy has weight 1 - beta too, not 1")
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"beta is the weight of the similarity loss, within 0 .. 1; got {self.beta!r}")
-        if self.limit < 1:
+        if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit is a number of features, at least 1; got {self.limit!r}")
+        if self.limit is not None and self.head is not None:
+            raise ValueError(
+                f"limit={self.limit} is read by PredSim's own prediction layer alone, not by head={self.head!r}"
+            )
         if self.head is not None:
-            check_head(self.head)
+            resolved(self.head)
+
+    @property
+    def head_rule(self) -> Rule:
+        if self.head is not None:
+            return resolved(self.head)
+        return PredictionHead(2048 if self.limit is None else self.limit)
+
+    def option_values(self) -> dict[str, Any]:
+        values = super().option_values()
+        if isinstance(head := self.head_rule, PredictionHead):
+            values["limit"] = head.limit
+        return values
 
     @property
     def classifier_weight(self) -> float:
         return 1 - self.beta if self.scale_classifier else 1.0
 
-    def ends(self, num_layers: int, modules: int | Sequence[int] | None) -> tuple[int, ...]:
-        return head_ends(self.head, num_layers, modules)
-
     def build_auxiliary(self, network: Network, module: int) -> Objectives:
-        shape = network.last_layer(module).shape
-        if self.head is None:
-            task: Auxiliary = AuxiliaryNetwork(nn.Sequential(), PredictionHead(shape, network.num_classes, self.limit))
-        else:
-            task = build_task(self.head, network, module)
-        similarity = SimilarityLoss(shape[0], network.num_classes, is_map=len(shape) == 3)
-        return Objectives(task, 1 - self.beta, [(self.beta, similarity)])
+        head = self.head_rule.build_auxiliary(network, module)
+        similarity = SimilarityLoss(network.features(module), network.settings(module))
+        return Objectives(head, 1 - self.beta, [(self.beta, similarity)])

@@ -1,7 +1,7 @@
 """A whole training step: per-module optimizers, one CUDA graph, two streams, memory planned ahead."""
 
 from .graph import GraphCaptureError
-from .local_step import LocalStep, StepOutput
+from .local_step import LocalStep
 from .memory_plan import MemoryPlan
 from .optimizers import OptimizerFactory
 from .plan import MemoryBudgetError, plan_memory
@@ -12,6 +12,5 @@ __all__ = [
     "MemoryBudgetError",
     "MemoryPlan",
     "OptimizerFactory",
-    "StepOutput",
     "plan_memory",
 ]

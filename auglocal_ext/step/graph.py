@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..local_sequential import LocalSequential
-from ..ops.labels import BadLabelCounter
+from ..ops.deferred import BadValueCounter
 from .optimizers import ModuleOptimizers
 
 MAX_CAPTURES = 8
@@ -46,7 +46,7 @@ def can_capture(device: torch.device) -> bool:
 
 
 class GraphedStep:
-    """A captured step with what it reads at a fixed address: a batch, the learning rates, a count of bad labels.
+    """A captured step with what it reads at a fixed address: a batch, the learning rates, a count of bad targets.
 
     Args:
         run: the step: ``run(x, y)`` returns tensors.
@@ -69,10 +69,11 @@ class GraphedStep:
         self._groups = optimizers.whole.param_groups
         self._rates: list[float | None] = [None for _ in self._groups]
         self._rate_tensors = [torch.zeros((), device=x.device) for _ in self._groups]
-        self._labels = BadLabelCounter(x.device, net.network.num_classes, net.ignore_index)
+        self._task = net.task
+        self._bad = BadValueCounter(x.device)
 
         def counted() -> Sequence[Tensor]:
-            self._labels.add(self._y)
+            self._bad.add(self._task.invalid(self._y))
             return run(self._x, self._y)
 
         optimizers.prepare(self._rate_tensors)
@@ -82,9 +83,9 @@ class GraphedStep:
         """Train on a batch; the result is the caller's own, not overwritten by a later call.
 
         Raises:
-            ValueError: if an earlier batch had labels out of range.
+            ValueError: if an earlier batch had targets that are not valid.
         """
-        self._labels.raise_if_any()
+        self._bad.raise_if_any(self._task.late_complaint)
         for index, group in enumerate(self._groups):
             rate = float(group.get("lr", 0.0))
             if rate != self._rates[index]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from ..local_modules import OneStream, Recompute
+from ..local_modules import LocalOutput, OneStream, Recompute
 from ..local_sequential import LocalSequential
 from .graph import GraphedStep, Graphs
 from .memory_plan import MemoryPlan
@@ -19,22 +19,6 @@ from .plan import MemoryBudget, StepRecompute, plan_memory
 from .updates import Clip, Updates, updating_pass
 
 Switch = Literal[True, False, "auto"]
-
-
-class StepOutput(NamedTuple):
-    """Result of one training step, all detached.
-
-    Attributes:
-        loss: scalar, the sum of the local losses.
-        logits: ``(N, num_classes)`` of the last module.
-        module_losses: ``(K,)``.
-        module_correct: ``(K,)``, int64: how many images each module's classifier has right.
-    """
-
-    loss: Tensor
-    logits: Tensor
-    module_losses: Tensor
-    module_correct: Tensor
 
 
 class LocalStep:
@@ -52,8 +36,8 @@ class LocalStep:
     time. On CUDA the step is captured into one graph after some steps and then costs one launch.
 
     Call it with the network in training mode, with batches on the network's device; a batch of another shape, such as
-    the last of an epoch, runs without the graph. Gradients never appear in ``.grad`` between steps. For several
-    processes (DistributedDataParallel) use ``net(x, y)``: gradients are not reduced here.
+    the last of an epoch, runs without the graph. Gradients never appear in ``.grad`` between steps. In a process group of
+    several processes it raises, since gradients are not reduced here: use ``net(x, y)`` in DistributedDataParallel.
 
     Args:
         net: the network.
@@ -82,6 +66,7 @@ class LocalStep:
 
     Raises:
         MemoryBudgetError: if no choice fits ``memory_budget``.
+        RuntimeError: in a process group of more than one process.
         TypeError: if ``net`` is no :class:`LocalSequential` or ``optimizer`` makes no optimizer.
         ValueError: for an option out of range, or an optimizer that cannot be stepped module by module.
     """
@@ -104,7 +89,13 @@ class LocalStep:
         batch_size: int | None = None,
     ) -> None:
         if not isinstance(net, LocalSequential):
-            raise TypeError(f"net must be a LocalSequential, got {type(net).__name__}; wrap the network first")
+            raise TypeError(f"net must be a LocalSequential, got {type(net).__name__}; {_way_for(net)}")
+        if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
+            raise TypeError(
+                "optimizer must be a function that makes one of a list of parameters, such as lambda params: "
+                f"torch.optim.SGD(params, lr=0.1); got {type(optimizer).__name__}"
+            )
+        _refuse_processes()
         for name, switch in (("graph", graph), ("overlap", overlap)):
             if switch not in (True, False, "auto"):
                 raise ValueError(f'{name} must be True, False or "auto", got {switch!r}')
@@ -162,20 +153,24 @@ class LocalStep:
         """Why the last step did not run as a CUDA graph; None if it did."""
         return "graph=False" if self._graphs is None else self._graphs.reason
 
-    def __call__(self, x: Tensor, y: Tensor) -> StepOutput:
+    def __call__(self, x: Tensor, y: Tensor) -> LocalOutput:
         """Train on one batch.
 
         Args:
             x: inputs ``(N, *input_shape)``, floating point.
-            y: class indices ``(N,)``, int64.
+            y: targets of the network's task, as ``net(x, y)`` takes them.
+
+        Returns:
+            The output of the pass, all of it detached.
 
         Raises:
             TypeError, ValueError: for a bad batch, as ``net(x, y)`` does, before anything is changed.
             GraphCaptureError: with ``graph=True`` if the step cannot be captured; nothing is changed.
         """
+        _refuse_processes()
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             graph = self._graph_for(x, y)
-            out = self._eagerly(x, y) if graph is None else StepOutput(*graph(x, y))
+            out = self._eagerly(x, y) if graph is None else LocalOutput(*graph(x, y))
         self._updates.count()
         return out
 
@@ -198,10 +193,10 @@ class LocalStep:
             return None
         recomputes = any(choice != "none" for choice in self.net.recompute)
         obstacle = "recomputed modules draw random numbers (dropout)" if recomputes and self._draws else None
-        form = (x.shape, x.stride(), x.dtype, y.shape, y.device)
+        form = (x.shape, x.stride(), x.dtype, y.shape, y.dtype, y.device)
         phase = self._updates.due
         found = self._graphs.find(x, lambda: self._built_in(x.device), form, phase, obstacle)
-        self.net.check_batch(x, y, labels=isinstance(found, bool))  # a graph counts bad labels itself
+        self.net.check_batch(x, y, values=isinstance(found, bool))  # a graph counts bad targets itself
         if found is True:
             return self._graphs.capture(lambda pool: self._captured(x, y, pool), phase, self._running)
         return found or None
@@ -229,7 +224,7 @@ class LocalStep:
     def _running(self) -> str:
         return "the step" if self._streams.current is None else f"local module {self._streams.current}"
 
-    def _eagerly(self, x: Tensor, y: Tensor) -> StepOutput:
+    def _eagerly(self, x: Tensor, y: Tensor) -> LocalOutput:
         if self.grad_scaler is None:
             self.net.warn_of_fp16(x)
         self._optimizers.prepare()
@@ -243,7 +238,7 @@ class LocalStep:
         self._draws = _random_position(x.device) != before
         return out
 
-    def _run(self, x: Tensor, y: Tensor) -> StepOutput:
+    def _run(self, x: Tensor, y: Tensor) -> LocalOutput:
         """The step itself, eager or under capture."""
         self._streams = OneStream()
         if self._overlap and x.is_cuda:
@@ -252,7 +247,25 @@ class LocalStep:
                 self._second = torch.cuda.Stream(x.device)
             self._streams = TwoStreams(x.device, self._second)
         out = updating_pass(self.net.local_modules, x, y, self._updates, self._autocast_dtype, self._streams)
-        return StepOutput(out.loss.detach(), out.logits, out.module_losses, out.module_correct)
+        return out._replace(loss=out.loss.detach())
+
+
+def _way_for(net: Any) -> str:
+    if isinstance(net, torch.nn.parallel.DistributedDataParallel):
+        return "a step does not reduce gradients over processes: train the wrapped network by its net(x, y) and a loop"
+    return "wrap the network first"
+
+
+def _refuse_processes() -> None:
+    """RuntimeError among several processes, whose weights would drift apart."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    size = torch.distributed.get_world_size()
+    if size > 1:
+        raise RuntimeError(
+            f"LocalStep runs in one process, and this is one of {size}: gradients are not reduced over them, so their "
+            "weights would drift apart. Wrap the network in DistributedDataParallel and train it by net(x, y) and a loop"
+        )
 
 
 def _random_position(device: torch.device) -> int | None:

@@ -176,14 +176,15 @@ class _Watch(OneStream):
 
 
 def _batch(net: LocalSequential, batch_size: int) -> tuple[Tensor, Tensor]:
-    """A batch in the dtype of the parameters, channels last where the weights are."""
+    """A batch in the dtype of the parameters, or of integers, channels last where the weights are."""
     maps = [p for p in net.primary.parameters() if p.dim() == 4]
     channels_last = any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in maps)
-    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    floating = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    dtype = floating if net.network.input_dtype is None else net.network.input_dtype
     x = torch.empty(batch_size, *net.network.input_shape, dtype=dtype)
     if channels_last and x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-    return x, torch.zeros(batch_size, dtype=torch.int64)
+    return x, net.task.example(batch_size)
 
 
 def _as_on_cpu(optimizer: torch.optim.Optimizer, on_cuda: bool) -> None:

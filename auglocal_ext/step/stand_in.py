@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..auxiliary.base import LocalLoss
+from ..auxiliary.base import LossContext
 from ..local_modules import LocalModule
+from ..tasks import Scored
 from .optimizers import ModuleOptimizers
 
 
@@ -56,7 +58,7 @@ class TrialModule:
         self._trials = trials
         self._first = self
         self._output: TensorForm | None = None
-        self._logits: TensorForm | None = None
+        self._scored: tuple[TensorForm, TensorForm] | None = None
         self._used: tuple[bool, ...] = ()
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -73,17 +75,16 @@ class TrialModule:
         self._output = TensorForm.of(out)
         return out
 
-    def objective(
-        self, out: Tensor, target: Tensor, image: Tensor | None = None, check_labels: bool = True
-    ) -> LocalLoss:
+    def objective(self, out: Tensor, context: LossContext) -> Scored:
         if self._first is self:
-            result = self._module.objective(out, target, image, check_labels)
-            self._logits = TensorForm.of(result.logits)
+            result = self._module.objective(out, context)
+            self._scored = TensorForm.of(result.output), TensorForm.of(result.count)
             return result
-        assert self._first._logits is not None
+        assert self._first._scored is not None
         trained = [p for p in self.parameters() if p.requires_grad]
         loss = _Gradients.apply(self._first._used, *trained)
-        return LocalLoss(loss, self._first._logits.empty(), torch.empty((), dtype=torch.int64))
+        output, count = self._first._scored
+        return Scored(loss, output.empty(), count.empty())
 
     def after_step(self) -> None:
         if self._first is self:
@@ -140,6 +141,8 @@ def module_form(module: LocalModule, optimizers: ModuleOptimizers) -> Hashable:
             return type(value), tuple(of(item) for item in value)
         if isinstance(value, (set, frozenset)):
             return type(value), frozenset(of(item) for item in value)
+        if is_dataclass(value) and not isinstance(value, type):
+            return type(value), tuple((field.name, of(getattr(value, field.name))) for field in fields(value))
         if value is None or isinstance(value, (bool, int, float, str, torch.dtype, type)):
             return type(value), value
         return id(value)
@@ -148,7 +151,7 @@ def module_form(module: LocalModule, optimizers: ModuleOptimizers) -> Hashable:
         of(module.groups),
         of(module.auxiliary),
         module.kept,
-        module.options,
+        module.weight,
         module.recompute,
         module.fused,
     )

@@ -64,7 +64,9 @@ class Updates:
             return None
         share = self._shares.get(device)
         if share is None:
-            share = self._shares[device] = torch.full((), 1 / self.accumulate, device=device)
+            # In float64 so that a double loss is divided exactly; the pass rounds it to the loss's dtype.
+            share = torch.full((), 1 / self.accumulate, dtype=torch.float64, device=device)
+            self._shares[device] = share
         return share if self.scaler is None else self.scaler.scale(share)
 
     def begin(self) -> None:

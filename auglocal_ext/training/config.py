@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,11 +31,22 @@ _STEP_OPTIONS = {"recompute": "none", "memory_budget": None, "graph": "auto", "o
 _FREE_TO_CHANGE = ("data", "output", "workers", "graph", "overlap")
 
 # The settings of a recipe that is a data set's own.
-_TRAINING = tuple(name for name in (*SECTIONS["optimisation"], *SECTIONS["augmentation"]) if name != "seed")
+_TRAINING = tuple(
+    name for name in (*SECTIONS["optimisation"], *SECTIONS["augmentation"]) if name not in ("seed", "mixup", "cutmix")
+)
+
+
+#: A field for each option of the rules, None where it was not given.
+_RuleSettings: Any = make_dataclass(
+    "_RuleSettings",
+    [(name, option.kind | None, field(default=None)) for name, option in OPTIONS.items()],
+    frozen=True,
+    kw_only=True,
+)
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_RuleSettings):
     """What is trained on what, and how; ``None`` stands for the recipe's or the rule's own value.
 
     Rules and their options: ``rule_options.RULE_OPTIONS``, as the rules of :mod:`auglocal_ext.rules` have them;
@@ -44,7 +55,8 @@ class TrainConfig:
     :class:`auglocal_ext.LocalSequential` has them, ``recompute="peak"``, ``memory_budget`` (such as "0.4GiB"),
     ``graph`` ("auto", "on", "off") and ``overlap`` (None, True, False) as :class:`auglocal_ext.step.LocalStep` has
     them. The rule ``"bp"`` is backpropagation of the same network, eager.
-    ``amp`` is ``"none"``, ``"bf16"`` or ``"fp16"`` (with a GradScaler); ``device`` is ``"auto"`` or torch's
+    ``mixup`` and ``cutmix`` are alpha of Beta(alpha, alpha) (:class:`auglocal_ext.training.mixing.MixedBatches`), None or
+    0 for none. ``amp`` is ``"none"``, ``"bf16"`` or ``"fp16"`` (with a GradScaler); ``device`` is ``"auto"`` or torch's
     name. ``recipe`` is the data set's training ("auto": the one at hand); ``from_recipe`` takes any recipe, network
     and rule included, and notes it in ``recipe_file``.
 
@@ -59,20 +71,6 @@ class TrainConfig:
     network: str = "resnet32"
     width: int | None = None
     rule: str = "auglocal"
-    depth: int | None = None
-    pyramid: float | None = None
-    joint_tail: bool | None = None
-    sampling: str | None = None
-    downsampling: bool | None = None
-    context: str | None = None
-    loss: str | None = None
-    weights: tuple[float, ...] | None = None
-    beta: float | None = None
-    limit: int | None = None
-    scale_classifier: bool | None = None
-    average_momentum: float | None = None
-    head: str | None = None
-    modules: int | tuple[int, ...] | None = None
     fused: bool = True
     recompute: Recompute | Literal["peak"] = "none"
     memory_budget: str | None = None
@@ -89,6 +87,8 @@ class TrainConfig:
     flip: bool | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    mixup: float | None = None
+    cutmix: float | None = None
     seed: int = 1234
     amp: str = "none"
     channels_last: bool = False
@@ -128,6 +128,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SettingsError(f"{_flag(name)} must be at least {least}, got {value}")
+        for name in ("mixup", "cutmix"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise SettingsError(f"{_flag(name)} is alpha of Beta(alpha, alpha), at least 0, got {value}")
         if self.lr is not None and not self.lr > 0:
             raise SettingsError(f"--lr must be positive, got {self.lr}")
         if self.epochs is not None and self.warmup is not None and self.warmup > self.epochs:
@@ -153,6 +157,11 @@ class TrainConfig:
         leaves out what the recipe says of its own. Raises SettingsError, with file and line, for a wrong recipe.
         """
         return cls(**with_recipe(recipe, settings))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in pairs."""
+        return bool(self.mixup or self.cutmix)
 
     @property
     def recipe_values(self) -> Recipe:

@@ -6,12 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..local_sequential import LocalSequential
 from ..models import build
 from ..step import GraphCaptureError, LocalStep
+from ..tasks import Classification, Task
 from .config import AMP, GRAPH, TrainConfig, make_rule
 from .errors import SettingsError
 from .metrics import StepResult
@@ -52,17 +52,19 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager[object]:
 
 
 def make_network(
-    config: TrainConfig, input_shape: tuple[int, int, int], num_classes: int, device: torch.device
+    config: TrainConfig, input_shape: tuple[int, int, int], task: Classification, device: torch.device
 ) -> LocalSequential | nn.Sequential:
     """The network of the resolved ``config`` with fresh weights on ``device``: as it is for backpropagation, cut into
     local modules for a rule. SettingsError if they do not fit.
     """
     rule = make_rule(config)
     try:
-        layers = build(config.network, num_classes=num_classes, width=config.width)
+        layers = build(config.network, num_classes=task.num_classes, width=config.width)
         network: LocalSequential | nn.Sequential = layers
         if rule is not None:
-            network = LocalSequential(layers, rule, num_classes, input_shape, config.modules, fused=config.fused)
+            network = LocalSequential(
+                layers, rule, task=task, input_shape=input_shape, modules=config.modules, fused=config.fused
+            )
     except (TypeError, ValueError) as error:
         raise SettingsError(str(error)) from error
     network.to(device)
@@ -72,14 +74,24 @@ def make_network(
 
 
 def make_learner(
-    config: TrainConfig, input_shape: tuple[int, int, int], num_classes: int, device: torch.device
+    config: TrainConfig, input_shape: tuple[int, int, int], task: Classification, device: torch.device
 ) -> Learner:
     """The network of the resolved ``config`` on ``device`` and its training; SettingsError if they do not fit."""
-    network = make_network(config, input_shape, num_classes, device)
+    network = make_network(config, input_shape, task, device)
     if isinstance(network, LocalSequential):
+        if config.mixes:
+            _try_mixed(network, task)
         return LocalLearner(network, config, device)
     _try(network, config.network, input_shape, device)
-    return EndToEndLearner(network, config, device)
+    return EndToEndLearner(network, task, config, device)
+
+
+def _try_mixed(network: LocalSequential, task: Classification) -> None:
+    """Whether every local loss takes class probabilities."""
+    try:
+        network.check_target(torch.full((2, task.num_classes), 1 / task.num_classes), 2)
+    except TypeError as error:
+        raise SettingsError(f"--mixup and --cutmix make class probabilities of labels: {error}") from error
 
 
 def _try(network: nn.Module, name: str, input_shape: tuple[int, int, int], device: torch.device) -> None:
@@ -106,12 +118,12 @@ def _sgd(config: TrainConfig, parameters: Any, fused: bool | None = None) -> tor
 
 
 class EndToEndLearner:
-    """Backpropagation of the cross-entropy through the whole network."""
+    """Backpropagation of the task's loss through the whole network."""
 
     modules = 1
 
-    def __init__(self, network: nn.Module, config: TrainConfig, device: torch.device):
-        self.network, self._amp, self._device = network, config.amp, device
+    def __init__(self, network: nn.Module, task: Task, config: TrainConfig, device: torch.device):
+        self.network, self._task, self._amp, self._device = network, task, config.amp, device
         # The fused form reads the loss scaler's verdict on the device.
         self.optimizer = _sgd(config, network.parameters(), fused=True if device.type == "cuda" else None)
         self.grad_scaler = torch.amp.GradScaler(device.type) if config.amp == "fp16" else None
@@ -120,15 +132,15 @@ class EndToEndLearner:
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self._amp, self._device):
             logits = self.network(images)
-        loss = F.cross_entropy(logits.float(), labels)
+        scored = self._task.score(logits.float(), labels)
         if self.grad_scaler is None:
-            loss.backward()
+            scored.loss.backward()
             self.optimizer.step()
         else:
-            self.grad_scaler.scale(loss).backward()
+            self.grad_scaler.scale(scored.loss).backward()
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
-        return StepResult.of_one_module(loss, logits, labels)
+        return StepResult.of_one_module(scored)
 
     def plan(self) -> None:
         return None
@@ -179,7 +191,7 @@ class LocalLearner:
         self._graphed += self._step.graphed
         if len(labels) == self._batch_size:  # an epoch's smaller last batch never runs as a graph
             self._eager_reason = self._step.eager_reason
-        return StepResult(out.loss, out.module_losses, out.module_correct)
+        return StepResult(out.loss, out.module_losses, out.module_counts)
 
     def plan(self) -> str:
         if self._graph == "off":

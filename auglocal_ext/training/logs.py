@@ -133,11 +133,11 @@ def progress_bar(total: int | None, description: str, unit: str, show: bool, ini
     )
 
 
-def describe(row: EpochRow, epochs: int) -> str:
-    """One line for the terminal."""
+def describe(row: EpochRow, epochs: int, metric: str) -> str:
+    """One line for the terminal; ``metric`` is what the task calls what it counts."""
     return (
         f"epoch {row.epoch}/{epochs}  lr {row.lr:.4g}  "
-        f"train loss {row.train_loss:.4f} acc {row.train_accuracy:.2%}  "
-        f"test loss {row.test_loss:.4f} acc {row.test_accuracy:.2%}  {row.images_per_second:,.0f} images/s  "
+        f"train loss {row.train_loss:.4f} {metric} {row.train_accuracy:.2%}  "
+        f"test loss {row.test_loss:.4f} {metric} {row.test_accuracy:.2%}  {row.images_per_second:,.0f} images/s  "
         f"waiting for data {row.waiting:.1%}  peak {row.peak_bytes / 1e6:,.0f} MB"
     )

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tasks import Scored
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -22,10 +24,10 @@ class StepResult:
     module_correct: Tensor
 
     @classmethod
-    def of_one_module(cls, loss: Tensor, logits: Tensor, labels: Tensor) -> StepResult:
+    def of_one_module(cls, scored: Scored) -> StepResult:
         """Of a network that is trained, or looked at, as a whole."""
-        loss = loss.detach()
-        return cls(loss, loss.reshape(1), (logits.detach().argmax(dim=1) == labels).sum().reshape(1))
+        loss = scored.loss.detach()
+        return cls(loss, loss.reshape(1), scored.count.reshape(1))
 
 
 @dataclass(frozen=True)

@@ -1,80 +1,52 @@
-"""The rules of ``--rule`` and their options: one table that help, checks and construction follow."""
+"""The rules of ``--rule`` and their options, which the rules' own fields say: help, checks and construction follow."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..auxiliary.heads import CONV_HEADS, DGL_HEADS
+from ..layers import group_children
 from ..models import build
-from ..partition import CONTSUP_BALANCED, cut_points, group_children
-from ..rules import DGL, INFOPRO_WEIGHTS, MAN, SAMPLING, AugLocal, ContSup, Greedy, InfoPro, PredSim, Rule
+from ..partition import CONTSUP_BALANCED, cut_points
+from ..rules import HEADS, INFOPRO_WEIGHTS, RULES, Rule
+from ..rules import Option as RuleOption
 from .errors import SettingsError
 from .values import reader, write
-
-RULES: dict[str, type[Rule]] = {
-    "auglocal": AugLocal,
-    "contsup": ContSup,
-    "dgl": DGL,
-    "greedy": Greedy,
-    "infopro": InfoPro,
-    "man": MAN,
-    "predsim": PredSim,
-}
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option of rules: its type, and per rule that has it what it means there.
-
-    ``field`` is the rule's own name for it, where that is another one.
-    """
+    """An option of one rule or more: its type, what stands for its value in help, and each rule's own word on it."""
 
     kind: Any
-    rules: dict[str, str]
-    field: str = ""
+    metavar: str
+    rules: dict[str, RuleOption]
 
 
-_OR_RULE = f"{', '.join(CONV_HEADS)}, or a rule"
+_MODULES = "number of local modules, or index of the last layer of each but the last"
 
-OPTIONS: dict[str, Option] = {
-    "modules": Option(
-        int | tuple[int, ...],
-        dict.fromkeys(RULES, "number of local modules, or index of the last layer of each but the last"),
-    ),
-    "depth": Option(int, {"auglocal": "layers of an auxiliary network with its classifier"}),
-    "pyramid": Option(float, {"auglocal": "slope of the pyramidal depth, 0..1"}),
-    "joint_tail": Option(bool, {"auglocal": "train the last layers, as many as --depth, as one module"}),
-    "sampling": Option(str, {"auglocal": ", ".join(SAMPLING)}),
-    "downsampling": Option(bool, {"auglocal": "auxiliary blocks take widths and strides of the sampled layers"}),
-    "context": Option(str, {"contsup": "R0, E, R1, R1E, R2, R4, R8, R16, ..."}),
-    "loss": Option(str, {"infopro": "softmax, contrast"}),
-    "weights": Option(
-        tuple[float, ...],
-        {
-            "infopro": "lambda1 and lambda2 (reconstruction, --loss) of the first local module, then of the last; "
-            "left out, those of InfoPro's experiments for the data set, network and number of modules"
-        },
-    ),
-    "beta": Option(float, {"predsim": "weight of the similarity loss, 0..1"}),
-    "limit": Option(int, {"predsim": "features that the prediction layer is fed, at most"}),
-    "scale_classifier": Option(bool, {"predsim": "the last module's cross-entropy has weight 1 - beta too, not 1"}),
-    "average_momentum": Option(float, {"man": "m in average = m average + (1 - m) block"}, field="momentum"),
-    "head": Option(
-        str,
-        {
-            "auglocal": "linear, vgg",
-            "contsup": _OR_RULE,
-            "dgl": ", ".join(DGL_HEADS),
-            "infopro": _OR_RULE,
-            "man": _OR_RULE,
-            "predsim": f"its own prediction layer, {_OR_RULE}",
-        },
-    ),
-}
+
+def _options() -> dict[str, Option]:
+    kind: Any = int | tuple[int, ...]
+    found = {
+        "modules": Option(
+            kind, "K|I,J,..", {rule: RuleOption("modules", kind, _MODULES, "") for rule in RULES}
+        )
+    }
+    for rule, cls in RULES.items():
+        for own in cls.options():
+            shared = found.setdefault(own.name, Option(own.kind, own.metavar, {}))
+            if shared.kind != own.kind:
+                raise TypeError(f"--{own.name} is {own.kind} of {rule} and {shared.kind} of another rule")
+            shared.rules[rule] = own
+    head = found.pop("head")
+    return found | {"head": head}
+
+
+OPTIONS: dict[str, Option] = _options()
 
 RULE_OPTIONS: dict[str, tuple[str, ...]] = {
     rule: tuple(name for name, option in OPTIONS.items() if rule in option.rules) for rule in RULES
@@ -89,21 +61,14 @@ _ANY_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 
 def help_of(name: str) -> str:
     """What ``--help`` says of an option: its meaning for each rule that has it, with the rule's default."""
-    rules = OPTIONS[name].rules
     if name == "modules":
-        return next(iter(rules.values()))
+        return _MODULES
     texts: dict[str, list[str]] = {}
-    for rule, meaning in rules.items():
-        default = _defaults(rule).get(OPTIONS[name].field or name)
-        known = f"{meaning} (default {write(default)})" if default is not None else meaning
+    for rule, own in OPTIONS[name].rules.items():
+        known = f"{own.help} (default {write(own.default)})" if own.default is not None else own.help
         texts.setdefault(known, []).append(rule)
     text = "; ".join(f"{', '.join(owners)}: {known}" for known, owners in texts.items())
-    return f"{text}. A rule as head: {HEAD_SYNTAX}" if name == "head" else text
-
-
-def _defaults(rule: str) -> dict[str, Any]:
-    known: Any = RULES[rule]
-    return {field.name: field.default for field in fields(known) if field.default is not MISSING}
+    return f"{text}. Heads: {', '.join(HEADS)}. A rule as head: {HEAD_SYNTAX}" if name == "head" else text
 
 
 def is_rule(head: str) -> bool:
@@ -118,8 +83,6 @@ def parse_head(text: str) -> tuple[str, dict[str, Any]]:
     for what is no option of the rule, or no value of the option.
     """
     rule, _, rest = text.partition(":")
-    if rule == "contsup":
-        raise SettingsError(f"--head {text}: contsup supplies modules with context, which a head has none of")
     rest, cut, head = ("," + rest).partition(",head=")
     parts: list[str] = []
     for part in rest.removeprefix(",").split(",") if rest.strip(",") else []:
@@ -183,37 +146,22 @@ def make(
     Raises SettingsError for a value the rule refuses.
     """
     options = fill_weights(rule, options, lambda: _ANY_WEIGHTS)
-    arguments = {OPTIONS[name].field or name: value for name, value in options.items() if value is not None}
-    head = arguments.get("head")
+    values = {name: value for name, value in options.items() if value is not None}
+    head = values.get("head")
     if isinstance(head, str) and is_rule(head):
-        arguments["head"] = make(*parse_head(head), mean, std)
-    if rule == "infopro":
-        weights = arguments.pop("weights")
-        if len(weights) != 4:
-            raise SettingsError(
-                f"--weights are four numbers, lambda1 and lambda2 of the first local module and of the last; "
-                f"got {write(weights)}"
-            )
-        arguments |= {"first": tuple(weights[:2]), "last": tuple(weights[2:])}
-        if mean is not None and std is not None:
-            arguments |= {"mean": tuple(m / 255 for m in mean), "std": tuple(s / 255 for s in std)}
+        values["head"] = make(*parse_head(head), mean, std)
     try:
-        return RULES[rule](**arguments)
+        return RULES[rule].of_options(
+            values, [m / 255 for m in mean or (0.0, 0.0, 0.0)], [s / 255 for s in std or (255.0, 255.0, 255.0)]
+        )
     except (TypeError, ValueError) as error:
         raise SettingsError(str(error)) from error
 
 
 def values_of(rule: str, made: Rule) -> dict[str, Any]:
     """Every option of a made rule but ``modules``; None for a head that is a rule, whose text is its value."""
-    values: dict[str, Any] = {}
-    for name in RULE_OPTIONS[rule]:
-        if name == "weights":
-            assert isinstance(made, InfoPro)
-            values[name] = (*made.first, *made.last)
-        elif name != "modules":
-            value = getattr(made, OPTIONS[name].field or name)
-            values[name] = None if isinstance(value, Rule) else value
-    return values
+    values = made.option_values()
+    return {name: None if isinstance(value, Rule) else value for name, value in values.items()}
 
 
 def infopro_weights(dataset: str, network: str, rule: Rule, modules: int | tuple[int, ...] | None) -> tuple[float, ...]:

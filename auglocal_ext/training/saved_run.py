@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..local_sequential import LocalSequential
+from ..tasks import Classification
 from . import checkpoint
 from .batches import Batches, make_batches
 from .config import TrainConfig, from_dict, pick_device
@@ -149,9 +150,9 @@ def load_run(path: str | Path, device: str = "auto") -> SavedRun:
     classes, shape = tuple(facts["classes"]), tuple(facts["input_shape"])
     try:
         config = from_dict(state["settings"])
-        network = make_network(config, shape, len(classes), target)
+        network = make_network(config, shape, Classification(len(classes)), target)
         network.load_state_dict(state["network"])
-    except (SettingsError, RuntimeError) as error:
+    except (SettingsError, ValueError, RuntimeError) as error:
         reason = "\n".join(str(error).splitlines()[:3])  # torch lists every weight that does not fit
         raise CheckpointError(
             f"{file}: its settings no longer make the network of its weights: another version wrote it, train it "

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ..models import input_shape
+from ..tasks import Classification
 from . import checkpoint
-from .batches import make_batches
+from .batches import Batches, make_batches
 from .config import TrainConfig, differences, pick_device, resolve, to_dict
 from .data import ImageArrays, ImageFiles, default_workers, load_data
 from .errors import CheckpointError, DivergedError, Interrupted, SettingsError
@@ -23,6 +23,7 @@ from .interrupt import InterruptRequest
 from .learner import autocast, make_learner
 from .logs import CsvLog, EpochRow, TensorBoardLog, describe, peak_bytes, progress_bar
 from .metrics import EpochSums, Reading, StepResult
+from .mixing import MixedBatches
 from .prefetch import make_feed
 from .schedule import learning_rate
 from .versions import versions
@@ -82,7 +83,8 @@ class Trainer:
 
         torch.manual_seed(self.config.seed)
         self._recipe = self.config.recipe_values
-        self._batches = make_batches(
+        self._task = Classification(len(self.data.classes))
+        self._batches: Batches = make_batches(
             self.data,
             self._recipe.augmentation,
             batch_size=self._recipe.batch_size,
@@ -91,8 +93,16 @@ class Trainer:
             channels_last=self.config.channels_last,
             workers=default_workers() if self.config.workers is None else self.config.workers,
         )
+        if self.config.mixes:
+            self._batches = MixedBatches(
+                self._batches,
+                self._task.num_classes,
+                mixup=self.config.mixup or 0.0,
+                cutmix=self.config.cutmix or 0.0,
+                seed=self.config.seed,
+            )
         self._feed = make_feed(self.device)
-        self._learner = make_learner(self.config, self.data.input_shape, len(self.data.classes), self.device)
+        self._learner = make_learner(self.config, self.data.input_shape, self._task, self.device)
         self.network = self._learner.network
         self._sums = EpochSums(self._learner.modules, self.device)
         self._done = _Progress()
@@ -125,7 +135,7 @@ class Trainer:
                     table.add(row)
                     board.add(row)
                     self.save()
-                    self._say(describe(row, self._recipe.epochs))
+                    self._say(describe(row, self._recipe.epochs, self._task.metric))
                     if self._done.epochs < self._recipe.epochs:
                         self._stop_if_asked()
         finally:
@@ -181,7 +191,7 @@ class Trainer:
                 if sums.steps % every == 0:
                     reading = self._read(epoch)
                     bar.set_postfix_str(
-                        f"loss {reading.loss:.3f}, acc {reading.accuracy:.1%}, "
+                        f"loss {reading.loss:.3f}, {self._task.metric} {reading.accuracy:.1%}, "
                         f"peak {peak_bytes(self.device) / 1e6:,.0f} MB",
                         refresh=False,
                     )
@@ -212,8 +222,7 @@ class Trainer:
             for images, labels in self._batches.test():
                 with autocast(self.config.amp, self.device):
                     logits = self.network(images)
-                loss = F.cross_entropy(logits.float(), labels)
-                sums.add(StepResult.of_one_module(loss, logits, labels), len(labels))
+                sums.add(StepResult.of_one_module(self._task.score(logits.float(), labels)), len(labels))
                 bar.update(len(labels))
                 if self._interrupt.requested:
                     break

@@ -99,10 +99,10 @@ def test_scores_are_those_of_a_loop_over_the_modules(rule):
                 loss += float(module.local_loss(h, y, x)) * len(y) / images
                 if module.auxiliary is None:
                     hits += int((h.argmax(1) == y).sum())
-                elif module.auxiliary.classifies:
+                elif module.auxiliary.settings.task is net.task:
                     hits += int((module.auxiliary(h).argmax(1) == y).sum())
         assert score.loss == pytest.approx(loss, rel=1e-5)
-        classifies = module.auxiliary is None or module.auxiliary.classifies
+        classifies = module.auxiliary is None or module.auxiliary.settings.task is net.task
         assert score.accuracy == pytest.approx(hits / images) if classifies else math.isnan(score.accuracy)
         children = net.primary.named_children()
         assert list(score.layers) == [name for name, child in children if any(child is c for c in module.layers)]

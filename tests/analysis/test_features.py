@@ -8,7 +8,7 @@ from torch import nn
 
 from auglocal_ext import AugLocal, ContSup, LocalSequential, fuse, models
 from auglocal_ext.analysis import layer_names, layer_outputs
-from auglocal_ext.analysis.features import layer_shapes
+from auglocal_ext.analysis.features import layer_features
 
 
 def flat() -> nn.Sequential:
@@ -42,7 +42,7 @@ def test_a_sequential_layer_by_layer():
         assert torch.equal(outputs[0], network[:3](x))
         assert torch.equal(outputs[1], network[:8](x))
         assert torch.equal(outputs[2], network(x))
-    assert layer_shapes(network, (3, 16, 16)) == ((4, 16, 16), (6,), (5,))
+    assert [read.shape for read in layer_features(network, (3, 16, 16))] == [(4, 16, 16), (6,), (5,)]
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -13,6 +13,7 @@ from torch import nn
 from auglocal_ext import models
 from auglocal_ext.analysis import Loaders, information
 from auglocal_ext.analysis.information import Decoder, StrongProbe
+from auglocal_ext.layers import Features
 
 MEAN, STD = (100.0, 120.0, 140.0), (50.0, 60.0, 70.0)
 
@@ -107,15 +108,15 @@ def test_repeats_and_leaves_the_network_alone():
 
 
 def test_the_probe_of_an_image_is_a_resnet_32():
-    count = sum(p.numel() for p in StrongProbe((3, 32, 32), 10, 5).parameters())
+    count = sum(p.numel() for p in StrongProbe(Features((3, 32, 32)), 10, 5).parameters())
     assert count == sum(p.numel() for p in models.resnet32().parameters()) == 466_906
 
 
 @pytest.mark.parametrize("shape", [(16, 32, 32), (32, 16, 16), (64, 8, 8), (64, 5, 7), (128, 1, 1), (512, 7, 7), (10,)])
 def test_readouts_fit_whatever_a_layer_puts_out(shape):
     h, images, labels = torch.randn(2, *shape), torch.randn(2, 3, 32, 32), torch.tensor([0, 9])
-    decoder = Decoder(shape, (3, 32, 32), torch.tensor(MEAN) / 255, torch.tensor(STD) / 255)
-    probe = StrongProbe(shape, 10, 1)
+    decoder = Decoder(Features(shape), (3, 32, 32), torch.tensor(MEAN) / 255, torch.tensor(STD) / 255)
+    probe = StrongProbe(Features(shape), 10, 1)
     for readout in (decoder, probe):
         loss, _ = readout.outcome(h, images, labels)
         loss.backward()

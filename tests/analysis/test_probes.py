@@ -14,6 +14,7 @@ from auglocal_ext import ContSup, LocalSequential, models
 from auglocal_ext.analysis import Loaders, linear_probes
 from auglocal_ext.analysis.probes import LinearProbe
 from auglocal_ext.analysis.readout import train_readouts
+from auglocal_ext.layers import Features
 
 
 def identity(features: int) -> nn.Sequential:
@@ -84,7 +85,7 @@ def test_of_maps_at_most_so_many_features():
         256,
         3,
     ]
-    assert LinearProbe((700, 3, 3), 2, 600).features == 700  # channels are never pooled
+    assert LinearProbe(Features((700, 3, 3)), 2, 600).features == 700  # channels are never pooled
 
 
 def test_a_probe_does_not_know_of_the_others():
@@ -146,7 +147,7 @@ def test_rates_are_the_readouts_own_and_fall_as_a_cosine():
     network = nn.Sequential(nn.Linear(2, 16), nn.Linear(16, 4), nn.Linear(4, 2))
     source = loaders(torch.randn(8, 2), torch.zeros(8).long(), 2)
     options = {"epochs": 2, "lr": 0.3, "seed": 0, "label": "", "bars": False}
-    train_readouts(network, lambda shape: Watched(shape, 2, 2048), source, (2,), **options)
+    train_readouts(network, lambda read: Watched(read, 2, 2048), source, (2,), **options)
     falling = [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
     assert used["16"] == pytest.approx([0.3 / 4 * part for part in falling])
     assert used["4"] == pytest.approx([0.3 / 2 * part for part in falling])

@@ -7,17 +7,20 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from seen import network, settings
 
-from auglocal_ext.auxiliary import (
-    AuxiliaryNetwork,
-    ContrastiveNetwork,
-    LinearHead,
-    Objectives,
-    ReconstructionLoss,
-    SimilarityLoss,
-    supervised_contrast,
-)
+from auglocal_ext import Classification, Regression
+from auglocal_ext.auxiliary import LossContext, Objectives, ReconstructionLoss, SimilarityLoss
+from auglocal_ext.layers import Features, vectors
+from auglocal_ext.ops import supervised_contrast
+from auglocal_ext.rules import LinearHead
+from auglocal_ext.tasks import SupervisedContrast
+
+MAP = Features((4, 5, 5))
+
+
+def linear(task=3):
+    return LinearHead().build_auxiliary(network(MAP, task), 0)
 
 
 def dot(a, b):
@@ -47,13 +50,34 @@ def literal_contrast(features, target, temperature, ignore_index=-100):
     return sum(losses) / len(losses) if losses else 0.0
 
 
-@pytest.mark.parametrize("shape", [(6, 4, 5, 3), (6, 4)], ids=["map", "vector"])
-def test_similarity_loss(shape):
-    term = SimilarityLoss(4, 3, is_map=len(shape) == 4)
-    h = torch.randn(shape)
-    target = torch.tensor([0, 2, 1, -100, 0, 1])
+SEEN = {
+    "map": Features((4, 5, 3)),
+    "1-D map": Features((4, 6)),
+    "3-D map": Features((4, 2, 3, 2)),
+    "channels-last map": Features((5, 3, 4), "channels_last"),
+    "tokens": Features((5, 4), "channels_last"),
+    "vector": vectors(4),
+}
+
+
+def literally_encoded(term, features, h):
+    if features.is_vector or features.is_tokens:
+        z = F.linear(h, term.encoder.weight)
+        return z.movedim(-1, 1)
+    x = h if features.layout == "channels_first" else h.movedim(-1, 1)
+    return getattr(F, f"conv{x.dim() - 2}d")(x, term.encoder.weight, padding=1)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("ignored", [-100, 1])
+@pytest.mark.parametrize("features", SEEN.values(), ids=SEEN)
+def test_similarity_loss(features, ignored, smoothing):
+    task = Classification(3, label_smoothing=smoothing, ignore_index=ignored)
+    term = SimilarityLoss(features, settings(task))
+    h = torch.randn(6, *features.shape)
+    target = torch.tensor([0, 2, 1, ignored, 0, 1])
     with torch.no_grad():
-        z = term.encoder(h)
+        z = literally_encoded(term, features, h)
     rows = []
     for image in z:
         if image.dim() == 1:
@@ -64,22 +88,33 @@ def test_similarity_loss(shape):
             mean = sum(channel) / len(channel)
             row.append(math.sqrt(sum((v - mean) ** 2 for v in channel) / (len(channel) - 1)))
         rows.append(row)
-    labels = [[float(c == label) for c in range(3)] for label in target.tolist()]
-    used = [i for i, label in enumerate(target.tolist()) if label != -100]
+    labels = [[(1 - smoothing) * (c == label) + smoothing / 3 for c in range(3)] for label in target.tolist()]
+    used = [i for i, label in enumerate(target.tolist()) if label != ignored]
     ours, wanted = literal_similarity(rows), literal_similarity(labels)
     expected = sum((ours[i][j] - wanted[i][j]) ** 2 for i in used for j in used) / len(used) ** 2
-    assert float(term(h, target, None, -100).detach()) == pytest.approx(expected, rel=1e-4)
+    assert float(term.loss(h, LossContext(target)).detach()) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_map_of_one_position_is_a_vector():
-    term = SimilarityLoss(4, 3)
-    h, target = torch.randn(6, 4, 1, 1), torch.tensor([0, 2, 1, -100, 0, 7])
-    vectors = SimilarityLoss(4, 3, is_map=False)
+    term = SimilarityLoss(Features((4, 1, 1)), settings(3))
+    h, context = torch.randn(6, 4, 1, 1), LossContext(torch.tensor([0, 2, 1, -100, 0, 7]))
+    plain = SimilarityLoss(vectors(4), settings(3))
     with torch.no_grad():
-        vectors.encoder.weight.copy_(term.encoder.weight[:, :, 1, 1])
-    loss = term(h, target, None, -100)
-    torch.testing.assert_close(loss, vectors(h.flatten(1), target, None, -100))
+        plain.encoder.weight.copy_(term.encoder.weight[:, :, 1, 1])
+    loss = term.loss(h, context)
+    torch.testing.assert_close(loss, plain.loss(h.flatten(1), context))
     assert torch.isfinite(loss)
+
+
+def test_similarity_is_of_classes_alone():
+    with pytest.raises(ValueError, match="similarity loss compares samples by class.*got Regression"):
+        SimilarityLoss(MAP, settings(Regression(2)))
+    term = SimilarityLoss(MAP, settings(3))
+    term.check_target(torch.tensor([0, 1]))
+    with pytest.raises(TypeError, match="needs class indices .* got class probabilities .*mixup"):
+        term.check_target(torch.full((2, 3), 1 / 3))
+    with pytest.raises(ValueError, match="maps of 1 to 3 axes"):
+        SimilarityLoss(Features((4, 2, 2, 2, 2)), settings(3))
 
 
 @pytest.mark.parametrize("temperature", [0.07, 1.0])
@@ -103,9 +138,11 @@ def test_supervised_contrast_of_ignored_images_alone_is_zero():
     assert float(loss) == 0 and torch.isfinite(grad).all()
 
 
-def test_reconstruction_against_the_image_before_normalisation():
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_reconstruction_against_the_image_before_normalisation(layout):
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
-    term = ReconstructionLoss(4, 3, mean, std)
+    shape = (4, 4, 4)
+    term = ReconstructionLoss(Features(shape, layout), Features((3, 8, 8)), mean, std, settings(3))
     pixels = torch.rand(2, 3, 8, 8)
     image = (pixels - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
     h = torch.randn(2, 4, 4, 4)
@@ -116,26 +153,29 @@ def test_reconstruction_against_the_image_before_normalisation():
     rows = h[:, :, low] * (1 - share) + h[:, :, low + 1] * share
     resized = rows[..., low] * (1 - share[:, 0]) + rows[..., low + 1] * share[:, 0]
     term.decoder.eval()
+    handed = h if layout == "channels_first" else h.permute(0, 2, 3, 1)
     with torch.no_grad():
         probability = term.decoder(resized).sigmoid()
         expected = -(pixels * probability.log() + (1 - pixels) * (1 - probability).log()).mean()
-        torch.testing.assert_close(term(h, torch.zeros(2), image, -100), expected)
+        torch.testing.assert_close(term.loss(handed, LossContext(torch.zeros(2), image)), expected)
     assert sum(p.numel() for p in term.parameters()) == 108 * 4 + 363
     assert not term.state_dict().keys() & {"mean", "std"}
-    with pytest.raises(ValueError, match="image=x"):
-        term(h, torch.zeros(2), None, -100)
+    with pytest.raises(ValueError, match="pass the network's input, local_loss\\(out, y, x\\)"):
+        term.loss(handed, LossContext(torch.zeros(2)))
+    with pytest.raises(ValueError, match="feature maps with height and width, but a module here puts out vectors"):
+        ReconstructionLoss(vectors(4), Features((3, 8, 8)), mean, std, settings(3))
 
 
 def test_weights_of_objectives():
     torch.manual_seed(0)
-    task = AuxiliaryNetwork(nn.Sequential(), LinearHead(4, 3))
-    similarity = SimilarityLoss(4, 3)
-    both = Objectives(task, 0.25, [(0.5, similarity), (0.0, SimilarityLoss(4, 3))])
+    head = linear()
+    similarity = SimilarityLoss(MAP, settings(3))
+    both = Objectives(head, 0.25, [(0.5, similarity), (0.0, SimilarityLoss(MAP, settings(3)))])
     assert len(both.terms) == 1
     h, y = torch.randn(6, 4, 5, 5, requires_grad=True), torch.tensor([0, 1, 2, 0, 1, 2])
-    found = both.loss(h, y, ignore_index=-100)
-    logits = F.linear(h.mean((2, 3)), task.head.linear.weight, task.head.linear.bias)
-    expected = 0.25 * F.cross_entropy(logits, y) + 0.5 * similarity(h, y, None, -100)
+    found = both.loss(h, LossContext(y))
+    logits = F.linear(h.mean((2, 3)), head.head.linear.weight, head.head.linear.bias)
+    expected = 0.25 * F.cross_entropy(logits, y) + 0.5 * similarity.loss(h, LossContext(y))
     torch.testing.assert_close(found.loss, expected)
     for ours, theirs in zip(
         torch.autograd.grad(found.loss, [h, *both.parameters()]),
@@ -143,27 +183,70 @@ def test_weights_of_objectives():
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
-    assert int(found.correct) == int((logits.argmax(1) == y).sum())
+    assert int(found.count) == int((logits.argmax(1) == y).sum())
     torch.testing.assert_close(both(h), logits)
 
 
-def test_a_task_of_weight_zero_only_counts():
-    task = AuxiliaryNetwork(nn.Sequential(), LinearHead(4, 3))
-    similarity = SimilarityLoss(4, 3)
-    both = Objectives(task, 0.0, [(2.0, similarity)])
+def test_a_network_of_weight_zero_only_counts():
+    head = linear()
+    similarity = SimilarityLoss(MAP, settings(3))
+    both = Objectives(head, 0.0, [(2.0, similarity)])
     h, y = torch.randn(6, 4, 5, 5, requires_grad=True), torch.tensor([0, 1, 2, 0, 1, 2])
-    found = both.loss(h, y)
+    found = both.loss(h, LossContext(y))
     (grad,) = torch.autograd.grad(found.loss, h)
-    (expected,) = torch.autograd.grad(2 * similarity(h, y, None, -100), h)
+    (expected,) = torch.autograd.grad(2 * similarity.loss(h, LossContext(y)), h)
     torch.testing.assert_close(grad, expected)
-    assert not any(p.requires_grad for p in task.parameters())
-    assert int(found.correct) == int((task(h).argmax(1) == y).sum())
+    assert not any(p.requires_grad for p in head.parameters())
+    assert int(found.count) == int((head(h).argmax(1) == y).sum())
 
 
-def test_contrastive_networks_have_features_and_no_hits():
-    network = ContrastiveNetwork(AuxiliaryNetwork(nn.Sequential(), LinearHead(4, 7)))
-    h, y = torch.randn(6, 4, 5, 5), torch.tensor([0, 1, 2, 0, 1, 2])
-    assert network(h).shape == (6, 7) and not network.classifies
-    found = network.loss(h, y, label_smoothing=0.1, check_labels=False, recompute=True)
-    assert float(found.loss) == pytest.approx(literal_contrast(network(h).detach(), y, 0.07), rel=1e-4)
-    assert int(found.correct) == -1
+@pytest.mark.parametrize("ignored", [-100, 2])
+def test_contrastive_heads_have_features_and_no_hits(ignored):
+    contrast = SupervisedContrast(7, Classification(3, ignore_index=ignored))
+    head = linear(contrast)
+    h, y = torch.randn(6, 4, 5, 5), torch.tensor([0, 1, 2, 0, 1, ignored])
+    assert head(h).shape == (6, 7)
+    found = head.loss(h, LossContext(y))
+    expected = literal_contrast(head(h).detach(), y, 0.07, ignored)
+    assert float(found.loss) == pytest.approx(expected, rel=1e-4)
+    assert int(found.count) == -1 and not contrast.metric
+    with pytest.raises(TypeError, match="contrastive loss compares samples by class and needs class indices"):
+        head.head.check_target(torch.full((6, 3), 1 / 3))
+
+
+def test_contrast_refuses_what_it_cannot_honour():
+    with pytest.raises(ValueError, match="cannot smooth labels .label_smoothing=0.1"):
+        SupervisedContrast(7, Classification(3, label_smoothing=0.1))
+    with pytest.raises(ValueError, match="compares samples by class.*got Regression"):
+        SupervisedContrast(7, Regression(3))
+
+
+@pytest.mark.parametrize("name", ["similarity", "reconstruction"])
+def test_terms_recompute_to_the_same_numbers(name):
+    def made(recompute):
+        torch.manual_seed(0)
+        if name == "similarity":
+            return SimilarityLoss(MAP, settings(3, recompute))
+        return ReconstructionLoss(MAP, Features((3, 9, 9)), (0.0,) * 3, (1.0,) * 3, settings(3, recompute))
+
+    kept, results = [], []
+    for recompute in (False, True):
+        term = made(recompute)
+        torch.manual_seed(1)
+        h = torch.randn(6, 4, 5, 5, requires_grad=True)
+        context = LossContext(torch.tensor([0, 1, 2, 0, 1, 2]), torch.rand(6, 3, 9, 9))
+        known = {t.untyped_storage()._cdata for t in (h, context.input, context.target, *term.parameters(), *term.buffers())}
+        saved = {}
+
+        def pack(tensor, saved=saved, known=known):
+            if tensor.untyped_storage()._cdata not in known:
+                saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = term.loss(h, context)
+        kept.append(sum(saved.values()))
+        results.append((loss, *torch.autograd.grad(loss, [h, *term.parameters()]), *term.buffers()))
+    assert kept[1] == 0 < kept[0]
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(plain, again)

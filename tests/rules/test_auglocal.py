@@ -220,7 +220,7 @@ def test_unknown_kind_needs_a_factory():
             nn.Conv2d(3, 8, 3), Strange(), Strange(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
         )
 
-    with pytest.raises(ValueError, match="layer 2 is a Strange.*block=factory"):
+    with pytest.raises(ValueError, match="layer 2 is Strange, of which.*block=factory"):
         LocalSequential(layers(), AugLocal(2), 4, (3, 8, 8))
     seen = []
 
@@ -254,7 +254,9 @@ def test_narrowing_widths_are_refused():
         ({"depth": 2.5}, "an integer"),
         ({"depth": True}, "an integer"),
         ({"pyramid": 1.5}, "within 0 .. 1; got 1.5"),
-        ({"head": "mlp"}, "'linear' or 'vgg'"),
+        ({"head": "dense"}, "unknown auxiliary head 'dense'"),
+        ({"head": "vgg", "single_layer_norm": True}, "head='vgg' has no such place"),
+        ({"sampling": "conv1x1", "block": Strange}, "leave out block=factory"),
     ],
 )
 def test_wrong_options(options, message):

@@ -7,11 +7,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from seen import network
 from torch import nn
 
 from auglocal_ext import DGL, MAN, AugLocal, ContSup, Greedy, InfoPro, LocalSequential, LocalStep, PredSim, models
+from auglocal_ext.auxiliary import LossContext
 from auglocal_ext.cost import count_macs
-from auglocal_ext.rules import INFOPRO_WEIGHTS
+from auglocal_ext.layers import Features
+from auglocal_ext.rules import INFOPRO_WEIGHTS, DGLHead
 from auglocal_ext.rules.man import MomentumNetwork
 
 
@@ -48,12 +51,10 @@ def test_greedy_heads():
 
 @pytest.mark.parametrize(("width", "millions"), [(128, 0.85), (256, 3.36), (512, 13.4)])
 def test_dgl_heads_have_the_published_size(width, millions):
-    from auglocal_ext.auxiliary import DGLHead
-
-    head = DGLHead("mlp-sr", width, (32, 32), 10)
+    head = DGLHead("mlp-sr").build_auxiliary(network(Features((width, 32, 32))), 0)
     assert count(head) == 3 * (width**2 + 2 * width) + 3 * (16 * width**2 + 12 * width) + 40 * width + 10
     assert count(head) / 1e6 == pytest.approx(millions, rel=0.01)
-    imagenet = DGLHead("mlp-sr", 512, (28, 28), 1000)
+    imagenet = DGLHead("mlp-sr").build_auxiliary(network(Features((512, 28, 28)), 1000), 0)
     assert count(imagenet) / 1e6 == pytest.approx(15.4, rel=0.01)
 
 
@@ -76,7 +77,7 @@ def test_predsim_loss():
     module = net.local_modules[1]
     x, y = batch()
     h = torch.randn(6, 4, 16, 16)
-    prediction, similarity = module.auxiliary.task, module.auxiliary.terms[0]
+    prediction, similarity = module.auxiliary.network, module.auxiliary.terms[0]
     assert prediction.head.linear.in_features == 64
     assert not prediction.head.linear.weight.any() and not prediction.head.linear.bias.any()
     nn.init.normal_(prediction.head.linear.weight)
@@ -96,15 +97,6 @@ def test_predsims_last_loss_may_keep_its_weight():
     for scaled, weight in ((True, 0.25), (False, 1.0)):
         out = small(PredSim(beta=0.75, limit=64, scale_classifier=scaled))(x, y)
         assert float(out.module_losses[-1]) == pytest.approx(weight * float(F.cross_entropy(out.logits, y)), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("shape", "features"), [((16, 32, 32), 2048), ((16, 5, 7), 560), ((64, 8, 8), 2048), ((4096, 2, 2), 4096)]
-)
-def test_predsim_pools_to_at_most_so_many_features(shape, features):
-    from auglocal_ext.auxiliary import PredictionHead
-
-    assert PredictionHead(shape, 10).linear.in_features == features
 
 
 # Decoders cost the multiply-accumulates of ContSup's image encoders, of which they are mirror images.
@@ -141,10 +133,11 @@ def test_infopro_loss(loss):
     module = net.local_modules[0]
     h = torch.randn(6, 4, 16, 16)
     auxiliary = module.auxiliary
-    decoder, task = auxiliary.terms[0], auxiliary.task
+    decoder, head = auxiliary.terms[0], auxiliary.network
     found = module.local_loss(h, y, x)
-    reconstruction = decoder(h, y, x, -100)
-    classification = task.loss(h, y).loss
+    context = LossContext(y, x)
+    reconstruction = decoder.loss(h, context)
+    classification = head.loss(h, context).loss
     torch.testing.assert_close(found, 2 * reconstruction + 0.5 * classification, rtol=1e-4, atol=1e-5)
     assert decoder.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     correct = net(x, y).module_correct
@@ -254,7 +247,13 @@ def test_every_rule_trains(rule, recompute):
         (lambda: MAN(momentum=2), "within 0 .. 1"),
         (lambda: MAN(head="x"), "unknown auxiliary head"),
         (lambda: AugLocal(sampling="random"), "sampling is one of"),
-        (lambda: small(InfoPro((1, 1), (0, 0), mean=(0.5,), std=(0.5,))), "one per channel"),
+        (lambda: small(InfoPro((1, 1), (0, 0), mean=(0.5,), std=(0.5,))), "one value per channel"),
+        (lambda: InfoPro((1, 1), (0, 0), feature_dim=64), "feature_dim is the number of features of loss='contrast'"),
+        (lambda: PredSim(limit=64, head="1c2f"), "limit=64 is read by PredSim's own prediction layer alone"),
+        (lambda: ContSup("R0", head="linear", widen=2), "widen=2 is read by nothing here"),
+        (lambda: ContSup("E", head=AugLocal(2), feature_dim=64), "feature_dim=64 is read by nothing here"),
+        (lambda: ContSup("R1", head=ContSup("E")), "cannot be a head: it supplies modules with context"),
+        (lambda: MAN(head=MAN(head=ContSup("R1"))), "cannot be a head"),
     ],
 )
 def test_bad_settings(make, message):

@@ -97,7 +97,7 @@ def test_progress_bar_tells_loss_accuracy_rate_and_peak(config, separable, monke
     run._learner.step = lambda *arguments: (time.sleep(0.12), step(*arguments))[1]  # tqdm draws every 0.1 s
     run.fit()
     shown = sys.stderr.getvalue()
-    for part in ("epoch 1/1", "loss ", "acc ", "peak ", "image/s", "test"):
+    for part in ("epoch 1/1", "loss ", "accuracy ", "peak ", "image/s", "test"):
         assert part in shown, part
 
 

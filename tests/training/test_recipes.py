@@ -10,7 +10,7 @@ import pytest
 from runs import trainer
 
 from auglocal_ext.models import build
-from auglocal_ext.partition import group_children
+from auglocal_ext.layers import group_children
 from auglocal_ext.training import RECIPES, SettingsError, TrainConfig, recipes
 from auglocal_ext.training.config import differences, make_rule, resolve, to_recipe
 from auglocal_ext.training.recipes import DATA_RECIPES, SECTIONS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import get_type_hints
 
 import pytest
 from runs import log, trainer
@@ -20,6 +19,8 @@ MADE = [
     ({"rule": "greedy"}, Greedy()),
     ({"rule": "dgl"}, DGL()),
     ({"rule": "dgl", "head": "cnn"}, DGL(head="cnn")),
+    ({"rule": "greedy", "head": "dgl"}, Greedy(head=DGL())),
+    ({"rule": "auglocal", "depth": 2, "head": "1c2f"}, AugLocal(depth=2, head="1c2f")),
     ({"rule": "predsim", "beta": 0.9, "limit": 64}, PredSim(beta=0.9, limit=64)),
     ({"rule": "predsim", "head": "0c1f", "scale_classifier": False}, PredSim(head="0c1f", scale_classifier=False)),
     ({"rule": "infopro", "weights": WEIGHTS}, InfoPro(WEIGHTS[:2], WEIGHTS[2:])),
@@ -51,18 +52,19 @@ def test_options_make_the_rule(config, settings, rule):
 
 
 def test_the_table_is_that_of_the_rules():
-    hints = get_type_hints(TrainConfig)
+    kinds = {field.name: field.type for field in fields(TrainConfig)}
     for name, option in OPTIONS.items():
-        assert hints[name] == option.kind | None, name
+        assert kinds[name] == option.kind | None, name
     missing = {"single_layer_norm", "block", "widen", "feature_dim", "mean", "std", "first", "last"}
     for rule, cls in RULES.items():
-        taken = {OPTIONS[name].field or name for name in RULE_OPTIONS[rule] if name not in ("modules", "weights")}
-        assert taken == {field.name for field in fields(cls)} - missing, rule
+        owns = {name: OPTIONS[name].rules[rule] for name in RULE_OPTIONS[rule]}
+        assert {own.field for own in owns.values()} - {""} == {field.name for field in fields(cls)} - missing, rule
 
 
 def test_help_names_rules_and_defaults():
     assert help_of("depth") == "auglocal: layers of an auxiliary network with its classifier (default 6)"
-    assert "contsup, infopro, man: 0c1f" in help_of("head") and "dgl: mlp-sr" in help_of("head")
+    assert "contsup, infopro, man: a head or a rule (default 1c2f)" in help_of("head")
+    assert "dgl: a head or a rule (default mlp-sr)" in help_of("head") and "Heads: linear, 0c1f" in help_of("head")
 
 
 @pytest.mark.parametrize(
@@ -102,10 +104,12 @@ def test_a_head_may_leave_out_what_was_filled_in():
         ({"rule": "contsup", "head": "auglocal:depth=2,depth=3"}, "depth is given twice"),
         ({"rule": "contsup", "head": "auglocal:joint_tail=maybe"}, "expected yes or no, got 'maybe'"),
         ({"rule": "man", "head": "infopro:head=auglocal:deep=1"}, "'deep=1' is no option of auglocal"),
-        ({"rule": "man", "head": "contsup:context=E"}, "context, which a head has none of"),
+        ({"rule": "man", "head": "contsup:context=E"}, "cannot be a head: it supplies modules with context"),
         ({"rule": "man", "head": "bp"}, "unknown auxiliary head 'bp'"),
-        ({"rule": "auglocal", "head": "dgl"}, "head is 'linear' or 'vgg'"),
-        ({"rule": "greedy", "head": "1c2f"}, "--head belongs to the rule .*, not to greedy"),
+        ({"rule": "auglocal", "head": "dense"}, "unknown auxiliary head 'dense'"),
+        ({"rule": "greedy", "depth": 2}, "--depth belongs to the rule auglocal, not to greedy"),
+        ({"rule": "predsim", "head": "1c2f", "limit": 64}, "limit=64 is read by PredSim's own"),
+        ({"rule": "bp", "mixup": -0.1}, "--mixup is alpha .* at least 0, got -0.1"),
         ({"rule": "predsim", "beta": 1.5}, "beta is the weight"),
         ({"rule": "infopro", "weights": (1.0, 2.0)}, "four numbers"),
         ({"rule": "infopro", "weights": (1.0, 2.0, -1.0, 0.0)}, "neither negative"),

@@ -6,7 +6,7 @@ import configparser
 import difflib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "flip": bool,
         "mean": tuple[float, ...],
         "std": tuple[float, ...],
+        "mixup": float,
+        "cutmix": float,
     },
 }
 
@@ -73,7 +75,7 @@ class Recipe:
     def of(cls, settings: Mapping[str, Any]) -> Recipe:
         """From settings, where none of them may be missing or None; ValueError for an augmentation that cannot be."""
         names = ("epochs", "batch_size", "lr", "warmup", "weight_decay", "momentum")
-        augmentation = Augmentation(**{name: settings[name] for name in SECTIONS["augmentation"]})
+        augmentation = Augmentation(**{field.name: settings[field.name] for field in fields(Augmentation)})
         return cls(augmentation=augmentation, **{name: settings[name] for name in names})
 
 

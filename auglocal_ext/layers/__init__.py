@@ -1,0 +1,42 @@
+"""The layers of a network: which children form one, of what kind it is, and what it hands on."""
+
+from .features import LAYOUTS, Features, Layout, pooled_size, pooling, vectors
+from .groups import (
+    classifier_start,
+    evaluating,
+    first_leaves,
+    group_children,
+    has_parameters,
+    is_elementwise,
+    leaves,
+    nesting_hint,
+    probe_input,
+)
+from .layer import Described, Layer, LayoutChoice, describe
+from .observe import observe
+from .residual import Residual, ResidualFinder
+
+__all__ = [
+    "LAYOUTS",
+    "Described",
+    "Features",
+    "Layer",
+    "Layout",
+    "LayoutChoice",
+    "Residual",
+    "ResidualFinder",
+    "classifier_start",
+    "describe",
+    "evaluating",
+    "first_leaves",
+    "group_children",
+    "has_parameters",
+    "is_elementwise",
+    "leaves",
+    "nesting_hint",
+    "observe",
+    "pooled_size",
+    "pooling",
+    "probe_input",
+    "vectors",
+]

@@ -1,0 +1,203 @@
+"""The layers of a network: kinds, shapes, widths and features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import eager_type
+from .features import LAYOUTS, Features, Layout
+from .groups import (
+    classifier_start,
+    evaluating,
+    group_children,
+    has_parameters,
+    is_elementwise,
+    leaves,
+    nesting_hint,
+    probe_input,
+    starts_layer,
+)
+from .observe import Handed, observe
+from .residual import Residual, ResidualFinder
+
+Kind = Literal["basic", "bottleneck", "conv", "linear", "other"]
+#: One layout for all layers that hand on positions, or one (or None) for each layer.
+LayoutChoice = Layout | Sequence[Layout | None] | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the network: a run of children of the user's ``nn.Sequential``.
+
+    Attributes:
+        index: position among the layers, from 0; the stem counts as one.
+        start, stop: its children are ``layers[start:stop]``.
+        kind: ``"basic"`` or ``"bottleneck"`` (residual blocks), ``"conv"`` (one 2-D convolution), ``"linear"``, or
+            ``"other"``.
+        block: what an auxiliary block is modelled on: the residual block's form, the convolution or the linear layer.
+        shape: shape of its output without the batch dimension.
+        features: the same with its axes known; None where nothing tells them.
+        width: base width: output channels, for a bottleneck divided by its expansion.
+        what: what the layer is, in words for messages.
+        layout: what was said of its output.
+        unknown: why ``features`` is None.
+    """
+
+    index: int
+    start: int
+    stop: int
+    kind: Kind
+    block: Residual | nn.Conv2d | nn.Linear | None
+    shape: tuple[int, ...]
+    features: Features | None
+    width: int
+    what: str
+    layout: Layout | None = None
+    unknown: str = ""
+
+    @property
+    def out_channels(self) -> int:
+        """Channels, or features, that a block modelled on this layer puts out."""
+        return self.block.out_channels if isinstance(self.block, Residual) else self.width
+
+
+@dataclass(frozen=True)
+class Described:
+    """A network's layers, and its input.
+
+    Attributes:
+        layers: in order.
+        input: the input's features; None where nothing tells which axis holds the channels.
+    """
+
+    layers: tuple[Layer, ...]
+    input: Features | None
+
+
+def describe(layers: nn.Sequential, example: Tensor, layout: LayoutChoice = None) -> Described:
+    """The layers of a network with kinds, output features and widths, found by a pass of one example in eval mode.
+
+    Neither the weights nor BatchNorm's running statistics nor the random state are touched.
+
+    Args:
+        example: one input, ``(1, ...)``.
+        layout: what the layers' outputs are laid out as where they have positions; None: as the layers tell.
+
+    Raises:
+        TypeError: if ``layers`` is no ``nn.Sequential``.
+        ValueError: if the network does not accept the example, if a layer does not map a tensor to a tensor, or for a
+            ``layout`` that the layers contradict.
+    """
+    ranges = group_children(layers)
+    children = list(layers)
+    said = _layouts(layout, len(ranges))
+    with evaluating(layers), ResidualFinder(children) as finder:
+        handed = observe(children, example, lambda index, h, error: _refusal(layers, example, index, h, error))
+    for index, child in enumerate(children):
+        if has_parameters(child) and not starts_layer(child) and handed[index + 1].shape != handed[index].shape:
+            raise ValueError(
+                f"layers[{index}] ({type(child).__name__}) has one number per channel for parameters, as a normalisation, "
+                f"but turns {handed[index].shape} into {handed[index + 1].shape}; put it and the layer before it into an "
+                "nn.Sequential of their own"
+            )
+    classifier = classifier_start(layers)
+    found = []
+    for index, (start, stop) in enumerate(ranges):
+        try:
+            features = handed[stop].features(said[index])
+        except ValueError as error:
+            raise ValueError(f"layer {index}: {error}; pass one layout (or None) for each layer") from error
+        kind, block, what = _classify(children[start : min(stop, classifier)], finder.found)
+        width = _width(block, _first_output(children, handed, start, stop, said[index]))
+        unknown = handed[stop].why_unknown if features is None else ""
+        found.append(Layer(index, start, stop, kind, block, handed[stop].shape, features, width, what, said[index], unknown))
+    return Described(tuple(found), handed[0].features())
+
+
+def _layouts(layout: LayoutChoice, count: int) -> list[Layout | None]:
+    if layout is None or isinstance(layout, str):
+        said: list[Layout | None] = [layout] * count
+    else:
+        said = list(layout)
+    if len(said) != count or any(each is not None and each not in LAYOUTS for each in said):
+        raise ValueError(
+            f"layout is one of {', '.join(get_args(Layout))}, or a sequence with one of these or None for each of the "
+            f"{count} layers; got {layout!r}"
+        )
+    return said
+
+
+def _first_output(
+    children: Sequence[nn.Module], handed: Sequence[Handed], start: int, stop: int, layout: Layout | None
+) -> int:
+    """Channels behind the first child that has parameters, of whose kind nothing is known."""
+    position = next((i for i in range(start, stop) if has_parameters(children[i])), stop - 1)
+    try:
+        features = handed[position + 1].features(layout)
+    except ValueError:  # what is said of the layer's output is not true of what it starts with
+        features = handed[position + 1].features()
+    return handed[position + 1].shape[0] if features is None else features.channels
+
+
+def _classify(
+    children: Sequence[nn.Module], residuals: dict[nn.Module, Residual]
+) -> tuple[Kind, Residual | nn.Conv2d | nn.Linear | None, str]:
+    parts = [leaf for child in children for leaf in leaves(child)]
+    weighted = [leaf for leaf in parts if has_parameters(leaf) and not is_elementwise(leaf)]
+    names = ", ".join(eager_type(leaf).__name__ for leaf in weighted[:4])
+    if len(weighted) > 1:
+        names = f"a run of {len(weighted)} layers with weights ({names}{', ...' if len(weighted) > 4 else ''})"
+    known = [residuals[leaf] for leaf in weighted if leaf in residuals]
+    if known:  # of a stage of blocks the last one, which makes its output
+        return known[-1].kind, known[-1], names
+    if len(weighted) == 1 and isinstance(weighted[0], nn.Conv2d):
+        return "conv", weighted[0], names
+    if len(weighted) == 1 and isinstance(weighted[0], nn.Linear):
+        return "linear", weighted[0], names
+    return "other", None, names or ", ".join(eager_type(leaf).__name__ for leaf in parts[:1])
+
+
+def _width(block: Residual | nn.Conv2d | nn.Linear | None, channels: int) -> int:
+    # The classifier belongs to the last layer, whose width is therefore read from the block, not from the output.
+    if isinstance(block, Residual):
+        return block.out_channels // block.expansion
+    if isinstance(block, nn.Conv2d):
+        return block.out_channels
+    if isinstance(block, nn.Linear):
+        return block.out_features
+    return channels
+
+
+def _refusal(layers: nn.Sequential, example: Tensor, index: int, h: Tensor, error: Exception) -> Exception:
+    """What to say where child ``index`` does not take what it is handed."""
+    child = layers[index]
+    shape = tuple(h.shape[1:])
+    found = f"layers[{index}] ({type(child).__name__}) does not accept an input of shape {_batched(shape)}"
+    linear = next((part for part in child.modules() if has_parameters(part) and not list(part.children())), None)
+    flat = torch.Size(shape).numel()
+    if index > 0 and isinstance(linear, nn.Linear) and linear.in_features == flat != shape[-1]:
+        why = (
+            f"; its linear layer takes vectors of {flat} features, which is that shape flattened: it looks like a "
+            f"missing nn.Flatten() before layers[{index}] (a model's forward often flattens where its children do not)"
+        )
+    elif index > 0:
+        why = (
+            f", which is what input_shape={tuple(example.shape[1:])} leads to. Children of an "
+            "nn.Sequential are called one after another: what else a model's forward does between them must be a child "
+            f"of its own{nesting_hint(layers)}"
+        )
+    else:
+        why = f", which is input_shape={tuple(example.shape[1:])}; pass the shape of one input without the batch dimension"
+    return ValueError(f"{found}{why}. torch says: {error}")
+
+
+def _batched(shape: tuple[int, ...]) -> str:
+    return f"({', '.join(map(str, ('N', *shape)))})"
+
+
+__all__ = ["Described", "Layer", "LayoutChoice", "describe", "probe_input"]

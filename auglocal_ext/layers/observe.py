@@ -1,0 +1,189 @@
+"""Modules run one after another on an example, and what their parts tell of the axes of what they hand on."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from .features import Features, Layout
+from .groups import starts_layer
+
+FIRST, LAST = 1, -1
+Axis = Literal[1, -1]
+_NAMES = {FIRST: "channels_first", LAST: "channels_last"}
+_POOLS = (
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.modules.pooling._LPPoolNd,
+)
+_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LocalResponseNorm, *_POOLS)
+
+
+def channel_axis(module: nn.Module) -> Axis | None:
+    """Which axis a layer takes for the channels; None where its type does not tell.
+
+    A LayerNorm or RMSNorm with a forward of its own may permute first, so it tells nothing.
+    """
+    if isinstance(module, _CHANNELS_FIRST):
+        return FIRST
+    if isinstance(module, nn.Linear | nn.Embedding):
+        return LAST
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) == 1:
+        return LAST if type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward) else None
+    if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        return LAST
+    return None
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What a module hands on to the next.
+
+    Attributes:
+        shape: without the batch.
+        exact: axes of the channels, by layers that have made just this tensor or take it.
+        similar: axes by layers that have made a tensor of this shape, or of these positions, on the way.
+    """
+
+    shape: tuple[int, ...]
+    exact: frozenset[int] = frozenset()
+    similar: frozenset[int] = frozenset()
+
+    def features(self, layout: Layout | None = None) -> Features | None:
+        """The features, as ``layout`` says or as the layers tell; None where neither does, or layers disagree.
+
+        Raises:
+            ValueError: where the layers contradict ``layout``.
+        """
+        if len(self.shape) == 1:
+            return Features(self.shape)
+        told = self.exact if self.exact else self.similar
+        if layout is None:
+            return Features(self.shape, _NAMES[next(iter(told))]) if len(told) == 1 else None  # type: ignore[arg-type]
+        said = FIRST if layout == "channels_first" else LAST
+        if self.exact and said not in self.exact:
+            raise ValueError(
+                f"layout={layout!r} is said of features of shape {self.shape}, but a layer beside them takes axis "
+                f"{'1' if FIRST in self.exact else '-1'} of (N, ...) for the channels"
+            )
+        return Features(self.shape, layout)
+
+    @property
+    def why_unknown(self) -> str:
+        """Why nothing is known of the axes."""
+        if len(self.exact or self.similar) > 1:
+            return "the layers around it disagree about"
+        return "no layer around it tells"
+
+
+class _Evidence:
+    """Hooks on the layers that tell an axis; asked after each module about the tensor between it and the next."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._made: list[tuple[int, weakref.ref[Tensor], tuple[int, ...]]] = []
+        self._between: Tensor | None = None
+        self._takers: set[int] = set()
+        self._handles = [
+            part.register_forward_hook(self._note, with_kwargs=True)
+            for part in dict.fromkeys(part for module in modules for part in module.modules())
+            if channel_axis(part) is not None
+        ]
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        axis = channel_axis(module)
+        assert axis is not None
+        if any(value is self._between for value in (*args, *kwargs.values()) if isinstance(value, Tensor)):
+            if not isinstance(module, nn.Embedding):  # it takes numbers of tokens, which have no channels
+                self._takers.add(axis)
+        made = output[0] if isinstance(output, tuple) else output
+        if isinstance(made, Tensor):
+            self._made.append((axis, weakref.ref(made), tuple(made.shape[1:])))
+
+    def start(self, between: Tensor) -> None:
+        """A new module runs, on ``between``."""
+        self._between = between
+        self._takers = set()
+        self._made = []
+
+    def takers(self) -> set[int]:
+        """Axes by the layers that have taken what was between."""
+        return self._takers
+
+    def makers(self, out: Tensor) -> tuple[set[int], set[int]]:
+        """Axes by the layers that have made ``out``, and by those that have made something like it."""
+        shape = tuple(out.shape[1:])
+        exact = {axis for axis, made, _ in self._made if made() is out}
+        similar = {axis for axis, _, found in self._made if found == shape}
+        if not similar:
+            similar = {
+                axis
+                for axis, _, found in self._made
+                if len(found) == len(shape) > 1 and _positions(found, axis) == _positions(shape, axis)
+            }
+        return exact, similar
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _positions(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[1:] if axis == FIRST else shape[:-1]
+
+
+def observe(
+    modules: Sequence[nn.Module], x: Tensor, failed: Callable[[int, Tensor, Exception], Exception] | None = None
+) -> list[Handed]:
+    """``modules`` one after another on ``x`` ``(1, ...)``: the input, then what each hands on.
+
+    The caller has put the modules in eval mode and has turned gradients off.
+
+    Args:
+        failed: ``failed(index, h, error)`` makes the error to raise where a module does not take its input ``h``; None
+            raises what the module did.
+
+    Raises:
+        ValueError: for a module that does not return one tensor, or whose output has another batch size.
+    """
+    evidence = _Evidence(modules)
+    exact: list[set[int]] = [set()]
+    similar: list[set[int]] = [set()]
+    shapes = [tuple(int(size) for size in x.shape[1:])]
+    h = x
+    try:
+        for index, module in enumerate(modules):
+            evidence.start(h)
+            try:
+                out = module(h)
+            except Exception as error:
+                if failed is None:
+                    raise
+                raise failed(index, h, error) from error
+            if not isinstance(out, Tensor):
+                raise ValueError(
+                    f"layers[{index}] ({type(module).__name__}) returns {type(out).__name__}; "
+                    "each layer must map one tensor to one tensor"
+                )
+            if out.dim() < 2 or len(out) != len(x):
+                raise ValueError(
+                    f"layers[{index}] ({type(module).__name__}) returns a shape of {tuple(out.shape)} for one input; "
+                    "each layer must keep the batch as the first axis"
+                )
+            exact[-1] |= evidence.takers()
+            makers = evidence.makers(out)
+            if out.shape == h.shape and not starts_layer(module):  # an activation or dropout keeps the axes
+                makers = makers[0] | (exact[-1] if out is h else set()), makers[1] or exact[-1] or similar[-1]
+            exact.append(makers[0])
+            similar.append(makers[1])
+            shapes.append(tuple(int(size) for size in out.shape[1:]))
+            h = out
+    finally:
+        evidence.remove()
+    handed = zip(shapes, exact, similar, strict=True)
+    return [Handed(shape, frozenset(a), frozenset(b)) for shape, a, b in handed]

@@ -1,0 +1,286 @@
+"""Heads: the rules that end an auxiliary network, by themselves or behind another rule's blocks."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+
+from ..auxiliary.base import LossSettings
+from ..auxiliary.heads import AuxiliaryNetwork, Head
+from ..layers import Features, pooled_size, pooling, vectors
+from ..models.blocks import conv_bn_relu
+from .base import HEADS, Network, Rule
+
+CONV_HEADS = ("0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")
+DGL_HEADS = ("mlp-sr", "mlp", "cnn")
+
+
+def _alone(head: Head) -> AuxiliaryNetwork:
+    return AuxiliaryNetwork(nn.Sequential(), head)
+
+
+@dataclass(frozen=True)
+class LinearHead(Rule):
+    """``W mean_p(h) + b``: pooled over the positions (of a class token, it alone), then a linear layer.
+
+    Args:
+        norm: a BatchNorm between the two.
+    """
+
+    norm: bool = False
+
+    def build_auxiliary(self, network: Network, module: int) -> AuxiliaryNetwork:
+        return _alone(_Linear(network.features(module), network.settings(module), self.norm))
+
+
+class _Linear(Head):
+    def __init__(self, features: Features, settings: LossSettings, norm: bool) -> None:
+        super().__init__(settings)
+        self.read = vectors(features.channels) if norm else features
+        self._pooled = features
+        self.norm = nn.BatchNorm1d(features.channels) if norm else None
+        self.linear = nn.Linear(features.channels, settings.task.outputs)
+
+    def features(self, h: Tensor) -> Tensor:
+        return h if self.norm is None else self.norm(self._pooled.pooled(h))
+
+
+@dataclass(frozen=True)
+class ConvHead(Rule):
+    """The local classifiers ``<a>c<b>f`` of InfoPro and ContSup: a convolutions, pooling, b linear layers.
+
+    The first convolution (3x3, no bias, BatchNorm, ReLU) doubles the width with stride 2, or keeps the width of the
+    network's last stage with stride 1; hidden linear layers have ``feature_dim`` features and ReLU. ``widen`` multiplies
+    both.
+
+    Args:
+        kind: one of ``0c1f`` (greedy local learning), ``0c2f``, ``1c1f``, ``1c2f`` (the default of both papers),
+            ``1c3f``, ``2c2f``.
+        widen: width factor (``aux_net_widen`` in the released code).
+        feature_dim: features of the hidden linear layers.
+
+    Raises:
+        ValueError: for another kind, or a factor that is not positive; when wrapped, for convolutions on anything but
+            maps with height and width.
+    """
+
+    kind: str = "1c2f"
+    widen: float = 1.0
+    feature_dim: int = 128
+
+    def __post_init__(self) -> None:
+        if self.kind not in CONV_HEADS:
+            raise ValueError(f"unknown auxiliary head {self.kind!r}; choose one of {', '.join(CONV_HEADS)}")
+        if not self.widen > 0 or self.feature_dim < 1:
+            raise ValueError(
+                f"widen must be positive and feature_dim at least 1; got {self.widen} and {self.feature_dim}"
+            )
+
+    def build_auxiliary(self, network: Network, module: int) -> AuxiliaryNetwork:
+        features, settings = network.features(module), network.settings(module)
+        match = re.fullmatch(r"(\d)c(\d)f", self.kind)
+        assert match is not None
+        num_convs, num_linear = int(match[1]), int(match[2])
+        if num_convs and not features.is_2d:
+            raise ValueError(
+                f"head {self.kind!r} needs feature maps with height and width, but local module {module} puts out "
+                f"{features}; use a head without convolutions: '0c1f' or '0c2f'"
+            )
+        width = features.channels
+        blocks: list[nn.Module] = []
+        for i in range(num_convs):
+            if i == 0:
+                base = min(2 * width, max(width, network.last_width))
+                out, stride = int(base * self.widen), 2 if base > width else 1
+                blocks.append(_to_channels_first(features, conv_bn_relu(width, out, stride=stride)))
+                width = out
+            else:
+                blocks.append(conv_bn_relu(width, width))
+        if num_convs:
+            features = Features((width, *features.positions))  # of other sizes, which pooling does not ask for
+        if num_linear == 1:
+            head: Head = _Linear(features, settings, norm=False)
+        else:
+            head = _Hidden(features, int(self.feature_dim * self.widen), num_linear - 1, settings)
+        return AuxiliaryNetwork(nn.Sequential(*blocks), head)
+
+
+class _Hidden(Head):
+    """Pooling, linear layers with ReLU, and the last linear layer."""
+
+    def __init__(self, features: Features, hidden: int, num_hidden: int, settings: LossSettings) -> None:
+        super().__init__(settings)
+        self._pooled = features
+        parts: list[nn.Module] = []
+        width = features.channels
+        for _ in range(num_hidden):
+            parts += [nn.Linear(width, hidden), nn.ReLU(inplace=True)]
+            width = hidden
+        self.hidden = nn.Sequential(*parts)
+        self.read = vectors(width)
+        self.linear = nn.Linear(width, settings.task.outputs)
+
+    def features(self, h: Tensor) -> Tensor:
+        return self.hidden(self._pooled.pooled(h))
+
+
+class _ChannelsFirst(nn.Module):
+    """A view of channels-last maps with the channels first."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h.movedim(-1, 1)
+
+
+def _to_channels_first(features: Features, block: nn.Module) -> nn.Module:
+    """``block`` on features of any layout."""
+    return block if features.layout == "channels_first" else nn.Sequential(_ChannelsFirst(), block)
+
+
+@dataclass(frozen=True)
+class VGGHead(Rule):
+    """Flatten, average pool of the flat vector to 512, twice (linear 512, BatchNorm, ReLU), linear.
+
+    The pooling runs along the flattened ``C*H*W`` vector.
+
+    Source: AugLocal's released ImageNet VGG networks.
+    """
+
+    def build_auxiliary(self, network: Network, module: int) -> AuxiliaryNetwork:
+        return _alone(_VGG(network.features(module), network.settings(module)))
+
+
+class _VGG(Head):
+    def __init__(self, features: Features, settings: LossSettings) -> None:
+        super().__init__(settings)
+        self._flat = features
+        self.pool = nn.AdaptiveAvgPool1d(512)
+        self.hidden = nn.Sequential(
+            nn.Linear(512, 512),
+            nn.BatchNorm1d(512),
+            nn.ReLU(inplace=True),
+            nn.Linear(512, 512),
+            nn.BatchNorm1d(512),
+            nn.ReLU(inplace=True),
+        )
+        self.read = vectors(512)
+        self.linear = nn.Linear(512, settings.task.outputs)
+
+    def features(self, h: Tensor) -> Tensor:
+        flat = self._flat.seen(h).flatten(1)
+        return self.hidden(self.pool(flat.unsqueeze(1)).squeeze(1))
+
+
+@dataclass(frozen=True)
+class DGLHead(Rule):
+    """The classifiers of Decoupled Greedy Learning, on maps with height and width.
+
+    ``"mlp-sr"``: average pool to a quarter of the height and width, three 1x1 convolutions with BatchNorm and ReLU,
+    average pool to 2x2, three linear layers of 4 C features with BatchNorm and ReLU. ``"mlp"``: the same without the
+    convolutions. ``"cnn"``: two 3x3 convolutions with BatchNorm and ReLU at full size, average pool to 2x2, BatchNorm.
+    Each ends in a linear layer on the 2x2 positions.
+
+    Args:
+        kind: one of ``DGL_HEADS``.
+
+    Raises:
+        ValueError: for another kind; when wrapped, for a module that puts out anything but maps.
+
+    Source: Belilovsky, Eickenberg and Oyallon, Decoupled Greedy Learning of CNNs, ICML 2020.
+    """
+
+    kind: str = "mlp-sr"
+
+    def __post_init__(self) -> None:
+        if self.kind not in DGL_HEADS:
+            raise ValueError(f"unknown auxiliary head {self.kind!r}; choose one of {', '.join(DGL_HEADS)}")
+
+    def build_auxiliary(self, network: Network, module: int) -> AuxiliaryNetwork:
+        features = network.features(module)
+        if not features.is_2d:
+            raise ValueError(
+                f"DGL's heads pool feature maps with height and width, but local module {module} puts out {features}; "
+                "use another head, such as '0c2f', or Greedy()"
+            )
+        return _alone(_DGL(self.kind, features, network.settings(module)))
+
+
+class _DGL(Head):
+    def __init__(self, kind: str, features: Features, settings: LossSettings) -> None:
+        super().__init__(settings)
+        self._map = features
+        width, size = features.channels, features.positions
+        parts: list[nn.Module] = []
+        if kind == "mlp-sr":
+            parts.append(nn.AdaptiveAvgPool2d((math.ceil(size[0] / 4), math.ceil(size[1] / 4))))
+            parts += [conv_bn_relu(width, width, kernel_size=1) for _ in range(3)]
+        elif kind == "cnn":
+            parts += [conv_bn_relu(width, width) for _ in range(2)]
+        parts.append(nn.AdaptiveAvgPool2d(2))
+        if kind == "cnn":
+            parts.append(nn.BatchNorm2d(width))
+        parts.append(nn.Flatten())
+        if kind != "cnn":
+            for _ in range(3):
+                parts += [nn.Linear(4 * width, 4 * width), nn.BatchNorm1d(4 * width), nn.ReLU(inplace=True)]
+        self.hidden = nn.Sequential(*parts)
+        self.read = vectors(4 * width)
+        self.linear = nn.Linear(4 * width, settings.task.outputs)
+
+    def features(self, h: Tensor) -> Tensor:
+        return self.run(self.hidden, self._map.channels_first(h))
+
+
+@dataclass(frozen=True)
+class PredictionHead(Rule):
+    """PredSim's classifier: average pool until at most ``limit`` features are left, flatten, linear from zeros.
+
+    The longest axis of positions is halved in turn; tokens have one.
+
+    Args:
+        limit: largest number of features (``dim_in_decoder`` in the released code); channels are never pooled.
+
+    Raises:
+        ValueError: for a limit below 1; when wrapped, for features of more than three position axes.
+
+    Source: Noekland and Eidnes, Training Neural Networks with Local Error Signals, ICML 2019.
+    """
+
+    limit: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise ValueError(f"limit is a number of features, at least 1; got {self.limit!r}")
+
+    def build_auxiliary(self, network: Network, module: int) -> AuxiliaryNetwork:
+        return _alone(_Prediction(network.features(module), self.limit, network.settings(module)))
+
+
+class _Prediction(Head):
+    def __init__(self, features: Features, limit: int, settings: LossSettings) -> None:
+        super().__init__(settings)
+        self._map = features
+        size = pooled_size(features.channels, features.seen_positions, limit)
+        pool = pooling(features.seen_positions, size)
+        if pool is None:
+            raise ValueError(f"PredSim's prediction layer pools maps of 1 to 3 axes, not {features}")
+        self.pool = pool
+        width = features.channels * math.prod(size)
+        self.read = vectors(width)
+        self.linear = nn.Linear(width, settings.task.outputs)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def features(self, h: Tensor) -> Tensor:
+        return self.pool(self._map.seen(h))
+
+
+HEADS |= {
+    "linear": LinearHead,
+    **{kind: partial(ConvHead, kind) for kind in CONV_HEADS},
+    "vgg": VGGHead,
+    **{kind: partial(DGLHead, kind) for kind in DGL_HEADS},
+}

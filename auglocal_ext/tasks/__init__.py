@@ -1,0 +1,19 @@
+"""What is learned: one file per task."""
+
+from .base import Scored, Task
+from .binary import Binary, MultiLabel
+from .classification import Classification
+from .contrast import SupervisedContrast
+from .criterion import Criterion
+from .regression import Regression
+
+__all__ = [
+    "Binary",
+    "Classification",
+    "Criterion",
+    "MultiLabel",
+    "Regression",
+    "Scored",
+    "SupervisedContrast",
+    "Task",
+]

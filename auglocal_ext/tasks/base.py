@@ -1,0 +1,143 @@
+"""What is learned: what a head puts out, which targets are valid, the loss, and what is counted."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.features import Features
+from ..ops.deferred import check_values
+
+
+class Scored(NamedTuple):
+    """An output beside its targets.
+
+    Attributes:
+        loss: scalar, with graph.
+        output: detached.
+        count: what the task counts, summed over the batch; -1 if nothing is counted.
+    """
+
+    loss: Tensor
+    output: Tensor
+    count: Tensor
+
+
+class Task(nn.Module, ABC):
+    """What is learned; every local module learns the same.
+
+    An output is ``(N, outputs)``. A task is an ``nn.Module`` so that what it holds moves with the network; it has no
+    parameters, since all local losses share it.
+
+    A subclass says how many ``outputs`` there are, checks targets (:meth:`check_form`, :meth:`invalid`,
+    :meth:`complaint`), makes the loss and an example of a target; and what it counts, if anything.
+
+    Attributes:
+        outputs: numbers a head puts out per sample.
+        metric: what :meth:`count` over :meth:`counted` is called in logs, such as ``"accuracy"``; empty if nothing is
+            counted.
+    """
+
+    metric: str = ""
+    outputs: int
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        if isinstance(outputs, bool) or not isinstance(outputs, int) or outputs < 1:
+            raise ValueError(f"{type(self).__name__} needs a number of outputs, at least 1; got {outputs!r}")
+        self.outputs = outputs
+
+    @abstractmethod
+    def check_form(self, target: Tensor, samples: int) -> None:
+        """Raise TypeError or ValueError unless dtype and shape of ``target`` are right for ``samples`` samples."""
+
+    def invalid(self, target: Tensor) -> Tensor:
+        """Which targets of a right form are not valid: a mask on their device, made without a host read."""
+        return torch.zeros((), dtype=torch.bool, device=target.device)
+
+    def complaint(self, target: Tensor, invalid: Tensor) -> str:
+        """What is wrong with targets on the CPU, by the mask of those that are not valid."""
+        return f"{int(invalid.sum())} targets are not valid"
+
+    def late_complaint(self, count: int) -> str:
+        """The same for targets of earlier batches on CUDA, of which only their number is known."""
+        return f"{count} targets of earlier batches were not valid; checking one batch on the CPU names them"
+
+    @abstractmethod
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Mean loss, a scalar, of an output ``(N, outputs)``, differentiable.
+
+        The form of the targets has been checked. On CUDA values that are not valid may be among them (their count
+        reaches the host later): they must not stop the device.
+        """
+
+    def count(self, output: Tensor, target: Tensor) -> Tensor:
+        """What is counted, summed over the batch: a scalar on the device, without a host read."""
+        return torch.full((), -1, device=output.device)
+
+    def counted(self, target: Tensor) -> Tensor | int:
+        """How many targets :meth:`count` has looked at."""
+        return len(target)
+
+    @abstractmethod
+    def example(self, samples: int, device: torch.device | None = None) -> Tensor:
+        """Valid targets of ``samples`` samples, for predictions of memory and cost."""
+
+    def check(self, target: Tensor, samples: int, *, values: bool = True) -> None:
+        """Raise unless ``target`` is valid for ``samples`` samples.
+
+        ``values=False`` leaves out the values, whose check on CUDA is a handful of kernels. They are checked at once on
+        the CPU and without a synchronisation, therefore later, on CUDA.
+
+        Raises:
+            TypeError: for a dtype the task does not know.
+            ValueError: for a wrong shape or value.
+        """
+        self.check_form(target, samples)
+        if values:
+            check_values(
+                target, partial(self.invalid, target), partial(self.complaint, target), self.late_complaint
+            )
+
+    def score(self, output: Tensor, target: Tensor) -> Scored:
+        """Loss and count of an output."""
+        return Scored(self.loss(output, target), output.detach(), self.count(output.detach(), target))
+
+    def readout(self, x: Tensor, features: Features, linear: nn.Linear) -> Tensor:
+        """The output of a head: ``linear`` of ``x`` ``(N, *features.shape)``, pooled over its positions."""
+        return linear(features.pooled(x))
+
+    def readout_score(self, x: Tensor, features: Features, linear: nn.Linear, target: Tensor) -> Scored:
+        """:meth:`score` of :meth:`readout`; a task may do both in one op."""
+        return self.score(self.readout(x, features, linear), target)
+
+    def check_output(self, shape: tuple[int, ...], whose: str) -> None:
+        """ValueError unless an output's shape, without the batch, is that of this task; ``whose`` it is."""
+        if shape != (self.outputs,):
+            found = ", ".join(["N", *map(str, shape)])
+            raise ValueError(f"{whose} has shape ({found}), expected {self.expected_output}")
+
+    @property
+    def expected_output(self) -> str:
+        """How an output's shape is told in messages."""
+        return f"(N, {self.outputs})"
+
+    def extra_repr(self) -> str:
+        return f"outputs={self.outputs}"
+
+
+def check_samples(target: Tensor, samples: int) -> None:
+    """Raise unless ``target`` is a tensor of one entry per sample."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"targets must be a tensor, got {type(target).__name__}; torch.as_tensor(...) makes one")
+    if target.dim() == 0 or len(target) != samples:
+        raise ValueError(f"y must hold one target per input, expected {samples}, got a shape of {tuple(target.shape)}")
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """``tensor`` in the dtype losses are summed in: float32, or float64 for a double."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

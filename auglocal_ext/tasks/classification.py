@@ -1,0 +1,152 @@
+"""Classification: one class of several, by its number or as probabilities."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers.features import Features
+from ..ops import labels
+from ..ops.pooled_cross_entropy import pooled_cross_entropy
+from .base import Scored, Task, check_samples, wide
+
+_SUM_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+class Classification(Task):
+    """``CE(output, y)``: the cross-entropy of ``(N, num_classes)`` logits; top-1 hits are counted.
+
+    Targets are class indices ``(N,)``, int64, or class probabilities ``(N, num_classes)``, floating point, as mixup and
+    CutMix make them. A hit is a largest logit at the label, or at the largest probability.
+
+    Args:
+        num_classes: K, at least 2.
+        label_smoothing: in [0, 1], as in ``F.cross_entropy``.
+        ignore_index: label that counts nowhere. Class probabilities have none.
+
+    Raises:
+        ValueError: for an option out of range.
+    """
+
+    metric = "accuracy"
+
+    def __init__(self, num_classes: int, *, label_smoothing: float = 0.0, ignore_index: int = -100) -> None:
+        super().__init__(num_classes)
+        if num_classes < 2:
+            raise ValueError(
+                "cross-entropy over one class is 0 whatever the network does; for yes-or-no labels use task=Binary(), "
+                "for one number task=Regression(1)"
+            )
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing must be within 0 .. 1, got {label_smoothing}")
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.outputs
+
+    @property
+    def expected_output(self) -> str:
+        return (
+            f"(N, num_classes) = (N, {self.outputs}); the last child must be the classifier (pool, flatten, linear)"
+        )
+
+    def check_form(self, target: Tensor, samples: int) -> None:
+        check_samples(target, samples)
+        if target.dtype == torch.int64 and target.dim() == 1:
+            return
+        if target.is_floating_point() and tuple(target.shape[1:]) == (self.outputs,):
+            return
+        forms = f"class indices ({samples},), int64, or class probabilities ({samples}, {self.outputs}), floating point"
+        found = f"got {tuple(target.shape)} in {target.dtype}"
+        if target.is_floating_point() and target.dim() == 1:
+            hint = "numbers to be predicted are task=Regression(...), yes-or-no labels task=Binary()"
+            raise TypeError(f"expected {forms}; {found}: {hint}")
+        if target.dtype == torch.int64 or target.is_floating_point():
+            one_hot = tuple(target.shape[1:]) == (self.outputs,)
+            hint = "one-hot rows are probabilities once .float()" if one_hot else "pass one class per sample"
+            raise ValueError(f"expected {forms}; {found}: {hint}")
+        hint = "convert class indices with target.long()" if target.dim() == 1 else "pass one class per sample"
+        raise TypeError(f"expected {forms}; {found}: {hint}")
+
+    def invalid(self, target: Tensor) -> Tensor:
+        if target.dtype == torch.int64:
+            return labels.bad_labels(target, self.outputs, self.ignore_index)
+        off = (target.sum(1) - 1).abs()
+        return ~(off <= _SUM_TOLERANCE[target.dtype]) | (target < 0).any(1)  # written so that NaN is not valid
+
+    def complaint(self, target: Tensor, invalid: Tensor) -> str:
+        if target.dtype == torch.int64:
+            return labels.first_bad(target, self.outputs, self.ignore_index, invalid)
+        index = int(invalid.nonzero()[0])
+        row = target[index]
+        return (
+            f"row {index} holds no class probabilities: the smallest is {float(row.min()):g} and their sum "
+            f"{float(row.sum()):g}, expected none below 0 and a sum of 1; {int(invalid.sum())} of {len(target)} rows are "
+            "wrong. For labels that do not exclude each other use task=MultiLabel(...)"
+        )
+
+    def late_complaint(self, count: int) -> str:
+        return labels.late(self.outputs, self.ignore_index, count)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        if target.dtype == torch.int64:
+            target = labels.ignoring_bad_labels(target, self.outputs, self.ignore_index)
+            return F.cross_entropy(
+                output, target, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing
+            )
+        if target.is_cuda:  # rows that are not valid, of which the host hears later
+            target = target.masked_fill(self.invalid(target)[:, None], 0)
+        output = wide(output)
+        return F.cross_entropy(output, target.to(output.dtype), label_smoothing=self.label_smoothing)
+
+    def count(self, output: Tensor, target: Tensor) -> Tensor:
+        found = output.argmax(1)
+        if target.dtype == torch.int64:
+            return ((found == target) & (target != self.ignore_index)).sum()
+        return (found == target.argmax(1)).sum()
+
+    def counted(self, target: Tensor) -> Tensor | int:
+        return (target != self.ignore_index).sum() if target.dtype == torch.int64 else len(target)
+
+    def readout_score(self, x: Tensor, features: Features, linear: nn.Linear, target: Tensor) -> Scored:
+        if target.dtype != torch.int64:
+            return super().readout_score(x, features, linear, target)
+        return Scored(
+            *pooled_cross_entropy(
+                features.seen(x),
+                linear.weight,
+                linear.bias,
+                target,
+                ignore_index=self.ignore_index,
+                label_smoothing=self.label_smoothing,
+                check_labels=False,
+            )
+        )
+
+    def example(self, samples: int, device: torch.device | None = None) -> Tensor:
+        return torch.zeros(samples, dtype=torch.int64, device=device)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_classes={self.outputs}, label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}"
+        )
+
+
+def classes_of(task: Task, who: str) -> Classification:
+    """The task as a :class:`Classification`, for losses that compare samples by class; ValueError for another."""
+    if not isinstance(task, Classification):
+        raise ValueError(f"{who} compares samples by class and needs task=Classification(...), got {task}")
+    return task
+
+
+def check_indices(target: Tensor, who: str) -> None:
+    """TypeError unless targets that have the form of a classification's are class indices."""
+    if target.dtype != torch.int64:
+        raise TypeError(
+            f"{who} compares samples by class and needs class indices (N,), int64; got class probabilities "
+            f"{tuple(target.shape)}. Leave mixup and CutMix out, or choose another rule"
+        )

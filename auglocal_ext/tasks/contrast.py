@@ -1,0 +1,50 @@
+"""Supervised contrast: features that are alike within a class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..ops import labels
+from ..ops.supervised_contrast import supervised_contrast
+from .base import Task
+from .classification import check_indices, classes_of
+
+_NAME = "the supervised contrastive loss"
+
+
+class SupervisedContrast(Task):
+    """``supervised_contrast(output, y)`` of an output ``(N, features)``: what InfoPro's contrastive heads learn.
+
+    It is a local task alone: its output is no network's. Nothing is counted.
+
+    Args:
+        features: numbers a head puts out.
+        classes: the network's task, a :class:`Classification` without label smoothing.
+        temperature: t.
+
+    Raises:
+        ValueError: for another task, and for label smoothing, which this loss has no meaning for.
+    """
+
+    def __init__(self, features: int, classes: Task, temperature: float = 0.07) -> None:
+        super().__init__(features)
+        known = classes_of(classes, _NAME)
+        if known.label_smoothing:
+            raise ValueError(
+                f"{_NAME} cannot smooth labels (label_smoothing={known.label_smoothing}): it asks which samples are of "
+                'one class. Leave label_smoothing out, or take loss="softmax"'
+            )
+        self.temperature = temperature
+        self._classes = (known.num_classes, known.ignore_index)
+
+    def check_form(self, target: Tensor, samples: int) -> None:
+        check_indices(target, _NAME)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        num_classes, ignore_index = self._classes
+        target = labels.ignoring_bad_labels(target, num_classes, ignore_index)
+        return supervised_contrast(output, target, self.temperature, ignore_index)
+
+    def example(self, samples: int, device: torch.device | None = None) -> Tensor:
+        return torch.zeros(samples, dtype=torch.int64, device=device)

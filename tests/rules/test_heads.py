@@ -1,0 +1,171 @@
+"""Heads: counts of the papers, shapes, gradients, and the layouts and tasks they take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from seen import network
+from torch import nn
+from torch.nn import functional as F
+
+from auglocal_ext import AugLocal, Classification, ContSup, Greedy, Regression
+from auglocal_ext.auxiliary import LossContext
+from auglocal_ext.layers import Features, vectors
+from auglocal_ext.rules import (
+    CONV_HEADS,
+    HEADS,
+    ConvHead,
+    DGLHead,
+    LinearHead,
+    PredictionHead,
+    VGGHead,
+    resolved,
+)
+
+TOKENS = Features((7, 16), "channels_last")
+CLASS_TOKEN = Features((7, 16), "class_token")
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def built(rule, features, task=10, last_width=64):
+    return rule.build_auxiliary(network(features, task, last_width), 0)
+
+
+@pytest.mark.parametrize(("width", "parameters"), [(16, 10_186), (32, 28_170), (64, 46_602)])
+def test_1c2f_has_the_published_size(width, parameters):
+    head = built(ConvHead("1c2f"), Features((width, 8, 8)))
+    assert count(head) == parameters
+    conv = head.blocks[0].conv
+    assert conv.stride == ((2, 2) if width < 64 else (1, 1))
+
+
+@pytest.mark.parametrize("kind", CONV_HEADS)
+@pytest.mark.parametrize("widen", [1.0, 2.0])
+def test_conv_heads(kind, widen):
+    head = built(ConvHead(kind, widen, 24), Features((16, 8, 8)))
+    convs = [m for m in head.modules() if isinstance(m, nn.Conv2d)]
+    linears = [m for m in head.modules() if isinstance(m, nn.Linear)]
+    assert (len(convs), len(linears)) == (int(kind[0]), int(kind[2]))
+    assert all(c.out_channels == int(32 * widen) for c in convs)
+    assert all(m.out_features == int(24 * widen) for m in linears[:-1])
+    x, y = torch.randn(4, 16, 8, 8, requires_grad=True), torch.randint(0, 10, (4,))
+    logits = head(x)
+    result = head.loss(x, LossContext(y))
+    torch.testing.assert_close(result.loss, F.cross_entropy(logits, y))
+    torch.testing.assert_close(result.output, logits.detach())
+
+
+def test_conv_head_errors():
+    with pytest.raises(ValueError, match="unknown auxiliary head '3c1f'"):
+        ConvHead("3c1f")
+    with pytest.raises(ValueError, match="widen must be positive"):
+        ConvHead(widen=0)
+    for features, found in ((vectors(16), "vectors of 16"), (TOKENS, "7 tokens of 16"), (Features((16, 9)), "maps")):
+        with pytest.raises(ValueError, match=f"needs feature maps with height and width, but .* puts out {found}"):
+            built(ConvHead("1c1f"), features)
+
+
+def test_linear_head_norm_and_vgg_head():
+    y = torch.randint(0, 5, (6,))
+    for rule, x in (
+        (LinearHead(norm=True), torch.randn(6, 8, 4, 4)),
+        (VGGHead(), torch.randn(6, 32, 7, 7)),
+    ):
+        head = built(rule, Features(tuple(x.shape[1:])), 5)
+        torch.testing.assert_close(head.loss(x, LossContext(y)).loss, F.cross_entropy(head(x), y))
+    assert isinstance(built(LinearHead(norm=True), Features((8, 4, 4))).head.norm, nn.BatchNorm1d)
+    assert count(built(VGGHead(), Features((32, 7, 7)), 1000)) == 2 * (512 * 512 + 512 + 1024) + 513_000
+
+
+@pytest.mark.parametrize(
+    ("features", "width"),
+    [
+        (Features((16, 32, 32)), 2048),
+        (Features((16, 5, 7)), 560),
+        (Features((64, 8, 8)), 2048),
+        (Features((4096, 2, 2)), 4096),
+        (Features((16, 300)), 1200),  # 300, 150, 75
+        (Features((4, 8, 16, 16)), 2048),
+        (Features((300, 16), "channels_last"), 1200),
+        (Features((300, 16), "class_token"), 16),
+        (vectors(5000), 5000),
+    ],
+)
+def test_predsim_pools_to_at_most_so_many_features(features, width):
+    head = built(PredictionHead(), features)
+    assert head.head.linear.in_features == width
+    x = torch.randn(2, *features.shape)
+    assert head.head.features(x).shape == (2, width)
+
+
+LAYOUTS = {
+    "vectors": vectors(16),
+    "1-D": Features((16, 9)),
+    "2-D": Features((16, 6, 5)),
+    "3-D": Features((16, 4, 3, 5)),
+    "channels last": Features((6, 5, 16), "channels_last"),
+    "tokens": TOKENS,
+    "class token": CLASS_TOKEN,
+}
+
+
+def literally_pooled(x, features):
+    if features.layout == "class_token":
+        return x[:, 0]
+    x = x if features.layout == "channels_first" else x.movedim(-1, 1)
+    return torch.stack([image.flatten(1).mean(1) if image.dim() > 1 else image for image in x])
+
+
+@pytest.mark.parametrize("features", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("task", [Classification(5, label_smoothing=0.1), Regression(3)], ids=["classes", "numbers"])
+def test_linear_heads_pool_over_positions_whatever_they_are(features, task):
+    head = built(LinearHead(), features, task).double()
+    x = torch.randn(4, *features.shape, dtype=torch.float64, requires_grad=True)
+    y = task.example(4) if isinstance(task, Classification) else torch.randn(4, 3, dtype=torch.float64)
+    linear = head.head.linear
+    expected = F.linear(literally_pooled(x, features), linear.weight, linear.bias)
+    torch.testing.assert_close(head(x), expected)
+    loss = F.cross_entropy(expected, y, label_smoothing=0.1) if task.outputs == 5 else F.mse_loss(expected, y)
+    found = head.loss(x, LossContext(y)).loss
+    torch.testing.assert_close(found, loss)
+    inputs = [x, linear.weight, linear.bias]
+    for ours, theirs in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(loss, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("rule", [ConvHead("1c2f"), DGLHead("mlp-sr"), DGLHead("cnn"), VGGHead(), PredictionHead(64)])
+def test_channels_last_maps_are_read_as_channels_first_ones(rule):
+    last, first = built(rule, Features((6, 8, 16), "channels_last")), built(rule, Features((16, 6, 8)))
+    for ours, theirs in zip(last.parameters(), first.parameters(), strict=True):
+        nn.init.normal_(theirs, std=0.1)
+        ours.data.copy_(theirs)
+    x = torch.randn(4, 6, 8, 16)
+    torch.testing.assert_close(last(x), first(x.permute(0, 3, 1, 2)))
+
+
+def test_every_name_is_a_rule_and_a_head_supplies_no_context():
+    for name in HEADS:
+        assert resolved(name).build_auxiliary(network(Features((16, 8, 8))), 0)(torch.randn(2, 16, 8, 8)).shape == (2, 10)
+    assert resolved("1c2f") == ConvHead("1c2f") and resolved("linear") == LinearHead()
+    with pytest.raises(ValueError, match="cannot be a head: it supplies modules with context"):
+        resolved(ContSup("R1", head=Greedy()))
+    assert resolved(ContSup("R0")) == ContSup("R0")
+    for head in ("9c9f", 3, None):
+        with pytest.raises(ValueError, match="unknown auxiliary head .*linear.*mlp-sr.*AugLocal"):
+            resolved(head)
+
+
+def test_a_head_means_the_same_to_every_rule():
+    """A name, its rule, and a rule around it are one and the same network."""
+    features = Features((16, 8, 8))
+    for rule in (Greedy("1c2f"), Greedy(ConvHead("1c2f")), Greedy(Greedy("1c2f")), AugLocal(1, head="1c2f")):
+        torch.manual_seed(0)
+        made = built(rule, features)
+        torch.manual_seed(0)
+        plain = built(ConvHead("1c2f"), features)
+        assert [n for n, _ in made.named_parameters()] == [n for n, _ in plain.named_parameters()]
+        for ours, theirs in zip(made.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
