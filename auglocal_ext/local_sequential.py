@@ -19,7 +19,7 @@ from .auxiliary.context import ContextSupply
 from .auxiliary.heads import Head
 from .layers import LayoutChoice, describe, evaluating, nesting_hint, probe_input
 from .local_modules import RECOMPUTE, LocalModule, LocalOutput, Recompute, local_pass, run_forward
-from .nn import FusedSequential, fuse, sharded, unfuse
+from .nn import FusedSequential, fuse, in_process_group, must_be_eager, sharded, unfuse
 from .partition import Balanced
 from .rules.balance import balanced_ends
 from .rules.base import Network, Rule, made_like
@@ -55,15 +55,16 @@ class LocalSequential(nn.Module):
             :class:`auglocal_ext.Balanced` for K modules of balanced memory. One module is ordinary
             backpropagation.
         task: what is learned (:mod:`auglocal_ext.tasks`): :class:`auglocal_ext.Classification`,
-            :class:`auglocal_ext.Binary`, :class:`auglocal_ext.MultiLabel`, :class:`auglocal_ext.Regression`, or one's own.
+            :class:`auglocal_ext.Binary`, :class:`auglocal_ext.MultiLabel`, :class:`auglocal_ext.Regression`, or one's
+            own.
         criterion: with ``outputs``, short for ``task=Criterion(criterion, outputs)``: any
             ``criterion(output, target) -> scalar``.
         outputs: numbers that the network, and so every head, puts out per sample.
-        example_input: an input ``(1, *input_shape)`` in place of ``input_shape``, such as integer tokens ``(1, T)``; more
-            than one are taken for a batch of which the first counts.
+        example_input: an input ``(1, *input_shape)`` in place of ``input_shape``, such as integer tokens ``(1, T)``;
+            more than one are taken for a batch of which the first counts.
         layout: how the layers' outputs are laid out where they have positions: ``"channels_first"``,
-            ``"channels_last"`` (tokens ``(T, C)`` too), or ``"class_token"``: tokens of which heads read the first. One for
-            all layers, or one (or None) for each. None: as the layers tell.
+            ``"channels_last"`` (tokens ``(T, C)`` too), or ``"class_token"``: tokens of which heads read the first. One
+            for all layers, or one (or None) for each. None: as the layers tell.
         label_smoothing: of every local cross-entropy, in [0, 1].
         ignore_index: label that counts nowhere.
         recompute: what keeps only its input and runs a second time for its backward: ``"none"``, the blocks of the
@@ -138,9 +139,7 @@ class LocalSequential(nn.Module):
         self._recompute = chosen
         last = self.network.num_modules - 1
         auxiliary = [made_like(layers, partial(rule.build_auxiliary, self.network, k)) for k in range(last)]
-        supplies = {
-            str(k): made_like(layers, partial(rule.build_context, self.network, k)) for k in range(1, last + 1)
-        }
+        supplies = {str(k): made_like(layers, partial(rule.build_context, self.network, k)) for k in range(1, last + 1)}
         for k, made in enumerate(auxiliary):
             if not isinstance(made, Auxiliary):
                 raise TypeError(f"{rule!r} made {type(made).__name__} for local module {k}, which is no Auxiliary")
@@ -267,9 +266,9 @@ class LocalSequential(nn.Module):
 
     def _warn_of_backpropagation(self, out: Tensor) -> None:
         """Let the output's backward warn, once: ``net(x)`` in training mode is easily taken for local learning."""
-        if torch.compiler.is_compiling() or not self.training or self.num_modules == 1 or not out.requires_grad:
+        if not self.training or self.num_modules == 1 or "backpropagation" in self._warned or must_be_eager(out):
             return
-        if "backpropagation" not in self._warned:
+        if out.requires_grad:
             out.register_hook(self._backpropagates)
 
     def _backpropagates(self, grad: Tensor) -> None:
@@ -388,13 +387,11 @@ class LocalSequential(nn.Module):
 
     def _refuse_sharding(self) -> None:
         """RuntimeError for parameters that ``fully_shard`` or FullyShardedDataParallel holds."""
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-            return
-        if sharded(self.parameters()) or sum(1 for _ in self.parameters()) != self._parameter_count:
+        if in_process_group() and (sharded(self) or sum(1 for _ in self.parameters()) < self._parameter_count):
             raise RuntimeError(
-                "parameters of this network are sharded, or were replaced since it was wrapped: the training pass would "
-                "miss them. Leave fully_shard and FullyShardedDataParallel out; DistributedDataParallel around the whole "
-                "network works"
+                "parameters of this network are sharded, or were taken out of it since it was wrapped: the training "
+                "pass would miss them. Leave fully_shard and FullyShardedDataParallel out; DistributedDataParallel "
+                "around the whole network works"
             )
 
     def extra_repr(self) -> str:
@@ -476,18 +473,18 @@ class InferenceNetwork(nn.Module):
         super().__init__()
         self.primary = primary
         self.context = context
-        children = iter(primary)
-        self._modules_in_order = tuple(
-            replace(
-                module,
-                groups=tuple(tuple(next(children) for _ in group) for group in module.groups),
-                context=context[str(module.index)] if module.context is not None else None,
-                auxiliary=None,
-                recompute="none",
-                fused=False,
-            )
-            for module in modules
-        )
+        self._plain = tuple(replace(m, groups=(), context=None, auxiliary=None, recompute="none") for m in modules)
+        self._lengths = tuple(len(module.layers) for module in modules)
 
     def forward(self, x: Tensor) -> Tensor:
-        return run_forward(self._modules_in_order, x)
+        # Children are looked up at each call: one may have been replaced, to be quantised for example.
+        children = list(self.primary)
+        modules, start = [], 0
+        for plain, length in zip(self._plain, self._lengths, strict=True):
+            key = str(plain.index)
+            context = cast("ContextSupply", self.context[key]) if key in self.context else None
+            modules.append(
+                replace(plain, groups=(tuple(children[start : start + length]),), context=context, fused=False)
+            )
+            start += length
+        return run_forward(modules, x)

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 import torch
 
 from auglocal_ext.cli import train
-from auglocal_ext.models import build
 from auglocal_ext.layers import group_children
+from auglocal_ext.models import build
 from auglocal_ext.training import SettingsError, TrainConfig
 from auglocal_ext.training.config import make_rule
 from auglocal_ext.training.recipes import DATA_RECIPES

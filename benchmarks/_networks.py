@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from auglocal_ext import AugLocal, LocalSequential, fuse, models
-from auglocal_ext.local_modules import Recompute
 from auglocal_ext.layers import group_children
+from auglocal_ext.local_modules import Recompute
 
 BUDGET = 0.5  # activation_memory_budget of the compiled rival, about where the peak is lowest
 

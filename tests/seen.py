@@ -18,5 +18,7 @@ def network(features: Features, task: Task | int = 10, last_width: int = 64) -> 
     """Module 0 puts out ``features``; the network's last stage has ``last_width`` channels."""
     task = Classification(task) if isinstance(task, int) else task
     first = Layer(0, 0, 1, "other", None, features.shape, features, features.channels, "a layer")
-    last = Layer(1, 1, 2, "linear", nn.Linear(2, last_width), (task.outputs,), vectors(task.outputs), last_width, "Linear")
+    last = Layer(
+        1, 1, 2, "linear", nn.Linear(2, last_width), (task.outputs,), vectors(task.outputs), last_width, "Linear"
+    )
     return Network(nn.Sequential(), (first, last), (3, 8, 8), task, (0, 1), Features((3, 8, 8)))

@@ -80,7 +80,7 @@ def test_top_floor_is_not_imported():
         assert not re.search(r"^\s*(from|import) (benchmarks|tests|examples)\b", text, flags=re.M), path
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/architecture.md", "docs/new_rule.md"])
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))])
 def test_documents_name_files_that_exist(name):
     text = (ROOT / name).read_text()
     for path in re.findall(r"`((?:auglocal_ext|csrc|benchmarks|tests|docs)/[\w./-]+\.\w+)`", text):

@@ -1,8 +1,10 @@
-"""docs/new_rule.md's example is a rule: it trains, keeps to its module, and its loss is the formula on the page."""
+"""The examples of docs/new_rule.md, new_term.md and new_task.md run, and compute the formulas on their pages."""
 
 from __future__ import annotations
 
+import copy
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -10,24 +12,34 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from auglocal_ext import LocalSequential, LocalStep, models
+from auglocal_ext import MAN, LocalSequential, LocalStep, models
 from auglocal_ext.cost import count_macs, count_parameters, count_training_macs
 from auglocal_ext.memory import estimate_step
+from auglocal_ext.step import plan_memory
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "new_rule.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
-def blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), flags=re.S)
 
 
 @pytest.fixture
-def example(monkeypatch):
-    module = types.ModuleType("docs_new_rule")
+def example(request, monkeypatch):
+    """The first block of a page as a module; its second block is the attribute ``use``."""
+    first, second = blocks(request.param)
+    module = types.ModuleType(f"docs_{request.param}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(blocks()[0], str(PAGE), "exec"), module.__dict__)
+    exec(compile(first, request.param, "exec"), module.__dict__)
+    module.use = second
     return module
+
+
+def use(example):
+    small = re.sub(r"randn\(16,|\(16,\)", lambda m: m[0].replace("16", "4"), example.use)
+    exec(compile(small, "use", "exec"), example.__dict__)
 
 
 def small(rule, **options):
@@ -38,15 +50,17 @@ def batch(n=8):
     return torch.randn(n, 3, 16, 16), torch.randint(0, 10, (n,))
 
 
-def test_the_page_has_these_two_blocks(example):
-    _, use = blocks()
-    exec(compile(use.replace("16, 3, 32", "4, 3, 32").replace("(16,)", "(4,)"), str(PAGE), "exec"), example.__dict__)
-    assert example.loss.isfinite()
-    assert example.combined.num_modules == 4 and not len(example.combined.context)
+@pytest.mark.parametrize("example", ["new_rule", "new_term", "new_task"], indirect=True)
+def test_every_page_has_these_two_blocks(example):
+    use(example)
+    for name in ("loss", "accuracy"):
+        assert not hasattr(example, name) or getattr(example, name).isfinite().all()
+    assert example.net.num_modules >= 3
 
 
+@pytest.mark.parametrize("example", ["new_rule"], indirect=True)
 @pytest.mark.parametrize("recompute", ["none", "all"])
-def test_it_trains(example, recompute):
+def test_the_rule_trains(example, recompute):
     net = small(example.SelfTaught(), recompute=recompute)
     step = LocalStep(net, lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9))
     x, y = batch()
@@ -55,8 +69,10 @@ def test_it_trains(example, recompute):
     assert net.export()(x).shape == (8, 10)
 
 
+@pytest.mark.parametrize("example", ["new_rule", "new_term"], indirect=True)
 def test_each_loss_trains_its_own_module(example):
-    net = small(example.SelfTaught())
+    rule = example.SelfTaught() if hasattr(example, "SelfTaught") else example.Decorrelated()
+    net = small(rule)
     x, y = batch()
     everything = {name: p for name, p in net.named_parameters() if p.requires_grad}
     assert not any("teacher" in name for name in everything)
@@ -69,34 +85,33 @@ def test_each_loss_trains_its_own_module(example):
         h = out.detach()
 
 
-def test_the_loss_is_the_formula(example):
-    module = small(example.SelfTaught(decorrelation=0.3)).local_modules[1]
-    task = module.auxiliary.task
-    torch.nn.init.normal_(task.teacher.head.linear.weight)
+@pytest.mark.parametrize("example", ["new_rule"], indirect=True)
+def test_the_rules_loss_is_the_formula(example):
+    module = small(example.SelfTaught(teaching=0.3)).local_modules[1]
+    auxiliary = module.auxiliary
+    nn.init.normal_(auxiliary.teacher.head.linear.weight)
     h, (_, y) = torch.randn(8, 4, 16, 16), batch()
-    y[2] = -100
     f = h.mean((2, 3))
-    logits = F.linear(f, task.student.head.linear.weight, task.student.head.linear.bias)
-    teacher = F.linear(f, task.teacher.head.linear.weight, task.teacher.head.linear.bias)
-    taught = -(teacher.softmax(1) * logits.log_softmax(1)).sum(1).mean()
-    correlation = torch.corrcoef(f[y != -100].t())
-    pairs = [correlation[i, j] ** 2 for i in range(4) for j in range(4) if i != j]
-    expected = F.cross_entropy(logits, y) + taught + 0.3 * torch.stack(pairs).mean()
+    logits, taught = (
+        F.linear(f, part.head.linear.weight, part.head.linear.bias) for part in (auxiliary.student, auxiliary.teacher)
+    )
+    expected = F.cross_entropy(logits, y) + 0.3 * (logits - taught).square().mean()
     torch.testing.assert_close(module.local_loss(h, y), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("example", ["new_rule"], indirect=True)
 def test_the_teacher_follows(example):
-    net = small(example.SelfTaught(momentum=0.75))
-    task = net.auxiliary[0].task
-    before = task.teacher.head.linear.weight.clone()
-    assert torch.equal(before, task.student.head.linear.weight)
+    net = small(example.SelfTaught(decay=0.75))
+    teacher, student = net.auxiliary[0].teacher.head.linear, net.auxiliary[0].student.head.linear
+    before = teacher.weight.clone()
+    assert torch.equal(before, student.weight)
     LocalStep(net, lambda params: torch.optim.SGD(params, lr=0.5))(*batch())
-    student = task.student.head.linear.weight
-    assert not torch.equal(student, before)
-    torch.testing.assert_close(task.teacher.head.linear.weight, 0.75 * before + 0.25 * student)
+    assert not torch.equal(student.weight, before)
+    torch.testing.assert_close(teacher.weight, 0.75 * before + 0.25 * student.weight)
 
 
-def test_costs_follow(example):
+@pytest.mark.parametrize("example", ["new_rule"], indirect=True)
+def test_costs_of_the_rule_follow(example):
     net = small(example.SelfTaught())
     encoders, students = (360 + 111 * 4) * 2 + (360 + 111 * 8), 2 * (40 + 10) + (80 + 10)
     assert count_parameters(net) == count_parameters(net.primary) + encoders + students
@@ -109,3 +124,110 @@ def test_costs_follow(example):
         return lambda mark: fake(x, y).loss.backward(), (fake, x, y)
 
     assert estimate_step(build).peak_bytes > 0
+
+
+@pytest.mark.parametrize("example", ["new_rule"], indirect=True)
+def test_the_rules_options_and_its_place_as_a_head(example):
+    assert [(o.name, o.kind, o.default) for o in example.SelfTaught.options()] == [
+        ("decay", float, 0.99),
+        ("teaching", float, 0.1),
+        ("head", str, "linear"),
+    ]
+    with pytest.raises(ValueError, match="decay is within 0 .. 1"):
+        example.SelfTaught(decay=2)
+    with pytest.raises(ValueError, match="cannot be a head: it supplies modules with context"):
+        MAN(head=example.SelfTaught())
+
+
+REGISTER = """
+import sys
+{code}
+from auglocal_ext import rules
+rules.RULES["selftaught"] = SelfTaught  # what a line in auglocal_ext/rules/__init__.py does
+from auglocal_ext.training import TrainConfig
+from auglocal_ext.training.config import make_rule
+from auglocal_ext.training.recipes import SECTIONS
+config = TrainConfig(data=".", output="run", rule="selftaught", decay=0.5, head="auglocal:depth=2")
+assert make_rule(config) == SelfTaught(0.5, head=rules.AugLocal(depth=2)), make_rule(config)
+assert SECTIONS["rule"]["teaching"] is float
+from auglocal_ext.cli import main
+main(["train", "--help"])
+"""
+
+
+def test_a_registered_rule_reaches_the_command_line(tmp_path):
+    code = blocks("new_rule")[0]
+    (tmp_path / "registered.py").write_text(REGISTER.format(code=code))
+    done = subprocess.run([sys.executable, tmp_path / "registered.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert "--decay" in text and "selftaught: m in teacher = m teacher + (1 - m) head (default 0.99)" in text
+
+
+@pytest.mark.parametrize("option", ["scale_classifier", "average_momentum", "joint_tail", "sampling", "beta"])
+def test_a_rules_options_stand_in_its_own_file(option):
+    package = DOCS.parent / "auglocal_ext"
+    files = {
+        p.relative_to(package).as_posix() for p in package.rglob("*.py") if re.search(rf"\b{option}\b", p.read_text())
+    }
+    rules = {name for name in files if name.startswith("rules/") and name != "rules/__init__.py"}
+    assert len(rules) == 1 and len(files - {"training/mixing.py"}) <= 2, files  # sampling is a part's name too
+
+
+@pytest.mark.parametrize("example", ["new_term"], indirect=True)
+def test_the_term_is_the_formula(example):
+    module = small(example.Decorrelated(weight=0.3)).local_modules[1]
+    h, (_, y) = torch.randn(8, 4, 16, 16), batch()
+    y[2] = -100
+    f = h.mean((2, 3))
+    linear = module.auxiliary.network.head.linear
+    correlation = torch.corrcoef(f[y != -100].t())
+    pairs = [correlation[i, j] ** 2 for i in range(4) for j in range(4) if i != j]
+    expected = F.cross_entropy(F.linear(f, linear.weight, linear.bias), y) + 0.3 * torch.stack(pairs).mean()
+    torch.testing.assert_close(module.local_loss(h, y), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("example", ["new_term"], indirect=True)
+def test_the_term_recomputes_to_the_same_numbers(example):
+    nets = [small(example.Decorrelated()) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    nets[1].recompute = "all"
+    x, y = batch()
+    for net in nets:
+        net(x, y).loss.backward()
+    for ours, theirs in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("example", ["new_task"], indirect=True)
+def test_the_task_is_the_formula_and_learns(example):
+    task = example.Ordinal(5)
+    output, y = torch.randn(6, 4).double(), torch.tensor([0, 1, 2, 3, 4, 2])
+    losses = [
+        -F.logsigmoid(z if grade > j else -z)
+        for row, grade in zip(output, y.tolist(), strict=True)
+        for j, z in enumerate(row)
+    ]
+    torch.testing.assert_close(task.loss(output, y), torch.stack(losses).mean())
+    sure = torch.where(y[:, None] > torch.arange(4), 3.0, -3.0)
+    assert (
+        int(task.count(sure, y)) == 6 and int(task.count(-sure, y)) == 2
+    )  # those of grade 2, of whose questions half are no
+    for target, error, message in (
+        (y.float(), TypeError, "grades are int64"),
+        (y[:, None], ValueError, "a grade per sample"),
+        (y + 1, ValueError, "grade 5 at index 4 is not in 0 .. 4"),
+    ):
+        with pytest.raises(error, match=message):
+            task.check(target, 6)
+    from auglocal_ext import AugLocal
+
+    net = LocalSequential(
+        models.resnet_cifar(8, num_classes=4, width=4), AugLocal(2), task=task, input_shape=(3, 16, 16)
+    )
+    assert plan_memory(net, 4, lambda p: torch.optim.SGD(p, lr=0.1)).predicted_bytes > 0
+    twin = copy.deepcopy(net)
+    step = LocalStep(net, lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9))
+    x = torch.randn(6, 3, 16, 16)
+    found = [step(x, y).loss for _ in range(12)]
+    assert found[-1] < found[0] and twin(x, y).module_counts.dtype == torch.int64

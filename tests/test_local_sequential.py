@@ -443,6 +443,24 @@ def test_export_is_a_copy_in_eval_mode():
     assert not any("auxiliary" in key for key in exported.state_dict())
 
 
+def test_an_exported_networks_child_may_be_replaced():
+    exported = small(ContSup("R1E")).export()
+    x, _ = batch()
+    before = exported(x)
+    exported.primary[1] = nn.Identity()
+    assert not torch.equal(exported(x), before)
+
+
+def test_function_transforms_of_inference():
+    net = mlp().train()
+    x, y = torch.randn(5, 12), torch.randint(0, 4, (5,))
+
+    def loss(parameters):
+        return F.cross_entropy(torch.func.functional_call(net, parameters, (x,)), y)
+
+    assert torch.func.grad(loss)(dict(net.named_parameters()))["primary.0.weight"].isfinite().all()
+
+
 @pytest.mark.parametrize("rule", [AugLocal(2), ContSup("R1E")], ids=["auglocal", "contsup"])
 def test_torch_export(rule):
     exported = small(rule).export()
@@ -636,6 +654,6 @@ def test_the_last_modules_loss_ignores_bad_labels_that_were_not_checked():
     wrong, ignored = y.clone(), y.clone()
     wrong[2], wrong[3], ignored[2:4] = 10, -5, -100
     ours, expected = (last.objective(logits, LossContext(target)) for target in (wrong, ignored))
-    assert torch.equal(ours.loss, expected.loss) and torch.equal(ours.count, expected.count)
+    assert torch.equal(ours.loss, expected.loss) and torch.equal(ours.tally, expected.tally)
     with pytest.raises(ValueError, match="label 10 at index 2"):
         last.local_loss(logits, wrong)

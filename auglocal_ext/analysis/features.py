@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..local_sequential import LocalSequential
 from ..layers import Features, classifier_start, group_children, observe, probe_input
+from ..local_sequential import LocalSequential
 
 
 def _layers(network: nn.Module) -> nn.Sequential:

@@ -116,9 +116,7 @@ def information(
     train = partial(
         train_readouts, network, source=source, input_shape=input_shape, epochs=epochs, seed=seed, bars=bars
     )
-    probes = train(
-        make=lambda read: StrongProbe(read, num_classes, probe_blocks), lr=probe_lr, label="I(h, y) probes"
-    )
+    probes = train(make=lambda read: StrongProbe(read, num_classes, probe_blocks), lr=probe_lr, label="I(h, y) probes")
     decoders = train(
         make=lambda read: Decoder(read, input_shape, centre, spread), lr=decoder_lr, label="I(h, x) decoders"
     )

@@ -65,11 +65,11 @@ def linear_probes(
     """Accuracy of a linear classifier on each layer's frozen output: its linear separability.
 
     Protocol, since the papers' own is not published: the network is frozen and in eval mode; maps are average pooled,
-    the longest axis of positions halved in turn, to at most ``max_features`` features (channels are never pooled), flattened and
-    standardised by BatchNorm without weights, which leaves the classifier linear; cross-entropy, Adam, no weight decay,
-    from weights of zero. The learning rate is ``lr`` over the square root of the number of features, so that a step
-    moves the logits as far whatever their number, and falls as a cosine to 0 per step over ``epochs`` epochs of the
-    source's training batches. All probes are trained in one pass over the data.
+    the longest axis of positions halved in turn, to at most ``max_features`` features (channels are never pooled),
+    flattened and standardised by BatchNorm without weights, which leaves the classifier linear; cross-entropy, Adam, no
+    weight decay, from weights of zero. The learning rate is ``lr`` over the square root of the number of features, so
+    that a step moves the logits as far whatever their number, and falls as a cosine to 0 per step over ``epochs``
+    epochs of the source's training batches. All probes are trained in one pass over the data.
 
     Args:
         network: :class:`auglocal_ext.LocalSequential` or ``nn.Sequential``.

@@ -72,8 +72,8 @@ def _rest(layer: Layer, children: list[nn.Module], width: int) -> list[nn.Module
             return [*parts, copy.deepcopy(leaf)]
         elif not type(leaf).__module__.startswith(_LEFT_OUT):
             raise ValueError(
-                f"layer {layer.index} holds a {type(leaf).__name__}, of which no fresh one can be made for an auxiliary "
-                f"block; pass {_FACTORY}"
+                f"layer {layer.index} holds a {type(leaf).__name__}, of which no fresh one can be made for an "
+                f"auxiliary block; pass {_FACTORY}"
             )
     return [*parts, nn.ReLU(inplace=True)]
 
@@ -86,9 +86,10 @@ def _norm(leaf: nn.Module, width: int) -> nn.Module | None:
     if isinstance(leaf, nn.GroupNorm):
         return nn.GroupNorm(leaf.num_groups, width, eps=leaf.eps)
     if type(leaf) is nn.InstanceNorm2d:
-        return nn.InstanceNorm2d(width, leaf.eps, leaf.momentum, leaf.affine, leaf.track_running_stats)
+        momentum = cast("float", leaf.momentum)
+        return nn.InstanceNorm2d(width, leaf.eps, momentum, leaf.affine, leaf.track_running_stats)
     if type(leaf) in (nn.LayerNorm, nn.RMSNorm) and len(leaf.normalized_shape) == 1:  # type: ignore[arg-type]
-        return type(leaf)(width, eps=leaf.eps)  # type: ignore[arg-type, call-arg]
+        return type(leaf)(width, eps=leaf.eps)
     return copy.deepcopy(leaf) if type(leaf) is nn.LocalResponseNorm else None
 
 
@@ -140,7 +141,7 @@ def make_block(
     if layer.kind == "linear":
         return _linear_block(layer, children, in_channels, out_channels)
     raise ValueError(
-        f"layer {layer.index} is {layer.what}, of which no auxiliary block can be made: known are layers of one residual "
-        "block (two 3x3 convolutions, or 1x1, 3x3, 1x1, each with BatchNorm, and ReLU), one convolution or one linear "
-        f"layer. Pass {_FACTORY}"
+        f"layer {layer.index} is {layer.what}, of which no auxiliary block can be made: known are layers of one "
+        "residual block (two 3x3 convolutions, or 1x1, 3x3, 1x1, each with BatchNorm, and ReLU), one convolution or "
+        f"one linear layer. Pass {_FACTORY}"
     )

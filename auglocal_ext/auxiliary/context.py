@@ -129,7 +129,13 @@ class ContextSupply(nn.Module):
         merged = h
         size = self._features.channels_first(h).shape[-2:]
         if self.image is not None and self._image is not None:
-            merged = merged + self._features.restored(self.image(self._image.channels_first(history[0]), size))
+            merged = merged + self._features.restored(self.image(_read(self._image, history, 0), size))
         for (index, source), encoder in zip(self._inputs.items(), self.inputs, strict=True):
-            merged = merged + self._features.restored(encoder(source.channels_first(history[index]), size))
+            merged = merged + self._features.restored(encoder(_read(source, history, index), size))
         return merged
+
+
+def _read(features: Features, history: Sequence[Tensor | None], index: int) -> Tensor:
+    source = history[index]
+    assert source is not None
+    return features.channels_first(source)

@@ -16,7 +16,8 @@ class Head(Auxiliary):
     """``task.readout(features(h), linear)``: what ends an auxiliary network.
 
     A subclass makes ``linear`` of ``settings.task.outputs`` outputs and says what is fed to it. The linear layer is
-    handed to the task unevaluated, with the features and their layout, so that a task can fuse pooling, product and loss.
+    handed to the task unevaluated, with the features and their layout, so that a task can fuse pooling, product and
+    loss.
 
     Attributes:
         read: what :meth:`features` returns, described.

@@ -178,8 +178,8 @@ class ReconstructionLoss(Term):
         for read, what in ((features, "a module here puts out"), (image, "the network's inputs are")):
             if not read.is_2d:
                 raise ValueError(
-                    f"InfoPro reconstructs images from feature maps with height and width, but {what} {read}; take a rule "
-                    "without reconstruction, such as Greedy() or AugLocal(depth=1)"
+                    f"InfoPro reconstructs images from feature maps with height and width, but {what} {read}; take a "
+                    "rule without reconstruction, such as Greedy() or AugLocal(depth=1)"
                 )
         if len(mean) != image.channels:
             raise ValueError(

@@ -101,7 +101,12 @@ def add_parser(subparsers: Any) -> None:
     add("--lr", type=float, metavar="X", help="peak learning rate")
     add("--weight-decay", type=float, metavar="X")
     add("--warmup", type=int, metavar="N", help="epochs of linear warm-up")
-    add("--mixup", type=float, metavar="A", help="mix images in pairs, shares from Beta(A, A); labels become probabilities")
+    add(
+        "--mixup",
+        type=float,
+        metavar="A",
+        help="mix images in pairs, shares from Beta(A, A); labels become probabilities",
+    )
     add("--cutmix", type=float, metavar="A", help="the same by rectangles; with both, either is drawn for each batch")
     add("--seed", type=int, metavar="N", help="default 1234")
     add("--amp", choices=tuple(AMP), help="mixed precision (default none)")

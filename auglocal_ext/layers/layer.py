@@ -101,9 +101,9 @@ def describe(layers: nn.Sequential, example: Tensor, layout: LayoutChoice = None
     for index, child in enumerate(children):
         if has_parameters(child) and not starts_layer(child) and handed[index + 1].shape != handed[index].shape:
             raise ValueError(
-                f"layers[{index}] ({type(child).__name__}) has one number per channel for parameters, as a normalisation, "
-                f"but turns {handed[index].shape} into {handed[index + 1].shape}; put it and the layer before it into an "
-                "nn.Sequential of their own"
+                f"layers[{index}] ({type(child).__name__}) has one number per channel for parameters, as a "
+                f"normalisation, but turns {handed[index].shape} into {handed[index + 1].shape}; put it and the layer "
+                "before it into an nn.Sequential of their own"
             )
     classifier = classifier_start(layers)
     found = []
@@ -115,7 +115,9 @@ def describe(layers: nn.Sequential, example: Tensor, layout: LayoutChoice = None
         kind, block, what = _classify(children[start : min(stop, classifier)], finder.found)
         width = _width(block, _first_output(children, handed, start, stop, said[index]))
         unknown = handed[stop].why_unknown if features is None else ""
-        found.append(Layer(index, start, stop, kind, block, handed[stop].shape, features, width, what, said[index], unknown))
+        found.append(
+            Layer(index, start, stop, kind, block, handed[stop].shape, features, width, what, said[index], unknown)
+        )
     return Described(tuple(found), handed[0].features())
 
 
@@ -192,7 +194,8 @@ def _refusal(layers: nn.Sequential, example: Tensor, index: int, h: Tensor, erro
             f"of its own{nesting_hint(layers)}"
         )
     else:
-        why = f", which is input_shape={tuple(example.shape[1:])}; pass the shape of one input without the batch dimension"
+        given = tuple(example.shape[1:])
+        why = f", which is input_shape={given}; pass the shape of one input without the batch dimension"
     return ValueError(f"{found}{why}. torch says: {error}")
 
 

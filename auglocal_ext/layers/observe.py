@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from .features import Features, Layout
 from .groups import starts_layer
 
-FIRST, LAST = 1, -1
 Axis = Literal[1, -1]
-_NAMES = {FIRST: "channels_first", LAST: "channels_last"}
+FIRST: Axis = 1
+LAST: Axis = -1
+_NAMES: dict[int, Layout] = {FIRST: "channels_first", LAST: "channels_last"}
 _POOLS = (
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AvgPoolNd,
@@ -65,7 +66,7 @@ class Handed:
             return Features(self.shape)
         told = self.exact if self.exact else self.similar
         if layout is None:
-            return Features(self.shape, _NAMES[next(iter(told))]) if len(told) == 1 else None  # type: ignore[arg-type]
+            return Features(self.shape, _NAMES[next(iter(told))]) if len(told) == 1 else None
         said = FIRST if layout == "channels_first" else LAST
         if self.exact and said not in self.exact:
             raise ValueError(

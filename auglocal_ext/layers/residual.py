@@ -203,4 +203,3 @@ def _may_be_residual(block: nn.Module) -> bool:
     if isinstance(block, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return False
     return 2 <= sum(isinstance(part, nn.Conv2d) for part in block.modules()) <= 4
-

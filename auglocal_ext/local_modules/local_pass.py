@@ -183,7 +183,7 @@ def local_pass(
             relay.h = h = h.detach()
             output = scored.output
             losses.append(scored.loss.detach())
-            counts.append(scored.count)
+            counts.append(scored.tally)
             if with_gradients:
                 parameters = [p for p in module.parameters() if p.requires_grad]
                 if take is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .batch_norm_act import BatchNormAct1d, BatchNormAct2d
 from .chain import FusedSequential, run_chain
+from .fusable import must_be_eager
 from .fuse import FusionReport, eager_type, fuse, unfuse
 from .norm_act_conv import norm_act_conv
 from .norm_shortcut_act import Branch, norm_shortcut_act
@@ -11,7 +12,7 @@ from .pooled_linear import PooledLinear
 from .pooling import global_average_pool
 from .recompute import recomputed
 from .residual import FusedResidual
-from .sharding import sharded
+from .sharding import in_process_group, sharded
 
 __all__ = [
     "BatchNormAct1d",
@@ -24,6 +25,8 @@ __all__ = [
     "eager_type",
     "fuse",
     "global_average_pool",
+    "in_process_group",
+    "must_be_eager",
     "norm_act_conv",
     "norm_shortcut_act",
     "recomputed",

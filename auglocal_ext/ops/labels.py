@@ -49,8 +49,9 @@ def first_bad(target: Tensor, num_classes: int, ignore_index: int, bad: Tensor) 
     """The message for labels out of range, by their mask."""
     index = int(bad.nonzero()[0])
     return (
-        f"label {int(target[index])} at index {index} is out of range: expected {_expected(num_classes, ignore_index)}; "
-        f"{int(bad.sum())} of {target.numel()} labels are wrong. Check num_classes and the data set's numbering"
+        f"label {int(target[index])} at index {index} is out of range: expected "
+        f"{_expected(num_classes, ignore_index)}; {int(bad.sum())} of {target.numel()} labels are wrong. "
+        "Check num_classes and the data set's numbering"
     )
 
 

@@ -7,13 +7,11 @@ from .greedy import DGL, Greedy
 from .heads import CONV_HEADS, DGL_HEADS, ConvHead, DGLHead, LinearHead, PredictionHead, VGGHead
 from .infopro import INFOPRO_WEIGHTS, InfoPro
 from .man import MAN
-from .options import Option, option
+from .options import Option, head_option, option
 from .predsim import PredSim
 
 #: The rules that the command line and recipes know, by name.
-RULES: dict[str, type[Rule]] = {
-    rule.name: rule for rule in (AugLocal, ContSup, DGL, Greedy, InfoPro, MAN, PredSim)
-}
+RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (AugLocal, ContSup, DGL, Greedy, InfoPro, MAN, PredSim)}
 
 __all__ = [
     "CONV_HEADS",
@@ -38,6 +36,7 @@ __all__ = [
     "PredictionHead",
     "Rule",
     "VGGHead",
+    "head_option",
     "option",
     "resolved",
 ]

@@ -82,7 +82,8 @@ class AugLocal(Rule):
         head = resolved(self.head)
         if self.single_layer_norm and not isinstance(head, LinearHead):
             raise ValueError(
-                f"single_layer_norm puts a BatchNorm before the linear head's layer; head={self.head!r} has no such place"
+                f"single_layer_norm puts a BatchNorm before the linear head's layer; head={self.head!r} has no such "
+                "place"
             )
         if self.sampling not in SAMPLING:
             raise ValueError(f"sampling is one of {', '.join(SAMPLING)}; got {self.sampling!r}")
@@ -186,8 +187,8 @@ class _Pool(nn.Module):
 def _needs_map(features: Features, why: str) -> None:
     if features.layout != "channels_first" or not features.is_2d:
         raise ValueError(
-            f"{why}, but the auxiliary network is fed with {features}; pass AugLocal(block=factory), explicit modules, or "
-            "another rule"
+            f"{why}, but the auxiliary network is fed with {features}; pass AugLocal(block=factory), explicit "
+            "modules, or another rule"
         )
 
 

@@ -49,6 +49,15 @@ def balanced_ends(network: Network, rule: Rule, example: Tensor, num_modules: in
         network: with its layers; its ``ends`` are not looked at.
         example: an input ``(1, ...)``.
     """
+    try:
+        costs = _costs(network, rule, example)
+    finally:
+        unfuse(network.primary)
+    return balance(len(network.layers), num_modules, *costs)
+
+
+def _costs(network: Network, rule: Rule, example: Tensor) -> tuple[list[int], list[int], list[int]]:
+    """Saved bytes of each layer, of the auxiliary network behind it, and of the context before it."""
     layers = network.layers
     finest = replace(network, ends=tuple(range(len(layers))))
     children = list(network.primary)
@@ -75,8 +84,7 @@ def balanced_ends(network: Network, rule: Rule, example: Tensor, num_modules: in
                 fuse(head)
             h = run(h)
             head_cost.append(0 if head is None else _cost(head, partial(head, h), [h]))
-    unfuse(network.primary)
-    return balance(len(layers), num_modules, cost, head_cost, context_cost)
+    return cost, head_cost, context_cost
 
 
 def _cost(module: nn.Module, run: Callable[[], Tensor], shared: list[Tensor]) -> int:

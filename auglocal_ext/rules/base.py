@@ -69,8 +69,8 @@ class Network:
             raise ValueError(
                 f"layer {layer.index} ({layer.what}), with which local module {module} ends, puts out a shape of "
                 f"{layer.shape}, and {layer.unknown} which axis holds the channels: say "
-                "LocalSequential(..., layout='channels_first') for (C, *positions), 'channels_last' for (*positions, C) "
-                "and tokens (T, C), 'class_token' for tokens of which heads read the first; or one for each layer"
+                "LocalSequential(..., layout='channels_first') for (C, *positions), 'channels_last' for (*positions, "
+                "C) and tokens (T, C), 'class_token' for tokens of which heads read the first; or one for each layer"
             )
         return layer.features
 
@@ -104,9 +104,9 @@ class Network:
 class Rule(ABC):
     """A local learning rule: builds the auxiliary network and the context of each local module.
 
-    A subclass composes parts of :mod:`auglocal_ext.auxiliary`; the training pass itself is the same for all. Where it has
-    a field ``head``, a rule or the name of one, that rule's auxiliary networks look at what this rule makes, and cuts and
-    the weight of the last loss are those of the head unless the subclass says otherwise.
+    A subclass composes parts of :mod:`auglocal_ext.auxiliary`; the training pass itself is the same for all. Where it
+    has a field ``head``, a rule or the name of one, that rule's auxiliary networks look at what this rule makes, and
+    cuts and the weight of the last loss are those of the head unless the subclass says otherwise.
     """
 
     #: Name on the command line and in recipes, once the rule is in ``RULES``.
@@ -201,7 +201,7 @@ def resolved(head: Head) -> Rule:
         )
     if head.supplies_context:
         raise ValueError(
-            f"{head!r} cannot be a head: it supplies modules with context, and a head only looks at their output. Make it "
-            "the outer rule, with the other one as its head"
+            f"{head!r} cannot be a head: it supplies modules with context, and a head only looks at their output. "
+            "Make it the outer rule, with the other one as its head"
         )
     return head

@@ -54,8 +54,8 @@ class ConvHead(Rule):
     """The local classifiers ``<a>c<b>f`` of InfoPro and ContSup: a convolutions, pooling, b linear layers.
 
     The first convolution (3x3, no bias, BatchNorm, ReLU) doubles the width with stride 2, or keeps the width of the
-    network's last stage with stride 1; hidden linear layers have ``feature_dim`` features and ReLU. ``widen`` multiplies
-    both.
+    network's last stage with stride 1; hidden linear layers have ``feature_dim`` features and ReLU. ``widen``
+    multiplies both.
 
     Args:
         kind: one of ``0c1f`` (greedy local learning), ``0c2f``, ``1c1f``, ``1c2f`` (the default of both papers),
@@ -231,7 +231,14 @@ class _DGL(Head):
         self.linear = nn.Linear(4 * width, settings.task.outputs)
 
     def features(self, h: Tensor) -> Tensor:
-        return self.run(self.hidden, self._map.channels_first(h))
+        h = self._map.channels_first(h)
+        if not self.settings.recompute:
+            return self.hidden(h)
+        convolutions = [i for i, part in enumerate(self.hidden) if isinstance(part, nn.Sequential)]
+        starts = [0, *convolutions[1:]]
+        for start, stop in zip(starts, [*starts[1:], len(self.hidden)], strict=True):
+            h = self.run(self.hidden[start:stop], h)
+        return h
 
 
 @dataclass(frozen=True)

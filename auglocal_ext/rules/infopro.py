@@ -33,9 +33,9 @@ class InfoPro(Rule):
             defaults are for images in [0, 1] that were not.
 
     Raises:
-        ValueError: for negative weights, an unknown loss or head, a ``feature_dim`` that nothing reads; when wrapped, for
-            modules that put out no maps, for a ``mean`` that does not fit the image's channels, and for a contrastive loss
-            of another task than classification without label smoothing.
+        ValueError: for negative weights, an unknown loss or head, a ``feature_dim`` that nothing reads; when wrapped,
+            for modules that put out no maps, for a ``mean`` that does not fit the image's channels, and for a
+            contrastive loss of another task than classification without label smoothing.
 
     Source: Wang et al., Revisiting Locally Supervised Learning: an Alternative to End-to-end Training, ICLR 2021;
     ``INFOPRO_WEIGHTS`` holds its weights.
@@ -70,8 +70,8 @@ class InfoPro(Rule):
     @classmethod
     def options(cls) -> list[Option]:
         text = (
-            "lambda1 and lambda2 (reconstruction, --loss) of the first local module, then of the last; left out, those of "
-            "InfoPro's experiments for the data set, network and number of modules"
+            "lambda1 and lambda2 (reconstruction, --loss) of the first local module, then of the last; left out, "
+            "those of InfoPro's experiments for the data set, network and number of modules"
         )
         return [*super().options(), Option("weights", tuple[float, ...], text, "", None, "A,B,C,D")]
 

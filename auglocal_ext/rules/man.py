@@ -48,12 +48,12 @@ class MomentumNetwork(Auxiliary):
     def after_step(self) -> None:
         """Move the average towards the block."""
         average: list[Tensor] = list(self.average.parameters())
-        followed = list(self._followed[0].parameters())
-        if sharded(followed):
+        block = self._followed[0]
+        if sharded(block):
             raise RuntimeError(
                 "MAN's average cannot follow a block whose parameters are sharded: leave fully_shard out"
             )
-        torch._foreach_lerp_(average, followed, 1 - self.momentum)
+        torch._foreach_lerp_(average, list(block.parameters()), 1 - self.momentum)
         self.head.after_step()
 
 
@@ -108,8 +108,8 @@ class MAN(Rule):
 def _next_block(network: Network, index: int) -> tuple[nn.Module, Features]:
     """Layer ``index`` as a block, and what it puts out: without the classifier, and without a tail that ends the map.
 
-    The tail is made of pooling and flattening: of the last layer what follows the last weights, from the first part that
-    changes the shape; of another layer that too where it turns a map into vectors.
+    The tail is made of pooling and flattening: of the last layer what follows the last weights, from the first part
+    that changes the shape; of another layer that too where it turns a map into vectors.
     """
     layer = network.layers[index]
     children = network.body_of(layer)
@@ -130,7 +130,7 @@ def _next_block(network: Network, index: int) -> tuple[nn.Module, Features]:
     if features is None:
         raise ValueError(
             f"MAN copies layer {index} ({layer.what}) without its pooling and classifier, which puts out a shape of "
-            f"{handed[count].shape}, and {handed[count].why_unknown} which axis holds the channels: say layout= for layer "
-            f"{index}, take another rule, or fewer modules"
+            f"{handed[count].shape}, and {handed[count].why_unknown} which axis holds the channels: say layout= for "
+            f"layer {index}, take another rule, or fewer modules"
         )
     return block, features

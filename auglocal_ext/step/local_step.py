@@ -7,10 +7,11 @@ from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..local_modules import LocalOutput, OneStream, Recompute
 from ..local_sequential import LocalSequential
+from ..nn import eager_type, in_process_group
 from .graph import GraphedStep, Graphs
 from .memory_plan import MemoryPlan
 from .optimizers import ModuleOptimizers, OptimizerFactory, listed
@@ -36,7 +37,8 @@ class LocalStep:
     time. On CUDA the step is captured into one graph after some steps and then costs one launch.
 
     Call it with the network in training mode, with batches on the network's device; a batch of another shape, such as
-    the last of an epoch, runs without the graph. Gradients never appear in ``.grad`` between steps. In a process group of
+    the last of an epoch, runs without the graph. Gradients never appear in ``.grad`` between steps. In a process group
+    of
     several processes it raises, since gradients are not reduced here: use ``net(x, y)`` in DistributedDataParallel.
 
     Args:
@@ -89,7 +91,7 @@ class LocalStep:
         batch_size: int | None = None,
     ) -> None:
         if not isinstance(net, LocalSequential):
-            raise TypeError(f"net must be a LocalSequential, got {type(net).__name__}; {_way_for(net)}")
+            raise TypeError(f"net must be a LocalSequential, got {_name_of(net)}; {_way_for(net)}")
         if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
             raise TypeError(
                 "optimizer must be a function that makes one of a list of parameters, such as lambda params: "
@@ -250,6 +252,10 @@ class LocalStep:
         return out._replace(loss=out.loss.detach())
 
 
+def _name_of(net: Any) -> str:
+    return eager_type(net).__name__ if isinstance(net, nn.Module) else type(net).__name__
+
+
 def _way_for(net: Any) -> str:
     if isinstance(net, torch.nn.parallel.DistributedDataParallel):
         return "a step does not reduce gradients over processes: train the wrapped network by its net(x, y) and a loop"
@@ -258,13 +264,12 @@ def _way_for(net: Any) -> str:
 
 def _refuse_processes() -> None:
     """RuntimeError among several processes, whose weights would drift apart."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
-    size = torch.distributed.get_world_size()
+    size = torch.distributed.get_world_size() if in_process_group() else 1
     if size > 1:
         raise RuntimeError(
             f"LocalStep runs in one process, and this is one of {size}: gradients are not reduced over them, so their "
-            "weights would drift apart. Wrap the network in DistributedDataParallel and train it by net(x, y) and a loop"
+            "weights would drift apart. Wrap the network in DistributedDataParallel and train it by net(x, y) and a "
+            "loop"
         )
 
 

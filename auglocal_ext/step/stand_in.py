@@ -78,7 +78,7 @@ class TrialModule:
     def objective(self, out: Tensor, context: LossContext) -> Scored:
         if self._first is self:
             result = self._module.objective(out, context)
-            self._scored = TensorForm.of(result.output), TensorForm.of(result.count)
+            self._scored = TensorForm.of(result.output), TensorForm.of(result.tally)
             return result
         assert self._first._scored is not None
         trained = [p for p in self.parameters() if p.requires_grad]

@@ -19,12 +19,12 @@ class Scored(NamedTuple):
     Attributes:
         loss: scalar, with graph.
         output: detached.
-        count: what the task counts, summed over the batch; -1 if nothing is counted.
+        tally: what the task counts, summed over the batch; -1 if nothing is counted.
     """
 
     loss: Tensor
     output: Tensor
-    count: Tensor
+    tally: Tensor
 
 
 class Task(nn.Module, ABC):
@@ -99,9 +99,7 @@ class Task(nn.Module, ABC):
         """
         self.check_form(target, samples)
         if values:
-            check_values(
-                target, partial(self.invalid, target), partial(self.complaint, target), self.late_complaint
-            )
+            check_values(target, partial(self.invalid, target), partial(self.complaint, target), self.late_complaint)
 
     def score(self, output: Tensor, target: Tensor) -> Scored:
         """Loss and count of an output."""

@@ -30,7 +30,8 @@ class MultiLabel(Task):
             raise TypeError(f"expected labels of 0 and 1, or probabilities; got {target.dtype}")
         if tuple(target.shape) != (samples, self.outputs):
             raise ValueError(
-                f"expected targets ({samples}, {self.outputs}), one of 0 and 1 for each label; got {tuple(target.shape)}"
+                f"expected targets ({samples}, {self.outputs}), one of 0 and 1 for each label; got "
+                f"{tuple(target.shape)}"
             )
 
     def invalid(self, target: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ class MultiLabel(Task):
 
 
 class Binary(MultiLabel):
-    """One yes-or-no label per sample, of an output ``(N, 1)``; targets ``(N,)`` or ``(N, 1)`` as of :class:`MultiLabel`."""
+    """One yes-or-no label per sample: :class:`MultiLabel` of one label, whose targets may be ``(N,)`` too."""
 
     def __init__(self) -> None:
         super().__init__(1)

@@ -50,9 +50,7 @@ class Classification(Task):
 
     @property
     def expected_output(self) -> str:
-        return (
-            f"(N, num_classes) = (N, {self.outputs}); the last child must be the classifier (pool, flatten, linear)"
-        )
+        return f"(N, num_classes) = (N, {self.outputs}); the last child must be the classifier (pool, flatten, linear)"
 
     def check_form(self, target: Tensor, samples: int) -> None:
         check_samples(target, samples)
@@ -85,8 +83,8 @@ class Classification(Task):
         row = target[index]
         return (
             f"row {index} holds no class probabilities: the smallest is {float(row.min()):g} and their sum "
-            f"{float(row.sum()):g}, expected none below 0 and a sum of 1; {int(invalid.sum())} of {len(target)} rows are "
-            "wrong. For labels that do not exclude each other use task=MultiLabel(...)"
+            f"{float(row.sum()):g}, expected none below 0 and a sum of 1; {int(invalid.sum())} of {len(target)} rows "
+            "are wrong. For labels that do not exclude each other use task=MultiLabel(...)"
         )
 
     def late_complaint(self, count: int) -> str:
@@ -95,9 +93,7 @@ class Classification(Task):
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         if target.dtype == torch.int64:
             target = labels.ignoring_bad_labels(target, self.outputs, self.ignore_index)
-            return F.cross_entropy(
-                output, target, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing
-            )
+            return F.cross_entropy(output, target, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing)
         if target.is_cuda:  # rows that are not valid, of which the host hears later
             target = target.masked_fill(self.invalid(target)[:, None], 0)
         output = wide(output)
@@ -131,9 +127,7 @@ class Classification(Task):
         return torch.zeros(samples, dtype=torch.int64, device=device)
 
     def extra_repr(self) -> str:
-        return (
-            f"num_classes={self.outputs}, label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}"
-        )
+        return f"num_classes={self.outputs}, label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}"
 
 
 def classes_of(task: Task, who: str) -> Classification:

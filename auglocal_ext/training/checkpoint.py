@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
-FORMAT = 3
+FORMAT = 4
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -47,7 +47,9 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else None
-        raise CheckpointError(f"{path}: expected a checkpoint of format {FORMAT}, found {found}")
+        raise CheckpointError(
+            f"{path}: expected a checkpoint of format {FORMAT}, found {found}: another version wrote it"
+        )
     return state
 
 

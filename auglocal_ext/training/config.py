@@ -55,10 +55,10 @@ class TrainConfig(_RuleSettings):
     :class:`auglocal_ext.LocalSequential` has them, ``recompute="peak"``, ``memory_budget`` (such as "0.4GiB"),
     ``graph`` ("auto", "on", "off") and ``overlap`` (None, True, False) as :class:`auglocal_ext.step.LocalStep` has
     them. The rule ``"bp"`` is backpropagation of the same network, eager.
-    ``mixup`` and ``cutmix`` are alpha of Beta(alpha, alpha) (:class:`auglocal_ext.training.mixing.MixedBatches`), None or
-    0 for none. ``amp`` is ``"none"``, ``"bf16"`` or ``"fp16"`` (with a GradScaler); ``device`` is ``"auto"`` or torch's
-    name. ``recipe`` is the data set's training ("auto": the one at hand); ``from_recipe`` takes any recipe, network
-    and rule included, and notes it in ``recipe_file``.
+    ``mixup`` and ``cutmix`` are alpha of Beta(alpha, alpha) (:class:`auglocal_ext.training.mixing.MixedBatches`), None
+    or 0 for none. ``amp`` is ``"none"``, ``"bf16"`` or ``"fp16"`` (with a GradScaler); ``device`` is ``"auto"`` or
+    torch's name. ``recipe`` is the data set's training ("auto": the one at hand); ``from_recipe`` takes any recipe,
+    network and rule included, and notes it in ``recipe_file``.
 
     Raises SettingsError for a value that cannot be, and for an option of another rule.
     """

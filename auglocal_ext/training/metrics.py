@@ -27,7 +27,7 @@ class StepResult:
     def of_one_module(cls, scored: Scored) -> StepResult:
         """Of a network that is trained, or looked at, as a whole."""
         loss = scored.loss.detach()
-        return cls(loss, loss.reshape(1), scored.count.reshape(1))
+        return cls(loss, loss.reshape(1), scored.tally.reshape(1))
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,8 @@ def mix_up(images: Tensor, share: float, random: np.random.Generator) -> tuple[T
 def cut_mix(images: Tensor, share: float, random: np.random.Generator) -> tuple[Tensor, float]:
     """Images (B, C, H, W) with a rectangle of their neighbours', and the share of the area that is their own.
 
-    The rectangle has the image's proportions and, before it is cut at the edges, 1 - ``share`` of its area; its centre is
-    drawn anywhere.
+    The rectangle has the image's proportions and, before it is cut at the edges, 1 - ``share`` of its area; its centre
+    is drawn anywhere.
     """
     height, width = images.shape[-2:]
     side = math.sqrt(1 - share)

@@ -31,11 +31,7 @@ _MODULES = "number of local modules, or index of the last layer of each but the 
 
 def _options() -> dict[str, Option]:
     kind: Any = int | tuple[int, ...]
-    found = {
-        "modules": Option(
-            kind, "K|I,J,..", {rule: RuleOption("modules", kind, _MODULES, "") for rule in RULES}
-        )
-    }
+    found = {"modules": Option(kind, "K|I,J,..", {rule: RuleOption("modules", kind, _MODULES, "") for rule in RULES})}
     for rule, cls in RULES.items():
         for own in cls.options():
             shared = found.setdefault(own.name, Option(own.kind, own.metavar, {}))

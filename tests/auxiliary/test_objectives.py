@@ -183,7 +183,7 @@ def test_weights_of_objectives():
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
-    assert int(found.count) == int((logits.argmax(1) == y).sum())
+    assert int(found.tally) == int((logits.argmax(1) == y).sum())
     torch.testing.assert_close(both(h), logits)
 
 
@@ -197,7 +197,7 @@ def test_a_network_of_weight_zero_only_counts():
     (expected,) = torch.autograd.grad(2 * similarity.loss(h, LossContext(y)), h)
     torch.testing.assert_close(grad, expected)
     assert not any(p.requires_grad for p in head.parameters())
-    assert int(found.count) == int((head(h).argmax(1) == y).sum())
+    assert int(found.tally) == int((head(h).argmax(1) == y).sum())
 
 
 @pytest.mark.parametrize("ignored", [-100, 2])
@@ -209,7 +209,7 @@ def test_contrastive_heads_have_features_and_no_hits(ignored):
     found = head.loss(h, LossContext(y))
     expected = literal_contrast(head(h).detach(), y, 0.07, ignored)
     assert float(found.loss) == pytest.approx(expected, rel=1e-4)
-    assert int(found.count) == -1 and not contrast.metric
+    assert int(found.tally) == -1 and not contrast.metric
     with pytest.raises(TypeError, match="contrastive loss compares samples by class and needs class indices"):
         head.head.check_target(torch.full((6, 3), 1 / 3))
 
@@ -235,7 +235,9 @@ def test_terms_recompute_to_the_same_numbers(name):
         torch.manual_seed(1)
         h = torch.randn(6, 4, 5, 5, requires_grad=True)
         context = LossContext(torch.tensor([0, 1, 2, 0, 1, 2]), torch.rand(6, 3, 9, 9))
-        known = {t.untyped_storage()._cdata for t in (h, context.input, context.target, *term.parameters(), *term.buffers())}
+        known = {
+            t.untyped_storage()._cdata for t in (h, context.input, context.target, *term.parameters(), *term.buffers())
+        }
         saved = {}
 
         def pack(tensor, saved=saved, known=known):

@@ -147,7 +147,9 @@ class Dot(nn.Module):
 
 def test_what_looks_like_a_normalisation_and_is_none_is_refused():
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), Dot())
-    with pytest.raises(ValueError, match=r"layers\[4\] \(Dot\) .* turns \(8,\) into \(1,\); put it and the layer before"):
+    with pytest.raises(
+        ValueError, match=r"layers\[4\] \(Dot\) .* turns \(8,\) into \(1,\); put it and the layer before"
+    ):
         described(net, (4,))
     whole = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Sequential(nn.Linear(8, 8), nn.ReLU(), Dot()))
     assert len(described(whole, (4,))) == 1
@@ -201,7 +203,9 @@ class Nested(nn.Module):
 
 
 def around(block, channels=8, size=8):
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4)
+    )
 
 
 @pytest.mark.parametrize("where", ["cpu", "meta"])
@@ -315,7 +319,9 @@ def test_a_failing_block_leaves_no_hook_and_no_mode_behind():
 
 def test_a_missing_flatten_is_found():
     parts = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Linear(32, 4)]
-    with pytest.raises(ValueError, match=r"layers\[3\] \(Linear\).*\(N, 8, 2, 2\).*missing nn.Flatten\(\) before layers\[3\]"):
+    with pytest.raises(
+        ValueError, match=r"layers\[3\] \(Linear\).*\(N, 8, 2, 2\).*missing nn.Flatten\(\) before layers\[3\]"
+    ):
         described(nn.Sequential(*parts), (3, 8, 8))
     parts[3] = nn.Sequential(nn.Dropout(), nn.Linear(32, 4))
     with pytest.raises(ValueError, match="missing nn.Flatten"):
@@ -331,7 +337,9 @@ def test_naive_children_of_a_model():
         vgg = torchvision.models.vgg11(weights=None, num_classes=6)
         children = nn.Sequential(vgg.features, vgg.avgpool, nn.Flatten(), vgg.classifier)
         for rule, modules in ((AugLocal(depth=2), None), (Greedy(), 4)):
-            with pytest.raises(ValueError, match=r"layers\[0\] \(Sequential of 21\) holds most of the network .*unnest it"):
+            with pytest.raises(
+                ValueError, match=r"layers\[0\] \(Sequential of 21\) holds most of the network .*unnest it"
+            ):
                 LocalSequential(children, rule, 6, (3, 64, 64), modules)
 
 

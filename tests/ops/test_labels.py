@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from auglocal_ext.ops import check_labels, labels, pooled_cross_entropy, raise_deferred_errors
+from auglocal_ext.ops import check_labels, deferred, labels, pooled_cross_entropy, raise_deferred_errors
 
 
 @pytest.fixture(autouse=True)
 def _nothing_pending() -> Iterator[None]:
-    labels._pending.clear()
+    deferred._pending.clear()
     yield
-    labels._pending.clear()
+    deferred._pending.clear()
 
 
 def test_good_labels_pass() -> None:
@@ -38,7 +39,8 @@ def test_out_of_range_names_the_first_bad_label(target: list[int], message: str)
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.bool])
 def test_dtype(dtype: torch.dtype) -> None:
-    with pytest.raises(TypeError, match=r"torch\.int64.*target\.long\(\)"):
+    hint = "class numbers are whole" if dtype.is_floating_point else r"target\.long\(\)"
+    with pytest.raises(TypeError, match=rf"torch\.int64.*{hint}"):
         check_labels(torch.zeros(3).to(dtype), 10)
 
 
@@ -77,15 +79,16 @@ class Event:
         self.done = True
 
 
-def pending(done: bool, bad: int) -> labels._Deferred:
-    return labels._Deferred(Event(done), torch.tensor(bad), 64, 10, -100)  # type: ignore[arg-type]
+def pending(done: bool, bad: int) -> deferred._Deferred:
+    message = partial(labels.late, 10, -100, of=64)
+    return deferred._Deferred(Event(done), torch.tensor(bad), message)  # type: ignore[arg-type]
 
 
 def test_deferred_count_is_raised_once_its_event_is_done() -> None:
     entry = pending(False, 3)
-    labels._pending.extend([pending(True, 0), entry])
+    deferred._pending.extend([pending(True, 0), entry])
     raise_deferred_errors()
-    assert list(labels._pending) == [entry]
+    assert list(deferred._pending) == [entry]
     entry.event.synchronize()
     with pytest.raises(ValueError, match=r"3 of 64 labels of an earlier batch.*0 <= label < 10"):
         raise_deferred_errors()
@@ -93,7 +96,7 @@ def test_deferred_count_is_raised_once_its_event_is_done() -> None:
 
 
 def test_waiting_for_deferred_counts() -> None:
-    labels._pending.append(pending(False, 1))
+    deferred._pending.append(pending(False, 1))
     with pytest.raises(ValueError, match="1 of 64 labels"):
         raise_deferred_errors(wait=True)
 
@@ -138,18 +141,23 @@ def test_capture_skips_the_check() -> None:
     with torch.cuda.graph(graph):
         check_labels(target, 10)
         _ = target + 1
-    assert not labels._pending
+    assert not deferred._pending
 
 
 def test_counting_labels_where_the_host_cannot_be_asked() -> None:
-    counter = labels.BadLabelCounter(torch.device("cpu"), 10)
-    counter.add(torch.tensor([0, 9, -100]))
-    counter.raise_if_any()
-    counter.add(torch.tensor([10, -1, 3]))
-    counter.add(torch.tensor([11]))
+    counter = deferred.BadValueCounter(torch.device("cpu"))
+    late = partial(labels.late, 10, -100)
+
+    def add(*target: int) -> None:
+        counter.add(labels.bad_labels(torch.tensor(target), 10))
+
+    add(0, 9, -100)
+    counter.raise_if_any(late)
+    add(10, -1, 3)
+    add(11)
     with pytest.raises(ValueError, match=r"3 labels of earlier batches .*0 <= label < 10"):
-        counter.raise_if_any()
-    counter.raise_if_any()  # told once
+        counter.raise_if_any(late)
+    counter.raise_if_any(late)  # told once
 
 
 def test_bad_labels_turn_into_ignored_ones() -> None:

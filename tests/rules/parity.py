@@ -1,8 +1,8 @@
 """Twenty-odd configurations on exactly reproducible numbers, and what they came to: ``parity.json`` beside this file.
 
 The table was recorded before tasks, loss settings and features were parts of their own, from code that had been held
-against the papers' released code in float64. ``python tests/rules/parity.py`` writes it anew, which is right only where a
-change of these numbers is what was wanted.
+against the papers' released code in float64. ``python tests/rules/parity.py`` writes it anew, which is right only where
+a change of these numbers is what was wanted.
 """
 
 from __future__ import annotations

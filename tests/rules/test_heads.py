@@ -148,7 +148,10 @@ def test_channels_last_maps_are_read_as_channels_first_ones(rule):
 
 def test_every_name_is_a_rule_and_a_head_supplies_no_context():
     for name in HEADS:
-        assert resolved(name).build_auxiliary(network(Features((16, 8, 8))), 0)(torch.randn(2, 16, 8, 8)).shape == (2, 10)
+        assert resolved(name).build_auxiliary(network(Features((16, 8, 8))), 0)(torch.randn(2, 16, 8, 8)).shape == (
+            2,
+            10,
+        )
     assert resolved("1c2f") == ConvHead("1c2f") and resolved("linear") == LinearHead()
     with pytest.raises(ValueError, match="cannot be a head: it supplies modules with context"):
         resolved(ContSup("R1", head=Greedy()))

@@ -9,8 +9,8 @@ from typing import get_type_hints
 import pytest
 from runs import trainer
 
-from auglocal_ext.models import build
 from auglocal_ext.layers import group_children
+from auglocal_ext.models import build
 from auglocal_ext.training import RECIPES, SettingsError, TrainConfig, recipes
 from auglocal_ext.training.config import differences, make_rule, resolve, to_recipe
 from auglocal_ext.training.recipes import DATA_RECIPES, SECTIONS

@@ -161,12 +161,16 @@ class Strange(nn.Module):
 
 
 def unknown():
-    return nn.Sequential(nn.Conv2d(3, 8, 3), Strange(), Strange(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), Strange(), Strange(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+    )
 
 
 def test_where_nothing_tells_it_is_refused():
     assert found(unknown(), (3, 8, 8))[1] is None
-    with pytest.raises(ValueError, match=r"layer 1 \(Strange\).*no layer around it tells which axis.*layout='channels_first'"):
+    with pytest.raises(
+        ValueError, match=r"layer 1 \(Strange\).*no layer around it tells which axis.*layout='channels_first'"
+    ):
         LocalSequential(unknown(), Greedy(), 3, (3, 8, 8))
     net = LocalSequential(unknown(), Greedy(), 3, (3, 8, 8), layout="channels_first")
     assert [a.head.read.shape for a in net.auxiliary] == [(8, 6, 6), (8, 6, 6)]
@@ -186,7 +190,9 @@ def test_layers_that_disagree():
 def test_what_is_said_must_not_contradict_the_layers():
     with pytest.raises(ValueError, match="layer 0: layout='channels_first' is said of features of shape .5, 8."):
         LocalSequential(vit(), Greedy(), 3, (3, 8, 8), layout="channels_first")
-    with pytest.raises(ValueError, match="layer 0: layout='channels_last'.*takes axis 1.*one layout .or None. for each layer"):
+    with pytest.raises(
+        ValueError, match="layer 0: layout='channels_last'.*takes axis 1.*one layout .or None. for each layer"
+    ):
         net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), classifier(8))
         LocalSequential(net, Greedy(), 3, (3, 8, 8), layout="channels_last")
     for wrong in ("nchw", ["channels_last"], [None, None, "tokens"]):
@@ -217,7 +223,9 @@ def test_integer_tokens_are_an_example():
     net(x, y).loss.backward()
     assert all(p.grad is not None for p in net.parameters())
     assert net(x).shape == (4, 3) and net.export()(x).shape == (4, 3)
-    with pytest.raises(TypeError, match="x must be integers, as the torch.int64 this network was wrapped for; got torch.float32"):
+    with pytest.raises(
+        TypeError, match="x must be integers, as the torch.int64 this network was wrapped for; got torch.float32"
+    ):
         net(x.float(), y)
     with pytest.raises(ValueError, match=r"x must have shape \(N, 6\)"):
         net(x[:, :5], y)
@@ -232,7 +240,10 @@ def test_integer_tokens_are_an_example():
         ({"input_shape": ()}, "input_shape is the shape of one input"),
         ({"input_shape": (0, 6)}, "input_shape is the shape of one input"),
         ({"input_shape": "6"}, "input_shape is the shape of one input"),
-        ({"example_input": torch.zeros(6)}, r"example_input must be a tensor \(1, \*input_shape\) with the batch first, got \(6,\)"),
+        (
+            {"example_input": torch.zeros(6)},
+            r"example_input must be a tensor \(1, \*input_shape\) with the batch first, got \(6,\)",
+        ),
         ({"example_input": [1, 2]}, "example_input must be a tensor .* got list"),
     ],
 )
