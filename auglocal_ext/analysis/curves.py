@@ -78,12 +78,13 @@ def read_curves(folder: str | Path) -> Curves:
 def module_scores(
     network: LocalSequential | nn.Sequential, batches: Iterable[tuple[Tensor, Tensor]], *, bars: bool = False
 ) -> list[ModuleScore]:
-    """Mean local loss and top-1 accuracy of every local module through its own auxiliary network.
+    """Mean local loss and accuracy of every local module through its own auxiliary network.
 
     Protocol: all parts in eval mode (BatchNorm by its running statistics, no dropout), in the network's precision,
     without gradients; context is supplied as in training. The loss is the one the rule trains the module by, its
     terms and weights included, averaged over the images; losses between the images of a batch (PredSim's similarity,
-    InfoPro's contrast) depend on the batch size. A network without local modules is one module with the cross-entropy.
+    InfoPro's contrast) depend on the batch size. The accuracy is over the targets that the network's task counts, nan
+    where it counts something else. A network without local modules is one module with the cross-entropy.
 
     Args:
         network: trained; its modes are restored.
@@ -118,7 +119,8 @@ def module_scores(
 
 def _result(network: LocalSequential | nn.Sequential, images: Tensor, labels: Tensor) -> StepResult:
     if isinstance(network, LocalSequential):
-        out = network(images, labels)
-        return StepResult(out.loss, out.module_losses, out.module_counts)
+        out, task = network(images, labels), network.task
+        counts = out.module_counts if task.metric == "accuracy" else torch.full_like(out.module_counts, -1)
+        return StepResult(out.loss, out.module_losses, counts, task.counted(labels))
     logits = network(images)
-    return StepResult.of_one_module(Classification(logits.shape[1]).score(logits, labels))
+    return StepResult.of_one_module(Classification(logits.shape[1]).score(logits, labels), len(labels))

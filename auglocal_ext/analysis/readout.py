@@ -83,10 +83,10 @@ class Score:
     test_accuracy: float
 
 
-def _result(outcomes: Sequence[tuple[Tensor, Tensor]]) -> StepResult:
-    """What the readouts came to on a batch, each as the local module it is."""
+def _result(outcomes: Sequence[tuple[Tensor, Tensor]], images: int) -> StepResult:
+    """What the readouts came to on a batch of so many images, each as the local module it is."""
     losses = torch.stack([loss.detach() for loss, _ in outcomes])
-    return StepResult(losses.sum(), losses, torch.stack([correct for _, correct in outcomes]))
+    return StepResult(losses.sum(), losses, torch.stack([correct for _, correct in outcomes]), images)
 
 
 def train_readouts(
@@ -151,7 +151,8 @@ def _train(
                 bar.update()
                 if len(images) > 1:
                     images, labels = images.to(device), labels.to(device)
-                    sums.add(_result(_step(network, readouts, optimizers, images, labels, fraction)), len(images))
+                    outcomes = _step(network, readouts, optimizers, images, labels, fraction)
+                    sums.add(_result(outcomes, len(images)), len(images))
     return sums.read()
 
 
@@ -185,6 +186,6 @@ def _test(network: nn.Module, readouts: Sequence[Readout], source: Source, label
             images, labels = images.to(device), labels.to(device)
             outputs = layer_outputs(network, images)
             found = [r.outcome(h, images, labels) for r, h in zip(readouts, outputs, strict=True)]
-            sums.add(_result(found), len(images))
+            sums.add(_result(found, len(images)), len(images))
             bar.update()
     return sums.read()

@@ -50,19 +50,20 @@ def first_bad(target: Tensor, num_classes: int, ignore_index: int, bad: Tensor) 
     index = int(bad.nonzero()[0])
     return (
         f"label {int(target[index])} at index {index} is out of range: expected "
-        f"{_expected(num_classes, ignore_index)}; {int(bad.sum())} of {target.numel()} labels are wrong. "
+        f"{expected(num_classes, ignore_index)}; {int(bad.sum())} of {target.numel()} labels are wrong. "
         "Check num_classes and the data set's numbering"
     )
 
 
-def late(num_classes: int, ignore_index: int, count: int, *, of: int | None = None) -> str:
-    """The message for labels of earlier batches that were out of range; ``of`` so many, if they are of one batch."""
-    which = f"{count} labels of earlier batches" if of is None else f"{count} of {of} labels of an earlier batch"
+def late(num_classes: int, ignore_index: int, count: int, *, of: int) -> str:
+    """The message for labels of an earlier batch of ``of`` that were out of range."""
     return (
-        f"{which} were out of range: expected {_expected(num_classes, ignore_index)}. They were treated as ignored. "
+        f"{count} of {of} labels of an earlier batch were out of range: expected "
+        f"{expected(num_classes, ignore_index)}. They were treated as ignored. "
         "Check num_classes and the data set's numbering; checking one batch on the CPU names the label"
     )
 
 
-def _expected(num_classes: int, ignore_index: int) -> str:
+def expected(num_classes: int, ignore_index: int) -> str:
+    """Which labels are right, in words."""
     return f"0 <= label < {num_classes} or the ignored label {ignore_index}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from functools import partial
 from typing import NamedTuple
@@ -30,8 +31,9 @@ class Scored(NamedTuple):
 class Task(nn.Module, ABC):
     """What is learned; every local module learns the same.
 
-    An output is ``(N, outputs)``. A task is an ``nn.Module`` so that what it holds moves with the network; it has no
-    parameters, since all local losses share it.
+    An output is ``(N, outputs)``, unless a subclass says otherwise of it (:meth:`readout`, :meth:`check_output`). A
+    task is an ``nn.Module`` so that what it holds moves with the network; it has no trainable parameters, since all
+    local losses share it.
 
     A subclass says how many ``outputs`` there are, checks targets (:meth:`check_form`, :meth:`invalid`,
     :meth:`complaint`), makes the loss and an example of a target; and what it counts, if anything.
@@ -47,9 +49,13 @@ class Task(nn.Module, ABC):
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
-        if isinstance(outputs, bool) or not isinstance(outputs, int) or outputs < 1:
+        try:
+            count = 0 if isinstance(outputs, bool) else operator.index(outputs)  # of numpy and of a tensor too
+        except TypeError:
+            count = 0
+        if count < 1:
             raise ValueError(f"{type(self).__name__} needs a number of outputs, at least 1; got {outputs!r}")
-        self.outputs = outputs
+        self.outputs = count
 
     @abstractmethod
     def check_form(self, target: Tensor, samples: int) -> None:
@@ -112,6 +118,15 @@ class Task(nn.Module, ABC):
     def readout_score(self, x: Tensor, features: Features, linear: nn.Linear, target: Tensor) -> Scored:
         """:meth:`score` of :meth:`readout`; a task may do both in one op."""
         return self.score(self.readout(x, features, linear), target)
+
+    def refuse_parameters(self) -> None:
+        """ValueError if a subclass has trainable parameters: every local loss would train them."""
+        held = next((name for name, parameter in self.named_parameters() if parameter.requires_grad), None)
+        if held is not None:
+            raise ValueError(
+                f"{type(self).__name__} has a trainable parameter, {held}, which every local module's loss would "
+                "train; make it a buffer, or part of the network"
+            )
 
     def check_output(self, shape: tuple[int, ...], whose: str) -> None:
         """ValueError unless an output's shape, without the batch, is that of this task; ``whose`` it is."""

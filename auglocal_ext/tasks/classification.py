@@ -33,13 +33,17 @@ class Classification(Task):
 
     def __init__(self, num_classes: int, *, label_smoothing: float = 0.0, ignore_index: int = -100) -> None:
         super().__init__(num_classes)
-        if num_classes < 2:
+        if self.outputs < 2:
             raise ValueError(
                 "cross-entropy over one class is 0 whatever the network does; for yes-or-no labels use task=Binary(), "
                 "for one number task=Regression(1)"
             )
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"label_smoothing must be within 0 .. 1, got {label_smoothing}")
+        if not isinstance(label_smoothing, int | float) or not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing must be within 0 .. 1, got {label_smoothing!r}")
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise ValueError(
+                f"ignore_index must be an integer, got {ignore_index!r}; without an ignored label leave it at -100"
+            )
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
 
@@ -56,18 +60,23 @@ class Classification(Task):
         check_samples(target, samples)
         if target.dtype == torch.int64 and target.dim() == 1:
             return
-        if target.is_floating_point() and tuple(target.shape[1:]) == (self.outputs,):
+        if target.dtype in _SUM_TOLERANCE and tuple(target.shape[1:]) == (self.outputs,):
             return
-        forms = f"class indices ({samples},), int64, or class probabilities ({samples}, {self.outputs}), floating point"
+        forms = (
+            f"class indices ({samples},), int64, or class probabilities ({samples}, {self.outputs}) in float16 to "
+            "float64"
+        )
         found = f"got {tuple(target.shape)} in {target.dtype}"
         if target.is_floating_point() and target.dim() == 1:
             hint = "numbers to be predicted are task=Regression(...), yes-or-no labels task=Binary()"
             raise TypeError(f"expected {forms}; {found}: {hint}")
-        if target.dtype == torch.int64 or target.is_floating_point():
+        if target.dtype == torch.int64 or target.dtype in _SUM_TOLERANCE:
             one_hot = tuple(target.shape[1:]) == (self.outputs,)
             hint = "one-hot rows are probabilities once .float()" if one_hot else "pass one class per sample"
             raise ValueError(f"expected {forms}; {found}: {hint}")
         hint = "convert class indices with target.long()" if target.dim() == 1 else "pass one class per sample"
+        if target.is_floating_point():
+            hint = "convert them with target.float()"
         raise TypeError(f"expected {forms}; {found}: {hint}")
 
     def invalid(self, target: Tensor) -> Tensor:
@@ -88,16 +97,28 @@ class Classification(Task):
         )
 
     def late_complaint(self, count: int) -> str:
-        return labels.late(self.outputs, self.ignore_index, count)
+        return (
+            f"{count} targets of earlier batches were not valid: expected "
+            f"{labels.expected(self.outputs, self.ignore_index)}, or class probabilities that sum to 1. They were "
+            "treated as ignored. Check num_classes and the data set's numbering; checking one batch on the CPU names "
+            "the target"
+        )
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        output = wide(output)
         if target.dtype == torch.int64:
             target = labels.ignoring_bad_labels(target, self.outputs, self.ignore_index)
             return F.cross_entropy(output, target, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing)
-        if target.is_cuda:  # rows that are not valid, of which the host hears later
-            target = target.masked_fill(self.invalid(target)[:, None], 0)
-        output = wide(output)
-        return F.cross_entropy(output, target.to(output.dtype), label_smoothing=self.label_smoothing)
+        if not target.is_cuda:
+            return F.cross_entropy(output, target.to(output.dtype), label_smoothing=self.label_smoothing)
+        return self._of_valid_rows(output, target)
+
+    def _of_valid_rows(self, output: Tensor, target: Tensor) -> Tensor:
+        """The mean loss where rows that are not valid, of which the host hears later, count as 0."""
+        invalid = self.invalid(target)
+        target = target.masked_fill(invalid[:, None], 0).to(output.dtype)
+        losses = F.cross_entropy(output, target, label_smoothing=self.label_smoothing, reduction="none")
+        return losses.masked_fill(invalid, 0).mean()
 
     def count(self, output: Tensor, target: Tensor) -> Tensor:
         found = output.argmax(1)
@@ -109,7 +130,7 @@ class Classification(Task):
         return (target != self.ignore_index).sum() if target.dtype == torch.int64 else len(target)
 
     def readout_score(self, x: Tensor, features: Features, linear: nn.Linear, target: Tensor) -> Scored:
-        if target.dtype != torch.int64:
+        if target.dtype != torch.int64 or not self._is_plain:
             return super().readout_score(x, features, linear, target)
         return Scored(
             *pooled_cross_entropy(
@@ -122,6 +143,12 @@ class Classification(Task):
                 check_labels=False,
             )
         )
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether output, loss and count are this class's own, which the fused op computes, and not a subclass's."""
+        own = ("readout", "score", "loss", "count")
+        return all(getattr(type(self), name) is getattr(Classification, name) for name in own)
 
     def example(self, samples: int, device: torch.device | None = None) -> Tensor:
         return torch.zeros(samples, dtype=torch.int64, device=device)

@@ -24,7 +24,7 @@ class Criterion(Task):
             dtype; default ``(1, outputs)`` of floating point.
 
     Raises:
-        TypeError: if the criterion cannot be called.
+        TypeError: if the criterion cannot be called, or is a class.
         ValueError: for a criterion with trainable parameters: all local losses would train them.
     """
 
@@ -32,14 +32,16 @@ class Criterion(Task):
         self, criterion: Callable[[Tensor, Tensor], Tensor], outputs: int, example: Tensor | None = None
     ) -> None:
         super().__init__(outputs)
-        if not callable(criterion):
-            raise TypeError(f"criterion must be callable as criterion(output, target), got {criterion!r}")
+        if not callable(criterion) or isinstance(criterion, type):
+            hint = f"; make one, {criterion.__name__}(...)" if isinstance(criterion, type) else ""
+            raise TypeError(f"criterion must be callable as criterion(output, target), got {criterion!r}{hint}")
         if isinstance(criterion, nn.Module) and any(p.requires_grad for p in criterion.parameters()):
             raise ValueError(
                 f"{type(criterion).__name__} has trainable parameters, which every local module's loss would train; "
                 "freeze them with requires_grad_(False), or make them part of the network"
             )
         self.criterion = criterion
+        self.example_said = example is not None
         self._form = ((outputs,), None) if example is None else (tuple(example.shape[1:]), example.dtype)
 
     def check_form(self, target: Tensor, samples: int) -> None:

@@ -53,15 +53,26 @@ class Regression(Task):
         )
 
     def late_complaint(self, count: int) -> str:
-        return f"{count} targets of earlier batches were not finite; checking one batch on the CPU names them"
+        return (
+            f"{count} targets of earlier batches were not finite, and counted as met; checking one batch on the CPU "
+            "names them"
+        )
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         output = wide(output)
-        return _LOSSES[self.kind](output, target.to(output.dtype).reshape(output.shape))
+        return _LOSSES[self.kind](output, self._wanted(output, target))
 
     def count(self, output: Tensor, target: Tensor) -> Tensor:
         output = wide(output)
-        return (output - target.to(output.dtype).reshape(output.shape)).abs().sum()
+        return (output - self._wanted(output, target)).abs().sum()
+
+    def _wanted(self, output: Tensor, target: Tensor) -> Tensor:
+        """Targets in the output's shape and dtype; on CUDA the output itself where they are not finite.
+
+        Of those the host hears later, and until then they must not spoil the weights.
+        """
+        target = target.to(output.dtype).reshape(output.shape)
+        return target if not target.is_cuda else _met_where_not_finite(output, target)
 
     def counted(self, target: Tensor) -> int:
         return target.numel()
@@ -71,3 +82,7 @@ class Regression(Task):
 
     def extra_repr(self) -> str:
         return f"outputs={self.outputs}, loss={self.kind!r}"
+
+
+def _met_where_not_finite(output: Tensor, target: Tensor) -> Tensor:
+    return torch.where(target.isfinite(), target, output.detach())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
-FORMAT = 4
+FORMAT = 5
 
 
 def save(state: dict[str, Any], path: Path) -> None:

@@ -140,7 +140,7 @@ class EndToEndLearner:
             self.grad_scaler.scale(scored.loss).backward()
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
-        return StepResult.of_one_module(scored)
+        return StepResult.of_one_module(scored, self._task.counted(labels))
 
     def plan(self) -> None:
         return None
@@ -191,7 +191,7 @@ class LocalLearner:
         self._graphed += self._step.graphed
         if len(labels) == self._batch_size:  # an epoch's smaller last batch never runs as a graph
             self._eager_reason = self._step.eager_reason
-        return StepResult(out.loss, out.module_losses, out.module_counts)
+        return StepResult(out.loss, out.module_losses, out.module_counts, self.network.task.counted(labels))
 
     def plan(self) -> str:
         if self._graph == "off":

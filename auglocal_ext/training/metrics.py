@@ -16,23 +16,25 @@ from ..tasks import Scored
 class StepResult:
     """A step's mean loss (scalar), local losses (K,) and right answers of each module (K,), all on the device.
 
-    ``module_correct`` is -1 where a module does not classify. The last module's are the network's.
+    ``module_counts`` is -1 where a module counts nothing. The last module's are the network's. ``counted`` is how many
+    targets they are out of.
     """
 
     loss: Tensor
     module_losses: Tensor
-    module_correct: Tensor
+    module_counts: Tensor
+    counted: Tensor | int
 
     @classmethod
-    def of_one_module(cls, scored: Scored) -> StepResult:
+    def of_one_module(cls, scored: Scored, counted: Tensor | int) -> StepResult:
         """Of a network that is trained, or looked at, as a whole."""
         loss = scored.loss.detach()
-        return cls(loss, loss.reshape(1), scored.tally.reshape(1))
+        return cls(loss, loss.reshape(1), scored.tally.reshape(1), counted)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Means over the images seen so far; a module that does not classify has the accuracy nan."""
+    """Means over what was seen so far; a module that counts nothing has the accuracy nan."""
 
     loss: float
     module_losses: tuple[float, ...]
@@ -57,23 +59,24 @@ class EpochSums:
     def __init__(self, modules: int, device: torch.device):
         self.steps = self.images = 0
         self.seconds = self.waiting = 0.0
-        # The loss, the local losses, the hits of each module; fp64: half a million images' losses must add up to more
-        # digits than fp32 has.
-        self._sums = torch.zeros(1 + 2 * modules, dtype=torch.float64, device=device)
+        # The loss, the local losses, the hits of each module, and what they are out of; fp64: half a million images'
+        # losses must add up to more digits than fp32 has.
+        self._sums = torch.zeros(2 + 2 * modules, dtype=torch.float64, device=device)
         self._modules = modules
 
     def add(self, result: StepResult, images: int) -> None:
         losses = torch.cat([result.loss.detach().reshape(1), result.module_losses.detach()]).double()
         self._sums[: len(losses)] += losses * images
-        self._sums[len(losses) :] += result.module_correct
+        self._sums[len(losses) : -1] += result.module_counts
+        self._sums[-1] += result.counted
         self.steps += 1
         self.images += images
 
     def read(self) -> Reading:
-        count = max(1, self.images)
-        loss, *modules = (self._sums / count).tolist()
-        losses, hits = modules[: self._modules], modules[self._modules :]
-        return Reading(loss, tuple(losses), tuple(math.nan if share < 0 else share for share in hits))
+        loss, *modules, counted = self._sums.tolist()
+        losses = [total / max(1, self.images) for total in modules[: self._modules]]
+        shares = [math.nan if hits < 0 else hits / max(1.0, counted) for hits in modules[self._modules :]]
+        return Reading(loss / max(1, self.images), tuple(losses), tuple(shares))
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _PLAIN} | {"sums": self._sums.cpu()}

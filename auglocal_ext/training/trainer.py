@@ -222,7 +222,8 @@ class Trainer:
             for images, labels in self._batches.test():
                 with autocast(self.config.amp, self.device):
                     logits = self.network(images)
-                sums.add(StepResult.of_one_module(self._task.score(logits.float(), labels)), len(labels))
+                scored = self._task.score(logits.float(), labels)
+                sums.add(StepResult.of_one_module(scored, self._task.counted(labels)), len(labels))
                 bar.update(len(labels))
                 if self._interrupt.requested:
                     break

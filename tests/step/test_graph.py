@@ -222,7 +222,7 @@ def test_labels_out_of_range_are_reported_a_call_later():
     wrong = y.clone()
     wrong[1:3] = 10
     step(x, wrong)
-    with pytest.raises(ValueError, match="2 labels of earlier batches"):
+    with pytest.raises(ValueError, match="2 targets of earlier batches"):
         step(x, y)
     step(x, y)
     with pytest.raises(TypeError, match="int64"):

@@ -51,7 +51,7 @@ def test_a_module_without_classifier_has_no_accuracy(config, separable):
 def test_hits_of_each_module_are_counted_over_the_images():
     sums = EpochSums(3, torch.device("cpu"))
     for correct, images in (([2, -1, 4], 4), ([0, -1, 1], 2)):
-        sums.add(StepResult(torch.tensor(6.0), torch.tensor([1.0, 2.0, 3.0]), torch.tensor(correct)), images)
+        sums.add(StepResult(torch.tensor(6.0), torch.tensor([1.0, 2.0, 3.0]), torch.tensor(correct), images), images)
     reading = sums.read()
     assert reading.loss == 6 and reading.module_losses == (1, 2, 3)
     first, second, last = reading.module_accuracies
