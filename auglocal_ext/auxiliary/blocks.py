@@ -33,6 +33,11 @@ def _conv_block(layer: Layer, children: list[nn.Module], in_channels: int, out_c
             f"an auxiliary block keeps the size of its map, which a convolution of kernel {kernel} cannot with equal "
             f"padding; pass {_FACTORY}"
         )
+    if source.groups > 1:
+        raise ValueError(
+            f"layer {layer.index} is a convolution in {source.groups} groups, of which no fresh one of other widths "
+            f"can be made for an auxiliary block; pass {_FACTORY}"
+        )
     parts: list[nn.Module] = [nn.MaxPool2d(2)] if pool else []
     parts.append(
         nn.Conv2d(
@@ -42,6 +47,7 @@ def _conv_block(layer: Layer, children: list[nn.Module], in_channels: int, out_c
             padding=(kernel[0] // 2 * dilation[0], kernel[1] // 2 * dilation[1]),
             dilation=dilation,
             bias=source.bias is not None,
+            padding_mode=source.padding_mode,
         )
     )
     made = nn.Sequential(*parts, *_rest(layer, children, out_channels))
@@ -82,14 +88,16 @@ def _norm(leaf: nn.Module, width: int) -> nn.Module | None:
     """A fresh normalisation of the kind of ``leaf``, for ``width`` channels; None where it is none that is known."""
     if isinstance(leaf, nn.BatchNorm2d | nn.BatchNorm1d):
         kind = nn.BatchNorm2d if isinstance(leaf, nn.BatchNorm2d) else nn.BatchNorm1d
-        return kind(width, eps=leaf.eps, momentum=leaf.momentum)
+        return kind(width, leaf.eps, leaf.momentum, leaf.affine, leaf.track_running_stats)
     if isinstance(leaf, nn.GroupNorm):
-        return nn.GroupNorm(leaf.num_groups, width, eps=leaf.eps)
+        return nn.GroupNorm(leaf.num_groups, width, leaf.eps, leaf.affine)
     if type(leaf) is nn.InstanceNorm2d:
         momentum = cast("float", leaf.momentum)
         return nn.InstanceNorm2d(width, leaf.eps, momentum, leaf.affine, leaf.track_running_stats)
-    if type(leaf) in (nn.LayerNorm, nn.RMSNorm) and len(leaf.normalized_shape) == 1:  # type: ignore[arg-type]
-        return type(leaf)(width, eps=leaf.eps)
+    if type(leaf) is nn.LayerNorm and len(leaf.normalized_shape) == 1:
+        return nn.LayerNorm(width, leaf.eps, leaf.elementwise_affine, bias=leaf.bias is not None)
+    if type(leaf) is nn.RMSNorm and len(leaf.normalized_shape) == 1:
+        return nn.RMSNorm(width, leaf.eps, leaf.elementwise_affine)
     return copy.deepcopy(leaf) if type(leaf) is nn.LocalResponseNorm else None
 
 
@@ -131,11 +139,17 @@ def make_block(
         source = children[0] if len(children) == 1 else nn.Sequential(*children)
         return factory(in_channels, out_channels, stride, source)
     block = layer.block
-    if layer.kind == "basic":
-        return BasicBlock(in_channels, out_channels, stride)
     if isinstance(block, Residual):
-        mid_channels = block.mid_channels * width // layer.width
-        return Bottleneck(in_channels, out_channels, stride, mid_channels, block.groups)
+        made: nn.Module
+        if layer.kind == "basic":
+            made = BasicBlock(in_channels, out_channels, stride)
+        else:
+            mid_channels = block.mid_channels * width // layer.width
+            made = Bottleneck(in_channels, out_channels, stride, mid_channels, block.groups)
+        for part in made.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.eps, part.momentum = block.eps, block.momentum
+        return made
     if layer.kind == "conv":
         return _conv_block(layer, children, in_channels, out_channels, stride == 2)
     if layer.kind == "linear":

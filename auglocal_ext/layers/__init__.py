@@ -11,13 +11,15 @@ from .groups import (
     leaves,
     nesting_hint,
     probe_input,
+    starts_layer,
 )
-from .layer import Described, Layer, LayoutChoice, describe
+from .layer import SAY_LAYOUT, Described, Layer, LayoutChoice, describe
 from .observe import observe
 from .residual import Residual, ResidualFinder
 
 __all__ = [
     "LAYOUTS",
+    "SAY_LAYOUT",
     "Described",
     "Features",
     "Layer",
@@ -38,5 +40,6 @@ __all__ = [
     "pooled_size",
     "pooling",
     "probe_input",
+    "starts_layer",
     "vectors",
 ]

@@ -19,7 +19,6 @@ from .groups import (
     is_elementwise,
     leaves,
     nesting_hint,
-    probe_input,
     starts_layer,
 )
 from .observe import Handed, observe
@@ -28,6 +27,11 @@ from .residual import Residual, ResidualFinder
 Kind = Literal["basic", "bottleneck", "conv", "linear", "other"]
 #: One layout for all layers that hand on positions, or one (or None) for each layer.
 LayoutChoice = Layout | Sequence[Layout | None] | None
+#: What to do where nothing tells which axis holds the channels.
+SAY_LAYOUT = (
+    "say LocalSequential(..., layout='channels_first') for (C, *positions), 'channels_last' for (*positions, C) and "
+    "tokens (T, C), 'class_token' for tokens of which heads read the first; or one for each layer"
+)
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,9 @@ class Layer:
         block: what an auxiliary block is modelled on: the residual block's form, the convolution or the linear layer.
         shape: shape of its output without the batch dimension.
         features: the same with its axes known; None where nothing tells them.
-        width: base width: output channels, for a bottleneck divided by its expansion.
+        base_width: :attr:`width`; None where nothing tells which axis holds the channels.
         what: what the layer is, in words for messages.
+        inside: features behind its first child that has parameters; of the last layer those before the classifier.
         layout: what was said of its output.
         unknown: why ``features`` is None.
     """
@@ -55,10 +60,21 @@ class Layer:
     block: Residual | nn.Conv2d | nn.Linear | None
     shape: tuple[int, ...]
     features: Features | None
-    width: int
+    base_width: int | None
     what: str
+    inside: Features | None = None
     layout: Layout | None = None
     unknown: str = ""
+
+    @property
+    def width(self) -> int:
+        """Base width: output channels, for a bottleneck divided by its expansion; ValueError where it is not known."""
+        if self.base_width is None:
+            raise ValueError(
+                f"the width of layer {self.index} ({self.what}) is not known, since {self.unknown} which axis holds "
+                f"the channels: {SAY_LAYOUT}"
+            )
+        return self.base_width
 
     @property
     def out_channels(self) -> int:
@@ -113,12 +129,19 @@ def describe(layers: nn.Sequential, example: Tensor, layout: LayoutChoice = None
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}; pass one layout (or None) for each layer") from error
         kind, block, what = _classify(children[start : min(stop, classifier)], finder.found)
-        width = _width(block, _first_output(children, handed, start, stop, said[index]))
-        unknown = handed[stop].why_unknown if features is None else ""
+        inside = _first_output(children, handed, start, stop, said[index])
+        width = _width(block, None if inside is None else inside.channels)
+        unknown = handed[stop].why_unknown if features is None or width is None else ""
         found.append(
-            Layer(index, start, stop, kind, block, handed[stop].shape, features, width, what, said[index], unknown)
+            Layer(
+                *(index, start, stop, kind, block, handed[stop].shape, features, width, what),
+                *(inside, said[index], unknown),
+            )
         )
-    return Described(tuple(found), handed[0].features())
+    taken = handed[0].features()
+    if taken is None and isinstance(layout, str) and layout != "class_token":
+        taken = Features(handed[0].shape, layout)
+    return Described(tuple(found), taken)
 
 
 def _layouts(layout: LayoutChoice, count: int) -> list[Layout | None]:
@@ -136,14 +159,13 @@ def _layouts(layout: LayoutChoice, count: int) -> list[Layout | None]:
 
 def _first_output(
     children: Sequence[nn.Module], handed: Sequence[Handed], start: int, stop: int, layout: Layout | None
-) -> int:
-    """Channels behind the first child that has parameters, of whose kind nothing is known."""
+) -> Features | None:
+    """What is behind the first child that has parameters; None if nothing tells its axes."""
     position = next((i for i in range(start, stop) if has_parameters(children[i])), stop - 1)
     try:
-        features = handed[position + 1].features(layout)
+        return handed[position + 1].features(layout)
     except ValueError:  # what is said of the layer's output is not true of what it starts with
-        features = handed[position + 1].features()
-    return handed[position + 1].shape[0] if features is None else features.channels
+        return handed[position + 1].features()
 
 
 def _classify(
@@ -164,7 +186,7 @@ def _classify(
     return "other", None, names or ", ".join(eager_type(leaf).__name__ for leaf in parts[:1])
 
 
-def _width(block: Residual | nn.Conv2d | nn.Linear | None, channels: int) -> int:
+def _width(block: Residual | nn.Conv2d | nn.Linear | None, channels: int | None) -> int | None:
     # The classifier belongs to the last layer, whose width is therefore read from the block, not from the output.
     if isinstance(block, Residual):
         return block.out_channels // block.expansion
@@ -187,6 +209,12 @@ def _refusal(layers: nn.Sequential, example: Tensor, index: int, h: Tensor, erro
             f"; its linear layer takes vectors of {flat} features, which is that shape flattened: it looks like a "
             f"missing nn.Flatten() before layers[{index}] (a model's forward often flattens where its children do not)"
         )
+    elif index == 0 and any(isinstance(part, nn.Embedding | nn.EmbeddingBag) for part in child.modules()):
+        size = ", ".join(map(str, shape))
+        why = (
+            ", which input_shape= makes of floating point: it looks up integer tokens. Say "
+            f"example_input=torch.zeros(1, {size}, dtype=torch.int64) in its place"
+        )
     elif index > 0:
         why = (
             f", which is what input_shape={tuple(example.shape[1:])} leads to. Children of an "
@@ -201,6 +229,3 @@ def _refusal(layers: nn.Sequential, example: Tensor, index: int, h: Tensor, erro
 
 def _batched(shape: tuple[int, ...]) -> str:
     return f"({', '.join(map(str, ('N', *shape)))})"
-
-
-__all__ = ["Described", "Layer", "LayoutChoice", "describe", "probe_input"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .features import Features, Layout
 from .groups import starts_layer
@@ -68,10 +69,10 @@ class Handed:
         if layout is None:
             return Features(self.shape, _NAMES[next(iter(told))]) if len(told) == 1 else None
         said = FIRST if layout == "channels_first" else LAST
-        if self.exact and said not in self.exact:
+        if said not in told and (self.exact or len(told) == 1):
             raise ValueError(
                 f"layout={layout!r} is said of features of shape {self.shape}, but a layer beside them takes axis "
-                f"{'1' if FIRST in self.exact else '-1'} of (N, ...) for the channels"
+                f"{'1' if FIRST in told else '-1'} of (N, ...) for the channels"
             )
         return Features(self.shape, layout)
 
@@ -83,11 +84,50 @@ class Handed:
         return "no layer around it tells"
 
 
-class _Evidence:
-    """Hooks on the layers that tell an axis; asked after each module about the tensor between it and the next."""
+class _Permutations(TorchDispatchMode):
+    """Counts the operators that change the order of axes; those of matrices, such as weights, do not."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._made: list[tuple[int, weakref.ref[Tensor], tuple[int, ...]]] = []
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name in ("aten::permute", "aten::transpose") and args[0].dim() > 2:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a layer that tells the axis has made, and how many permutations there had been by then."""
+
+    axis: int
+    tensor: weakref.ref[Tensor]
+    shape: tuple[int, ...]
+    permutations: int
+
+    def tells(self, shape: tuple[int, ...], permutations: int) -> bool:
+        """Whether the axis holds for a tensor like this one: nothing was permuted since, or the sizes would tell."""
+        return self.permutations == permutations or not (
+            _channels_among_positions(self.shape, self.axis) or _channels_among_positions(shape, self.axis)
+        )
+
+
+class _Evidence:
+    """Hooks on the layers that tell an axis; asked after each module about the tensor between it and the next.
+
+    Attributes:
+        permutations: since the module has started.
+        first: axis by the first layer of all that tells one, if it takes something with as many axes as the network's
+            input and nothing was permuted before; empty if not.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], axes: int) -> None:
+        self.permutations = _Permutations()
+        self.first: set[int] | None = None
+        self._axes = axes
+        self._permuted = False
+        self._made: list[_Made] = []
         self._between: Tensor | None = None
         self._takers: set[int] = set()
         self._handles = [
@@ -102,15 +142,21 @@ class _Evidence:
         if any(value is self._between for value in (*args, *kwargs.values()) if isinstance(value, Tensor)):
             if not isinstance(module, nn.Embedding):  # it takes numbers of tokens, which have no channels
                 self._takers.add(axis)
+        if self.first is None:
+            taken = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            alike = taken is not None and taken.dim() == self._axes and not isinstance(module, nn.Embedding)
+            self.first = {axis} if alike and not self._permuted and not self.permutations.count else set()
         made = output[0] if isinstance(output, tuple) else output
         if isinstance(made, Tensor):
-            self._made.append((axis, weakref.ref(made), tuple(made.shape[1:])))
+            self._made.append(_Made(axis, weakref.ref(made), tuple(made.shape[1:]), self.permutations.count))
 
     def start(self, between: Tensor) -> None:
         """A new module runs, on ``between``."""
         self._between = between
         self._takers = set()
         self._made = []
+        self._permuted = self._permuted or self.permutations.count > 0
+        self.permutations.count = 0
 
     def takers(self) -> set[int]:
         """Axes by the layers that have taken what was between."""
@@ -119,13 +165,15 @@ class _Evidence:
     def makers(self, out: Tensor) -> tuple[set[int], set[int]]:
         """Axes by the layers that have made ``out``, and by those that have made something like it."""
         shape = tuple(out.shape[1:])
-        exact = {axis for axis, made, _ in self._made if made() is out}
-        similar = {axis for axis, _, found in self._made if found == shape}
+        exact = {made.axis for made in self._made if made.tensor() is out}
+        telling = [made for made in self._made if made.tells(shape, self.permutations.count)]
+        similar = {made.axis for made in telling if made.shape == shape}
         if not similar:
             similar = {
-                axis
-                for axis, _, found in self._made
-                if len(found) == len(shape) > 1 and _positions(found, axis) == _positions(shape, axis)
+                made.axis
+                for made in telling
+                if len(made.shape) == len(shape) > 1
+                and _positions(made.shape, made.axis) == _positions(shape, made.axis)
             }
         return exact, similar
 
@@ -136,6 +184,11 @@ class _Evidence:
 
 def _positions(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return shape[1:] if axis == FIRST else shape[:-1]
+
+
+def _channels_among_positions(shape: tuple[int, ...], axis: int) -> bool:
+    """Whether there are as many channels as positions along some axis, so that a permutation may keep the sizes."""
+    return shape[0 if axis == FIRST else -1] in _positions(shape, axis)
 
 
 def observe(
@@ -152,7 +205,7 @@ def observe(
     Raises:
         ValueError: for a module that does not return one tensor, or whose output has another batch size.
     """
-    evidence = _Evidence(modules)
+    evidence = _Evidence(modules, x.dim())
     exact: list[set[int]] = [set()]
     similar: list[set[int]] = [set()]
     shapes = [tuple(int(size) for size in x.shape[1:])]
@@ -161,7 +214,8 @@ def observe(
         for index, module in enumerate(modules):
             evidence.start(h)
             try:
-                out = module(h)
+                with evidence.permutations:
+                    out = module(h)
             except Exception as error:
                 if failed is None:
                     raise
@@ -178,7 +232,8 @@ def observe(
                 )
             exact[-1] |= evidence.takers()
             makers = evidence.makers(out)
-            if out.shape == h.shape and not starts_layer(module):  # an activation or dropout keeps the axes
+            # An activation or dropout keeps the axes.
+            if out.shape == h.shape and not starts_layer(module) and not evidence.permutations.count:
                 makers = makers[0] | (exact[-1] if out is h else set()), makers[1] or exact[-1] or similar[-1]
             exact.append(makers[0])
             similar.append(makers[1])
@@ -186,5 +241,6 @@ def observe(
             h = out
     finally:
         evidence.remove()
+    similar[0] |= evidence.first or set()
     handed = zip(shapes, exact, similar, strict=True)
     return [Handed(shape, frozenset(a), frozenset(b)) for shape, a, b in handed]

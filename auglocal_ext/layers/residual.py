@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: The value of a tensor, as far as the forms below need it: its input "x", or an operator's name, what it was made of,
 #: and for a convolution its form.
 Expression = tuple[Any, ...]
 _X: Expression = ("x",)
-_SAME_VALUE = ("detach", "alias", "clone", "_to_copy")
+_SAME_VALUE = ("alias", "clone", "_to_copy")
+_ZEROS = ("zeros", "zeros_like", "new_zeros")
+#: What a shortcut may do to the input besides nothing: a projection, and sizes and channels made to fit.
+_SHORTCUT = ("conv", "bn", "avg_pool2d", "max_pool2d_with_indices", "slice", "constant_pad_nd", "cat", *_ZEROS)
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Residual:
         out_channels, mid_channels: of the last convolution and of the one before it.
         groups: of the 3x3 convolution of a bottleneck.
         expansion: output channels over base width, 1 for a basic block.
+        eps, momentum: of its BatchNorm layers.
     """
 
     kind: Literal["basic", "bottleneck"]
@@ -31,6 +36,8 @@ class Residual:
     mid_channels: int
     groups: int
     expansion: int
+    eps: float = 1e-5
+    momentum: float | None = 0.1
 
 
 @dataclass(frozen=True)
@@ -54,25 +61,37 @@ class _Trace(TorchDispatchMode):
         return self._expressions.get(id(tensor), ("?",))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = [self.of(value) for value in args if isinstance(value, Tensor)]
+        flat = [each for value in args for each in (value if isinstance(value, tuple | list) else (value,))]
+        inputs = [self.of(value) for value in flat if isinstance(value, Tensor)]
         out = func(*args, **(kwargs or {}))
         made = out[0] if isinstance(out, tuple | list) and out else out
         if isinstance(made, Tensor):
+            if func._schema.is_mutable:
+                self._forget_views(made)
             name = func._schema.name.removeprefix("aten::").rstrip("_")
-            self._expressions[id(made)] = _expression(name, inputs, args) if not kwargs else (name, *inputs)
+            self._expressions[id(made)] = _expression(name, inputs, args, kwargs or {})
             self._kept.append(made)
         return out
 
+    def _forget_views(self, written: Tensor) -> None:
+        """Nothing is known of tensors that share the memory of one that was written to."""
+        storage = written.untyped_storage()._cdata
+        for tensor in self._kept:
+            if tensor is not written and tensor.untyped_storage()._cdata == storage:
+                self._expressions[id(tensor)] = ("?",)
 
-def _expression(name: str, inputs: list[Expression], args: Any) -> Expression:
+
+def _expression(name: str, inputs: list[Expression], args: Any, kwargs: Any) -> Expression:
     if name == "convolution":
         return ("conv", inputs[0], _conv(*args))
     if "batch_norm" in name:
         return ("bn", inputs[0])
-    if name == "add" and len(inputs) == 2 and len(args) == 2:
-        return ("add", *inputs)
     if name in _SAME_VALUE:
         return inputs[0]
+    if name in _ZEROS:
+        return (name,)
+    if name == "add" and (len(inputs) != 2 or kwargs):  # of a number, or with a factor
+        return ("add of something else", *inputs)
     return (name, *inputs)
 
 
@@ -108,13 +127,27 @@ def _depth(value: Expression, known: dict[int, int]) -> int:
     return known[id(value)]
 
 
+def _is_shortcut(value: Expression) -> bool:
+    """Whether a value is the input, with at most one convolution, and its sizes made to fit."""
+    found: set[str] = set()
+    seen: set[int] = set()
+    rest = [value]
+    while rest:
+        part = rest.pop()
+        if id(part) not in seen:
+            seen.add(id(part))
+            found.add(part[0])
+            rest += [each for each in part[1:] if isinstance(each, tuple)]
+    return "x" in found and found <= {"x", *_SHORTCUT} and _depth(value, {}) <= 1
+
+
 def _form(value: Expression) -> tuple[str, list[_Conv]] | None:
-    """Kind and convolutions of ``relu(chain(x) + shortcut(x))`` with at most one convolution in the shortcut."""
+    """Kind and convolutions of ``relu(chain(x) + shortcut(x))``."""
     if value[0] != "relu" or value[1][0] != "add":
         return None
     for main, shortcut in (value[1][1:], value[1][:0:-1]):
         convs = _chain(main)
-        if convs is None or _depth(shortcut, {}) > 1 or any(conv is None for conv in convs):
+        if convs is None or not _is_shortcut(shortcut) or any(conv is None for conv in convs):
             continue
         known = [conv for conv in convs if conv is not None]
         form = [(conv.kernel, conv.groups == 1) for conv in known]
@@ -123,6 +156,30 @@ def _form(value: Expression) -> tuple[str, list[_Conv]] | None:
         if [kernel for kernel, _ in form] == [1, 3, 1] and form[0][1] and form[2][1]:
             return "bottleneck", known
     return None
+
+
+class _Dropouts(TorchFunctionMode):
+    """Notes whether dropout was asked for, which does nothing in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if "dropout" in getattr(func, "__name__", ""):
+            self.found = self.found or (args[1] if len(args) > 1 else kwargs.get("p", 0.5)) != 0
+        return func(*args, **kwargs)
+
+
+def _norm_settings(block: nn.Module) -> tuple[float, float | None] | None:
+    """eps and momentum of a block's BatchNorm layers; None if they differ, or one has no weights or no statistics."""
+    norms = [part for part in block.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    plain = all(isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats for norm in norms)
+    settings = {(norm.eps, norm.momentum) for norm in norms}
+    if not norms:  # functional ones, of parameters of the block's own
+        return 1e-5, 0.1
+    return next(iter(settings)) if plain and len(settings) == 1 else None
 
 
 def _acts_in_training_alone(part: nn.Module, args: Any, output: Any) -> bool:
@@ -149,7 +206,7 @@ class ResidualFinder:
         self._modules = modules
 
     def __enter__(self) -> ResidualFinder:
-        self._traces: list[_Trace] = []
+        self._traces: list[tuple[_Trace, _Dropouts]] = []
         self._other_in_training: set[nn.Module] = set()
         self._handles = []
         for block in dict.fromkeys(part for module in self._modules for part in module.modules()):
@@ -166,13 +223,15 @@ class ResidualFinder:
         for handle in self._handles:
             handle.remove()
         while self._traces:  # a block that has failed
-            self._traces.pop().__exit__(None, None, None)
+            for mode in self._traces.pop():
+                mode.__exit__(None, None, None)
 
     def _begin(self, block: nn.Module, args: Any) -> None:
         if len(args) != 1 or not isinstance(args[0], Tensor):
             return
-        self._traces.append(_Trace(args[0]))
-        self._traces[-1].__enter__()
+        self._traces.append((_Trace(args[0]), _Dropouts()))
+        for mode in self._traces[-1]:
+            mode.__enter__()
 
     def _note(self, part: nn.Module, args: Any, output: Any) -> None:
         if _acts_in_training_alone(part, args, output):
@@ -181,8 +240,12 @@ class ResidualFinder:
     def _end(self, block: nn.Module, args: Any, output: Any) -> None:
         if len(args) != 1 or not isinstance(args[0], Tensor):
             return
-        trace = self._traces.pop()
+        trace, dropouts = self._traces.pop()
         trace.__exit__(None, None, None)
+        dropouts.__exit__(None, None, None)
+        norms = _norm_settings(block)
+        if dropouts.found or norms is None:
+            return
         try:
             form = _form(trace.of(output)) if isinstance(output, Tensor) else None
         except RecursionError:  # thousands of operators one after another: no block of these forms
@@ -195,7 +258,7 @@ class ResidualFinder:
         if kind == "bottleneck":
             said = getattr(block, "expansion", None)
             expansion = said if isinstance(said, int) and said > 0 and out % said == 0 else max(1, out // mid)
-        self.found[block] = Residual(kind, out, mid, convs[-2].groups, expansion)  # type: ignore[arg-type]
+        self.found[block] = Residual(kind, out, mid, convs[-2].groups, expansion, *norms)  # type: ignore[arg-type]
 
 
 def _may_be_residual(block: nn.Module) -> bool:

@@ -266,6 +266,44 @@ class Dropping(nn.Module):
         return x * 2 * (torch.rand(()) < 0.5) if self.training else x
 
 
+class Ended(nn.Module):
+    """A basic block whose end is said."""
+
+    def __init__(self, end):
+        super().__init__()
+        self.inner, self.end = BasicBlock(), end
+
+    def forward(self, x):
+        parts = self.inner
+        out = parts.bn2(parts.conv2(F.relu(parts.bn1(parts.conv1(x)))))
+        return self.end(out, x)
+
+
+def _first_channels_off(out, x):
+    out = out + x
+    out[:, :2] = 0
+    return F.relu(out)
+
+
+#: ``relu(chain(x) + ...)`` of something else than the input.
+ENDS = {
+    "a factor of the sum": lambda out, x: F.relu(torch.add(out, x, alpha=0.1)),
+    "a factor of the input": lambda out, x: F.relu(out + 0.5 * x),
+    "attention": lambda out, x: F.relu(out + x * torch.sigmoid(x.mean())),
+    "no gradient": lambda out, x: F.relu(out + x.detach()),
+    "no shortcut": lambda out, x: F.relu(out + torch.zeros_like(x)),
+    "a number": lambda out, x: F.relu(out + 1),
+    "written to in part": _first_channels_off,
+    "the sum of both twice": lambda out, x: F.relu(out + x + x),
+}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_a_shortcut_of_another_form_makes_another_block(end):
+    assert described(around(Ended(end)), (3, 8, 8))[-1].kind == "other"
+    assert described(around(Ended(lambda out, x: F.relu(out + x))), (3, 8, 8))[-1].kind == "basic"
+
+
 @pytest.mark.parametrize(
     "make",
     [

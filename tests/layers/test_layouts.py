@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layouts import Block, ConvNeXt, First, Patches, classifier, found, swin, vit
 from torch import nn
 
 from auglocal_ext import AugLocal, Greedy, LocalSequential
 from auglocal_ext.layers import Features, describe, observe, probe_input, vectors
-
-
-def found(net, shape, layout=None):
-    return [layer.features for layer in describe(net, probe_input(net, shape), layout).layers]
 
 
 def test_axes_of_features():
@@ -36,87 +33,6 @@ def test_axes_of_features():
     assert str(token) == "7 tokens of 16 features, the first of them a class token"
 
 
-class Block(nn.Module):
-    """A transformer's: attention and a perceptron over the last axis."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-
-    def forward(self, x):
-        h = self.norm1(x)
-        x = x + self.attention(h, h, h, need_weights=False)[0]
-        return x + self.mlp(self.norm2(x))
-
-
-class Patches(nn.Module):
-    """A convolution whose map becomes tokens, with a class token in front."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.conv = nn.Conv2d(3, width, 4, 4)
-        self.token = nn.Parameter(torch.zeros(1, 1, width))
-        self.position = nn.Parameter(torch.zeros(1, 5, width))
-
-    def forward(self, x):
-        x = self.conv(x).flatten(2).transpose(1, 2)
-        return torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
-
-
-class First(nn.Module):
-    def forward(self, x):
-        return x[:, 0]
-
-
-class Permute(nn.Module):
-    def __init__(self, *axes):
-        super().__init__()
-        self.axes = axes
-
-    def forward(self, x):
-        return x.permute(self.axes)
-
-
-class ConvNeXt(nn.Module):
-    """Channels first outside, last inside."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width)
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        h = self.down(self.up(self.norm(self.conv(x).permute(0, 2, 3, 1))).relu())
-        return x + h.permute(0, 3, 1, 2)
-
-
-class ChannelsLast(nn.Module):
-    """As a Swin block: maps with the channels last throughout."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.norm, self.mlp = nn.LayerNorm(width), nn.Linear(width, width)
-
-    def forward(self, x):
-        return x + self.mlp(self.norm(x))
-
-
-def classifier(width, pool=True):
-    return nn.Sequential(*([nn.AdaptiveAvgPool2d(1)] if pool else []), nn.Flatten(), nn.Linear(width, 3))
-
-
-def vit(width=8):
-    return nn.Sequential(Patches(width), Block(width), Block(width), nn.LayerNorm(width), First(), nn.Linear(width, 3))
-
-
-def swin(width=8, size=4):
-    tail = (nn.LayerNorm(width), Permute(0, 3, 1, 2), classifier(width))
-    stem = (nn.Conv2d(3, width, 8 // size, 8 // size), Permute(0, 2, 3, 1), nn.LayerNorm(width))
-    return nn.Sequential(*stem, ChannelsLast(width), ChannelsLast(width), *tail)
-
-
 def test_channels_are_found_by_the_layers():
     assert [f.layout for f in found(vit(), (3, 8, 8))[:-1]] == ["channels_last"] * 2
     assert [f.layout for f in found(swin(), (3, 8, 8))[:-1]] == ["channels_last"] * 2
@@ -133,9 +49,12 @@ def test_channels_are_found_by_the_layers():
 @pytest.mark.parametrize("width", [4, 8])
 def test_of_maps_as_wide_as_they_are_high_too(width):
     """C = H = W, where shapes alone tell nothing: the layer that takes just this tensor does."""
-    net = nn.Sequential(nn.Conv2d(3, 4, 2, 2), ConvNeXt(4), ConvNeXt(4), classifier(4))
-    assert [f.layout for f in found(net, (3, 8, 8))[:-1]] == ["channels_first"] * 2
-    assert [f.layout for f in found(swin(4, 4), (3, 8, 8))[:-1]] == ["channels_last"] * 2
+    net = nn.Sequential(nn.Conv2d(3, width, 2, 2), ConvNeXt(width), ConvNeXt(width), classifier(width))
+    shape = (3, 2 * width, 2 * width)
+    assert [f.layout for f in found(net, shape)[:-1]] == ["channels_first"] * 2
+    net = nn.Sequential(*swin(width, width)[1:])
+    net = nn.Sequential(nn.Conv2d(3, width, 2, 2), *net)
+    assert [f.layout for f in found(net, shape)[:-1]] == ["channels_last"] * 2
 
 
 def test_torchvisions_swin():
@@ -262,10 +181,12 @@ def test_an_example_may_be_floating_point_and_of_another_dtype_than_the_network(
 def test_auxiliary_blocks_of_tokens():
     """Linear layers sampled from tokens work on tokens; other blocks come from a factory."""
     layers = nn.Sequential(Patches(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), First(), nn.Linear(8, 3))
-    net = LocalSequential(layers, AugLocal(2, joint_tail=False), 3, (3, 8, 8))
-    assert net.auxiliary[0].blocks[0](torch.randn(2, 5, 8)).shape == (2, 8)  # the last layer works on a vector
     net = LocalSequential(layers, AugLocal(3, joint_tail=False, pyramid=0.0), 3, (3, 8, 8))
-    assert net.auxiliary[0].blocks[0](torch.randn(2, 5, 8)).shape == (2, 5, 8)
+    for block in net.auxiliary[0].blocks:  # the last layer's linear layer is before its pooling
+        assert block(torch.randn(2, 5, 8)).shape == (2, 5, 8)
+    pooled = nn.Sequential(Patches(8), nn.Linear(8, 8), First(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3))
+    net = LocalSequential(pooled, AugLocal(2, joint_tail=False), 3, (3, 8, 8))
+    assert net.auxiliary[0].blocks[0](torch.randn(2, 5, 8)).shape == (2, 8)  # the last layer works on a vector
     with pytest.raises(ValueError, match="layer 2 is Block, of which no auxiliary block can be made"):
         LocalSequential(vit(), AugLocal(2, joint_tail=False), 3, (3, 8, 8))
     seen = []
