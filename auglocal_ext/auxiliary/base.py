@@ -61,6 +61,7 @@ class Part(nn.Module):
         super().__init__()
         if not isinstance(settings, LossSettings):
             raise TypeError(f"{type(self).__name__} is built with LossSettings, got {settings!r}")
+        settings.task.refuse_parameters()
         self.check(settings)
         self.settings = settings
 
@@ -81,7 +82,14 @@ class Part(nn.Module):
 
 
 class Auxiliary(Part, ABC):
-    """Trains a local module: ``loss(h, context)`` of its output, and the task's output by ``forward(h)``."""
+    """Trains a local module: ``loss(h, context)`` of its output, and the task's output by ``forward(h)``.
+
+    Attributes:
+        follows_layers: whether it looks at layers of the network beside the module's output: no other layer can be put
+            in the place of one then.
+    """
+
+    follows_layers: bool = False
 
     @abstractmethod
     def loss(self, h: Tensor, context: LossContext) -> Scored:
@@ -94,6 +102,16 @@ class Auxiliary(Part, ABC):
 def parts_of(module: nn.Module) -> list[Part]:
     """Every :class:`Part` in a module, itself included."""
     return [part for part in module.modules() if isinstance(part, Part)]
+
+
+def can_recompute(part: nn.Module) -> bool:
+    """Whether every :class:`Part` in an auxiliary network takes ``recompute``."""
+    try:
+        for each in parts_of(part):
+            each.check(replace(each.settings, recompute=True))
+    except ValueError:
+        return False
+    return True
 
 
 def set_recompute(parts: list[tuple[Part, bool]]) -> None:

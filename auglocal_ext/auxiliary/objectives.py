@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,12 @@ class Objectives(Auxiliary):
         for weight, term in zip(self.weights, self.terms, strict=True):
             loss = loss + weight * cast("Term", term).loss(h, context)
         return result._replace(loss=loss)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # What was saved before tasks were parts of their own has the network under another name.
+        for key in [key for key in state_dict if key.startswith(f"{prefix}task.")]:
+            state_dict[f"{prefix}network.{key.removeprefix(f'{prefix}task.')}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def after_step(self) -> None:
         self.network.after_step()

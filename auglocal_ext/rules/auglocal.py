@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
 from ..auxiliary.base import Auxiliary
@@ -53,14 +52,15 @@ class AugLocal(Rule):
             layers of a kind not known here; not with sampling of convolutions, which no layer is modelled on.
 
     Raises:
-        ValueError: for depth < 1, a slope outside [0, 1], an unknown head or options that exclude each other; when
-            wrapped, for layers no block can be made of, for sampled layers narrower than the module's output, and for a
-            network too shallow.
+        ValueError: for depth < 1, a slope outside [0, 1], an unknown head, one that is made of later layers too, or
+            options that exclude each other; when wrapped, for layers no block can be made of, for sampled layers
+            narrower than the module's output, and for a network too shallow.
 
     Source: Ma et al., Scaling Supervised Local Learning with Augmented Auxiliary Networks, ICLR 2024.
     """
 
     name = "auglocal"
+    follows_layers = True
 
     depth: int = option(6, "layers of an auxiliary network with its classifier", metavar="D")
     pyramid: float = option(0.5, "slope of the pyramidal depth, 0..1", metavar="TAU")
@@ -80,11 +80,21 @@ class AugLocal(Rule):
         if not 0.0 <= self.pyramid <= 1.0:
             raise ValueError(f"pyramid is the slope of the pyramidal depth, within 0 .. 1; got {self.pyramid!r}")
         head = resolved(self.head)
-        if self.single_layer_norm and not isinstance(head, LinearHead):
+        inner: Rule | None = head
+        while inner is not None:
+            if inner.follows_layers:
+                raise ValueError(
+                    f"head={self.head!r} makes auxiliary networks of the layers behind its input, and behind sampled "
+                    "layers there are none. Make it the outer rule, or raise depth"
+                )
+            inner = inner.head_rule
+        if self.single_layer_norm and type(head) is not LinearHead:
             raise ValueError(
                 f"single_layer_norm puts a BatchNorm before the linear head's layer; head={self.head!r} has no such "
                 "place"
             )
+        if self.single_layer_norm is False and isinstance(head, LinearHead) and head.norm:
+            raise ValueError(f"single_layer_norm=False leaves out the BatchNorm that head={head!r} asks for")
         if self.sampling not in SAMPLING:
             raise ValueError(f"sampling is one of {', '.join(SAMPLING)}; got {self.sampling!r}")
         if self.block is not None and self.sampling in _KERNELS:
@@ -153,7 +163,7 @@ class AugLocal(Rule):
             blocks.append(make_block(model, children, features.channels, stride, self.block, sized.width))
             features = features.with_channels(model.out_channels * sized.width // model.width)
         head = resolved(self.head)
-        if isinstance(head, LinearHead):
+        if type(head) is LinearHead:
             norm = head.norm or (self.single_layer_norm is not False and len(blocks) == 1)
             head = LinearHead(norm)
         elif blocks:
@@ -165,8 +175,9 @@ class AugLocal(Rule):
         if model.kind in ("conv", "basic", "bottleneck"):
             _needs_map(features, f"layer {model.index} is {model.what}, a convolution of maps")
         elif model.kind == "linear" and not features.is_vector:
-            per_token = model.features is not None and model.features.layout != "channels_first"
-            if len(model.shape) > 1 and per_token and features.layout != "channels_first":
+            inside = model.inside
+            per_token = inside is not None and not inside.is_vector and inside.layout != "channels_first"
+            if per_token and features.layout != "channels_first":
                 return features
             blocks.append(_Pool(features))
             return vectors(features.channels)
@@ -196,7 +207,7 @@ def _output(blocks: nn.Module, network: Network, module: int, features: Features
     """What blocks make of local module ``module``'s output, of the layout of ``features``: their sizes by a pass."""
     template = probe_input(network.primary, network.last_layer(module).shape)
     blocks.to(template.dtype)
-    with evaluating(blocks), torch.no_grad():
+    with evaluating(blocks):
         shape = tuple(int(size) for size in blocks(template).shape[1:])
     if len(shape) == 1:
         return vectors(shape[0])

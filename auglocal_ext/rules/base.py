@@ -12,7 +12,7 @@ from torch import nn
 
 from ..auxiliary.base import Auxiliary, LossSettings
 from ..auxiliary.context import ContextSupply
-from ..layers import Features, Layer, classifier_start, probe_input
+from ..layers import SAY_LAYOUT, Features, Layer, classifier_start, probe_input
 from ..partition import cut_points
 from ..tasks import Task
 from .options import Option, options_of
@@ -29,6 +29,7 @@ class Network:
         task: what is learned.
         ends: index of the last layer of each local module, ascending.
         input: the input's features; None where nothing tells which axis holds the channels.
+        input_dtype: of integer inputs; None of floating-point ones.
         recompute: of each local module, whether its auxiliary network is to recompute.
     """
 
@@ -68,9 +69,7 @@ class Network:
         if layer.features is None:
             raise ValueError(
                 f"layer {layer.index} ({layer.what}), with which local module {module} ends, puts out a shape of "
-                f"{layer.shape}, and {layer.unknown} which axis holds the channels: say "
-                "LocalSequential(..., layout='channels_first') for (C, *positions), 'channels_last' for (*positions, "
-                "C) and tokens (T, C), 'class_token' for tokens of which heads read the first; or one for each layer"
+                f"{layer.shape}, and {layer.unknown} which axis holds the channels: {SAY_LAYOUT}"
             )
         return layer.features
 
@@ -80,10 +79,16 @@ class Network:
         Raises:
             ValueError: for integer inputs, and where no layer tells which axis holds the channels.
         """
-        if self.input is None or self.input_dtype is not None and not self.input_dtype.is_floating_point:
+        if self.input_dtype is not None:
             raise ValueError(
                 f"{who} needs images of channels, height and width, but the network's inputs are of shape "
-                f"{self.input_shape}" + (f" in {self.input_dtype}" if self.input_dtype is not None else "")
+                f"{self.input_shape} in {self.input_dtype}"
+            )
+        if self.input is None:
+            raise ValueError(
+                f"{who} needs images of channels, height and width; the network's inputs are of shape "
+                f"{self.input_shape}, and no layer tells which axis holds the channels: say "
+                "LocalSequential(..., layout='channels_first') or 'channels_last', which holds for the input too"
             )
         return self.input
 
@@ -111,6 +116,8 @@ class Rule(ABC):
 
     #: Name on the command line and in recipes, once the rule is in ``RULES``.
     name: ClassVar[str] = ""
+    #: Whether its auxiliary networks are made of the layers behind a module's last one.
+    follows_layers: ClassVar[bool] = False
 
     @classmethod
     def options(cls) -> list[Option]:

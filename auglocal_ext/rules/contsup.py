@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..auxiliary.base import Auxiliary
 from ..auxiliary.context import ContextSupply, parse_context, supplied_inputs
 from .base import Head, Network, Rule, resolved
-from .heads import CONV_HEADS, ConvHead
+from .heads import CONV_HEADS, ConvHead, check_widths, widened
 from .options import head_option, option
 
 
@@ -29,8 +29,8 @@ class ContSup(Rule):
         feature_dim: features of the hidden linear layers of a head that is named; default 128.
 
     Raises:
-        ValueError: for an unknown context or head, a factor that is not positive, and an option that nothing reads: a
-            head that is a rule has its own ``widen`` and ``feature_dim``.
+        ValueError: for an unknown context or head, a factor that is not positive or leaves no channels, and an option
+            that nothing reads: a head that is a rule has its own ``widen`` and ``feature_dim``.
 
     Source: Go beyond End-to-End Training: Boosting Greedy Local Learning with Context Supply, arXiv 2312.07636;
     cross-entropy as local loss, without InfoPro's decoder.
@@ -46,22 +46,30 @@ class ContSup(Rule):
     def __post_init__(self) -> None:
         _, image = parse_context(self.context)
         resolved(self.head)
-        if not self.widen > 0 or (self.feature_dim is not None and self.feature_dim < 1):
-            raise ValueError(
-                f"widen must be positive and feature_dim at least 1; got {self.widen} and {self.feature_dim}"
-            )
-        if self.head not in CONV_HEADS:
-            unread = "feature_dim" if self.feature_dim is not None else "widen" if self.widen != 1 and not image else ""
-            if unread:
-                raise ValueError(
-                    f"{unread}={getattr(self, unread)} is read by nothing here: head={self.head!r} has options of its "
-                    "own, such as ConvHead('1c2f', widen=2)"
-                )
+        check_widths(self.widen, self.feature_dim)
+        unread = self._unread_by_head
+        if self.feature_dim is not None and "feature_dim" in unread:
+            raise ValueError(f"feature_dim={self.feature_dim} is read by nothing here: {self._why_unread}")
+        if self.widen != 1 and "widen" in unread and not image:
+            raise ValueError(f"widen={self.widen} is read by nothing here: {self._why_unread}")
+
+    @property
+    def _unread_by_head(self) -> tuple[str, ...]:
+        if isinstance(self.head, str) and self.head in CONV_HEADS:
+            return ConvHead.unread_of(self.head)
+        return ("widen", "feature_dim")
+
+    @property
+    def _why_unread(self) -> str:
+        if isinstance(self.head, str) and self.head in CONV_HEADS:
+            return f"head {self.head!r} has no layers of such a width"
+        return f"head={self.head!r} has options of its own, such as ConvHead('1c2f', widen=2)"
 
     @property
     def head_rule(self) -> Rule:
         if isinstance(self.head, str) and self.head in CONV_HEADS:
-            return ConvHead(self.head, self.widen, 128 if self.feature_dim is None else self.feature_dim)
+            widen = 1.0 if "widen" in self._unread_by_head else self.widen
+            return ConvHead(self.head, widen, 128 if self.feature_dim is None else self.feature_dim)
         return resolved(self.head)
 
     @property
@@ -82,5 +90,5 @@ class ContSup(Rule):
             index: network.features(index - 1) if index > 0 else network.image(who)
             for index in supplied_inputs(module, count, image)
         }
-        hidden = int(12 * self.widen)
+        hidden = widened(12, self.widen) if image else 12
         return ContextSupply(network.features(module - 1), network.image(who) if image else None, inputs, hidden)

@@ -19,6 +19,19 @@ CONV_HEADS = ("0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")
 DGL_HEADS = ("mlp-sr", "mlp", "cnn")
 
 
+def check_widths(widen: float, feature_dim: int | None) -> None:
+    """ValueError unless a width factor is positive and a number of features, if it is said, at least 1."""
+    if not widen > 0 or (feature_dim is not None and feature_dim < 1):
+        raise ValueError(f"widen must be positive and feature_dim at least 1; got {widen} and {feature_dim}")
+
+
+def widened(width: int, factor: float) -> int:
+    """``int(width * factor)``, as released code has it; ValueError if that is none."""
+    if int(width * factor) < 1:
+        raise ValueError(f"widen={factor:g} leaves none of {width} channels; take at least {1 / width:.3g}")
+    return int(width * factor)
+
+
 def _alone(head: Head) -> AuxiliaryNetwork:
     return AuxiliaryNetwork(nn.Sequential(), head)
 
@@ -75,10 +88,20 @@ class ConvHead(Rule):
     def __post_init__(self) -> None:
         if self.kind not in CONV_HEADS:
             raise ValueError(f"unknown auxiliary head {self.kind!r}; choose one of {', '.join(CONV_HEADS)}")
-        if not self.widen > 0 or self.feature_dim < 1:
+        check_widths(self.widen, self.feature_dim)
+        unread = self.unread_of(self.kind)
+        if (self.widen != 1 and "widen" in unread) or (self.feature_dim != 128 and "feature_dim" in unread):
             raise ValueError(
-                f"widen must be positive and feature_dim at least 1; got {self.widen} and {self.feature_dim}"
+                f"head {self.kind!r} reads no {' and no '.join(unread)}; got widen={self.widen} and "
+                f"feature_dim={self.feature_dim}"
             )
+
+    @staticmethod
+    def unread_of(kind: str) -> tuple[str, ...]:
+        """Options that a kind has no use for: hidden linear layers read both, convolutions ``widen`` alone."""
+        if not kind.endswith("1f"):
+            return ()
+        return ("widen", "feature_dim") if kind.startswith("0c") else ("feature_dim",)
 
     def build_auxiliary(self, network: Network, module: int) -> AuxiliaryNetwork:
         features, settings = network.features(module), network.settings(module)
@@ -95,7 +118,7 @@ class ConvHead(Rule):
         for i in range(num_convs):
             if i == 0:
                 base = min(2 * width, max(width, network.last_width))
-                out, stride = int(base * self.widen), 2 if base > width else 1
+                out, stride = widened(base, self.widen), 2 if base > width else 1
                 blocks.append(_to_channels_first(features, conv_bn_relu(width, out, stride=stride)))
                 width = out
             else:
@@ -105,7 +128,7 @@ class ConvHead(Rule):
         if num_linear == 1:
             head: Head = _Linear(features, settings, norm=False)
         else:
-            head = _Hidden(features, int(self.feature_dim * self.widen), num_linear - 1, settings)
+            head = _Hidden(features, widened(self.feature_dim, self.widen), num_linear - 1, settings)
         return AuxiliaryNetwork(nn.Sequential(*blocks), head)
 
 

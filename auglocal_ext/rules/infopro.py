@@ -77,11 +77,11 @@ class InfoPro(Rule):
 
     @classmethod
     def of_options(cls, values: Mapping[str, Any], mean: Sequence[float], std: Sequence[float]) -> InfoPro:
-        weights = values["weights"]
+        weights = values.get("weights", ())  # which have no default
         if len(weights) != 4:
             raise ValueError(
                 "--weights are four numbers, lambda1 and lambda2 of the first local module and of the last; got "
-                + ",".join(f"{weight:g}" for weight in weights)
+                + (",".join(f"{weight:g}" for weight in weights) or "none")
             )
         own = {name: value for name, value in values.items() if name != "weights"}
         return cls(tuple(weights[:2]), tuple(weights[2:]), mean=tuple(mean), std=tuple(std), **own)

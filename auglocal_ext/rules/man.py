@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ..auxiliary.base import Auxiliary, LossContext
-from ..layers import Features, evaluating, first_leaves, has_parameters, leaves, observe, probe_input
+from ..layers import (
+    Features,
+    evaluating,
+    first_leaves,
+    has_parameters,
+    leaves,
+    observe,
+    probe_input,
+    starts_layer,
+)
 from ..nn import sharded
 from ..tasks import Scored
 from .base import Head, Network, Rule, resolved
@@ -26,12 +35,18 @@ class MomentumNetwork(Auxiliary):
         block: the next block of the network. It is looked at, not owned.
         head: auxiliary network on the block's output.
         momentum: m.
+
+    Raises:
+        ValueError: for parameters of a dtype in which the average would stand still.
     """
 
     can_recompute = True
+    follows_layers = True
 
     def __init__(self, block: nn.Module, head: Auxiliary, momentum: float) -> None:
         super().__init__(head.settings)
+        for parameter in block.parameters():
+            _refuse_standstill(parameter.dtype, momentum)
         self.trained = _copied(block)
         self.average = _copied(block).requires_grad_(False)
         self.head = head
@@ -53,8 +68,23 @@ class MomentumNetwork(Auxiliary):
             raise RuntimeError(
                 "MAN's average cannot follow a block whose parameters are sharded: leave fully_shard out"
             )
+        if average:
+            _refuse_standstill(average[0].dtype, self.momentum)
         torch._foreach_lerp_(average, list(block.parameters()), 1 - self.momentum)
         self.head.after_step()
+
+
+def _refuse_standstill(dtype: torch.dtype, momentum: float) -> None:
+    """ValueError where ``(1 - m) (block - average)`` is lost in rounding."""
+    if momentum == 1 or not dtype.is_floating_point:
+        return
+    finest = 16 * torch.finfo(dtype).eps
+    if 1 - momentum < finest:
+        raise ValueError(
+            f"MAN(momentum={momentum:g}) moves its average by {1 - momentum:.3g} of a difference, which {dtype} "
+            "rounds away. Keep float32 parameters and use torch.autocast, or take a momentum of at most "
+            f"{1 - finest:.3g}"
+        )
 
 
 def _copied(block: nn.Module) -> nn.Module:
@@ -87,6 +117,7 @@ class MAN(Rule):
     """
 
     name = "man"
+    follows_layers = True
 
     momentum: float = option(0.995, "m in average = m average + (1 - m) block", name="average_momentum")
     head: Head = head_option("1c2f")
@@ -98,6 +129,11 @@ class MAN(Rule):
 
     def build_auxiliary(self, network: Network, module: int) -> MomentumNetwork:
         after = network.ends[module] + 1
+        if after == len(network.layers):
+            raise ValueError(
+                "MAN copies the next layer, and its head another one behind that if it is MAN too, but the network has "
+                f"{len(network.layers)} layers and none behind layer {after - 1}; choose another head"
+            )
         block, features = _next_block(network, after)
         # To the head the module ends one layer later, before the classifier if that layer holds it.
         ends = tuple(after if k == module else end for k, end in enumerate(network.ends))
@@ -106,18 +142,30 @@ class MAN(Rule):
 
 
 def _next_block(network: Network, index: int) -> tuple[nn.Module, Features]:
-    """Layer ``index`` as a block, and what it puts out: without the classifier, and without a tail that ends the map.
+    """Layer ``index`` as a block, and what it puts out.
 
-    The tail is made of pooling and flattening: of the last layer what follows the last weights, from the first part
-    that changes the shape; of another layer that too where it turns a map into vectors.
+    The classifier is left out, and a tail of pooling and flattening that ends the map: of the last layer what follows
+    the last weights, from the first part that changes the shape; of another layer that too where it turns a map into
+    vectors. A normalisation of what is pooled belongs to the tail.
     """
     layer = network.layers[index]
     children = network.body_of(layer)
     parts = [leaf for child in children for leaf in leaves(child)]
     example = probe_input(network.primary, network.layers[index - 1].shape)
+
+    def failed(part: int, h: Tensor, error: Exception) -> Exception:
+        return ValueError(
+            f"MAN copies layer {index} ({layer.what}), which does not take what it is fed with here, a shape of "
+            f"{tuple(h.shape[1:])}. torch says: {error}"
+        )
+
     with evaluating(*parts):
-        handed = observe(parts, example)
-    weighted = max((i for i, part in enumerate(parts) if has_parameters(part)), default=-1)
+        handed = observe(parts, example, failed)
+
+    def ends_in_map(part: int) -> bool:
+        return starts_layer(parts[part]) or (has_parameters(parts[part]) and _has_positions(handed[part].shape))
+
+    weighted = max((part for part in range(len(parts)) if ends_in_map(part)), default=-1)
     count = len(parts)
     ends_map = len(handed[-1].shape) < len(handed[weighted + 1].shape)
     if ends_map or index == len(network.layers) - 1:
@@ -134,3 +182,7 @@ def _next_block(network: Network, index: int) -> tuple[nn.Module, Features]:
             f"layer {index}, take another rule, or fewer modules"
         )
     return block, features
+
+
+def _has_positions(shape: tuple[int, ...]) -> bool:
+    return sum(size > 1 for size in shape) > 1

@@ -1,4 +1,4 @@
-"""Twenty-odd configurations on exactly reproducible numbers, and what they came to: ``parity.json`` beside this file.
+"""Thirty configurations on exactly reproducible numbers, and what they came to: ``parity.json`` beside this file.
 
 The table was recorded before tasks, loss settings and features were parts of their own, from code that had been held
 against the papers' released code in float64. ``python tests/rules/parity.py`` writes it anew, which is right only where

@@ -45,7 +45,10 @@ def test_1c2f_has_the_published_size(width, parameters):
 @pytest.mark.parametrize("kind", CONV_HEADS)
 @pytest.mark.parametrize("widen", [1.0, 2.0])
 def test_conv_heads(kind, widen):
-    head = built(ConvHead(kind, widen, 24), Features((16, 8, 8)))
+    reads = {"widen": widen, "feature_dim": 24}
+    head = built(
+        ConvHead(kind, **{k: v for k, v in reads.items() if k not in ConvHead.unread_of(kind)}), Features((16, 8, 8))
+    )
     convs = [m for m in head.modules() if isinstance(m, nn.Conv2d)]
     linears = [m for m in head.modules() if isinstance(m, nn.Linear)]
     assert (len(convs), len(linears)) == (int(kind[0]), int(kind[2]))
@@ -63,6 +66,15 @@ def test_conv_head_errors():
         ConvHead("3c1f")
     with pytest.raises(ValueError, match="widen must be positive"):
         ConvHead(widen=0)
+    for kind, options, unread in (
+        ("0c1f", {"widen": 2.0}, "widen and no feature_dim"),
+        ("0c1f", {"feature_dim": 64}, "widen and no feature_dim"),
+        ("1c1f", {"feature_dim": 64}, "feature_dim"),
+    ):
+        with pytest.raises(ValueError, match=f"head '{kind}' reads no {unread}"):
+            ConvHead(kind, **options)
+    with pytest.raises(ValueError, match="widen=0.01 leaves none of 32 channels"):
+        built(ConvHead("1c1f", widen=0.01), Features((16, 8, 8)))
     for features, found in ((vectors(16), "vectors of 16"), (TOKENS, "7 tokens of 16"), (Features((16, 9)), "maps")):
         with pytest.raises(ValueError, match=f"needs feature maps with height and width, but .* puts out {found}"):
             built(ConvHead("1c1f"), features)
