@@ -8,18 +8,19 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.hooks import unserializable_hook
 
-from .auxiliary.base import Auxiliary, Part, parts_of, set_recompute
+from .auxiliary.base import Auxiliary, Part, can_recompute, parts_of, set_recompute
 from .auxiliary.context import ContextSupply
 from .auxiliary.heads import Head
-from .layers import LayoutChoice, describe, evaluating, nesting_hint, probe_input
+from .layers import LayoutChoice, describe, evaluating, group_children, nesting_hint, probe_input
 from .local_modules import RECOMPUTE, LocalModule, LocalOutput, Recompute, local_pass, run_forward
-from .nn import FusedSequential, fuse, in_process_group, must_be_eager, sharded, unfuse
+from .nn import FusedSequential, fuse, must_be_eager, refuse_sharding, unfuse
 from .partition import Balanced
 from .rules.balance import balanced_ends
 from .rules.base import Network, Rule, made_like
@@ -85,6 +86,7 @@ class LocalSequential(nn.Module):
         TypeError: if ``layers`` is no ``nn.Sequential``, ``rule`` no rule or ``task`` no task.
         ValueError: if the network does not fit its input or the task, if it cannot be cut as asked, if the rule cannot
             make an auxiliary network for it, or if a part of that cannot honour what is asked of it.
+        RuntimeError: for layers whose parameters are sharded over processes.
     """
 
     def __init__(
@@ -109,6 +111,12 @@ class LocalSequential(nn.Module):
         if not isinstance(rule, Rule):
             raise TypeError(f"rule must be a learning rule such as AugLocal(depth=6) or ContSup('R1E'), got {rule!r}")
         what = _what_is_learned(num_classes, task, criterion, outputs, label_smoothing, ignore_index)
+        what.refuse_parameters()
+        if next(what.buffers(), None) is not None:
+            template = probe_input(layers, (), 0)
+            what.to(template.device, template.dtype)
+        group_children(layers)  # raises for what has no layers, in its own words
+        refuse_sharding(layers)
         example = _example(layers, input_shape, example_input)
         unfuse(layers)
         described = describe(layers, example, layout)
@@ -119,7 +127,7 @@ class LocalSequential(nn.Module):
             input_shape=tuple(example.shape[1:]),
             task=what,
             ends=(),
-            input=described.input,
+            input=described.input if example.is_floating_point() else None,
             input_dtype=None if example.is_floating_point() else example.dtype,
         )
         try:
@@ -143,17 +151,25 @@ class LocalSequential(nn.Module):
         for k, made in enumerate(auxiliary):
             if not isinstance(made, Auxiliary):
                 raise TypeError(f"{rule!r} made {type(made).__name__} for local module {k}, which is no Auxiliary")
+            for part in parts_of(made):
+                if part.settings.task is not what and next(part.settings.task.buffers(), None) is not None:
+                    raise ValueError(
+                        f"{type(part).__name__} of local module {k} learns a task of its own, a "
+                        f"{type(part.settings.task).__name__} that has buffers: they would not move with the network. "
+                        "Hold them in the auxiliary network"
+                    )
         self.auxiliary = nn.ModuleList(auxiliary)
         self.context = nn.ModuleDict({k: supply for k, supply in supplies.items() if supply is not None})
         self.task = what
         if fused:
-            for part in (layers, self.auxiliary, self.context):
-                fuse(part)
+            for fusable in (layers, self.auxiliary, self.context):
+                fuse(fusable)
         self._warn_of_shared_parameters()
         self._one_image_norms = self._dry_run(example)
         self._choosy = self._choosy_parts()
+        follow = any(isinstance(part, Auxiliary) and part.follows_layers for part in parts_of(self.auxiliary))
+        self._followed = tuple(layers) if follow else ()
         self._warned: set[str] = set()
-        self._parameter_count = sum(1 for _ in self.parameters())
 
     def _warn_of_shared_parameters(self) -> None:
         owner: dict[int, int] = {}
@@ -241,7 +257,8 @@ class LocalSequential(nn.Module):
                 with ``grad_scaler.scale(out.loss).backward()`` as usual.
 
         Returns:
-            Without ``y`` the output ``(N, outputs)``; with ``y`` a :class:`auglocal_ext.LocalOutput`. Under
+            Without ``y`` the output ``(N, outputs)``, whose backward in training mode is ordinary backpropagation and
+            warns of it once (not under ``torch.compile``); with ``y`` a :class:`auglocal_ext.LocalOutput`. Under
             ``torch.no_grad`` the losses alone, without gradients.
 
         Raises:
@@ -269,27 +286,21 @@ class LocalSequential(nn.Module):
         if not self.training or self.num_modules == 1 or "backpropagation" in self._warned or must_be_eager(out):
             return
         if out.requires_grad:
-            out.register_hook(self._backpropagates)
+            warned = self._warned  # not the network, which the output would keep alive
 
-    def _backpropagates(self, grad: Tensor) -> None:
-        self._warn(
-            "backpropagation",
-            "a backward through net(x) in training mode is ordinary backpropagation through the whole network: its "
-            "auxiliary networks are not trained and all activations are kept. For local learning call net(x, y) and "
-            "out.loss.backward(), or LocalStep; if backpropagation is meant, train net.primary",
-        )
+            @unserializable_hook
+            def backpropagates(grad: Tensor) -> None:
+                _warn_once(warned, "backpropagation", _BACKPROPAGATION)
 
-    def _warn(self, about: str, message: str) -> None:
-        if about not in self._warned:
-            self._warned.add(about)
-            warnings.warn(message, stacklevel=4)
+            out.register_hook(backpropagates)
 
     def warn_of_fp16(self, x: Tensor) -> None:
         """Warn, once, if a training pass on ``x`` would run in fp16: it has no loss scaler."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if dtype == torch.float16:
-            self._warn(
+            _warn_once(
+                self._warned,
                 "fp16",
                 "a training pass in fp16 without grad_scaler: small gradients of the local modules underflow to "
                 "zero. Pass net(x, y, grad_scaler=scaler), or use bfloat16",
@@ -330,7 +341,12 @@ class LocalSequential(nn.Module):
             raise ValueError(f"x is on {x.device} and y on {y.device}; move y to {x.device}")
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError("x requires a gradient, but local modules hand none to their input; pass x.detach()")
-        self._refuse_sharding()
+        refuse_sharding(self)
+        if any(child is not before for child, before in zip(self.primary, self._followed, strict=False)):
+            raise RuntimeError(
+                "a layer was put in the place of another since the network was wrapped, but auxiliary networks follow "
+                f"the layers of then ({self.rule!r}): wrap the network again"
+            )
         if len(x) == 1 and self.training and self._one_image_norms:
             active = [n for n in self._one_image_norms if self.get_submodule(n).training]
             if active:
@@ -368,6 +384,13 @@ class LocalSequential(nn.Module):
         pairs = zip(self.auxiliary, chosen, strict=False)  # the last module has no auxiliary network
         set_recompute([(part, choice != "none") for auxiliary, choice in pairs for part in parts_of(auxiliary)])
         self._recompute = chosen
+        self.network = replace(self.network, recompute=tuple(choice != "none" for choice in chosen))
+
+    @property
+    def recompute_ways(self) -> tuple[tuple[Recompute, ...], ...]:
+        """What :attr:`recompute` may be of each local module: ``"none"`` alone where a part cannot recompute."""
+        able = [can_recompute(auxiliary) for auxiliary in self.auxiliary]
+        return tuple(RECOMPUTE if each else ("none",) for each in (*able, True))
 
     def check_target(self, y: Tensor, samples: int, *, values: bool = True) -> None:
         """Raise TypeError or ValueError for targets that the task, or a part of an auxiliary network, does not take."""
@@ -376,26 +399,29 @@ class LocalSequential(nn.Module):
             part.check_target(y)
 
     def _choosy_parts(self) -> tuple[Part, ...]:
-        """One part of each kind that does not take every target its network's task does."""
-        found: dict[tuple[Any, int], Part] = {}
-        for part in parts_of(self.auxiliary):
-            if type(part).check_target is Part.check_target:
-                continue
-            if not (isinstance(part, Head) and part.settings.task is self.task):
-                found.setdefault((type(part), id(part.settings.task)), part)
-        return tuple(found.values())
-
-    def _refuse_sharding(self) -> None:
-        """RuntimeError for parameters that ``fully_shard`` or FullyShardedDataParallel holds."""
-        if in_process_group() and (sharded(self) or sum(1 for _ in self.parameters()) < self._parameter_count):
-            raise RuntimeError(
-                "parameters of this network are sharded, or were taken out of it since it was wrapped: the training "
-                "pass would miss them. Leave fully_shard and FullyShardedDataParallel out; DistributedDataParallel "
-                "around the whole network works"
-            )
+        """Parts that do not take every target the network's task does."""
+        return tuple(
+            part
+            for part in parts_of(self.auxiliary)
+            if type(part).check_target is not Part.check_target
+            and not (isinstance(part, Head) and part.settings.task is self.task)
+        )
 
     def extra_repr(self) -> str:
         return f"rule={self.rule!r}, modules={self.num_modules}, module_ends={self.network.ends}"
+
+
+_BACKPROPAGATION = (
+    "a backward through net(x) in training mode is ordinary backpropagation through the whole network: its auxiliary "
+    "networks are not trained and all activations are kept. For local learning call net(x, y) and out.loss.backward(), "
+    "or LocalStep; if backpropagation is meant, train net.primary"
+)
+
+
+def _warn_once(warned: set[str], about: str, message: str) -> None:
+    if about not in warned:
+        warned.add(about)
+        warnings.warn(message, stacklevel=3)
 
 
 def _recompute_per_module(recompute: Recompute | Sequence[Recompute], modules: int) -> tuple[Recompute, ...]:
@@ -461,6 +487,8 @@ def _example(layers: nn.Sequential, input_shape: Sequence[int] | None, example_i
     if not isinstance(example_input, Tensor) or example_input.dim() < 2 or len(example_input) < 1:
         found = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
         raise ValueError(f"example_input must be a tensor (1, *input_shape) with the batch first, got {found}")
+    if example_input.is_complex():
+        raise TypeError(f"example_input must be floating point, or integers such as tokens; got {example_input.dtype}")
     template = probe_input(layers, (), 0)
     example = example_input[:1].detach().to(template.device)
     return example.to(template.dtype) if example.is_floating_point() else example

@@ -83,8 +83,8 @@ CONTSUP_BALANCED: dict[tuple[int, int], tuple[int, ...]] = {
 class Balanced:
     """``modules=Balanced(K)``: K local modules cut so that the largest module's saved activations are smallest.
 
-    The bytes that autograd saves for each layer, head and context encoder are counted on two images of zeros when the
-    wrapper is built; a module's cost is the sum over its layers, its head and its context.
+    The bytes that autograd saves for each layer, head and context encoder are counted on a batch of two, the example
+    twice, when the wrapper is built; a module's cost is the sum over its layers, its head and its context.
     """
 
     modules: int

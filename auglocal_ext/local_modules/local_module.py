@@ -8,13 +8,13 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from ..auxiliary.base import Auxiliary, LossContext
+from ..auxiliary.base import Auxiliary, LossContext, parts_of
 from ..auxiliary.context import ContextSupply
 from ..nn import FusedSequential, recomputed, run_chain
 from ..tasks import Scored, Task
 
 Recompute = Literal["none", "auxiliary", "all"]
-RECOMPUTE: tuple[str, ...] = get_args(Recompute)
+RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +122,9 @@ class LocalModule:
             TypeError, ValueError: for a target that is not valid.
         """
         self.task.check(target, len(out))
+        if self.auxiliary is not None:
+            for part in parts_of(self.auxiliary):
+                part.check_target(target)
         return self.objective(out, LossContext(target, x)).loss
 
     def after_step(self) -> None:

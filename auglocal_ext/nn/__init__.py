@@ -12,7 +12,7 @@ from .pooled_linear import PooledLinear
 from .pooling import global_average_pool
 from .recompute import recomputed
 from .residual import FusedResidual
-from .sharding import in_process_group, sharded
+from .sharding import in_process_group, refuse_sharding, sharded
 
 __all__ = [
     "BatchNormAct1d",
@@ -31,6 +31,7 @@ __all__ = [
     "norm_shortcut_act",
     "recomputed",
     "run_chain",
+    "refuse_sharding",
     "sharded",
     "unfuse",
 ]

@@ -12,11 +12,23 @@ def in_process_group() -> bool:
 
 
 def sharded(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` holds parameters of a module; costs nothing without a process group."""
+    """Whether ``fully_shard`` or FullyShardedDataParallel holds parameters of a module, or of a part of it.
+
+    Costs nothing without a process group.
+    """
     if not in_process_group():
         return False
-    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-    # While a module runs that fully_shard has wrapped, its parameters are whole; before and after they are DTensors.
-    return isinstance(module, FSDPModule) or any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    # Parameters are whole while their module runs, and stay so until its backward: both wrappers mark what they hold.
+    marked = any(getattr(part, "_is_fsdp_managed_module", False) for part in module.modules())
+    return marked or any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def refuse_sharding(module: nn.Module) -> None:
+    """RuntimeError for a module of which :func:`sharded` says so."""
+    if sharded(module):
+        raise RuntimeError(
+            "parameters of this network are sharded: the training pass would miss them. Leave fully_shard and "
+            "FullyShardedDataParallel out; DistributedDataParallel around the whole network works"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..local_modules import Recompute
@@ -24,7 +24,9 @@ class Costs:
     """Bytes and FLOPs of every choice, from those of the uniform ones: local modules do not change each other's.
 
     Args:
-        uniform: the step's cost with each way of recomputation for all modules, the one that recomputes nothing first.
+        uniform: the step's cost with each way of recomputation for all modules that can take it, the one that
+            recomputes nothing first.
+        possible: the ways each module can take; that one among them.
         history: whether modules are supplied with inputs of earlier ones.
 
     Attributes:
@@ -33,14 +35,16 @@ class Costs:
         module_flops: for each module and way, FLOPs of forward, backward and recomputation.
     """
 
-    def __init__(self, uniform: Mapping[Recompute, StepCost], history: bool) -> None:
+    def __init__(
+        self, uniform: Mapping[Recompute, StepCost], possible: Sequence[Sequence[Recompute]], history: bool
+    ) -> None:
         plain = next(iter(uniform.values()))
         self._plain = next(iter(uniform))
         self._end = max(cost.end for cost in uniform.values())
         self.base = max(cost.base for cost in uniform.values())
-        modules = range(len(plain.modules))
-        self.peaks = tuple({way: cost.modules[k].peak for way, cost in uniform.items()} for k in modules)
-        self.module_flops = tuple({way: cost.modules[k].flops for way, cost in uniform.items()} for k in modules)
+        modules = [{way: uniform[way].modules[k] for way in ways} for k, ways in enumerate(possible)]
+        self.peaks = tuple({way: cost.peak for way, cost in module.items()} for module in modules)
+        self.module_flops = tuple({way: cost.flops for way, cost in module.items()} for module in modules)
         # What the pass keeps from module to module: losses, counts (the last module's too), context, all gradients if
         # they are clipped together.
         self._kept = max(module.before - self.base - module.input for module in plain.modules) + 2 * ROUNDING
@@ -50,7 +54,10 @@ class Costs:
         # A module's stream holds what it makes, and the input of the one before, which was made on this stream and is
         # kept until its last reader has passed; its own input was made on the other.
         held = [0, *inputs[:-1]]
-        self._own = tuple({way: cost.modules[k].added + held[k] for way, cost in uniform.items()} for k in modules)
+        self._own = tuple(
+            {way: cost.added + extra for way, cost in module.items()}
+            for module, extra in zip(modules, held, strict=True)
+        )
 
     def bytes(self, choice: Choice) -> int:
         """Peak of a step."""

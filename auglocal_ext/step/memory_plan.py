@@ -18,7 +18,8 @@ class MemoryPlan:
         overlap: whether modules overlap.
         predicted_bytes: peak of a step. With overlap what both streams need, which the allocator reserves.
         base_bytes: live between steps: parameters, buffers, optimizer state, the batch, kept gradients.
-        module_peaks: for each module and way of recomputation the live bytes at its peak without overlap.
+        module_peaks: for each module and way of recomputation the live bytes at its peak without overlap. Ways that a
+            part of the module cannot honour are left out.
         module_flops: for each module and way FLOPs of its part of a step, 2 per multiply-accumulate, of convolutions
             and matrix products alone.
         batch_size: images per call.
@@ -58,7 +59,7 @@ class MemoryPlan:
         for k, (peaks, flops, chosen) in enumerate(
             zip(self.module_peaks, self.module_flops, self.recompute, strict=True)
         ):
-            cells = [f"{peaks[way] / 1e6:,.1f}" for way in peaks]
+            cells = [f"{peaks[way] / 1e6:,.1f}" if way in peaks else "-" for way in RECOMPUTE]
             extra = 100 * (flops[chosen] - flops["none"]) / flops["none"] if flops["none"] else 0.0
             rows.append((k, (*cells, chosen, f"{extra:.1f} %")))
         table = [("modules", *RECOMPUTE, "chosen", "FLOPs added")]

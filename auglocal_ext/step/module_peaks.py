@@ -14,6 +14,7 @@ from ..cost import FlopMeter
 from ..local_modules import LocalModule, OneStream, Recompute
 from ..local_sequential import LocalSequential
 from ..memory import MemoryMeter
+from ..tasks import Criterion
 from .fake_copy import FakeCopy, fake_mode_of
 from .optimizers import ModuleOptimizers, OptimizerFactory
 from .stand_in import TrialModule, Trials, module_form
@@ -95,7 +96,7 @@ class StepEstimate:
             self._x, self._y = _batch(fake.net, batch_size)
             self._all_gradients = True
             for _ in range(self._updates.accumulate):  # makes the optimizer's state, and the gradients that are kept
-                self._call(alike=True)
+                self._first_call()
             parameters = [id(p) for module in fake.net.local_modules for p in module.parameters()]
             self._all_gradients = self._updates.all_at_once or len(set(parameters)) < len(parameters)
 
@@ -115,6 +116,23 @@ class StepEstimate:
                 watch = _Watch(meter, flops)
                 trials = self._call(alike, watch)
             return watch.cost(base, trials)
+
+    def check(self, recompute: Recompute | Sequence[Recompute]) -> None:
+        """ValueError for a recomputation that a part of the network cannot honour."""
+        self._net.recompute = recompute
+
+    def _first_call(self) -> None:
+        task = self._net.task
+        try:
+            self._call(alike=True)
+        except Exception as error:
+            if not isinstance(task, Criterion) or task.example_said:
+                raise
+            raise ValueError(
+                f"memory is planned by a step on targets of shape {tuple(self._y.shape)} in {self._y.dtype}, which the "
+                "criterion, or the network, does not take: say what targets are like, "
+                f"task=Criterion(criterion, outputs={task.outputs}, example=targets of one sample). It says: {error}"
+            ) from error
 
     def _call(self, alike: bool, watch: OneStream | None = None) -> Trials:
         self._optimizers.prepare()

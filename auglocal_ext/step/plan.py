@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
@@ -80,7 +80,7 @@ def plan_memory(
 
     Raises:
         MemoryBudgetError: if nothing fits.
-        ValueError: for an option out of range.
+        ValueError: for an option out of range, and for a ``recompute`` that a part of the network cannot honour.
     """
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -104,14 +104,19 @@ def plan_memory(
         clip=clip,
         accumulate=accumulate,
     )
-    ways = cast("tuple[Recompute, ...]", RECOMPUTE)
-    costs = Costs({way: estimate.cost(way) for way in ways}, history=len(net.context) > 0)
+    possible = net.recompute_ways
+    uniform = {
+        way: estimate.cost([way if way in ways else "none" for ways in possible])
+        for way in dict.fromkeys(sum(possible, ()))
+    }
+    costs = Costs(uniform, possible, history=len(net.context) > 0)
     if budget is not None:
         chosen = _within(costs, budget, overlap, batch_size)
     elif recompute == "peak":
         chosen = lowest_peak(costs, overlap is True)
     else:
         fixed = net.recompute if recompute is None else (recompute,) * net.num_modules
+        estimate.check(fixed)
         chosen = Choice(fixed, overlap is True)
     return MemoryPlan(
         recompute=chosen.recompute,

@@ -335,7 +335,7 @@ def test_the_choice_is_the_best_of_all(modules, overlap):
             end=1040,
         )
 
-    costs = Costs({way: random_cost(rank) for rank, way in enumerate(WAYS)}, history=False)
+    costs = Costs({way: random_cost(rank) for rank, way in enumerate(WAYS)}, [WAYS] * modules, history=False)
     every = [Choice(ways, overlap) for ways in itertools.product(WAYS, repeat=modules)]
     sizes = sorted({costs.bytes(choice) for choice in every})
     assert costs.bytes(lowest_peak(costs, overlap)) == sizes[0]
