@@ -70,9 +70,10 @@ class StreamFeed:
         self._waits: list[tuple[cuda.Event, cuda.Event]] = []
 
     def __call__(self, source: Iterator[Batch]) -> Iterator[Batch]:
-        steps, making = cuda.current_stream(self._device), self._stream
+        making = self._stream
         released: cuda.Event | None = None
         while True:
+            steps = cuda.current_stream(self._device)  # asked for each time: steps may have moved to another
             ended, started = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
             ended.record(steps)
             # The first batch waits for everything before it: its source was made on the step's stream.

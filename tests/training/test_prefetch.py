@@ -102,6 +102,26 @@ def test_a_batch_is_made_after_the_step_whose_memory_it_takes(timeline, making, 
         assert begins[k] == pytest.approx(max(ends[k - 2], begins[k - 1] + making))  # and no later than it may
 
 
+def test_a_step_that_has_moved_to_another_stream_waits_there(timeline):
+    """As after a caller has changed the current stream, or anything has left another one current."""
+    making = 10.0
+
+    def source():
+        for k in range(4):
+            timeline.current.work(making)
+            yield torch.tensor([k]), torch.tensor([k])
+
+    ends = []
+    for k, _ in enumerate(StreamFeed(torch.device("cuda"))(source())):
+        assert timeline.current.now >= (k + 1) * making  # the batch is there
+        timeline.current.work(1.0)
+        ends.append(timeline.current.now)
+        moved = timeline.Stream()
+        moved.wait_stream(timeline.current)
+        timeline.current = moved
+    assert ends == sorted(ends)
+
+
 def test_waits_are_told_once(timeline):
     feed = StreamFeed(torch.device("cuda"))
     for _ in feed(iter([(torch.zeros(1), torch.zeros(1))] * 3)):
