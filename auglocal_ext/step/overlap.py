@@ -55,7 +55,7 @@ class TwoStreams(OneStream):
         self._read_by.append((index + 1, [h, *(t for t in history if t is not None)]))
 
     def join(self) -> None:
-        assert self._first is not None
-        self._first.wait_stream(self._second)
+        if self._first is not None:  # else no module has begun
+            self._first.wait_stream(self._second)
         self._first = self._handed_on = None
         self._read_by.clear()

@@ -48,8 +48,10 @@ def streams(monkeypatch):
     @contextlib.contextmanager
     def use(stream):
         current.append(stream)
-        yield
-        current.pop()
+        try:
+            yield
+        finally:
+            current.pop()
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1])
     monkeypatch.setattr(torch.cuda, "stream", use)
@@ -109,6 +111,40 @@ def test_inputs_are_let_go_of_after_three_modules(streams):
             plan.handed_on(index, h, ())
             del h
     assert max(alive) == 3
+
+
+def test_a_module_that_fails_leaves_no_stream_behind(streams):
+    current, second = streams
+    plan = TwoStreams(torch.device("cuda"), second)
+    plan.join()  # nothing has begun
+    with plan.module(0):
+        plan.handed_on(0, torch.zeros(2), [])
+    with pytest.raises(ValueError), plan.module(1):
+        last = second.work()
+        raise ValueError
+    plan.join()
+    assert len(current) == 1 and current[0].has_passed(last)
+
+
+@pytest.mark.parametrize("joins", [True, False], ids=["", "in a capture that CUDA has broken off"])
+def test_a_step_that_fails_joins_its_streams_and_says_why_it_failed(monkeypatch, joins):
+    step = LocalStep(small(), lambda params: torch.optim.SGD(params, lr=0.1), graph=False)
+    joined = []
+
+    class Streams:
+        def join(self):
+            joined.append(self)
+            if not joins:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def fails(*arguments):
+        raise RuntimeError("by a layer")
+
+    monkeypatch.setattr("auglocal_ext.step.local_step.OneStream", Streams)
+    monkeypatch.setattr("auglocal_ext.step.local_step.updating_pass", fails)
+    with pytest.raises(RuntimeError, match="by a layer"):
+        step._run(torch.zeros(1), None)
+    assert len(joined) == 1
 
 
 def test_all_steps_share_the_second_stream(monkeypatch):
