@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, Literal, cast
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..local_modules import LocalOutput, OneStream, Recompute
 from ..local_sequential import LocalSequential
 from ..nn import eager_type, in_process_group
-from .graph import GraphedStep, Graphs
+from .built_in import NetworkState
+from .graph import Form, GraphedStep, Graphs, NotForGraphs, Way
 from .memory_plan import MemoryPlan
 from .optimizers import ModuleOptimizers, OptimizerFactory, listed
 from .overlap import TwoStreams
@@ -36,10 +37,10 @@ class LocalStep:
     because no module's backward reads the parameters of an earlier one. But only one module's gradients exist at a
     time. On CUDA the step is captured into one graph after some steps and then costs one launch.
 
-    Call it with the network in training mode, with batches on the network's device; a batch of another shape, such as
-    the last of an epoch, runs without the graph. Gradients never appear in ``.grad`` between steps. In a process group
-    of
-    several processes it raises, since gradients are not reduced here: use ``net(x, y)`` in DistributedDataParallel.
+    Call it with the network in training mode, with batches on the network's device. A batch of another shape runs
+    without the graph; the smaller last one of an epoch has its own from the second epoch on. Gradients never appear in
+    ``.grad`` between steps. In a process group of several processes it raises, since gradients are not reduced here:
+    use ``net(x, y)`` in DistributedDataParallel.
 
     Args:
         net: the network.
@@ -107,7 +108,7 @@ class LocalStep:
         self.plan: MemoryPlan | None = None
         self._parameters = list(net.parameters())
         params = self._parameters if params is None else listed(params)
-        self._submodules = list(net.modules())
+        self._network_state = NetworkState(list(net.modules()), self._parameters, gradients=accumulate > 1)
         if autocast == torch.float16 and grad_scaler is None:
             grad_scaler = torch.amp.GradScaler(self._parameters[0].device.type)
         self.grad_scaler = grad_scaler
@@ -135,7 +136,7 @@ class LocalStep:
             net.recompute = cast("Recompute", recompute)
         self._autocast_dtype = autocast
         self._overlap = overlap is True if self.plan is None else self.plan.overlap
-        self._graphs = None if graph is False else Graphs(graph is True, warmup=2 + accumulate)
+        self._graphs = None if graph is False else Graphs(graph is True, warmup=2, phases=accumulate)
         self._streams = OneStream()
         self._second: torch.cuda.Stream | None = None
         self._draws = False  # random numbers in a step, as dropout does
@@ -171,8 +172,12 @@ class LocalStep:
         """
         _refuse_processes()
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            graph = self._graph_for(x, y)
-            out = self._eagerly(x, y) if graph is None else LocalOutput(*graph(x, y))
+            way = self._way(x, y)
+            if isinstance(way, GraphedStep):
+                out = LocalOutput(*way(x, y))
+            else:
+                with nullcontext() if self._graphs is None else self._graphs.around(way, self._running):
+                    out = self._eagerly(x, y)
         self._updates.count()
         return out
 
@@ -188,24 +193,24 @@ class LocalStep:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
         self._updates.drop()
 
-    def _graph_for(self, x: Tensor, y: Tensor) -> GraphedStep | None:
-        """The captured step for this batch, which is checked for it; None to run eagerly."""
+    def _way(self, x: Tensor, y: Tensor) -> GraphedStep | Way:
+        """The captured step for this batch, or how to run it without one; the batch is checked for it."""
         if self._graphs is None:
             self.net.check_batch(x, y)
-            return None
+            return Way.EAGER
         recomputes = any(choice != "none" for choice in self.net.recompute)
         obstacle = "recomputed modules draw random numbers (dropout)" if recomputes and self._draws else None
-        form = (x.shape, x.stride(), x.dtype, y.shape, y.dtype, y.device)
-        phase = self._updates.due
-        found = self._graphs.find(x, lambda: self._built_in(x.device), form, phase, obstacle)
-        self.net.check_batch(x, y, values=isinstance(found, bool))  # a graph counts bad targets itself
-        if found is True:
-            return self._graphs.capture(lambda pool: self._captured(x, y, pool), phase, self._running)
-        return found or None
+        way = self._graphs.find(x, lambda: self._built_in(x.device), Form.of(x, y), self._updates.due, obstacle)
+        self.net.check_batch(x, y, values=isinstance(way, Way))  # a graph counts bad targets itself
+        if way is Way.CAPTURE:
+            return self._graphs.capture(lambda *where: self._captured(x, y, *where), self._running) or Way.EAGER
+        return way
 
-    def _captured(self, x: Tensor, y: Tensor, pool: Any) -> GraphedStep:
+    def _captured(self, x: Tensor, y: Tensor, pool: Any, stream: Any) -> GraphedStep:
         try:
-            return GraphedStep(self._run, x, y, self._optimizers, self.net, pool)
+            return GraphedStep(self._run, x, y, self._optimizers, self.net, pool, stream)
+        except NotForGraphs:
+            raise  # nothing has run
         except BaseException:
             if self._updates.accumulate == 1:
                 self._updates.drop()
@@ -214,13 +219,11 @@ class LocalStep:
 
     def _built_in(self, device: torch.device) -> tuple[Any, ...]:
         """What a captured step does not read anew: if any of it changes, it must be captured again."""
-        kept = self._updates.accumulate > 1
         return (
             self._optimizers.options(),
             self.net.recompute,
             torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
-            tuple(module.training for module in self._submodules),
-            tuple((p.requires_grad, p.data_ptr(), kept and id(p.grad)) for p in self._parameters),
+            *self._network_state.read(),
         )
 
     def _running(self) -> str:
@@ -248,7 +251,13 @@ class LocalStep:
                 # One for all steps: libraries and the allocator keep memory for every stream they have met.
                 self._second = torch.cuda.Stream(x.device)
             self._streams = TwoStreams(x.device, self._second)
-        out = updating_pass(self.net.local_modules, x, y, self._updates, self._autocast_dtype, self._streams)
+        try:
+            out = updating_pass(self.net.local_modules, x, y, self._updates, self._autocast_dtype, self._streams)
+        except BaseException:
+            # A capture ends with its first stream alone. One that CUDA has broken off does not let them join.
+            with suppress(RuntimeError):
+                self._streams.join()
+            raise
         return out._replace(loss=out.loss.detach())
 
 

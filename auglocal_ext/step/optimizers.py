@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..local_modules import LocalModule
 
@@ -93,6 +96,32 @@ class ModuleOptimizers:
         # What a scheduler looks at to warn of steps in the wrong order.
         self.whole._opt_called = True  # type: ignore[attr-defined]
 
+    def try_step(self) -> str | None:
+        """Step a copy of one parameter of each group with the options that :meth:`prepare` has set; nothing changes.
+
+        Returns:
+            What the step has changed on the host, a number among attributes, options and state; None for nothing.
+        """
+        trial = object.__new__(type(self.whole))
+        trial.__dict__.update(self.everything.__dict__)
+        trial.__dict__.update(_optimizer_step_pre_hooks=OrderedDict(), _optimizer_step_post_hooks=OrderedDict())
+        trial.state, trial.param_groups = defaultdict(dict), []
+        for group in self.everything.param_groups:
+            trained = [p for p in group["params"] if p.requires_grad]
+            if trained:
+                original = next((p for p in trained if p in self.whole.state), trained[0])
+                twin = nn.Parameter(original.detach().clone())
+                twin.grad = torch.zeros_like(twin)
+                trial.param_groups.append({**group, "params": [twin]})
+                if original in self.whole.state:
+                    trial.state[twin] = copy.deepcopy(self.whole.state[original])
+        before = _on_host(trial)
+        devices = {p.device for p in self._owner if p.is_cuda}
+        with torch.random.fork_rng(devices), suppress(Exception):  # what fails on copies alone may do without a graph
+            trial.step()
+            return next((key for key, value in _on_host(trial).items() if before.get(key) != value), None)
+        return None
+
     def forget_views(self) -> None:
         """After a step that broke off: views made anew, of which a loss scaler has noted nothing."""
         self._layout = []
@@ -171,6 +200,20 @@ def listed(params: Iterable[Any]) -> list[Any]:
 
 def _as_list(params: Any) -> Any:
     return params if isinstance(params, Tensor) else list(params)
+
+
+def _on_host(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Numbers among attributes, options and state, and the state's tensors that are not where their parameter is."""
+    values: dict[str, Any] = {f"attribute {k!r}": v for k, v in vars(optimizer).items() if type(v) in (int, float)}
+    for index, group in enumerate(optimizer.param_groups):
+        values.update((f"option {k!r} of group {index}", v) for k, v in group.items() if isinstance(v, (int, float)))
+        for p in group["params"]:
+            for key, value in optimizer.state.get(p, {}).items():
+                if isinstance(value, Tensor) and value.device != p.device:
+                    value = value.tolist()
+                if not isinstance(value, Tensor):
+                    values[f"state {key!r} of group {index}"] = value
+    return values
 
 
 def _fit_to_device(group: dict[str, Any], defaults: dict[str, Any]) -> None:

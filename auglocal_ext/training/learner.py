@@ -189,7 +189,7 @@ class LocalLearner:
             raise SettingsError(f"--graph on: {error}") from error
         self._steps += 1
         self._graphed += self._step.graphed
-        if len(labels) == self._batch_size:  # an epoch's smaller last batch never runs as a graph
+        if len(labels) == self._batch_size:  # an epoch's smaller last batch is captured later than the others
             self._eager_reason = self._step.eager_reason
         return StepResult(out.loss, out.module_losses, out.module_counts, self.network.task.counted(labels))
 

@@ -6,6 +6,10 @@ makes recording fail. What it does not show is memory reuse and the order of str
 
 from __future__ import annotations
 
+import os
+import traceback
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,18 +46,44 @@ class _Recorder(TorchDispatchMode):
             tensor.untyped_storage().copy_(contents)
 
 
+class _Watch(TorchDispatchMode):
+    def __init__(self, note):
+        super().__init__()
+        self.note = note
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is HOST_READ:
+            here = [frame for frame in traceback.extract_stack() if frame.filename not in (__file__, torch.__file__)]
+            user = [frame for frame in here if not frame.filename.startswith(os.path.dirname(torch.__file__))]
+            self.note(f"{user[-1].filename}:{user[-1].lineno}")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watch_for_reads(note):
+    """In place of ``auglocal_ext.step.capture.watch_for_waits``: what waits for a GPU reads a value on the CPU."""
+    with _Watch(note):
+        yield
+
+
 class OperatorTape:
-    """Has the interface of ``auglocal_ext.step.graph.CapturedGraph``; counts ``made`` ones."""
+    """Has the interface of ``auglocal_ext.step.capture.CapturedGraph``; counts ``made`` ones.
+
+    ``recording`` tells whether one is being made, for what goes wrong then alone.
+    """
 
     made = 0
+    recording = False
 
-    def __init__(self, run, pool):
-        type(self).made += 1
+    def __init__(self, run, pool, stream):
+        OperatorTape.made += 1
         recorder = _Recorder()
+        OperatorTape.recording = True
         try:
             with recorder:
                 self._outputs = run()
         finally:
+            OperatorTape.recording = False
             recorder.undo()
         self._tape = recorder.tape
 

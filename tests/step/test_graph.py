@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
-from operator_tape import OperatorTape
+from operator_tape import OperatorTape, watch_for_reads
 from step_nets import RULES, assert_same_state, batches, plain_step, small, twins
 
 from auglocal_ext.step import GraphCaptureError, LocalStep
@@ -17,6 +18,7 @@ from auglocal_ext.step.graph import MAX_CAPTURES
 def tape(monkeypatch):
     monkeypatch.setattr("auglocal_ext.step.graph.CapturedGraph", OperatorTape)
     monkeypatch.setattr("auglocal_ext.step.graph.can_capture", lambda device: True)
+    monkeypatch.setattr("auglocal_ext.step.graph.watch_for_waits", watch_for_reads)
     monkeypatch.setattr(OperatorTape, "made", 0)
 
 
@@ -54,18 +56,18 @@ def test_a_learning_rate_changes_without_a_new_capture():
     assert_same_state(net, other)
 
 
-def test_smaller_last_batches_run_eagerly_beside_the_graph():
+def test_smaller_last_batches_are_captured_when_they_come_again():
     net, other = twins()
     plain, step = sgd(other.parameters()), LocalStep(net, sgd)
     graphed = []
     for _ in range(3):
         for index, (x, y) in enumerate(batches(6)):
             x, y = (x[:3], y[:3]) if index == 5 else (x, y)
-            plain_step(other, plain, x, y)
-            step(x, y)
+            theirs, ours = plain_step(other, plain, x, y), step(x, y)
+            assert torch.equal(ours.module_losses, theirs.module_losses)
             graphed.append(step.graphed)
-    assert OperatorTape.made == 1
-    assert graphed == [False] * 3 + [True] * 2 + [False] + 2 * ([True] * 5 + [False])
+    assert OperatorTape.made == 2
+    assert graphed == [False] * 3 + [True] * 2 + [False] + [True] * 12
     assert_same_state(net, other)
 
 
@@ -76,8 +78,30 @@ def test_epochs_of_few_batches_are_captured_too():
         for n in (6, 6, 3):
             step(*next(batches(1, n)))
             graphed.append(step.graphed)
-    assert graphed == [False] * 4 + [True, False] + [True, True, False] * 2
-    assert OperatorTape.made == 1
+    assert graphed == [False] * 4 + [True, False] + [True] * 6
+    assert OperatorTape.made == 2
+
+
+def test_smaller_batches_of_many_sizes_have_one_graph_beside_that_of_the_largest():
+    step = LocalStep(small(), sgd)
+    for _ in range(4):
+        for n in (6, 6, 6, 6, 3, 6, 4, 6, 5):
+            step(*next(batches(1, n)))
+    assert OperatorTape.made == 2
+    assert not step.graphed and "one size" in step.eager_reason
+
+
+def test_last_batches_of_accumulating_steps():
+    """Of five batches per epoch the last, smaller one is by turns the first and the second of two calls."""
+    net, other = twins()
+    ours, theirs = LocalStep(net, sgd, accumulate=2), LocalStep(other, sgd, accumulate=2, graph=False)
+    for _ in range(5):
+        for n in (6, 6, 6, 6, 3):
+            x, y = next(batches(1, n))
+            ours(x, y)
+            theirs(x, y)
+    assert ours.graphed and OperatorTape.made == 4
+    assert_same_state(net, other)
 
 
 def test_another_batch_size_is_captured_when_it_stays():
@@ -166,7 +190,7 @@ def host_read(module, args, out):
     return out * (1.0 if float(out.detach().sum()) == float("inf") else 1.0)
 
 
-def test_a_module_that_cannot_be_captured_leaves_the_step_eager_and_exact():
+def test_a_step_that_waits_for_the_device_is_found_before_it_is_captured():
     net, other = twins()
     for n in (net, other):
         n.local_modules[1].layers[0].register_forward_hook(host_read)
@@ -174,13 +198,13 @@ def test_a_module_that_cannot_be_captured_leaves_the_step_eager_and_exact():
     for x, y in batches(7):
         plain_step(other, plain, x, y)
         step(x, y)
-    assert not step.graphed
-    assert "local module 1" in step.eager_reason and "not permitted" in step.eager_reason
-    assert OperatorTape.made == 1
+    assert not step.graphed and OperatorTape.made == 0
+    line = inspect.getsourcelines(host_read)[1] + 1
+    assert f"local module 1 waits for the device ({__file__}:{line})" in step.eager_reason
     assert_same_state(net, other)
 
 
-def test_a_required_graph_that_cannot_be_raises_and_changes_nothing():
+def test_a_required_graph_of_a_step_that_waits_raises_and_changes_nothing():
     net = small()
     net.local_modules[1].layers[0].register_forward_hook(host_read)
     step = LocalStep(net, sgd, graph=True)
@@ -197,18 +221,110 @@ def test_a_required_graph_that_cannot_be_raises_and_changes_nothing():
     assert all(p.grad is None for p in net.parameters())
 
 
-def test_an_optimizer_that_reads_its_learning_rate_on_the_host_runs_eagerly():
+def broken_capture(module, args, out):
+    if OperatorTape.recording:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"clip_norm": 0.1, "clip": "global"}], ids=str)
+def test_a_capture_that_fails_leaves_the_step_eager_and_exact(options):
     net, other = twins()
-
-    def unfused(params):
-        return torch.optim.SGD(params, lr=0.125, fused=False)
-
-    plain, step = unfused(other.parameters()), LocalStep(net, unfused)
-    for x, y in batches(6):
-        plain_step(other, plain, x, y)
+    net.local_modules[1].layers[0].register_forward_hook(broken_capture)
+    step, eager = LocalStep(net, sgd, **options), LocalStep(other, sgd, graph=False, **options)
+    for x, y in batches(9):
+        eager(x, y)
         step(x, y)
-    assert not step.graphed and "local module 0" in step.eager_reason
-    assert OperatorTape.made == 1
+    assert not step.graphed and OperatorTape.made == 1
+    assert "capturing local module 1 failed" in step.eager_reason and "not permitted" in step.eager_reason
+    assert_same_state(net, other)
+
+
+def test_a_required_graph_whose_capture_fails_raises_and_changes_nothing():
+    net = small()
+    net.local_modules[1].layers[0].register_forward_hook(broken_capture)
+    step = LocalStep(net, sgd, graph=True)
+    stream = batches(4)
+    for _ in range(3):
+        step(*next(stream))
+    before = copy.deepcopy(net.state_dict())
+    x, y = next(stream)
+    for _ in range(2):
+        with pytest.raises(GraphCaptureError, match='local module 1 .*graph="auto"'):
+            step(x, y)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("hook", [host_read, broken_capture], ids=["waits", "fails"])
+def test_a_last_batch_that_cannot_be_captured_runs_eagerly_beside_the_graph(hook):
+    net, other = twins()
+    for n in (net, other):
+        n.local_modules[1].layers[0].register_forward_hook(lambda *args: hook(*args) if len(args[2]) == 3 else None)
+    plain, step = sgd(other.parameters()), LocalStep(net, sgd, graph=True)
+    graphed = []
+    for _ in range(4):
+        for n in (6, 6, 6, 6, 3):
+            x, y = next(batches(1, n))
+            plain_step(other, plain, x, y)
+            step(x, y)
+            graphed.append(step.graphed)
+    assert graphed == [False] * 3 + [True, False] + 3 * ([True] * 4 + [False])
+    assert "local module 1" in step.eager_reason
+    assert_same_state(net, other)
+
+
+class HostCount(torch.optim.Optimizer):
+    """Counts its steps in Python, as optimizers of one's own often do; draws random numbers as it steps."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.125})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    state["step"] = state.get("step", 0) + 1
+                    p.sub_(group["lr"] * p.grad / state["step"] * (1 + torch.rand(())))
+
+
+class Average(torch.optim.Optimizer):
+    """Weighs its steps by what it counts in an attribute."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.125})
+        self.count = 0
+
+    @torch.no_grad()
+    def step(self):
+        self.count += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(group["lr"] * p.grad / self.count)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Average, "Average keeps attribute 'count'"),
+        (lambda params: torch.optim.SGD(params, lr=0.1, fused=False), "SGD waits for the device"),
+        (lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, foreach=True), "SGD waits for the device"),
+        (HostCount, "HostCount keeps state 'step'"),
+    ],
+    ids=["count in an attribute", "for-loop", "foreach", "count in the state"],
+)
+def test_an_optimizer_that_a_graph_cannot_hold_is_found_before_the_capture(make, reason):
+    net, other = twins()
+    step, eager = LocalStep(net, make), LocalStep(other, make, graph=False)
+    for index, (x, y) in enumerate(batches(6)):
+        for one in (eager, step):
+            torch.manual_seed(index)
+            one(x, y)
+    assert not step.graphed and reason in step.eager_reason
+    assert OperatorTape.made == 0
     assert_same_state(net, other)
 
 
