@@ -75,6 +75,7 @@ def watch_for_waits(note: Callable[[str], None]) -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("always", message=WAITS)
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")  # on entering it
         warnings.showwarning = shown
         torch.cuda.set_sync_debug_mode(max(mode, _WARN))
         try:

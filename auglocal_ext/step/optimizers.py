@@ -102,6 +102,15 @@ class ModuleOptimizers:
         Returns:
             What the step has changed on the host, a number among attributes, options and state; None for nothing.
         """
+        devices = {p.device for p in self._owner if p.is_cuda}
+        with torch.random.fork_rng(devices), suppress(Exception):  # what fails on copies alone may do without a graph
+            trial = self._on_copies()
+            before = _on_host(trial)
+            trial.step()
+            return next((key for key, value in _on_host(trial).items() if before.get(key) != value), None)
+        return None
+
+    def _on_copies(self) -> torch.optim.Optimizer:
         trial = object.__new__(type(self.whole))
         trial.__dict__.update(self.everything.__dict__)
         trial.__dict__.update(_optimizer_step_pre_hooks=OrderedDict(), _optimizer_step_post_hooks=OrderedDict())
@@ -115,12 +124,7 @@ class ModuleOptimizers:
                 trial.param_groups.append({**group, "params": [twin]})
                 if original in self.whole.state:
                     trial.state[twin] = copy.deepcopy(self.whole.state[original])
-        before = _on_host(trial)
-        devices = {p.device for p in self._owner if p.is_cuda}
-        with torch.random.fork_rng(devices), suppress(Exception):  # what fails on copies alone may do without a graph
-            trial.step()
-            return next((key for key, value in _on_host(trial).items() if before.get(key) != value), None)
-        return None
+        return trial
 
     def forget_views(self) -> None:
         """After a step that broke off: views made anew, of which a loss scaler has noted nothing."""

@@ -134,6 +134,7 @@ class FakeCuda:
             monkeypatch.setattr(torch._C, name, value, raising=False)
         monkeypatch.setattr(torch, "zeros", lambda *args, device: None)
         monkeypatch.setattr(capture, "_broken", [])
+        monkeypatch.setattr(gc, "collect", lambda: fake.log.append("garbage collected"))
 
 
 @pytest.fixture(params=[True, False], ids=["2.11", "later"])
@@ -159,7 +160,8 @@ def test_a_capture_runs_on_the_given_stream_without_garbage_collection_in_it(cud
 
     graph = CapturedGraph(run, "pool", cuda.stream)
     assert graph.replay() == ["out"]
-    assert cuda.log == ["workspaces cleared", "capture into pool", "run", "workspaces cleared", "replay"]
+    before = ["workspaces cleared", "garbage collected", "capture into pool"]
+    assert cuda.log == [*before, "run", "workspaces cleared", "replay"]
     assert_as_before(cuda, 1)
 
 
@@ -226,7 +228,12 @@ def test_work_on_a_stream_comes_between_that_of_the_current_one(cuda, fails):
 def debug_mode(monkeypatch):
     modes = [0]
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def enter(mode):
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+        modes.append(mode)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", enter)
     return modes
 
 
