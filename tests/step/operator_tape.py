@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import traceback
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -67,16 +68,18 @@ def watch_for_reads(note):
 
 
 class OperatorTape:
-    """Has the interface of ``auglocal_ext.step.capture.CapturedGraph``; counts ``made`` ones.
+    """Has the interface of ``auglocal_ext.step.capture.CapturedGraph``; counts ``made`` ones, keeps their ``streams``.
 
     ``recording`` tells whether one is being made, for what goes wrong then alone.
     """
 
     made = 0
+    streams: ClassVar[list] = []
     recording = False
 
     def __init__(self, run, pool, stream):
         OperatorTape.made += 1
+        OperatorTape.streams.append(stream)
         recorder = _Recorder()
         OperatorTape.recording = True
         try:

@@ -57,7 +57,7 @@ def test_gradients_are_looked_at_where_they_stay():
     assert states[1].read() != first
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_scripted_modules_are_looked_at():
     net = nn.Sequential(torch.jit.script(nn.Dropout()), nn.Linear(2, 2))
     state = state_of(net)

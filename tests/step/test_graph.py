@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 
@@ -20,6 +21,7 @@ def tape(monkeypatch):
     monkeypatch.setattr("auglocal_ext.step.graph.can_capture", lambda device: True)
     monkeypatch.setattr("auglocal_ext.step.graph.watch_for_waits", watch_for_reads)
     monkeypatch.setattr(OperatorTape, "made", 0)
+    monkeypatch.setattr(OperatorTape, "streams", [])
 
 
 def sgd(params, lr=0.125):
@@ -43,6 +45,29 @@ def test_captured_steps_are_the_plain_loops_to_the_bit(rule, options):
     assert OperatorTape.made == 1
     assert_same_state(net, other)
     assert all(torch.equal(a, b) for a, b in kept)  # no later step has overwritten an earlier output
+
+
+def test_warm_up_and_captures_share_a_stream_of_the_networks_device(monkeypatch):
+    class Stream:
+        def __init__(self, device):
+            self.device = device
+            made.append(self)
+
+    @contextlib.contextmanager
+    def on(stream):
+        ran.append(stream)
+        yield
+
+    made, ran = [], []
+    monkeypatch.setattr("auglocal_ext.step.graph.make_stream", Stream)
+    monkeypatch.setattr("auglocal_ext.step.graph.on_stream", on)
+    step = LocalStep(small(), sgd)
+    for _ in range(2):
+        for n in (6, 6, 6, 6, 3):
+            step(*next(batches(1, n)))
+    assert [stream.device for stream in made] == [torch.device("cpu")]
+    assert ran == made * 4  # three steps and the first small batch
+    assert OperatorTape.streams == made * 2
 
 
 def test_a_learning_rate_changes_without_a_new_capture():
