@@ -5,6 +5,7 @@ Imported before the package by every benchmark: it makes a checkout that is not 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -24,11 +25,15 @@ except ModuleNotFoundError:  # run from a checkout that is not installed
 
 
 def environment() -> dict[str, Any]:
-    """Command, date, machine, GPU, driver, versions and commit, as plain values for JSON."""
+    """Command, date, machine, GPU, driver, versions and commit, as plain values for JSON.
+
+    ``sources`` tells the sources where git does not, as in a copy without its history.
+    """
     return {
         "command": " ".join(["python", *(_relative(part) for part in sys.argv)]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "commit": _commit(),
+        "sources": _sources(),
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
             "processor": _processor(),
@@ -61,6 +66,16 @@ def _commit() -> str | None:
     if commit and _output("git", "-C", folder, "status", "--porcelain", "--untracked-files=no"):
         commit += " with local changes"
     return commit
+
+
+def _sources() -> str:
+    """A digest of package, kernels and benchmarks: names and contents."""
+    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for folder, ends in (("auglocal_ext", (".py", ".ini")), ("csrc", (".h", ".cpp", ".cu")), ("benchmarks", (".py",))):
+        for path in sorted(path for path in (root / folder).rglob("*") if path.suffix in ends):
+            if path.name != "_build_info.py":
+                digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _processor() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from typing import Any
@@ -36,19 +36,6 @@ class Case:
     bytes: int  # that any implementation has to move: inputs read once, results written once
     dtype: torch.dtype
     grad: Tensor | None = None
-
-
-def cases(device: str, dtype: torch.dtype, first_only: bool = False) -> Iterator[Case]:
-    """Every op at its shapes (or the first of them): those of the networks on CUDA, small ones on the CPU."""
-    for op in (
-        _pooled_cross_entropy,
-        _batch_norm_act,
-        _batch_norm_act_max_pool,
-        _reconstruction_loss,
-        _similarity_loss,
-        _supervised_contrast,
-    ):
-        yield from islice(op(device, dtype), 1 if first_only else None)
 
 
 # (batch, channels, height, width), classes: ends of the stages of the CIFAR and the ImageNet ResNets
@@ -303,3 +290,20 @@ def _contrast(features: Tensor, target: Tensor) -> tuple[Tensor, ...]:
 
 def _fused_contrast(features: Tensor, target: Tensor, provider: str) -> tuple[Tensor, ...]:
     return (supervised_contrast(features, target, 0.07, provider=provider),)
+
+
+_CASES = {
+    "batch_norm_act": _batch_norm_act,
+    "batch_norm_act_max_pool": _batch_norm_act_max_pool,
+    "pooled_cross_entropy": _pooled_cross_entropy,
+    "reconstruction_loss": _reconstruction_loss,
+    "similarity_loss": _similarity_loss,
+    "supervised_contrast": _supervised_contrast,
+}
+OPS = tuple(_CASES)
+
+
+def cases(device: str, dtype: torch.dtype, ops: Sequence[str] = OPS, first_only: bool = False) -> Iterator[Case]:
+    """The ops at their shapes (or the first of them): those of the networks on CUDA, small ones on the CPU."""
+    for op in ops:
+        yield from islice(_CASES[op](device, dtype), 1 if first_only else None)

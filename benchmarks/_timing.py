@@ -9,36 +9,50 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from _device_timing import Cuda, time_on
 
 from auglocal_ext.memory import MemoryMeter, release_device_memory
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median of the times in seconds, with the 20th and 80th percentile."""
+    """Median of the times in seconds, with the 20th and 80th percentile.
+
+    ``way``: how they were taken, and ``why``: the reason for not having replayed a graph; empty on the CPU.
+    """
 
     median: float
     low: float
     high: float
     runs: int
+    way: str = ""
+    why: str = ""
 
 
-def measure(function: Callable[[], Any], device: str, seconds: float) -> Spread:
+def spread(times: list[float], way: str = "", why: str = "") -> Spread:
+    low, *_, high = statistics.quantiles(times, n=5)
+    return Spread(statistics.median(times), low, high, len(times), way, why)
+
+
+def measure(function: Callable[[], Any], device: str, seconds: float, *, graph: bool = True) -> Spread:
     """Time ``function`` repeatedly for about ``seconds``, each time with cold caches.
 
-    On CUDA by events on the stream, after a write larger than the L2 cache, which also lets the host run ahead; on the
-    CPU by the clock, after a write of 64 MiB.
+    On CUDA replays of a graph of it, or runs behind a sleep of the device (also without ``graph``), after a write
+    larger than the L2 cache; on the CPU by the clock, after a write of 64 MiB.
+
+    Raises what :func:`_device_timing.time_on` does.
     """
     flush = torch.empty(_cache_bytes(device), dtype=torch.int8, device=device)
+    if device == "cuda":
+        found = time_on(Cuda(flush), function, seconds, graph=graph)
+        return spread(found.seconds, found.way, found.why)
     for _ in range(3):
         function()
     times: list[float] = []
-    once = _time_cuda if device == "cuda" else _time_cpu
     end = time.perf_counter() + seconds
     while len(times) < 10 or (time.perf_counter() < end and len(times) < 1000):
-        times.append(once(function, flush))
-    low, *_, high = statistics.quantiles(times, n=5)
-    return Spread(statistics.median(times), low, high, len(times))
+        times.append(_time_cpu(function, flush))
+    return spread(times)
 
 
 def time_steps(step: Callable[[], Any], device: str, seconds: float, least: int = 3, most: int = 50) -> Spread:
@@ -66,8 +80,7 @@ def time_steps(step: Callable[[], Any], device: str, seconds: float, least: int 
             start = time.perf_counter()
             step()
             times.append(time.perf_counter() - start)
-    low, *_, high = statistics.quantiles(times, n=5)
-    return Spread(statistics.median(times), low, high, len(times))
+    return spread(times, "steps in a row, host included" if device == "cuda" else "")
 
 
 def copy_bandwidth(device: str, seconds: float) -> float:
@@ -98,16 +111,6 @@ def _cache_bytes(device: str) -> int:
     if device == "cuda":
         return max(2 * torch.cuda.get_device_properties().L2_cache_size, 1 << 28)
     return 1 << 26
-
-
-def _time_cuda(function: Callable[[], Any], flush: torch.Tensor) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    flush.zero_()
-    start.record()
-    function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
 
 
 def _time_cpu(function: Callable[[], Any], flush: torch.Tensor) -> float:

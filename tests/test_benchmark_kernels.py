@@ -1,0 +1,248 @@
+"""``benchmarks/kernels.py``: no time contains Python (on a simulated device), lines that go on, a result file."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def benchmark(load_benchmark):
+    return load_benchmark("kernels")
+
+
+class SimulatedDevice:
+    """A host and a device with clocks of their own, in seconds; ``launch`` is what Python does."""
+
+    def __init__(self, captures: bool = True) -> None:
+        self.host = self.device = 0.0
+        self.captures = captures
+        self.slept: list[float] = []
+        self.flushes = 0
+
+    def launch(self, host: float, device: float) -> None:
+        self.host += host
+        self.device = max(self.host, self.device) + device
+
+    def wait(self) -> None:
+        self.host = max(self.host, self.device)
+
+    def event(self):
+        return SimulatedEvent(self)
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.launch(5e-6, seconds)
+
+    def flush(self) -> None:
+        self.flushes += 1
+        self.launch(5e-6, 60e-6)
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        from _device_timing import CannotCaptureError
+
+        if not self.captures:
+            raise CannotCaptureError("it waits for the device 1 times")
+        other = SimulatedDevice()
+        function.__self__.device_of_work = other  # what it launches is recorded there
+        function()
+        function.__self__.device_of_work = self
+        return lambda: self.launch(10e-6, other.device - other.host)
+
+
+class SimulatedEvent:
+    def __init__(self, device: SimulatedDevice) -> None:
+        self._device, self._at = device, 0.0
+
+    def record(self) -> None:
+        self._device.launch(1e-6, 0)
+        self._at = self._device.device
+
+    def query(self) -> bool:
+        return self._device.host >= self._at
+
+    def synchronize(self) -> None:
+        self._device.host = max(self._device.host, self._at)
+
+    def elapsed_time(self, end: SimulatedEvent) -> float:
+        return 1e3 * (end._at - self._at)
+
+
+class Work:
+    """Python of ``host_seconds`` that launches ``device_seconds``, and may wait for them."""
+
+    def __init__(self, device: SimulatedDevice, host_seconds: float, device_seconds: float, waits: bool = False):
+        self.device_of_work, self.waits = device, waits
+        self.host_seconds, self.device_seconds = host_seconds, device_seconds
+
+    def run(self) -> None:
+        self.device_of_work.launch(self.host_seconds, self.device_seconds)
+        if self.waits:
+            self.device_of_work.wait()
+
+
+@pytest.fixture
+def timing(load_benchmark, monkeypatch):
+    """``_device_timing`` whose host clock is the simulated one."""
+    load_benchmark("kernels")
+    import _device_timing
+
+    def on(device: SimulatedDevice):
+        class Clock:
+            perf_counter = staticmethod(lambda: device.host)
+
+        monkeypatch.setattr(_device_timing, "time", Clock)
+        return _device_timing
+
+    return on
+
+
+@pytest.mark.parametrize("captures", [True, False])
+@pytest.mark.parametrize("host", [350e-6, 5e-3])
+def test_no_time_is_that_of_python(timing, captures, host):
+    device = SimulatedDevice(captures)
+    module = timing(device)
+    work = Work(device, host, 20e-6)
+    found = module.time_on(device, work.run, 0.1)
+    assert len(found.seconds) >= 10 and found.seconds == pytest.approx([20e-6 + 1e-6] * len(found.seconds), rel=0.1)
+    assert (found.way, found.why) == (
+        (module.GRAPH, "") if captures else (module.SLEEP, "it waits for the device 1 times")
+    )
+    assert min(device.slept) >= 1e-3 and device.flushes >= len(found.seconds)
+
+
+def test_a_sleep_that_was_too_short_is_made_longer(timing):
+    device = SimulatedDevice(captures=False)
+    module = timing(device)
+    work = Work(device, 1e-4, 20e-6)
+    calls = iter([1e-4] * 5 + [8e-3] * 1000)  # Python that becomes slower than it was when it was looked at
+
+    def run() -> None:
+        work.host_seconds = next(calls)
+        work.run()
+
+    found = module.time_on(device, run, 0.0, graph=False)
+    assert found.seconds == pytest.approx([21e-6] * 10, rel=0.1) and found.why == "not tried"
+    assert device.slept[0] == 1e-3 and device.slept[-1] >= 8e-3
+
+
+def test_work_that_waits_for_the_device_has_no_time(timing):
+    device = SimulatedDevice(captures=False)
+    module = timing(device)
+    with pytest.raises(module.HostBoundError, match="this time would be Python's"):
+        module.time_on(device, Work(device, 1e-4, 20e-6, waits=True).run, 0.1)
+
+
+def arguments(tmp_path, *more):
+    chosen = ["--op", "supervised_contrast", "--variant", "eager", "reference", "--dtype", "fp32"]
+    return ["--device", "cpu", "--quick", *chosen, "--output", str(tmp_path), *more]
+
+
+def record(tmp_path):
+    return json.loads((tmp_path / "kernels-cpu.json").read_text())
+
+
+@pytest.fixture
+def quick(benchmark, monkeypatch):
+    """The benchmark with times and bandwidths that take no time."""
+    calls = []
+
+    def measure(run, device, seconds, *, graph=True):
+        calls.append(graph)
+        return benchmark.Spread(1e-3, 1e-3, 1e-3, 10)
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    monkeypatch.setattr(benchmark, "copy_bandwidth", lambda device, seconds: 1e10 + len(calls))
+    benchmark.calls = calls
+    return benchmark
+
+
+def test_a_stopped_command_goes_on(quick, tmp_path, capsys):
+    assert quick.main(arguments(tmp_path, "--limit", "0")) == 130
+    assert record(tmp_path)["results"] == []
+    assert quick.main(arguments(tmp_path, "--resume")) == 0
+    assert [line["variant"] for line in record(tmp_path)["results"]] == ["eager", "reference"]
+    assert quick.main(arguments(tmp_path, "--resume")) == 0 and len(quick.calls) == 2
+    assert record(tmp_path)["copy_bytes_per_second"] == 1e10  # the one that the first lines are compared with
+    capsys.readouterr()
+    assert quick.main([*arguments(tmp_path, "--resume"), "--seconds", "3"]) == 0 and len(quick.calls) == 2
+    changed = record(tmp_path) | {"settings": {"seconds_per_line": 1, "quick": True}}
+    (tmp_path / "kernels-cpu.json").write_text(json.dumps(changed))
+    assert quick.main(arguments(tmp_path, "--resume")) == 0 and len(quick.calls) == 4
+    assert "holds other results (settings" in capsys.readouterr().out
+
+
+def test_a_line_that_ended_its_process_is_not_tried_again(quick, tmp_path):
+    assert quick.main(arguments(tmp_path, "--limit", "0")) == 130
+    line = quick.asdict(quick.Result("supervised_contrast", "256x128", "fp32", "eager", None, 1, None))
+    (tmp_path / "kernels-cpu.json").write_text(json.dumps(record(tmp_path) | {"begun": line}))
+    assert quick.main(arguments(tmp_path, "--resume")) == 1
+    eager, reference = record(tmp_path)["results"]
+    assert "not tried again" in eager["error"] and not reference["error"] and record(tmp_path)["begun"] is None
+
+
+def test_a_capture_that_broke_goes_on_in_a_new_process_without_a_graph(quick, tmp_path, monkeypatch):
+    class Replaced(Exception):
+        pass
+
+    def broken(run, device, seconds, *, graph=True):
+        if graph:
+            raise quick.BrokenCaptureError("operation not permitted when stream is capturing")
+        return quick.Spread(1e-3, 1e-3, 1e-3, 10)
+
+    def start_over(script, given, deadline):
+        assert script.endswith("kernels.py") and set(given) - set(arguments(tmp_path)) <= {"--resume"}
+        raise Replaced
+
+    monkeypatch.setattr(quick, "measure", broken)
+    monkeypatch.setattr(quick, "start_over", start_over)
+    with pytest.raises(Replaced):
+        quick.main(arguments(tmp_path))
+    assert "not permitted" in record(tmp_path)["uncaptured"]["supervised_contrast, 256x128, fp32, eager"]
+    assert record(tmp_path)["begun"] is None
+    with pytest.raises(Replaced):
+        quick.main(arguments(tmp_path, "--resume"))  # now the next line broke
+    monkeypatch.setattr(quick, "start_over", None)
+    assert quick.main(arguments(tmp_path, "--resume")) == 0
+    assert len(record(tmp_path)["results"]) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [True, False])
+def test_slow_python_is_not_timed_on_a_gpu(benchmark, graph):
+    x = torch.randn(1 << 20, device="cuda")
+
+    def slow() -> None:
+        for _ in range(4):
+            time.sleep(1e-3)
+            x.mul_(1.0)
+
+    found = benchmark.measure(slow, "cuda", 0.1, graph=graph)
+    assert found.median < 1e-3
+    assert found.way == ("graph replays" if graph else "behind a device sleep")
+
+
+@pytest.mark.gpu
+def test_work_that_waits_is_not_timed_on_a_gpu(benchmark):
+    from _device_timing import HostBoundError
+
+    x = torch.randn(1 << 20, device="cuda")
+    with pytest.raises(HostBoundError):
+        benchmark.measure(lambda: x.sum().item(), "cuda", 0.1)
+    assert benchmark.measure(lambda: x.mul_(1.0), "cuda", 0.1).way == "graph replays"  # and nothing is broken
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_every_line_has_a_time_on_a_gpu(benchmark, tmp_path):
+    chosen = ["--dtype", "bf16", "--variant", "eager", "cuda", "triton", "--quick", "--output", str(tmp_path)]
+    assert benchmark.main(chosen) == 0
+    lines = json.loads((tmp_path / "kernels-cuda.json").read_text())["results"]
+    assert {line["time"]["way"] for line in lines} == {"graph replays"}
