@@ -10,6 +10,7 @@ from typing import Any
 from _memory_rows import Row
 
 from auglocal_ext.memory import MemoryReport
+from auglocal_ext.memory.meter import Mark
 
 GB = 1e9
 
@@ -119,3 +120,30 @@ def as_json(result: Result) -> dict[str, Any]:
         "predicted": result.predicted and result.predicted.as_dict(timeline_points=300),
         "measured": result.measured and result.measured.as_dict(),
     }
+
+
+def from_json(values: dict[str, Any], row: Row, cuda: bool, counted: bool) -> Result:
+    """The result that :func:`as_json` wrote; its timelines are thinned."""
+    return Result(
+        row,
+        cuda,
+        values["dtype"],
+        predicted=_report(values["predicted"]),
+        measured=_report(values["measured"]),
+        parameters=values["parameters_trained"],
+        deployed=values["parameters_deployed"],
+        counted=counted,
+        inference_macs=values["macs_inference"],
+        training_macs=values["macs_training"],
+        error=values["error"],
+        paper_gb=values["paper_gb"],
+    )
+
+
+def _report(values: dict[str, Any] | None) -> MemoryReport | None:
+    if values is None:
+        return None
+    plain = {name: value for name, value in values.items() if name != "seconds_median"}
+    plain["timeline"] = tuple(map(tuple, plain["timeline"]))
+    plain["marks"] = tuple(Mark(**mark) for mark in plain["marks"])
+    return MemoryReport(**{**plain, "seconds": tuple(plain["seconds"])})

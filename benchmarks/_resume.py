@@ -17,6 +17,7 @@ import torch
 
 INTERRUPTED = 130
 LEFT_OUT = "left out: the time of the whole command was over (--limit)"
+BEGUN = "begun, and not ended"
 NEVER_ENDED = "the process ended, or was ended, while this was measured; not tried again"
 
 

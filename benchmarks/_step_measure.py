@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from _counters import count_launches, count_operators, count_synchronisations
 from _networks import compiling
+from _resume import LEFT_OUT
 from _step_rows import Row, Step
 from _timing import Spread, time_steps
 
@@ -97,7 +98,7 @@ def run_row(row: Row, network: str, settings: Settings) -> Result:
     """One row; what goes wrong in it is its result, and the others go on."""
     result = Result(row)
     if time.monotonic() > settings.deadline:
-        result.errors["step"] = "left out: the time of the whole command was over (--limit)"
+        result.errors["step"] = LEFT_OUT
         return result
     if not settings.cuda and not row.compiled:
         with recorded(result, "prediction"), time_limit(settings.row_limit):

@@ -39,12 +39,15 @@ def scaling_rows() -> list[Row]:
     return [row for row in rows() if row.name in ("BP bf16", "BP checkpointing bf16") or row.name.endswith(" graph")]
 
 
-def run_points(found: Sequence[Point], settings: Settings, done: Callable[[Point, Result], None]) -> None:
-    """Runs them all; ``done`` is told of each. A point measured at one place is not measured again at another."""
+def run_points(
+    found: Sequence[Point], settings: Settings, begin: Callable[[Point], None], done: Callable[[Point, Result], None]
+) -> None:
+    """Runs them all; told of each before and after. One measured at one place is not measured again at another."""
     seen: dict[tuple[str, int, str], Result] = {}
     for point in found:
         key = point.network, point.batch, point.row.name
         if key not in seen:
+            begin(point)
             # On a CPU the peak alone is predicted: a small batch's time would say nothing about the line.
             at_batch = replace(settings, batch=point.batch, timed_batch=point.batch if settings.cuda else 0)
             seen[key] = run_row(point.row, point.network, at_batch)
@@ -57,3 +60,8 @@ def as_dict(point: Point, result: Result) -> dict[str, Any]:
     values = result.as_dict()
     place = {"over": point.over, "at": point.at, "network": point.network, "batch": point.batch}
     return {**place, "name": point.row.name, "family": point.row.family, **{key: values[key] for key in wanted}}
+
+
+def place_of(point: Point) -> tuple[str, int, str]:
+    """What tells a point of the figure from the others; in its dictionary the values of "over", "at" and "name"."""
+    return point.over, point.at, point.row.name

@@ -3,18 +3,23 @@
     python benchmarks/memory.py                              # ResNet-32 and ResNet-110, batch 1024, fp32
     python benchmarks/memory.py --network resnet34 --rows BP AugLocal --dtype bf16
     python benchmarks/memory.py --rules                      # a row for each learning rule, with its arithmetic
+    python benchmarks/memory.py --limit 500 --resume         # goes on where --limit, or a kill, ended the last command
 
 Without a GPU the peaks are predicted: tensor bytes under fake tensors, no library workspace. With one they
 are measured as well, with the allocator's reserved bytes and the time per step, beside ``torch.compile``.
-Prints a table; writes a JSON file and a PNG.
+Prints a table; writes a JSON file, row by row, and a PNG.
+
+Exit status: 0 when every row has been tried, 130 if --limit came before the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +27,9 @@ from typing import Any
 import torch
 from _environment import environment
 from _memory_rows import PAPER, PAPER_BATCH, Row, build_step, rows
-from _memory_table import GB, Result, as_json, table
+from _memory_table import GB, Result, as_json, from_json, table
 from _networks import compiling
+from _resume import BEGUN, INTERRUPTED, NEVER_ENDED, StartOverError, earlier, is_broken, start_over, write_text
 from _rule_rows import rule_rows
 from torch import nn
 from tqdm import tqdm
@@ -125,7 +131,43 @@ def compact(text: str) -> str:
     return re.sub(r"\[[-\d\s.,e+\[\]]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+class Report:
+    """All results so far by network, in one file that is written before and after each row.
+
+    With ``resume`` it begins with those of earlier commands; a row that a process did not survive is one of them.
+    """
+
+    def __init__(self, path: Path, head: dict[str, Any], known: Sequence[Row], cuda: bool, counted: bool, resume: bool):
+        self.path, self._head = path, head
+        self._order = {row.name: place for place, row in enumerate(known)}
+        record = (earlier(path, head) if resume else None) or {"networks": {}}
+        self.networks: dict[str, list[Result]] = {}
+        for network, lines in record["networks"].items():
+            by_name = {row.name: row for row in known}
+            self.networks[network] = [from_json(line, by_name[line["name"]], cuda, counted) for line in lines]
+            for result in self.networks[network]:
+                result.error = NEVER_ENDED if result.error == BEGUN else result.error
+
+    def has(self, network: str, row: Row) -> bool:
+        return any(result.row.name == row.name for result in self.networks.get(network, ()))
+
+    def add(self, network: str, result: Result) -> None:
+        found = [other for other in self.networks.get(network, ()) if other.row.name != result.row.name]
+        self.networks[network] = sorted([*found, result], key=lambda result: self._order[result.row.name])
+        self.write()
+
+    def forget_begun(self) -> None:
+        """What was interrupted from outside is measured by the next command."""
+        for network, found in self.networks.items():
+            self.networks[network] = [result for result in found if result.error != BEGUN]
+        self.write()
+
+    def write(self) -> None:
+        networks = {network: [as_json(result) for result in found] for network, found in self.networks.items()}
+        write_text(self.path, compact(json.dumps({**self._head, "networks": networks}, indent=1)) + "\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--network",
@@ -147,7 +189,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a row for each learning rule and for some combinations, in place of the rivals and of AugLocal's depths; "
         "with multiply-accumulates per image of inference and of a training step's forward part",
     )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="rows that go through torch.compile, which only a GPU has",
+    )
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no row is begun")
+    parser.add_argument("--resume", action="store_true", help="leave out the rows that the JSON file has already")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for JSON and PNG")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    start = time.monotonic()
+    parser = make_parser()
     options = parser.parse_args(arguments)
     if options.batch < 2:
         parser.error(f"--batch is at least 2 (BatchNorm), got {options.batch}")
@@ -156,29 +212,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cuda = options.device != "cpu" and torch.cuda.is_available()
     wanted = [text.lower() for text in options.rows or [""]]
     known = rule_rows() if options.rules else rows(cuda)
-    chosen = [row for row in known if any(text in row.name.lower() for text in wanted)]
+    possible = [row for row in known if options.compile or not row.compiled]
+    chosen = [row for row in possible if any(text in row.name.lower() for text in wanted)]
     if not chosen:
-        parser.error(f"--rows matches none of: {', '.join(row.name for row in known)}")
+        parser.error(f"--rows matches none of: {', '.join(row.name for row in possible)}")
 
-    results: dict[str, list[Result]] = {network: [] for network in options.network}
     kind = "measured" if cuda else "predicted"
-    with tqdm(total=len(results) * len(chosen), file=sys.stderr, leave=False, disable=None) as bar:
-        for network, found in results.items():
-            for row in chosen:
-                bar.set_description(f"{network}, {row.name}")
-                found.append(run_row(row, network, options.batch, options.dtype, cuda, macs=options.rules))
-                bar.update()
-
     note = (
         "measured on " + torch.cuda.get_device_name()
         if cuda
         else "predicted, tensor bytes under fake tensors, no library workspace"
     )
-    print(f"Memory of one training step, batch {options.batch}, {options.dtype}, SGD with momentum; {note}")
-    for network, found in results.items():
-        print("\n" + table(network, found))
-    stem = options.output / f"{'rules' if options.rules else 'memory'}-{kind}"
-    record = {
+    head = {
         "benchmark": "memory",
         "kind": kind,
         "note": note,
@@ -188,14 +233,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "optimizer": "SGD momentum 0.9 foreach, one step at the end",
         },
         **environment(),
-        "networks": {network: [as_json(result) for result in found] for network, found in results.items()},
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    written = [stem.with_suffix(".json")]
-    written[0].write_text(compact(json.dumps(record, indent=1)) + "\n")
-    picture = draw(stem.with_suffix(".png"), results, options.batch, options.dtype, cuda)
-    print("\nwritten: " + ", ".join(str(path) for path in [*written, picture] if path))
-    return 0
+    stem = options.output / f"{'rules' if options.rules else 'memory'}-{kind}"
+    report = Report(stem.with_suffix(".json"), head, known, cuda, options.rules, options.resume)
+    try:
+        finished = run(options, chosen, cuda, report, start + options.limit)
+    except StartOverError as error:
+        print(f"{error}: the rest in a new process")
+        start_over(__file__, sys.argv[1:] if arguments is None else arguments, start + options.limit)
+    except KeyboardInterrupt:
+        report.forget_begun()
+        raise
+
+    print(f"Memory of one training step, batch {options.batch}, {options.dtype}, SGD with momentum; {note}")
+    for network, found in report.networks.items():
+        print("\n" + table(network, found))
+    picture = draw(stem.with_suffix(".png"), report.networks, options.batch, options.dtype, cuda)
+    print("\nwritten: " + ", ".join(str(path) for path in [report.path, picture] if path))
+    return 0 if finished else INTERRUPTED
+
+
+def run(options: argparse.Namespace, chosen: Sequence[Row], cuda: bool, report: Report, deadline: float) -> bool:
+    """The rows that are not there yet; whether the time was enough."""
+    with tqdm(total=len(options.network) * len(chosen), file=sys.stderr, leave=False, disable=None) as bar:
+        for network in options.network:
+            for row in chosen:
+                bar.set_description(f"{network}, {row.name}")
+                if not report.has(network, row):
+                    if time.monotonic() > deadline:
+                        return False
+                    report.add(network, Result(row, cuda, options.dtype, error=BEGUN))
+                    report.add(network, run_row(row, network, options.batch, options.dtype, cuda, macs=options.rules))
+                    if is_broken():
+                        raise StartOverError(f"CUDA answers no more after {network}, {row.name}")
+                bar.update()
+    return True
 
 
 if __name__ == "__main__":

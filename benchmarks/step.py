@@ -3,31 +3,44 @@
     python benchmarks/step.py                                # ResNet-32 and ResNet-110, batch 1024
     python benchmarks/step.py --network resnet34 resnet101 vgg13 --part table
     python benchmarks/step.py --part scaling --depths 20 110 1202
+    python benchmarks/step.py --limit 500 --resume           # goes on where --limit, or a kill, ended the last command
 
 With a GPU everything is measured at --batch. Without one the peaks are predicted at --batch (tensor bytes under fake
 tensors, no library workspace), and times, operators and host reads are those of real steps at --cpu-batch: two batches
 that no column mixes. A row that fails says so, the others go on. Prints a table; writes a JSON file and a PNG for each
 part.
+
+Exit status: 0 when every row has been tried, 130 if --limit came before the end.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from _environment import environment
+from _resume import (
+    BEGUN,
+    INTERRUPTED,
+    LEFT_OUT,
+    NEVER_ENDED,
+    StartOverError,
+    earlier,
+    is_broken,
+    start_over,
+    write_json,
+)
 from _step_measure import Result, Settings, run_row
 from _step_plot import draw_rows, draw_scaling
 from _step_rows import LR, MOMENTUM, Row, rows
-from _step_scaling import ALL_DEPTHS, BATCHES, DEPTHS, Point, as_dict, points, run_points
+from _step_scaling import ALL_DEPTHS, BATCHES, DEPTHS, Point, as_dict, place_of, points, run_points
 from _step_table import scaling_table, table
 from tqdm import tqdm
 
@@ -38,26 +51,66 @@ PARTS = ("table", "scaling")
 
 
 class Report:
-    """All results so far, a file for each part; written after each result, so that a stopped run leaves what it had."""
+    """All results so far, a file for each part; written before and after each row, so a killed run leaves them.
+
+    With ``--resume`` it begins with those of earlier commands. What a process did not survive counts as a result:
+    another would not survive it either.
+    """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._head = head(options)
-        self._order = [row.name for row in options.chosen]
+        self._order = {row.name: place for place, row in enumerate(rows())}
         self.stem = options.output / f"step-{options.device}"
         self.networks: dict[str, list[dict[str, Any]]] = {}
         if "table" in options.part:
             self.networks = {network: [] for network in options.network}
         self.scaling: list[dict[str, Any]] = []
+        if options.resume:
+            if "table" in options.part:
+                table = earlier(self._path("", "json"), self._head) or {"networks": {}}
+                self.networks |= {network: kept(rows) for network, rows in table["networks"].items()}
+            if "scaling" in options.part:
+                self.scaling = kept((earlier(self._path("-scaling", "json"), self._head) or {"scaling": ()})["scaling"])
+
+    def has(self, network: str, row: Row) -> bool:
+        return any(found["name"] == row.name for found in self.networks[network])
+
+    def begin(self, network: str, row: Row) -> None:
+        self.add(network, Result(row, errors={"step": BEGUN}))
 
     def add(self, network: str, result: Result) -> None:
-        found = self.networks[network]
+        found = [row for row in self.networks[network] if row["name"] != result.row.name]
         found.append(result.as_dict())
-        found.sort(key=lambda row: self._order.index(row["name"]))
+        found.sort(key=lambda row: self._order[row["name"]])
+        self.networks[network] = found
         self._write("", {"networks": self.networks})
 
+    def has_point(self, point: Point) -> bool:
+        return any((found["over"], found["at"], found["name"]) == place_of(point) for found in self.scaling)
+
+    def begin_point(self, point: Point) -> None:
+        self.add_point(point, Result(point.row, errors={"step": BEGUN}))
+
     def add_point(self, point: Point, result: Result) -> None:
+        place = place_of(point)
+        self.scaling = [found for found in self.scaling if (found["over"], found["at"], found["name"]) != place]
         self.scaling.append(as_dict(point, result))
         self._write("-scaling", {"scaling": self.scaling})
+
+    def forget_begun(self) -> None:
+        """What was interrupted from outside is measured by the next command."""
+        for network, found in self.networks.items():
+            self.networks[network] = [row for row in found if row["errors"].get("step") != BEGUN]
+            self._write("", {"networks": self.networks})
+        if self.scaling:
+            self.scaling = [point for point in self.scaling if point["errors"].get("step") != BEGUN]
+            self._write("-scaling", {"scaling": self.scaling})
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing was left out for lack of time."""
+        rows = [*self.scaling, *(row for found in self.networks.values() for row in found)]
+        return all(row["errors"].get("step") != LEFT_OUT for row in rows)
 
     def draw(self, subtitle: str) -> list[Path]:
         """The pictures, and every file that was written."""
@@ -72,10 +125,19 @@ class Report:
         return [*records, *(picture for picture in pictures if picture)]
 
     def _write(self, part: str, results: dict[str, Any]) -> None:
-        self._path(part, "json").write_text(json.dumps({**self._head, **results}, indent=1) + "\n")
+        write_json(self._path(part, "json"), {**self._head, **results})
 
     def _path(self, part: str, kind: str) -> Path:
         return self.stem.with_name(f"{self.stem.name}{part}.{kind}")
+
+
+def kept(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of an earlier command that stand; one that never ended gets its error."""
+    found = [row for row in rows if row["errors"].get("step") != LEFT_OUT]
+    for row in found:
+        if row["errors"].get("step") == BEGUN:
+            row["errors"]["step"] = NEVER_ENDED
+    return found
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -105,6 +167,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--row-limit", type=float, help="seconds after which a row is given up; default on a GPU 120")
     parser.add_argument("--limit", type=float, help="seconds after which no row is begun; default on a GPU 540")
+    parser.add_argument("--resume", action="store_true", help="leave out the rows that the JSON files have already")
     parser.add_argument("--quick", action="store_true", help="three timed steps a row, two points a line")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for JSON and PNG")
     return parser
@@ -198,7 +261,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options.output.mkdir(parents=True, exist_ok=True)
     report = Report(options)
-    run(options, settings, report)
+    try:
+        run(options, settings, report)
+    except StartOverError as error:
+        print(f"{error}: the rest in a new process")
+        start_over(__file__, sys.argv[1:] if arguments is None else arguments, settings.deadline)
+    except KeyboardInterrupt:
+        report.forget_begun()
+        raise
 
     print(f"A training step, {note(options)}")
     for network, found in report.networks.items():
@@ -206,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if report.scaling:
         print(f"\nscaling\n{scaling_table(report.scaling)}")
     print("\nwritten: " + ", ".join(str(path) for path in report.draw(subtitle(settings))))
-    return 0
+    return 0 if report.finished else INTERRUPTED
 
 
 def run(options: argparse.Namespace, settings: Settings, report: Report) -> None:
@@ -214,28 +284,42 @@ def run(options: argparse.Namespace, settings: Settings, report: Report) -> None
     plain = [row for row in options.chosen if not row.compiled]
     compiled = [row for row in options.chosen if row.compiled]
     figure = points(options.batch, options.depths, options.batches) if "scaling" in options.part else []
-    total = len(report.networks) * len(options.chosen) + len(figure)
+    figure = [point for point in figure if not report.has_point(point)]
+    networks = options.network if "table" in options.part else []
+    total = len(networks) * len(options.chosen) + len(figure)
     with tqdm(total=total, file=sys.stderr, leave=False, disable=None) as bar:
-        run_table(plain, settings, report, bar)
-        run_points(figure, settings, advance(bar, report.add_point))
-        run_table(compiled, settings, report, bar)
+        run_table(networks, plain, settings, report, bar)
+        run_points(figure, settings, *told(bar, report))
+        run_table(networks, compiled, settings, report, bar)
 
 
-def run_table(chosen: Sequence[Row], settings: Settings, report: Report, bar: tqdm) -> None:
-    for network in report.networks:
+def run_table(networks: Sequence[str], chosen: Sequence[Row], settings: Settings, report: Report, bar: tqdm) -> None:
+    for network in networks:
         for row in chosen:
             bar.set_description(f"{network}, {row.name}")
-            report.add(network, run_row(row, network, settings))
+            if not report.has(network, row):
+                report.begin(network, row)
+                report.add(network, run_row(row, network, settings))
+                check_device(f"{network}, {row.name}")
             bar.update()
 
 
-def advance(bar: tqdm, add: Callable[[Point, Result], None]) -> Callable[[Point, Result], None]:
-    def done(point: Point, result: Result) -> None:
+def told(bar: tqdm, report: Report) -> tuple[Callable[[Point], None], Callable[[Point, Result], None]]:
+    def begin(point: Point) -> None:
         bar.set_description(f"{point.network}, batch {point.batch}, {point.row.name}")
-        add(point, result)
+        report.begin_point(point)
+
+    def done(point: Point, result: Result) -> None:
+        report.add_point(point, result)
+        check_device(f"{point.network}, batch {point.batch}, {point.row.name}")
         bar.update()
 
-    return done
+    return begin, done
+
+
+def check_device(after: str) -> None:
+    if is_broken():
+        raise StartOverError(f"CUDA answers no more after {after}")
 
 
 def subtitle(settings: Settings) -> str:

@@ -93,6 +93,34 @@ def test_papers_figures_stand_at_their_own_settings(benchmark, monkeypatch):
     assert benchmark.run_row(bp, "resnet32", 1024, "bf16", cuda=False).paper_gb is None
 
 
+def test_a_stopped_command_goes_on(benchmark, tmp_path, monkeypatch, capsys):
+    arguments = ["--network", "resnet8", "--batch", "8", "--device", "cpu", "--output", str(tmp_path)]
+    arguments += ["--rows", "fused", "R0"]
+    real, ran = benchmark.run_row, []
+    monkeypatch.setattr(benchmark, "draw", lambda *_: None)
+    monkeypatch.setattr(benchmark, "run_row", lambda row, *a, **k: ran.append(row.name) or real(row, *a, **k))
+    assert benchmark.main(arguments) == 0
+    whole = capsys.readouterr().out
+    file = tmp_path / "memory-predicted.json"
+    record = json.loads(file.read_text())
+    whole_rows = record["networks"]["resnet8"]
+    record["networks"]["resnet8"] = whole_rows[:1]
+    file.write_text(json.dumps(record))
+    assert benchmark.main([*arguments, "--resume", "--limit", "0"]) == 130
+    assert benchmark.main([*arguments, "--resume"]) == 0
+    assert ran == ["BP fused", "ContSup R0", "ContSup R0"]
+    assert capsys.readouterr().out.endswith(whole)  # the table of both commands is that of one
+    found = json.loads(file.read_text())["networks"]["resnet8"]
+    for row in (*found, *whole_rows):
+        for name in ("timeline", "marks"):
+            row["predicted"].pop(name)
+    assert found == whole_rows
+    record["networks"]["resnet8"] = [{**whole_rows[0], "error": benchmark.BEGUN, "predicted": None}]
+    file.write_text(json.dumps(record))
+    assert benchmark.main([*arguments, "--resume"]) == 0
+    assert json.loads(file.read_text())["networks"]["resnet8"][0]["error"] == benchmark.NEVER_ENDED
+
+
 @pytest.mark.parametrize("arguments", [["--batch", "1"], ["--rows", "nothing"], ["--network", "lenet"]])
 def test_wrong_options_end_with_a_message(benchmark, arguments, capsys):
     with pytest.raises(SystemExit) as stop:

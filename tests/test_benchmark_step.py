@@ -292,6 +292,34 @@ def test_what_is_read_on_a_gpu(benchmark, monkeypatch):
     assert benchmark.run_row(row, NETWORK, on_gpu).allocated == 7  # a replay allocates nothing: the capture's peak
 
 
+def test_a_stopped_command_goes_on(benchmark, tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run_row(row, network, given):
+        if time.monotonic() > given.deadline or (len(ran) == 2 and limited):
+            return benchmark.Result(row, errors={"step": benchmark.LEFT_OUT})
+        ran.append(row.name)
+        return benchmark.Result(row)
+
+    monkeypatch.setattr(benchmark, "run_row", run_row)
+    arguments = ["--network", NETWORK, "--device", "cpu", "--part", "table", "--rows", "d=2 eager", "BP"]
+    arguments += ["--batch", "8", "--cpu-batch", "4", "--output", str(tmp_path)]
+    limited = True
+    assert benchmark.main([*arguments, "--limit", "1000"]) == 130
+    assert ran == ["BP", "BP bf16"]
+    limited = False
+    file = tmp_path / "step-cpu.json"
+    record = json.loads(file.read_text())
+    record["networks"][NETWORK][1]["errors"] = {"step": benchmark.BEGUN}  # as a process that was killed leaves it
+    file.write_text(json.dumps(record))
+    assert benchmark.main([*arguments, "--resume"]) == 0
+    assert ran[2:] == ["BP checkpointing", "BP checkpointing bf16", "AugLocal d=2 eager"]
+    rows = json.loads(file.read_text())["networks"][NETWORK]
+    assert [row["errors"] for row in rows] == [{}, {"step": benchmark.NEVER_ENDED}, {}, {}, {}]
+    assert benchmark.main([*arguments, "--resume", "--batch", "16"]) == 0 and len(ran) == 10
+    assert "holds other results (settings" in capsys.readouterr().out
+
+
 def test_points_of_two_lines_run_once(benchmark, monkeypatch):
     import _step_scaling
 
@@ -300,7 +328,7 @@ def test_points_of_two_lines_run_once(benchmark, monkeypatch):
         _step_scaling, "run_row", lambda row, network, settings: ran.append((row.name, network, settings.batch))
     )
     found = _step_scaling.points(1024, [20, 32], [1024, 4096])
-    _step_scaling.run_points(found, settings(benchmark), lambda point, result: told.append(point))
+    _step_scaling.run_points(found, settings(benchmark), lambda point: None, lambda point, result: told.append(point))
     assert len(told) == len(found) == 16
     assert len(ran) == len(set(ran)) == 12  # resnet32 at batch 1024 is on both
 
