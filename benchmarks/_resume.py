@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 INTERRUPTED = 130
 LEFT_OUT = "left out: the time of the whole command was over (--limit)"
 BEGUN = "begun, and not ended"
@@ -71,6 +69,8 @@ def _identity(head: dict[str, Any]) -> dict[str, Any]:
 
 def is_broken() -> bool:
     """Whether CUDA answers no more in this process, as after an illegal address: every later row would fail."""
+    import torch  # here, because commands that need no torch use the rest of this file
+
     if not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return False
     try:
