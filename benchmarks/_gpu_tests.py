@@ -191,7 +191,9 @@ def last_line(text: str) -> str:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("group", choices=GROUPS)
-    parser.add_argument("tests", nargs="*", type=Path, help="files or folders (default: all)")
+    parser.add_argument(
+        "--tests", nargs="+", type=Path, default=[], metavar="PATH", help="files or folders (default: all)"
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds")
     parser.add_argument("--test-seconds", type=float, default=120.0, help="after which a test has failed")
