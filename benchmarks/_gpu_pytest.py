@@ -17,8 +17,9 @@ import pytest
 GROUP, RECORD, TEST_SECONDS = "GPU_TESTS_GROUP", "GPU_TESTS_RECORD", "GPU_TESTS_SECONDS"
 BROKEN = 17  # exit status
 
-# Within a group those that tell most come first.
-_FIRST = ("test_shapes", "test_layouts", "test_captured_steps", "test_no_step_waits", "test_bitwise")
+# Within a group those that tell most come first, and those that take long last.
+_FIRST = ("test_shapes", "test_layouts", "test_graph_capture", "test_captured_steps", "test_no_step_waits")
+_LAST = ("test_compiles", "test_opcheck", "test_gradcheck")
 
 
 def group_of(item: Any) -> str:
@@ -36,6 +37,7 @@ def group_of(item: Any) -> str:
 
 
 GROUPS = ("cuda", "step", "triton", "rest", "slow", "large", "host", "slow-host")
+FOLDERS = {"cuda": "tests/ops", "triton": "tests/ops", "step": "tests/step"}  # where all tests of a group lie
 
 
 class Plugin:
@@ -51,7 +53,7 @@ class Plugin:
         mine = [item for item in items if group_of(item) == self._group]
         left = [item for item in mine if item.nodeid not in ended]
         # stable: otherwise as they stand in their files
-        left.sort(key=lambda item: not item.name.startswith(_FIRST))
+        left.sort(key=lambda item: (item.name.startswith(_LAST), not item.name.startswith(_FIRST)))
         chosen = set(left)
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = left

@@ -35,7 +35,7 @@ class Task:
         name: of its log and of its folder below ``work``.
         wanted: what is to come of it, in a few words.
         command: the process to start, for the seconds it has.
-        seconds: the most it gets at a time.
+        seconds: the most it gets at a time; then others have their turn.
         least: seconds without which it is not begun.
         results: pattern of a file in its folder -> name under which it is kept.
         missing: why it cannot be run here, or None.
@@ -91,7 +91,7 @@ class Slices:
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         ran: set[str] = set()
         try:
-            while (task := self._next(deadline, ran)) is not None and not self._asked:
+            while not self._asked and (task := self._next(deadline, ran) or self._again(deadline, ran)) is not None:
                 ran.add(task.name)
                 self._sit(task, deadline)
         finally:
@@ -122,6 +122,11 @@ class Slices:
             elif left >= task.least:
                 return task
         return None
+
+    def _again(self, deadline: float, ran: set[str]) -> Task | None:
+        """Once all have had their turn: one that would go on."""
+        ran -= {task.name for task in self.tasks if self.entry(task)["status"] == CUT}
+        return self._next(deadline, ran)
 
     def _sit(self, task: Task, deadline: float) -> None:
         entry = self.entry(task)

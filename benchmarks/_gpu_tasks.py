@@ -40,14 +40,22 @@ def tasks(place: Place) -> list[Task]:
     half_first = ("bf16", "fp32", "fp16")
     return [
         build(place),
-        tests(place, "cuda", "every op by its CUDA kernels", 400),
-        tests(place, "step", "LocalStep: graphs, streams, no synchronisation", 300),
-        kernels(place, "kernels", "every op beside eager, no Python in a time", EAGER, half_first),
-        step(place, "step-resnet110", "ResNet-110, every row that is not compiled", ("resnet110",), "--no-compile"),
+        # The first four have their turn in one slice, and then what is left of them.
+        tests(place, "cuda", "every op by its CUDA kernels", 120),
+        tests(place, "step", "LocalStep: graphs, streams, no synchronisation", 90),
+        kernels(place, "kernels", "every op beside eager, no Python in a time", EAGER, half_first, seconds=120),
+        step(
+            place,
+            "step-resnet110",
+            "ResNet-110, every row that is not compiled",
+            ("resnet110",),
+            "--no-compile",
+            seconds=180,
+        ),
         *(sanitizer(place, tool) for tool in _gpu_sanitizer.TOOLS),
         tests(place, "triton", "every op by its Triton kernels", 400),
         tests(place, "rest", "what else is marked gpu", 400),
-        step(place, "step-resnet32", "ResNet-32, every row that is not compiled", ("resnet32",), "--no-compile"),
+        step(place, "step-resnet32", "ResNet-32, rows not compiled", CIFAR[:1], "--no-compile"),
         memory(place, "memory", "peaks beside the predictions, fp32", CIFAR, "--no-compile"),
         accuracy(place, "accuracy-short", "an order after 10 epochs", 10, "resnet32", three),
         train(place),
@@ -131,21 +139,23 @@ def sanitizer(place: Place, tool: str) -> Task:
     )
 
 
-def kernels(place: Place, name: str, wanted: str, variants: Sequence[str], dtypes: Sequence[str]) -> Task:
+def kernels(
+    place: Place, name: str, wanted: str, variants: Sequence[str], dtypes: Sequence[str], seconds: float = 500
+) -> Task:
     arguments = ["--variant", *variants, "--dtype", *dtypes, "--seconds", "0.1", "--resume"]
     if place.dry:
         arguments += ["--device", "cpu", "--quick", "--op", "supervised_contrast", "--variant", "eager", "reference"]
     results = {"kernels-c*.json": f"{name}.json"}
-    return Task(name, wanted, gradual("kernels.py", *arguments), seconds=500, results=results)
+    return Task(name, wanted, gradual("kernels.py", *arguments), seconds, results=results)
 
 
-def step(place: Place, name: str, wanted: str, networks: Sequence[str], *more: str) -> Task:
+def step(place: Place, name: str, wanted: str, networks: Sequence[str], *more: str, seconds: float = 500) -> Task:
     arguments = ["--network", *networks, "--part", "table", *more, "--resume"]
     if place.dry:
         arguments += ["--device", "cpu", "--network", "resnet8", "--batch", "8", "--cpu-batch", "4", "--quick"]
         arguments += ["--no-compile", "--rows", "BP checkpointing bf16", "d=2 graph"]
     results = {"step-*.json": f"{name}.json", "step-*.png": f"{name}.png"}
-    return Task(name, wanted, gradual("step.py", *arguments), seconds=500, results=results)
+    return Task(name, wanted, gradual("step.py", *arguments), seconds, results=results)
 
 
 def scaling(place: Place) -> Task:

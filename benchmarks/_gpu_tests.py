@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from _gpu_pytest import GROUP, GROUPS, RECORD, TEST_SECONDS, read
+from _gpu_pytest import FOLDERS, GROUP, GROUPS, RECORD, TEST_SECONDS, read
 from _resume import INTERRUPTED, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,7 +92,8 @@ def run_pytest(options: argparse.Namespace, record: Path, deadline: float) -> in
     """One process; None if it was stopped for lack of time."""
     command = [sys.executable, "-m", "pytest", "-p", "_gpu_pytest", "-p", "no:cacheprovider", "-m", ""]
     command += ["--continue-on-collection-errors", "-q", "--tb=short", "-o", "console_output_style=classic"]
-    command += [str(path) for path in options.tests]
+    folder = FOLDERS.get(options.group)
+    command += [str(path) for path in options.tests] or ([folder] if folder else [])
     benchmarks = str(Path(__file__).resolve().parent)
     environment = {
         **os.environ,
