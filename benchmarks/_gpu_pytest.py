@@ -77,11 +77,10 @@ class Plugin:
         faulthandler.cancel_dump_traceback_later()
         failed = [report for report in self._reports if report.failed]
         skipped = [report for report in self._reports if report.skipped]
-        worst = (failed or skipped or [None])[0]
         outcome = "failed" if failed else "skipped" if skipped else "passed"
-        if worst is not None and hasattr(worst, "wasxfail") and not failed:
-            outcome = "passed"
-        message = "" if worst is None else _text(worst)
+        if not failed and any(hasattr(report, "wasxfail") for report in skipped):
+            outcome = "passed"  # it failed as it was expected to
+        message = "".join(_text(report) for report in (failed or skipped)[:1])
         seconds = sum(report.duration for report in self._reports)
         self._note(id=nodeid, outcome=outcome, seconds=round(seconds, 3), message=message)
         if failed and (said := _broken()):

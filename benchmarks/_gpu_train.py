@@ -84,7 +84,7 @@ def train(name: str, data: Path, options: str, output: Path, limit: float) -> di
     folder = output / name.replace(", ", "-").replace(" ", "-")
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "auglocal_ext", "train", "--data", str(data), "--output", str(folder)]
-    start, result = time.monotonic(), {"name": name, "options": options}
+    start, result = time.monotonic(), dict[str, Any](name=name, options=options)
     try:
         done = subprocess.run(
             [*command, *options.split()], capture_output=True, text=True, timeout=None if limit == math.inf else limit

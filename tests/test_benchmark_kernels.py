@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -138,6 +140,92 @@ def test_work_that_waits_for_the_device_has_no_time(timing):
     module = timing(device)
     with pytest.raises(module.HostBoundError, match="this time would be Python's"):
         module.time_on(device, Work(device, 1e-4, 20e-6, waits=True).run, 0.1)
+
+
+@pytest.fixture
+def cuda(load_benchmark, monkeypatch):
+    """``_device_timing.Cuda`` on a torch.cuda that notes down what it is asked for."""
+    load_benchmark("kernels")
+    import _device_timing
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        fault = ""
+
+        def capture_begin(self, capture_error_mode):
+            asked.append(f"begin {capture_error_mode} {current[-1] is not main}")
+
+        def capture_end(self):
+            asked.append("end")
+            if Graph.fault == "broken":
+                raise RuntimeError("operation failed due to a previous error during capture\nCUDA kernel errors ...")
+            if Graph.fault == "empty":
+                warnings.warn("The CUDA Graph is empty. This usually means ...", stacklevel=1)
+
+        def replay(self):
+            asked.append("replay")
+
+    @contextlib.contextmanager
+    def on(stream):
+        current.append(stream)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    main, asked, mode = Stream(), [], []
+    current = [main]
+    for name, value in {
+        "Stream": Stream,
+        "CUDAGraph": Graph,
+        "stream": on,
+        "current_stream": lambda: current[-1],
+        "synchronize": lambda: None,
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": mode.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(_device_timing, "_cycles_per_second", lambda: 1e9)
+    found = _device_timing.Cuda(torch.empty(1))
+    found.asked, found.current, found.graph, found.modes = asked, current, Graph, mode
+    return found
+
+
+def test_a_capture_is_on_a_stream_of_its_own_after_warm_up(cuda):
+    calls = []
+    replay = cuda.capture(lambda: calls.append(len(cuda.asked)))
+    replay()
+    assert cuda.asked == ["begin thread_local True", "end", "replay"]
+    assert calls == [0, 0, 0, 0, 1] and len(cuda.current) == 1 and cuda.modes == ["warn", 0]
+
+
+def test_what_waits_for_the_device_is_not_captured(cuda):
+    from _device_timing import CannotCaptureError
+
+    def waits():
+        if cuda.modes and cuda.modes[-1] == "warn":
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    with pytest.raises(CannotCaptureError, match="waits for the device 1 times"):
+        cuda.capture(waits)
+    assert cuda.asked == [] and len(cuda.current) == 1
+
+
+@pytest.mark.parametrize("fault", ["broken", "empty", "raises"])
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(cuda, fault):
+    from _device_timing import BrokenCaptureError, CannotCaptureError
+
+    def function():
+        if fault == "raises" and cuda.asked:
+            raise RuntimeError("not permitted")
+
+    cuda.graph.fault = fault
+    with pytest.raises(CannotCaptureError if fault == "empty" else BrokenCaptureError):
+        cuda.capture(function)
+    assert cuda.asked == ["begin thread_local True", "end"] and len(cuda.current) == 1
 
 
 def arguments(tmp_path, *more):
