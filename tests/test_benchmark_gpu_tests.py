@@ -12,9 +12,21 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "_gpu_tests.py"
 
+# In the place of torch: quick to import, and with a device that breaks.
+TORCH = """
+class cuda:
+    broken = False
+    is_available = is_initialized = lambda: True
+
+    def synchronize():
+        if cuda.broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+"""
+
 TESTS = """
 import os, time
 import pytest
+import torch
 
 pytestmark = pytest.mark.gpu
 
@@ -30,8 +42,12 @@ def test_dies():
 def test_hangs():
     time.sleep(600)
 
+def test_breaks_the_device():
+    torch.cuda.broken = True
+    torch.cuda.synchronize()
+
 def test_fails():
-    assert 1 == 2, "one is not two"
+    assert torch.cuda.broken, "not in a new process"
 
 @pytest.mark.skip(reason="no such thing here")
 def test_skipped():
@@ -54,6 +70,7 @@ def project(tmp_path):
     (tmp_path / "pytest.ini").write_text(
         '[pytest]\nmarkers =\n  gpu: g\n  slow: s\n  large: l\naddopts = -m "not slow"\n'
     )
+    (tmp_path / "torch.py").write_text(TORCH)
     (tmp_path / "tests").mkdir()
     return tmp_path
 
@@ -70,15 +87,16 @@ def test_a_group_survives_its_tests(project):
     done = call(project, "--test-seconds", "2")
     assert done.returncode == 1, done.stdout + done.stderr
     text = (project / "out" / "tests-rest.txt").read_text()
-    assert text.startswith("rest: 3 passed, 5 failed, 1 skipped, 0 left;") and "3 processes lost" in text
-    assert "test_it.py::test_fails\n    AssertionError: one is not two" in text
+    assert text.startswith("rest: 3 passed, 6 failed, 1 skipped, 0 left;") and "3 processes lost" in text
+    assert "test_it.py::test_fails\n    AssertionError: not in a new process" in text
+    assert "test_breaks_the_device\n    RuntimeError: CUDA error: an illegal memory access" in text
     assert "test_dies\n    its process ended in it, with signal 11" in text
     assert "No module named 'no_such_package'" in text
     assert "skipped 1: Skipped: no such thing here" in text
     assert "test_hangs" in (project / "out" / "tests-rest.traces.txt").read_text()
     assert (project / "order").read_text() == "shapes last "  # once each
     suite = ElementTree.fromstring((project / "out" / "tests-rest.xml").read_text())
-    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("9", "5", "1")
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("10", "6", "1")
 
     done = call(project)  # nothing is left, so nothing is run
     assert done.returncode == 1 and (project / "order").read_text() == "shapes last "

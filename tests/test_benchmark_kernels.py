@@ -302,6 +302,18 @@ def test_a_capture_that_broke_goes_on_in_a_new_process_without_a_graph(quick, tm
     assert len(record(tmp_path)["results"]) == 2
 
 
+def test_a_new_process_gets_the_time_that_is_left(benchmark, monkeypatch):
+    import _resume
+
+    became = []
+    monkeypatch.setattr(_resume.os, "execv", lambda program, given: became.append(given[1:]))
+    _resume.start_over("kernels.py", ["--limit", "100"], time.monotonic() + 40)
+    _resume.start_over("kernels.py", ["--quick"], float("inf"))
+    assert became[0][:5] == ["kernels.py", "--limit", "100", "--resume", "--limit"] and 39 < float(became[0][5]) < 40
+    assert became[1] == ["kernels.py", "--quick", "--resume"]
+    assert benchmark.make_parser().parse_args(became[0][1:]).limit < 40
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("graph", [True, False])
 def test_slow_python_is_not_timed_on_a_gpu(benchmark, graph):
