@@ -101,9 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors="replace",
     ) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            output = (output + line)[-1_000_000:]
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                output = (output + line)[-1_000_000:]
+        except KeyboardInterrupt:  # no time is left; the tool has been told too
+            output += "stopped: no time was left for an error summary\n"
     status, sentence = judge(process.returncode, output, options.tool)
     told = "\n".join(line for line in output.splitlines() if line.startswith("=========") or " passed" in line)
     write_text(options.output / f"sanitizer-{options.tool}.txt", f"{sentence}\n\n{told[-200_000:]}\n")

@@ -1,8 +1,8 @@
 """Tasks in slices of time: what ran is kept in a state file, and the next slice goes on from there.
 
 A task is a process with a time limit. It ends with status 0 when it is done and with 130 when it would go on, given
-again; any other status is a failure, which ends no other task. What had to be killed, or was under way when this
-process was killed, comes after all others the next time, and is given up after some tries.
+again; any other status is a failure, which ends no other task. What had to be stopped and does not go on where it was,
+or was under way when this process was killed, comes after all others the next time, and is given up after some tries.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any
 from _resume import INTERRUPTED, write_json, write_text
 
 LEFT, RUNNING, DONE, FAILED = "left", "running", "done", "failed"
-CUT, KILLED, LEFT_OUT = "cut off", "killed", "left out"
+CUT, STOPPED, LEFT_OUT = "cut off", "stopped", "left out"
 GRACE = 15.0  # seconds a process has to end after it was asked to
 RESERVE = 5.0  # seconds at the end of a slice for the summary and the archive
-MOST_SITTINGS, MOST_KILLS = 20, 2
+MOST_SITTINGS, MOST_STOPS = 20, 2
 LOG_BYTES = 1 << 21
 
 
@@ -39,6 +39,7 @@ class Task:
         least: seconds without which it is not begun.
         results: pattern of a file in its folder -> name under which it is kept.
         missing: why it cannot be run here, or None.
+        resumes: given again it goes on where it was stopped.
         always: in every slice, whatever came of it before: it looks at the machine.
         environment: variables of its process, besides those of all.
     """
@@ -50,6 +51,7 @@ class Task:
     least: float = 60.0
     results: Mapping[str, str] = field(default_factory=dict)
     missing: Callable[[], str | None] = lambda: None
+    resumes: bool = False
     always: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -76,13 +78,13 @@ class Slices:
         for task in tasks:
             entry = self.entry(task)
             if entry["status"] == RUNNING:  # nobody saw its end
-                entry.update(status=KILLED, note="the slice was killed while it ran", kills=entry["kills"] + 1)
+                entry.update(status=STOPPED, note="the slice was killed while it ran", stops=entry["stops"] + 1)
                 self._keep_results(task)
         self.state["slices"].append({"started": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()), **machine})
         self._asked = 0
 
     def entry(self, task: Task) -> dict[str, Any]:
-        new = {"status": LEFT, "note": "", "seconds": 0.0, "sittings": [], "kills": 0, "results": []}
+        new = {"status": LEFT, "note": "", "seconds": 0.0, "sittings": [], "stops": 0, "results": []}
         return self.state["tasks"].setdefault(task.name, new)
 
     def run(self, seconds: float) -> None:
@@ -106,8 +108,8 @@ class Slices:
 
     def _is_open(self, task: Task) -> bool:
         entry = self.entry(task)
-        if entry["status"] == KILLED:
-            return entry["kills"] < MOST_KILLS
+        if entry["status"] == STOPPED:
+            return entry["stops"] < MOST_STOPS
         return entry["status"] in (LEFT, LEFT_OUT) or (
             entry["status"] == CUT and len(entry["sittings"]) < MOST_SITTINGS
         )
@@ -115,7 +117,7 @@ class Slices:
     def _next(self, deadline: float, ran: set[str]) -> Task | None:
         left = deadline - time.monotonic() - GRACE
         waiting = [task for task in self.tasks if (task.always or self._is_open(task)) and task.name not in ran]
-        for task in sorted(waiting, key=lambda task: self.entry(task)["status"] == KILLED and not task.always):
+        for task in sorted(waiting, key=lambda task: self.entry(task)["status"] == STOPPED and not task.always):
             entry = self.entry(task)
             if (reason := task.missing()) is not None:
                 entry.update(status=LEFT_OUT, note=reason)
@@ -140,10 +142,10 @@ class Slices:
         entry["seconds"] = round(entry["seconds"] + sitting["seconds"], 1)
         if status == 0:
             entry.update(status=DONE)
-        elif status in (INTERRUPTED, -signal.SIGINT):
-            entry.update(status=CUT, note="stopped by the time limit" if stopped else "goes on in the next slice")
+        elif status == INTERRUPTED or (stopped and task.resumes and status != -signal.SIGKILL):
+            entry.update(status=CUT, note="goes on in the next slice")
         elif stopped:
-            entry.update(status=KILLED, note=f"did not end {GRACE:g} s after it was asked to", kills=entry["kills"] + 1)
+            entry.update(status=STOPPED, note=f"not done after {limit:.0f} s", stops=entry["stops"] + 1)
         else:
             entry.update(status=FAILED, note=f"exit status {status}: {self._last_words(task)}")
         self._keep_results(task)

@@ -118,7 +118,8 @@ def tests(place: Place, group: str, wanted: str, seconds: float, test_seconds: f
         stem,
         wanted,
         gradual("_gpu_tests.py", *arguments),
-        seconds=seconds,
+        seconds,
+        resumes=True,
         results={f"{stem}.{end}": f"{stem}.{end}" for end in ("txt", "xml")},
         # With it a library that is missing fails its tests, which would be skipped.
         environment={"AUGLOCAL_FORCE_EXT": "1"} if group == "cuda" and not place.dry else {},
@@ -146,7 +147,7 @@ def kernels(
     if place.dry:
         arguments += ["--device", "cpu", "--quick", "--op", "supervised_contrast", "--variant", "eager", "reference"]
     results = {"kernels-c*.json": f"{name}.json"}
-    return Task(name, wanted, gradual("kernels.py", *arguments), seconds, results=results)
+    return Task(name, wanted, gradual("kernels.py", *arguments), seconds, results=results, resumes=True)
 
 
 def step(place: Place, name: str, wanted: str, networks: Sequence[str], *more: str, seconds: float = 500) -> Task:
@@ -155,7 +156,7 @@ def step(place: Place, name: str, wanted: str, networks: Sequence[str], *more: s
         arguments += ["--device", "cpu", "--network", "resnet8", "--batch", "8", "--cpu-batch", "4", "--quick"]
         arguments += ["--no-compile", "--rows", "BP checkpointing bf16", "d=2 graph"]
     results = {"step-*.json": f"{name}.json", "step-*.png": f"{name}.png"}
-    return Task(name, wanted, gradual("step.py", *arguments), seconds, results=results)
+    return Task(name, wanted, gradual("step.py", *arguments), seconds, results=results, resumes=True)
 
 
 def scaling(place: Place) -> Task:
@@ -179,7 +180,7 @@ def memory(place: Place, name: str, wanted: str, networks: Sequence[str], *more:
         arguments += ["--device", "cpu", "--network", "resnet8", "--batch", "8", "--rows", "BP fused"]
     stem = "rules" if "--rules" in more else "memory"
     results = {f"{stem}-*.json": f"{name}.json", f"{stem}-*.png": f"{name}.png"}
-    return Task(name, wanted, gradual("memory.py", *arguments), seconds=500, results=results)
+    return Task(name, wanted, gradual("memory.py", *arguments), 500, results=results, resumes=True)
 
 
 def train(place: Place) -> Task:
@@ -189,6 +190,7 @@ def train(place: Place) -> Task:
         "fp16 with its scaler; how long steps wait for batches",
         gradual("_gpu_train.py", *arguments),
         seconds=400,
+        resumes=True,
         results={"train.json": "train.json"},
     )
 
@@ -227,6 +229,7 @@ def accuracy(
         command,
         seconds=530,
         least=90,
+        resumes=True,
         results={f"../accuracy/accuracy.{end}": f"accuracy.{end}" for end in ("json", "md", "png")},
         missing=lambda: None if data is not None and data.is_dir() else "needs --data DIR, a folder with CIFAR-10",
     )

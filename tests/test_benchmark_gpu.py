@@ -101,8 +101,12 @@ def test_limits_hold(make, tmp_path):
     start = time.monotonic()
     found = make(
         {
-            "sleeps": {"code": "open('begun', 'w').write(str(seconds)); time.sleep(60)", "seconds": 1.5},
-            "stubborn": {"code": stubborn, "seconds": 1.5},
+            "sleeps": {
+                "code": "open('begun', 'a').write(f'{seconds} '); time.sleep(60)",
+                "seconds": 1.5,
+                "resumes": True,
+            },
+            "stubborn": {"code": stubborn, "seconds": 1.5, "resumes": True},
             "grandchild": {"code": "import subprocess; subprocess.run(['sleep', '60'])", "seconds": 1.0},
             "long": {"least": 30},
             "last": "",
@@ -112,27 +116,27 @@ def test_limits_hold(make, tmp_path):
     assert time.monotonic() - start < 8  # what was cut off had the rest of it
     assert statuses(found) == {
         "sleeps": "cut off",
-        "stubborn": "killed",
-        "grandchild": "cut off",
+        "stubborn": "stopped",
+        "grandchild": "stopped",
         "long": "left",
         "last": "done",
     }
-    assert float((tmp_path / "out" / "work" / "sleeps" / "begun").read_text()) == 1.5
+    assert (tmp_path / "out" / "work" / "sleeps" / "begun").read_text().startswith("1.5 ")
     assert [task.name for task in found.left] == ["sleeps", "stubborn", "grandchild", "long"]
 
 
-def test_what_is_killed_comes_last_and_is_given_up(make, tmp_path):
+def test_what_is_stopped_comes_last_and_is_given_up(make, tmp_path):
     stubborn = {"seconds": 1.5, "code": "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"}
     note = f"open({str(tmp_path / 'order')!r}, 'a').write"
     first = make({"hangs": dict(stubborn), "next": {"code": f"{note}('n')", "least": 99}})
-    assert statuses(first) == {"hangs": "killed", "next": "left"}
+    assert statuses(first) == {"hangs": "stopped", "next": "left"}
     found = make({"hangs": {**stubborn, "code": f"{note}('h'); {stubborn['code']}"}, "next": f"{note}('n')"})
     assert (tmp_path / "order").read_text() == "nh"
-    assert statuses(found) == {"hangs": "killed", "next": "done"} and not found.left
+    assert statuses(found) == {"hangs": "stopped", "next": "done"} and not found.left
 
 
 def test_a_slice_that_was_killed_goes_on_with_the_next_task(make, slices, tmp_path):
-    state = {"status": "running", "note": "", "seconds": 0.0, "sittings": [], "kills": 0, "results": []}
+    state = {"status": "running", "note": "", "seconds": 0.0, "sittings": [], "stops": 0, "results": []}
     (tmp_path / "out" / "work" / "first").mkdir(parents=True)
     (tmp_path / "out" / "work" / "first" / "part.json").write_text("[1]")
     (tmp_path / "out" / "state.json").write_text(json.dumps({"slices": [{"gpu": "x"}], "tasks": {"first": state}}))
@@ -152,7 +156,7 @@ def test_a_signal_cuts_off_what_runs_and_writes_everything(make, tmp_path, numbe
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     start = time.monotonic()
-    found = make({"sleeps": "open('begun', 'w'); time.sleep(60)", "other": ""}, 30)
+    found = make({"sleeps": {"code": "open('begun', 'w'); time.sleep(60)", "resumes": True}, "other": ""}, 30)
     thread.join()
     assert time.monotonic() - start < 10
     assert statuses(found) == {"sleeps": "cut off", "other": "left"}
@@ -324,7 +328,7 @@ def test_variables_that_would_change_a_measurement_are_left_out(gpu, tmp_path, m
 
 @pytest.mark.slow
 def test_a_dry_run_does_everything(tmp_path):
-    """In two slices, the second of them out of the first one's archive, from a folder that cannot be written."""
+    """In two slices, the second of them out of the first one's archive, called from another folder."""
     here = tmp_path / "elsewhere"
     here.mkdir()
     kinds = ["tests-cuda", "tests-host", "kernels", "step-resnet110", "sanitizer-memcheck", "memory", "train"]
