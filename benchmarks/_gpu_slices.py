@@ -169,7 +169,7 @@ class Slices:
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,
+                    preexec_fn=os.setpgrp,  # a group to signal, in this session: what ends that ends the process too
                 )
             except OSError as error:
                 file.write(f"{error}\n".encode())
@@ -236,7 +236,7 @@ def _wait(process: subprocess.Popen[bytes], seconds: float, asked: Callable[[], 
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    """To the process and all it has started, but for sessions of their own."""
+    """To the process and all it has started, but for groups of their own."""
     try:
         os.killpg(process.pid, number)
     except ProcessLookupError:

@@ -331,7 +331,7 @@ def test_a_dry_run_does_everything(tmp_path):
     """In two slices, the second of them out of the first one's archive, called from another folder."""
     here = tmp_path / "elsewhere"
     here.mkdir()
-    kinds = ["tests-cuda", "tests-host", "kernels", "step-resnet110", "sanitizer-memcheck", "memory", "train"]
+    kinds = ["tests-cuda", "tests-host", "kernels", "step-resnet110", "sanitizer-memcheck", "memory-bf16", "train"]
     kinds += ["rules", "step-scaling", "accuracy-short", "analysis"]
     script = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--dry-run", "--archive", str(tmp_path / "back")]
 
@@ -339,7 +339,7 @@ def test_a_dry_run_does_everything(tmp_path):
         command = [*script, "--output", str(output), *arguments]
         return subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=1500)
 
-    first = call(tmp_path / "one", "--minutes", "9", "--only", "build", "kernels", "train")
+    first = call(tmp_path / "one", "--minutes", "9", "--only", "build", "kernels")
     assert first.returncode == 0, first.stdout + first.stderr
     second = tmp_path / "two"
     with tarfile.open(tmp_path / "back" / "slice-1.tar.gz") as tar:
@@ -349,7 +349,7 @@ def test_a_dry_run_does_everything(tmp_path):
     assert {task["name"]: task["status"] for task in summary["tasks"] if task["status"] != "done"} == {}, done.stdout
     assert done.returncode == 0 and len(summary["slices"]) == 2
     sittings = {task["name"]: [sitting["slice"] for sitting in task["sittings"]] for task in summary["tasks"]}
-    assert (sittings["build"], sittings["kernels"], sittings["memory"]) == ([1, 2], [1], [2])
+    assert (sittings["build"], sittings["kernels"], sittings["rules"]) == ([1, 2], [1], [2])
     for task in summary["tasks"]:
         if not task["name"].startswith("sanitizer"):  # collects its tests alone, without the tool
             assert task["results"], task["name"]
