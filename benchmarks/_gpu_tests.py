@@ -218,6 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = summary(options.group, result)
     write_text(stem.with_suffix(".txt"), text)
     print("\n" + text)
+    print(text.splitlines()[0])  # last, where it is looked for
     if status:
         return status
     counts = result.counts()

@@ -136,7 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"  {error}: the rest in a new process")
         start_over(__file__, sys.argv[1:] if arguments is None else arguments, deadline)
     print(f"\nwrote {report.path}" + ("" if finished else "; --limit came before the end: --resume goes on"))
-    failed = any(line["error"] for line in report.lines.values())
+    failed = [line for line in report.lines.values() if line["error"]]
+    if failed:
+        print(f"{len(failed)} of {len(report.lines)} lines are errors, such as {', '.join(key_of(failed[0]))}")
     return INTERRUPTED if not finished else 1 if failed else 0
 
 
