@@ -6,6 +6,7 @@ only if the device was still asleep when all of it had been launched. What can b
 
 from __future__ import annotations
 
+import gc
 import time
 import warnings
 from collections.abc import Callable
@@ -78,6 +79,8 @@ class Cuda:
             torch.cuda.synchronize()
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
+                gc.collect()
+                gc.disable()  # the end of an old graph or event within would break the capture off
                 try:
                     graph.capture_begin(capture_error_mode="thread_local")
                     try:
@@ -87,6 +90,8 @@ class Cuda:
                 except Exception as error:
                     text = " ".join(str(error).split())
                     raise BrokenCaptureError(f"{type(error).__name__}: {text[:200]}") from error
+                finally:
+                    gc.enable()
             if any("empty" in str(warning.message) for warning in said):  # its replays would take no time at all
                 raise CannotCaptureError("it launches nothing on the stream it is called on")
         torch.cuda.current_stream().wait_stream(self._stream)

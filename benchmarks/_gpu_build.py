@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +66,30 @@ def obstacle(found: dict[str, Any] | str, capability: str | None) -> str | None:
     cuda = found["providers"]["cuda"]
     if not cuda["available"]:
         return cuda["reason"]
-    architectures = cuda.get("architectures", "")
-    if capability is not None and not covers(architectures, capability):
-        return f"built for {architectures}, the GPU is of compute capability {capability}"
+    if (reason := cuda.get("devices", {}).get("cuda:0")) is not None:
+        return reason
+    built_for = cuda["targets"] if "targets" in cuda else cuda["architectures"].split(";")
+    if capability is not None and not covers(built_for, capability):
+        return f"built for {' '.join(built_for)}, the GPU is of compute capability {capability}"
     return None
 
 
-def covers(architectures: str, capability: str) -> bool:
-    """Whether code for these architectures runs on a GPU of that capability, by itself or out of its PTX."""
+def covers(built_for: Iterable[str], capability: str) -> bool:
+    """Whether code for these targets runs on a GPU of that capability, by itself or out of its PTX.
+
+    A target is named as nvcc does, ``sm_90`` or ``compute_90`` (PTX), or as torch does, ``9.0`` or ``9.0+PTX``.
+    """
     major, minor = map(int, capability.split("."))
-    for name in re.split(r"[;\s,]+", architectures):
-        found = re.match(r"(\d+)\.(\d)([af]?)(\+PTX)?$", name)
+    for name in built_for:
+        found = re.fullmatch(r"(sm_|compute_)?(\d+)\.?(\d)([af]?)(\+PTX)?", name.strip())
         if found is None:
             continue
-        theirs = int(found[1]), int(found[2])
-        if theirs == (major, minor) or (theirs[0] == major and theirs < (major, minor) and not found[3]):
+        theirs = int(found[2]), int(found[3])
+        if theirs == (major, minor):
+            return True
+        if found[1] != "compute_" and not found[4] and theirs[0] == major and theirs[1] < minor:
             return True  # machine code runs within its major version
-        if found[4] and theirs <= (major, minor):
+        if (found[1] == "compute_" or found[5]) and not found[4] and theirs < (major, minor):
             return True
     return False
 

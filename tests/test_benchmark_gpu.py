@@ -218,16 +218,25 @@ def test_archives_are_few_and_bounded(gpu, tmp_path):
         ("9.0a", "9.0", True),
         ("10.0a", "10.3", False),
         ("12.0+PTX", "9.0", False),
+        ("sm_90", "9.0", True),
+        ("sm_80;compute_80", "9.0", True),
+        ("sm_80;sm_100", "9.0", False),
+        ("sm_86", "8.9", True),
+        ("sm_90a", "9.0", True),
         ("", "9.0", False),
     ],
 )
 def test_architectures_that_run_on_a_gpu(gpu, architectures, capability, covered):
     from _gpu_build import covers, obstacle
 
-    assert covers(architectures, capability) == covered
+    assert covers(architectures.split(";"), capability) == covered
     found = {"providers": {"cuda": {"available": True, "architectures": architectures}}}
     assert (obstacle(found, capability) is None) == covered
     assert obstacle(found, None) is None
+    found["providers"]["cuda"]["targets"] = architectures.split(";")
+    assert (obstacle(found, capability) is None) == covered
+    found["providers"]["cuda"]["devices"] = {"cuda:0": "an older driver"}
+    assert obstacle(found, capability) == "an older driver"
     assert obstacle({"providers": {"cuda": {"available": False, "reason": "not built: no nvcc"}}}, None).endswith(
         "nvcc"
     )
