@@ -23,7 +23,7 @@ from typing import Any
 from _environment import environment
 from _resume import INTERRUPTED, earlier, write_json
 
-LOCAL = "--rule auglocal --depth 6 --channels-last"
+LOCAL = "--rule auglocal --depth 6 --channels-last --lr 0.05"
 # name -> size of the images, training images, options of train
 RUNS = {
     "resident": (32, 50_000, f"--network resnet110 {LOCAL} --amp bf16 --epochs 3"),
@@ -32,8 +32,8 @@ RUNS = {
         f"folder, {workers} workers": (
             224,
             30_000,
-            f"--network resnet34 --rule auglocal --depth 2 --channels-last --amp bf16 --batch-size 256 --epochs 1 "
-            f"--workers {workers}",
+            f"--network resnet34 --rule auglocal --depth 2 --channels-last --lr 0.05 --amp bf16 --batch-size 256 "
+            f"--epochs 1 --workers {workers}",
         )
         for workers in (4, 8, 16)
     },

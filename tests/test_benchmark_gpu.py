@@ -308,6 +308,21 @@ def test_commands_are_understood_by_their_scripts(gpu, load_benchmark, tmp_path)
     assert seen == set(parsers)
 
 
+def test_trainings_on_made_up_images_have_options_of_train(gpu, tmp_path):
+    from _accuracy_rows import _parse
+    from _gpu_train import RUNS, make_images
+
+    for _, _, options in RUNS.values():
+        given = _parse(options.split())
+        assert given["amp"] in ("bf16", "fp16") and given["channels_last"] and given["epochs"] <= 3
+    folder = make_images(tmp_path / "images", 8, 450, 10)
+    files = list((folder / "train").glob("class*/*.jpg"))
+    assert len(files) == 450 and len({path.stat().st_ino for path in files}) == 200
+    assert len(list((folder / "test").glob("class*/*.jpg"))) == 10
+    (folder / "done").unlink()  # begun, not ended
+    assert make_images(folder, 8, 20, 10) == folder and len(list(folder.rglob("*.jpg"))) == 30
+
+
 def test_what_cannot_be_run_here_is_refused(gpu, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "look", lambda environment: {"gpu": None, "torch": "2.11.0+cpu", "cuda": None})
     assert gpu.main(["--output", str(tmp_path)]) == 2
