@@ -57,7 +57,7 @@ class Task:
 
 
 class Slices:
-    """The tasks with their states below ``output``; ``run`` is one slice.
+    """The tasks with their states below ``output``; ``run`` is one slice, of the ``chosen`` ones.
 
     ``after`` is called whenever something has been written.
     """
@@ -69,7 +69,9 @@ class Slices:
         machine: Mapping[str, Any],
         environment: Mapping[str, str],
         after: Callable[[], None] = lambda: None,
+        chosen: Sequence[Task] | None = None,
     ) -> None:
+        self.chosen = tasks if chosen is None else chosen
         self.tasks, self.output, self._environment, self._after = tasks, output, environment, after
         self._path = output / "state.json"
         self.state: dict[str, Any] = {"slices": [], "tasks": {}}
@@ -104,7 +106,7 @@ class Slices:
     @property
     def left(self) -> list[Task]:
         """Tasks that another slice would go on with."""
-        return [task for task in self.tasks if self._is_open(task)]
+        return [task for task in self.chosen if self._is_open(task)]
 
     def _is_open(self, task: Task) -> bool:
         entry = self.entry(task)
@@ -116,7 +118,7 @@ class Slices:
 
     def _next(self, deadline: float, ran: set[str]) -> Task | None:
         left = deadline - time.monotonic() - GRACE
-        waiting = [task for task in self.tasks if (task.always or self._is_open(task)) and task.name not in ran]
+        waiting = [task for task in self.chosen if (task.always or self._is_open(task)) and task.name not in ran]
         for task in sorted(waiting, key=lambda task: self.entry(task)["status"] == STOPPED and not task.always):
             entry = self.entry(task)
             if (reason := task.missing()) is not None:
@@ -126,8 +128,11 @@ class Slices:
         return None
 
     def _again(self, deadline: float, ran: set[str]) -> Task | None:
-        """Once all have had their turn: one that would go on."""
-        ran -= {task.name for task in self.tasks if self.entry(task)["status"] == CUT}
+        """Once all have had their turn: one that would go on, if its time was short and not what it needs next."""
+        for task in self.chosen:
+            entry = self.entry(task)
+            if entry["status"] == CUT and entry["sittings"][-1]["seconds"] > entry["sittings"][-1]["limit"] / 2:
+                ran.discard(task.name)
         return self._next(deadline, ran)
 
     def _sit(self, task: Task, deadline: float) -> None:
@@ -137,7 +142,8 @@ class Slices:
         self.write()
         start = time.monotonic()
         status, stopped = self._process(task, limit)
-        sitting = {"slice": len(self.state["slices"]), "seconds": round(time.monotonic() - start, 1), "exit": status}
+        seconds = round(time.monotonic() - start, 1)
+        sitting = {"slice": len(self.state["slices"]), "seconds": seconds, "limit": round(limit, 1), "exit": status}
         entry["sittings"].append(sitting)
         entry["seconds"] = round(entry["seconds"] + sitting["seconds"], 1)
         if status == 0:

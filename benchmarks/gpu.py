@@ -82,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return subprocess.run(script("_gpu_build.py", *given, "--no-run"), env=environment).returncode
 
     machine = look(environment)
-    chosen = choose(parser, tasks(Place(output, data, machine.get("capability"), options.dry_run)), options.only)
+    known = tasks(Place(output, data, machine.get("capability"), options.dry_run))
+    chosen = choose(parser, known, options.only)
     if (obstacle := refuse(machine, output, options.dry_run)) is not None:
         print(obstacle, file=sys.stderr)
         return 2
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.archive is not None:
             write_archives(output, options.archive, f"slice-{len(slices.state['slices'])}")
 
-    slices = Slices(chosen, output, machine, environment, archive)
+    slices = Slices(known, output, machine, environment, archive, chosen)
     slices.run(60 * options.minutes - (time.monotonic() - start))
     print("\n" + slices.summary())
     left = [task for task in slices.left if slices.entry(task)["status"] != LEFT_OUT]

@@ -86,11 +86,13 @@ def test_a_failure_ends_no_other_task(make, tmp_path):
 def test_a_task_that_would_go_on_has_its_turn_again(make, tmp_path):
     order = f"open({str(tmp_path / 'order')!r}, 'a').write({{}});"
     gradual = order.format("'g'") + "n = len(open('n').read()) if os.path.exists('n') else 0; "
-    gradual += "open('n', 'a').write('x'); sys.exit(0 if n == 4 else 130)"
-    found = make({"gradual": {"code": "time.sleep(1.5);" + gradual, "least": 2}, "other": order.format("'o'")}, 4)
+    gradual += "open('n', 'a').write('x'); time.sleep(wait); sys.exit(0 if n == 4 else 130)"
+    found = make({"gradual": "wait = 0;" + gradual, "other": order.format("'o'")})
     assert statuses(found) == {"gradual": "cut off", "other": "done"}
+    # It ended long before it had to: it needs more time than it was given, and there is no more in this slice.
     assert [task.name for task in found.left] == ["gradual"] and (tmp_path / "order").read_text() == "go"
-    found = make({"gradual": gradual, "other": order.format("'o'"), "new": order.format("'n'")})
+    long = {"code": "wait = 0.9;" + gradual, "seconds": 1.5, "resumes": True}
+    found = make({"gradual": long, "other": order.format("'o'"), "new": order.format("'n'")})
     assert statuses(found) == {"gradual": "done", "other": "done", "new": "done"} and not found.left
     assert (tmp_path / "order").read_text() == "gogngg" + "g"
     assert [sitting["slice"] for sitting in found.entry(found.tasks[0])["sittings"]] == [1, 2, 2, 2, 2]
@@ -161,6 +163,15 @@ def test_a_signal_cuts_off_what_runs_and_writes_everything(make, tmp_path, numbe
     assert time.monotonic() - start < 10
     assert statuses(found) == {"sleeps": "cut off", "other": "left"}
     assert json.loads((tmp_path / "out" / "state.json").read_text())["tasks"]["sleeps"]["status"] == "cut off"
+
+
+def test_tasks_that_are_not_chosen_stay_in_the_summary(make, slices, tmp_path):
+    make({"one": "", "two": "sys.exit(130)"}, 3)
+    one, two = (slices.Task(name, "", python("")) for name in ("one", "two"))
+    found = slices.Slices([one, two], tmp_path / "out", {"gpu": "simulated"}, dict(os.environ), chosen=[two])
+    assert statuses(found) == {"one": "done", "two": "cut off"} and found.left == [two]
+    found.run(1)  # too little for it
+    assert "| one | done |" in (tmp_path / "out" / "summary.md").read_text()
 
 
 def test_what_looks_at_the_machine_runs_in_every_slice(make, tmp_path):
@@ -370,12 +381,14 @@ def test_a_dry_run_does_everything(tmp_path):
         tar.extractall(second, filter="data")
     done = call(second, "--minutes", "20", "--only", *kinds)
     summary = json.loads((second / "summary.json").read_text())
-    assert {task["name"]: task["status"] for task in summary["tasks"] if task["status"] != "done"} == {}, done.stdout
+    statuses = {task["name"]: task["status"] for task in summary["tasks"]}
+    assert {name: statuses[name] for name in ["build", *kinds]} == dict.fromkeys(["build", *kinds], "done"), done.stdout
+    assert statuses["step-resnet32"] == "left"
     assert done.returncode == 0 and len(summary["slices"]) == 2
     sittings = {task["name"]: [sitting["slice"] for sitting in task["sittings"]] for task in summary["tasks"]}
     assert (sittings["build"], sittings["kernels"], sittings["rules"]) == ([1, 2], [1], [2])
     for task in summary["tasks"]:
-        if not task["name"].startswith("sanitizer"):  # collects its tests alone, without the tool
-            assert task["results"], task["name"]
+        # the sanitizer's collects its tests alone, without the tool
+        assert task["results"] or task["status"] == "left" or task["name"].startswith("sanitizer"), task["name"]
     assert (second / "results" / "accuracy.md").exists() and (second / "results" / "cka.csv").exists()
     assert max(path.stat().st_size for path in (tmp_path / "back").iterdir()) < 16 << 20
