@@ -175,7 +175,7 @@ class Slices:
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=subprocess.STDOUT,
-                    preexec_fn=os.setpgrp,  # a group to signal, in this session: what ends that ends the process too
+                    preexec_fn=os.setpgrp,  # a process group of its own can be signalled
                 )
             except OSError as error:
                 file.write(f"{error}\n".encode())

@@ -40,18 +40,11 @@ def tasks(place: Place) -> list[Task]:
     half_first = ("bf16", "fp32", "fp16")
     return [
         build(place),
-        # The first four have their turn in one slice, and then what is left of them.
+        # Short turns, so that the first slice sees something of each.
         tests(place, "cuda", "every op by its CUDA kernels", 120),
         tests(place, "step", "LocalStep: graphs, streams, no synchronisation", 90),
         kernels(place, "kernels", "every op beside eager, no Python in a time", EAGER, half_first, seconds=120),
-        step(
-            place,
-            "step-resnet110",
-            "ResNet-110, every row that is not compiled",
-            ("resnet110",),
-            "--no-compile",
-            seconds=180,
-        ),
+        step(place, "step-resnet110", "ResNet-110, rows not compiled", CIFAR[1:], "--no-compile", seconds=180),
         *(sanitizer(place, tool) for tool in _gpu_sanitizer.TOOLS),
         tests(place, "triton", "every op by its Triton kernels", 400),
         tests(place, "rest", "what else is marked gpu", 400),
