@@ -169,7 +169,7 @@ struct RowParams {
   float* count;           // (), V
   bool is_map;
 
-  int64_t first;            // row of the block
+  int64_t first, rows;      // of the block
   const float* products;    // (rows, C), gradients of the rows of unit length but for 4 / V^2
   float* factor;            // (N, C)
   float *similar, *losses;  // (rows, N), (N,)
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kThreads) gradient_kernel(const RowParams para
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
   const int64_t n = params.first + row;
   const int lane = threadIdx.x % kWarp;
-  if (n >= params.images) return;
+  if (row >= params.rows) return;
   const float *g = params.products + row * params.channels, *unit = params.unit + n * params.channels;
   float* out = params.factor + n * params.channels;
   if (!params.counted(n)) {
@@ -367,6 +367,7 @@ Outputs forward(Tensor z, Tensor target, int64_t classes, int64_t ignore_index, 
   };
   const auto gradient = [&](int64_t first, int64_t height, const Tensor& products) {
     rows.first = first;
+    rows.rows = height;
     rows.products = products.const_data_ptr<float>();
     gradient_kernel<<<warps(height), kThreads, 0, stream>>>(rows);
     STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 
 import column
+import fence
 import pytest
 import torch
 from torch import Tensor
@@ -99,6 +101,17 @@ def test_maps_larger_than_one_pass_of_a_block(
 ) -> None:
     z, target = inputs(shape, 6, dtype, device)
     compare(column.LAYOUTS[layout](z), target, 6, provider)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(("device", "provider"), [case for case in column.CASES if case.values[0] == "cpu"])
+@pytest.mark.parametrize("images", [1030, 1100, 1280, 1536, 3072])
+def test_no_product_is_read_past_its_last_row(device: str, provider: str, images: int) -> None:
+    """The blocks of rows of these batches are no multiple of the eight rows that a block of threads has."""
+    if provider == "reference" or providers.interpreted() and images > 1030:
+        pytest.skip("plain PyTorch" if provider == "reference" else "takes long in the interpreter")
+    z, target = inputs((images, 5), 6, torch.float32, device)
+    fence.survives(lambda: compare(z, target, 6, provider))
 
 
 @column.cases

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 
 import column
+import fence
 import pytest
 import torch
 import torch.nn.functional as F
@@ -91,6 +93,15 @@ def test_several_blocks_of_rows(device: str, provider: str, shape: tuple[int, in
     if device == "cpu" and provider == "triton":
         pytest.skip("minutes in the interpreter: see test_small_blocks")
     compare(*inputs(shape, torch.float32, device), provider)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(("device", "provider"), [case for case in column.CASES if case.values[0] == "cpu"])
+def test_no_product_is_read_past_its_last_row(device: str, provider: str) -> None:
+    if provider in ("reference", "triton"):
+        pytest.skip("plain PyTorch" if provider == "reference" else "minutes in the interpreter")
+    features, target = inputs((2 * ROWS + 77, 20), torch.float32, device)
+    fence.survives(lambda: compare(features, target, provider))
 
 
 @pytest.mark.parametrize("provider", ["reference", pytest.param("triton", id="cpu-triton")])
