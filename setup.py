@@ -50,8 +50,9 @@ class NotBuilt(Exception):
     """Why a provider cannot be built here, in words for the user."""
 
 
-def module_at(path: Path) -> Any:
+def package_file(*parts: str) -> Any:
     """A module of the package, without importing the package (which needs its libraries)."""
+    path = ROOT.joinpath("auglocal_ext", *parts)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -171,15 +172,18 @@ class BuildLibraries(build_ext):
             nvcc = toolkit / "bin" / "nvcc"
             if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
                 os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures(nvcc)
+            # torch would make the same flags by itself; passed by us they are those that the record is made of.
+            architectures = cpp_extension._get_cuda_arch_flags()
             extension.extra_compile_args["nvcc"] = [
                 common[0],
                 common[2],
                 "-DUSE_CUDA",
                 "-Xcompiler=-fvisibility=hidden",
+                *architectures,
             ]
             self._link_runtime(toolkit, extension, record)
             record["nvcc"] = "".join(re.findall(r"release ([\d.]+)", output(str(nvcc), "--version")))
-            record["architectures"] = os.environ["TORCH_CUDA_ARCH_LIST"]
+            record["targets"] = package_file("native", "architectures.py").targets(architectures)
             # The stable ABI needs no agreement between nvcc and the CUDA version of the torch at hand, which may have
             # none: its check is for extensions linked against it.
             torch.version.cuda = None
@@ -216,8 +220,8 @@ class BuildLibraries(build_ext):
         package = ROOT / "auglocal_ext"
         torch = sys.modules.get("torch")
         build = {
-            "version": module_at(package / "_version.py").__version__,
-            "sources": module_at(package / "native" / "sources.py").sources_hash(ROOT / "csrc"),
+            "version": package_file("_version.py").__version__,
+            "sources": package_file("native", "sources.py").sources_hash(ROOT / "csrc"),
             "torch": str(torch.__version__) if torch else None,
             "compiler": (output(os.environ.get("CXX", "c++"), "--version").splitlines() or [""])[0],
             "libraries": libraries,

@@ -39,6 +39,8 @@ def report() -> dict[str, Any]:
     """Everything ``info`` knows, as one JSON-compatible object."""
     build = native.build()
     recorded = {} if isinstance(build, str) else build.info
+    gpus = _gpus()
+    devices = ["cpu", *(f"cuda:{index}" for index in range(len(gpus)))] if gpus else ["cpu", "cuda"]
     return {
         "versions": {
             "auglocal_ext": __version__,
@@ -47,13 +49,12 @@ def report() -> dict[str, Any]:
             "triton": _version_of("triton"),
             "cuda of torch": torch.version.cuda,
         },
-        "gpus": _gpus(),
+        "gpus": gpus,
         "driver": _driver(),
         "build": {key: recorded[key] for key in ("torch", "compiler", "sources") if key in recorded},
-        "providers": {name: _provider(name, recorded) for name in providers.NAMES},
+        "providers": {name: _provider(name, recorded, devices) for name in providers.NAMES},
         "ops": {
-            op: {device: providers.choose(op, device, torch.float32) for device in ("cpu", "cuda")}
-            for op in providers.TABLES
+            op: {device: providers.choose(op, device, torch.float32) for device in devices} for op in providers.TABLES
         },
     }
 
@@ -72,20 +73,36 @@ def as_text(found: dict[str, Any]) -> str:
     lines += ["", "providers"]
     for name, provider in found["providers"].items():
         state = "available" if provider["available"] else f"missing: {provider['reason']}"
-        details = ", ".join(f"{key} {provider[key]}" for key in ("nvcc", "architectures", "runtime") if key in provider)
-        lines.append(f"  {name:12} {state}" + (f" ({details})" if details else ""))
+        details = [f"{key} {provider[key]}" for key in ("nvcc", "runtime") if key in provider]
+        details += [f"for {' '.join(provider['targets'])}"] if "targets" in provider else []
+        lines.append(f"  {name:12} {state}" + (f" ({', '.join(details)})" if details else ""))
+        if provider["available"]:
+            lines += [f"{'':15}not on {reason}" for reason in provider.get("devices", {}).values() if reason]
     width = 2 + max(map(len, found["ops"]))
-    lines += ["", f"{'op (float32)':{width}} {'on cpu':12} on cuda"]
+    columns = _columns(found["ops"])
+    headings = [f"on {heading}" for heading in columns]
+    lines += ["", f"{'op (float32)':{width}} " + " ".join(f"{heading:12}" for heading in headings).rstrip()]
     for op, chosen in found["ops"].items():
-        lines.append(
-            f"{'  ' + op:{width}} {chosen['cpu']:12} {chosen['cuda']}" + ("" if found["gpus"] else " (no GPU here)")
-        )
+        row = " ".join(f"{chosen[device]:12}" for device in columns.values()).rstrip()
+        lines.append(f"{'  ' + op:{width}} {row}" + ("" if found["gpus"] else " (no GPU here)"))
     return "\n".join(lines)
 
 
-def _provider(name: str, recorded: dict[str, Any]) -> dict[str, Any]:
+def _columns(ops: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Heading -> device: a column for all GPUs where nothing differs between them."""
+    devices = [device for device in next(iter(ops.values())) if device != "cpu"]
+    alike = all(chosen[device] == chosen[devices[0]] for chosen in ops.values() for device in devices)
+    return {"cpu": "cpu", **({"cuda": devices[0]} if alike else {device: device for device in devices})}
+
+
+def _provider(name: str, recorded: dict[str, Any], devices: list[str]) -> dict[str, Any]:
     reason = providers.missing(name)
     entry: dict[str, Any] = {"available": reason is None, "reason": reason}
+    if name == "cuda" and reason is None:
+        on = {device: providers.missing(name, device) for device in devices if ":" in device}
+        entry["devices"] = on
+        if on and all(on.values()):
+            entry |= {"available": False, "reason": "; ".join(filter(None, on.values()))}
     if name in native.LIBRARIES:
         library = recorded.get("libraries", {}).get(name, {})
         entry["built"] = bool(library.get("built", False))

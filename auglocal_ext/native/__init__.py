@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from .architectures import dotted, misfit
 from .sources import sources_hash
 
 LIBRARIES = ("cpu", "cuda")
@@ -91,6 +92,24 @@ def reason(name: str) -> str | None:
     return _driver_reason() if failed is None and name == "cuda" else failed
 
 
+def device_reason(device: torch.device) -> str | None:
+    """Why the cuda library, which loads, does not run on this GPU (without an index: the current one), or None."""
+    if device.index is not None:
+        return _device_reason(device.index)
+    return _device_reason(torch.cuda.current_device()) if torch.cuda.device_count() else None
+
+
+@lru_cache(maxsize=None)
+def _device_reason(index: int) -> str | None:
+    if index >= torch.cuda.device_count():
+        return None  # of a tensor without data, which claims what it likes
+    found = build()
+    assert isinstance(found, Build)
+    targets = found.info["libraries"]["cuda"]["targets"]
+    reason = misfit(targets, torch.cuda.get_device_capability(index), *cuda_versions())
+    return None if reason is None else f"cuda:{index} ({torch.cuda.get_device_name(index)}): {reason}"
+
+
 def path(name: str) -> Path | None:
     """File of a library, or None where it was not built."""
     found = build()
@@ -119,11 +138,6 @@ def _driver_reason() -> str | None:
             "update the driver or build with an older toolkit (CUDA_HOME)"
         )
     return None
-
-
-def dotted(version: int) -> str:
-    """13020 -> "13.2"."""
-    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 for _name in LIBRARIES:  # here, and not at first use, so that a saved graph which holds an op finds its kernel

@@ -60,14 +60,19 @@ def register(table: Table) -> Table:
     return table
 
 
-def missing(name: str) -> str | None:
-    """Why a provider cannot be used here, or None where it can."""
-    return _REASONS[name]()
+def missing(name: str, device: torch.device | str | None = None) -> str | None:
+    """Why a provider cannot be used here, or on this device, or None where it can."""
+    reason = _REASONS[name]()
+    if reason is not None or name != "cuda" or device is None:
+        return reason
+    if isinstance(device, str):
+        device = torch.device(device)
+    return native.device_reason(device) if device.type == "cuda" else None
 
 
-def available(name: str) -> bool:
-    """Whether a provider can be used here."""
-    return missing(name) is None
+def available(name: str, device: torch.device | str | None = None) -> bool:
+    """Whether a provider can be used here, or on this device."""
+    return missing(name, device) is None
 
 
 def interpreted() -> bool:
@@ -93,13 +98,17 @@ _REASONS: dict[str, Callable[[], str | None]] = {
 }
 
 
-def choose(op: str, device: str, dtype: torch.dtype, requested: str | None = None) -> str:
-    """Name of the provider that runs ``op`` for a feature map of this device type and dtype.
+def choose(op: str, device: torch.device | str, dtype: torch.dtype, requested: str | None = None) -> str:
+    """Name of the provider that runs ``op`` for a feature map on this device and of this dtype.
+
+    GPUs of one machine may differ in what runs on them, so the device counts, not its type alone.
 
     Raises ValueError for an unknown provider or one that does not serve the device, TypeError for a dtype it does not
     take, RuntimeError (with the recorded reason) where it is missing.
     """
     table = TABLES[op]
+    if isinstance(device, str):
+        device = torch.device(device)
     if requested is not None:
         return _explicit(table, device, dtype, requested, f"provider={requested!r}")
     preferred = os.environ.get(ENVIRONMENT, "auto")
@@ -108,10 +117,11 @@ def choose(op: str, device: str, dtype: torch.dtype, requested: str | None = Non
             raise ValueError(f"{ENVIRONMENT}={preferred!r}: expected auto, {', '.join(NAMES)}")
         # The variable speaks for every tensor of the program: where its provider does not serve a device, as with
         # cuda for a CPU tensor, it has no opinion.
-        if any(p.name == preferred and p.serves(device) for p in table.providers):
+        if any(p.name == preferred and p.serves(device.type) for p in table.providers):
             return _explicit(table, device, dtype, preferred, f"{ENVIRONMENT}={preferred}")
+    kind = device.type
     for provider in table.providers:
-        if provider.serves(device) and dtype in provider.dtypes and available(provider.name):
+        if provider.serves(kind) and dtype in provider.dtypes and available(provider.name, device):
             return provider.name
     raise TypeError(f"{op}: no provider takes {dtype} on {device}; expected a floating-point feature map")
 
@@ -120,12 +130,12 @@ def choose(op: str, device: str, dtype: torch.dtype, requested: str | None = Non
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _explicit(table: Table, device: str, dtype: torch.dtype, name: str, origin: str) -> str:
+def _explicit(table: Table, device: torch.device, dtype: torch.dtype, name: str, origin: str) -> str:
     provider = table.row(name)
-    reason = missing(name)
+    reason = missing(name, device)
     if reason is not None:
         raise RuntimeError(f"{table.op}: {origin} was asked for, but it is not available here: {reason}")
-    if not provider.serves(device):
+    if not provider.serves(device.type):
         raise ValueError(
             f"{table.op}: {origin} serves tensors on {' or '.join(provider.devices or ())}, got one on {device}; "
             "move the tensor or leave the choice automatic"

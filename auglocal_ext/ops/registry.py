@@ -44,7 +44,7 @@ def overload(name: str, provider: str) -> Any:
 
 def chosen(op: str, x: Tensor, provider: str | None, name: str | None = None) -> Any:
     """The overload that runs ``op``, or its primitive ``name``, for the feature map x; see ``providers.choose``."""
-    return overload(name or op, providers.choose(op, x.device.type, x.dtype, provider))
+    return overload(name or op, providers.choose(op, x.device, x.dtype, provider))
 
 
 def primitive(table: providers.Table, name: str, signature: str, fake: Callable[..., Any], function: str) -> None:
