@@ -13,8 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 2048  # of a launch, enough for any GPU; the same on all of them, and so are the bits of a sum
-LEAST_UNITS = 4  # of a program, before a second one shares its work
+# Programs of a launch, and units of a program before a second one shares its work: the same on all GPUs, and so are the
+# bits of a sum. Sums are few, for one program merges those of its channels. Where nothing is summed there are enough
+# programs for some waves of the largest GPU, whose last one, half empty, then costs little.
+PROGRAMS, LEAST_UNITS = 2048, 4
+ELEMENTWISE_PROGRAMS, LEAST_ELEMENTWISE_UNITS = 8192, 2
 MOST_UNITS = 512  # of a program that adds up in float32
 
 
@@ -104,9 +107,11 @@ class Plan:
         block_c, block_p = _tile(channels, positions, channels_last, elements)
         units_an_image = triton.cdiv(positions, block_p)
         units, tiles = images * units_an_image, triton.cdiv(channels, block_c)
-        splits = min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(units, LEAST_UNITS))
         if reduces:
+            splits = min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(units, LEAST_UNITS))
             splits = max(splits, triton.cdiv(units, MOST_UNITS))
+        else:
+            splits = min(triton.cdiv(ELEMENTWISE_PROGRAMS, tiles), triton.cdiv(units, LEAST_ELEMENTWISE_UNITS))
         chunk = triton.cdiv(units, splits)
         self.channels = channels
         self.splits = triton.cdiv(units, chunk)
