@@ -46,9 +46,9 @@ def strides(*maps: str) -> dict[str, str]:
 
 
 for dtype, activation, flag, blocks in (
-    ("fp32", "relu", True, {"BLOCK_C": 128, "BLOCK_P": 16}),
-    ("bf16", "leaky_relu", False, {"BLOCK_C": 2, "BLOCK_P": 1024}),
-    ("fp16", "none", True, {"BLOCK_C": 1, "BLOCK_P": 1}),
+    ("fp32", "relu", True, {"ALIGN_C": 8, "ALIGN_P": 1, "BLOCK_C": 128, "BLOCK_P": 16}),
+    ("bf16", "leaky_relu", False, {"ALIGN_C": 1, "ALIGN_P": 4, "BLOCK_C": 2, "BLOCK_P": 1024}),
+    ("fp16", "none", True, {"ALIGN_C": 1, "ALIGN_P": 1, "BLOCK_C": 1, "BLOCK_P": 1}),
 ):
     maps = {name: f"*{dtype}" for name in ("X_ptr", "R_ptr", "G_ptr", "DX_ptr", "DR_ptr", "Y_ptr")}
     options = {**dict.fromkeys(OPTIONS, flag), "ACTIVATION": activation, **blocks}

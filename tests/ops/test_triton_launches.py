@@ -56,11 +56,40 @@ def assert_wide(launch: Launch, *kinds: Access) -> None:
     assert launch.spilled <= MOST_SPILLED, f"{launch.name} spills {launch.spilled} bytes"
 
 
-def test_narrow_accesses_are_seen(launched: Launched) -> None:  # noqa: F811
+@pytest.mark.parametrize(
+    ("dtype", "shape", "layout", "bytes_an_access"),
+    [
+        (torch.bfloat16, (64, 16, 7, 7), "contiguous", 2),
+        (torch.bfloat16, (64, 16, 14, 14), "contiguous", 8),
+        (torch.float32, (64, 16, 14, 14), "contiguous", 16),
+        (torch.bfloat16, (64, 24, 7, 7), "channels-last", 16),
+        (torch.bfloat16, (64, 10, 8, 8), "channels-last", 4),
+    ],
+    ids=str,
+)
+def test_sizes_that_are_no_multiple_of_16(
+    launched: Launched,  # noqa: F811
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    layout: str,
+    bytes_an_access: int,
+) -> None:
     from auglocal_ext.ops.triton import batch_norm_act as op
 
-    x = tensor((64, 16, 7, 7), torch.bfloat16, "contiguous")
-    (apply,) = launched(90, op.apply, x, *vectors(16, 4), None, 0.0)
+    x, factors, sums = tensor(shape, dtype, layout), vectors(shape[1], 4), vectors(shape[1], 2)
+    stats, _ = launched(90, op.stats, x)
+    (apply,) = launched(90, op.apply, x, *factors, x, 0.0)
+    (input_grad,) = launched(90, op.input_grad, x, x, *factors, x, 0.0, *sums, True)
+    for launch in (stats, apply, input_grad):
+        assert {access.bytes for loop in launch.loops for access in loop} == {bytes_an_access}, launch.name
+
+
+def test_maps_of_two_layouts(launched: Launched) -> None:  # noqa: F811
+    """What stands together in one of them does not in the other."""
+    from auglocal_ext.ops.triton import batch_norm_act as op
+
+    x, residual = (tensor((64, 24, 14, 14), torch.bfloat16, layout) for layout in ("contiguous", "channels-last"))
+    (apply,) = launched(90, op.apply, x, *vectors(24, 4), residual, 0.0)
     assert {access.bytes for loop in apply.loops for access in loop} == {2}
 
 

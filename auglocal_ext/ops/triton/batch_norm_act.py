@@ -5,6 +5,8 @@ What a program works on, and what it is told of its channels: see ``channelwise`
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,6 +36,30 @@ def _place(unit, positions, units_an_image, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
+def _mask(m_c, m_p, ALIGN_C: tl.constexpr, ALIGN_P: tl.constexpr):
+    """Which elements of a unit there are; of ALIGN neighbours all or none."""
+    mask = m_c[:, None] & m_p
+    if ALIGN_C * ALIGN_P > 1:
+        mask = tl.max_constancy(mask, (ALIGN_C, ALIGN_P))
+    return mask
+
+
+@triton.jit
+def _offsets(i_n, o_c, o_p, stride_n, stride_c, stride_p, ALIGN_C: tl.constexpr, ALIGN_P: tl.constexpr):
+    """Where they are. The compiler sees which strides are multiples of 16; of smaller numbers it is told here."""
+    n = i_n * stride_n
+    c = o_c * stride_c
+    p = o_p * stride_p
+    if ALIGN_C * ALIGN_P > 1:
+        n = tl.multiple_of(n, ALIGN_C * ALIGN_P)
+    if ALIGN_P > 1:
+        c = tl.multiple_of(c, (ALIGN_P, ALIGN_P))
+    if ALIGN_C > 1:
+        p = tl.multiple_of(p, (ALIGN_C, ALIGN_C))
+    return n + c + p
+
+
+@triton.jit
 def _stats_kernel(
     X_ptr,  # feature map, (N, C, P), any strides
     M_ptr,  # count, mean less the channel's first value, sum of squared differences from the mean, (splits, 3, C)
@@ -45,17 +71,19 @@ def _stats_kernel(
     stride_xn,
     stride_xc,
     stride_xp,
+    ALIGN_C: tl.constexpr,  # channels and positions that stand together in all maps; one of the two is 1
+    ALIGN_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     o_c, m_c = own_channels(channels, BLOCK_C)
     unit, end = own_units(units, chunk)
-    c_offsets = o_c[:, None] * stride_xc
-    origin = tl.load(X_ptr + c_offsets, mask=m_c[:, None], other=0.0).to(tl.float32)
+    origin = tl.load(X_ptr + o_c[:, None] * stride_xc, mask=m_c[:, None], other=0.0).to(tl.float32)
     # Every lane sums what differs from the first value it met, so that huge means cost no digits of the variance.
     i_n, o_p, m_p = _place(unit, positions, units_an_image, BLOCK_P)
-    mask = m_c[:, None] & m_p
-    shift = tl.load(X_ptr + i_n * stride_xn + c_offsets + o_p * stride_xp, mask=mask, other=0.0).to(tl.float32)
+    mask = _mask(m_c, m_p, ALIGN_C, ALIGN_P)
+    offsets = _offsets(i_n, o_c[:, None], o_p, stride_xn, stride_xc, stride_xp, ALIGN_C, ALIGN_P)
+    shift = tl.load(X_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     # A lane whose first unit ends before it has no first value, and takes that of the channel.
     shift = tl.where(m_p, shift, origin)
     sums = tl.zeros((BLOCK_C, BLOCK_P), dtype=tl.float32)
@@ -64,8 +92,9 @@ def _stats_kernel(
     # `while`: with numpy >= 2.5 the interpreter of Triton 3.6 cannot take the bound of a `range` from an argument.
     while unit < end:
         i_n, o_p, m_p = _place(unit, positions, units_an_image, BLOCK_P)
-        mask = m_c[:, None] & m_p
-        x = tl.load(X_ptr + i_n * stride_xn + c_offsets + o_p * stride_xp, mask=mask, other=0.0).to(tl.float32)
+        mask = _mask(m_c, m_p, ALIGN_C, ALIGN_P)
+        offsets = _offsets(i_n, o_c[:, None], o_p, stride_xn, stride_xc, stride_xp, ALIGN_C, ALIGN_P)
+        x = tl.load(X_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         difference = tl.where(mask, x - shift, 0.0)
         sums += difference
         squares += difference * difference
@@ -171,6 +200,8 @@ def _apply_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ALIGN_C: tl.constexpr,  # channels and positions that stand together in all maps; one of the two is 1
+    ALIGN_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -180,14 +211,16 @@ def _apply_kernel(
     unit, end = own_units(units, chunk)
     while unit < end:
         i_n, o_p, m_p = _place(unit, positions, units_an_image, BLOCK_P)
-        mask = m_c[:, None] & m_p
-        x = tl.load(X_ptr + i_n * stride_xn + o_c * stride_xc + o_p * stride_xp, mask=mask, other=0.0).to(tl.float32)
+        mask = _mask(m_c, m_p, ALIGN_C, ALIGN_P)
+        x_offsets = _offsets(i_n, o_c, o_p, stride_xn, stride_xc, stride_xp, ALIGN_C, ALIGN_P)
+        x = tl.load(X_ptr + x_offsets, mask=mask, other=0.0).to(tl.float32)
         z = (x - mean) * scale + bias
         if HAS_RESIDUAL:
-            r_offsets = i_n * stride_rn + o_c * stride_rc + o_p * stride_rp
+            r_offsets = _offsets(i_n, o_c, o_p, stride_rn, stride_rc, stride_rp, ALIGN_C, ALIGN_P)
             z += tl.load(R_ptr + r_offsets, mask=mask, other=0.0).to(tl.float32)
         y = activated(z, z, slope, ACTIVATION).to(Y_ptr.dtype.element_ty)
-        tl.store(Y_ptr + i_n * stride_yn + o_c * stride_yc + o_p * stride_yp, y, mask=mask)
+        y_offsets = _offsets(i_n, o_c, o_p, stride_yn, stride_yc, stride_yp, ALIGN_C, ALIGN_P)
+        tl.store(Y_ptr + y_offsets, y, mask=mask)
         unit += 1
 
 
@@ -231,6 +264,8 @@ def _backward_kernel(
     HAS_SUMS: tl.constexpr,
     NEED_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ALIGN_C: tl.constexpr,  # channels and positions that stand together in all maps; one of the two is 1
+    ALIGN_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -244,21 +279,23 @@ def _backward_kernel(
     unit, end = own_units(units, chunk)
     while unit < end:
         i_n, o_p, m_p = _place(unit, positions, units_an_image, BLOCK_P)
-        mask = m_c[:, None] & m_p
-        x = tl.load(X_ptr + i_n * stride_xn + o_c * stride_xc + o_p * stride_xp, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(G_ptr + i_n * stride_gn + o_c * stride_gc + o_p * stride_gp, mask=mask, other=0.0).to(tl.float32)
+        mask = _mask(m_c, m_p, ALIGN_C, ALIGN_P)
+        x_offsets = _offsets(i_n, o_c, o_p, stride_xn, stride_xc, stride_xp, ALIGN_C, ALIGN_P)
+        x = tl.load(X_ptr + x_offsets, mask=mask, other=0.0).to(tl.float32)
+        g_offsets = _offsets(i_n, o_c, o_p, stride_gn, stride_gc, stride_gp, ALIGN_C, ALIGN_P)
+        g = tl.load(G_ptr + g_offsets, mask=mask, other=0.0).to(tl.float32)
         difference = x - mean
         if ACTIVATION != "none":
             z = difference * scale + bias
             if HAS_RESIDUAL:
-                r_offsets = i_n * stride_rn + o_c * stride_rc + o_p * stride_rp
+                r_offsets = _offsets(i_n, o_c, o_p, stride_rn, stride_rc, stride_rp, ALIGN_C, ALIGN_P)
                 z += tl.load(R_ptr + r_offsets, mask=mask, other=0.0).to(tl.float32)
             g = activated(g, z, slope, ACTIVATION)
         if REDUCE:
             sum_g += g
             sum_gx += g * difference
         else:
-            d_offsets = i_n * stride_dn + o_c * stride_dc + o_p * stride_dp
+            d_offsets = _offsets(i_n, o_c, o_p, stride_dn, stride_dc, stride_dp, ALIGN_C, ALIGN_P)
             if NEED_RESIDUAL:
                 tl.store(DR_ptr + d_offsets, g.to(DR_ptr.dtype.element_ty), mask=mask)
             if HAS_SUMS:
@@ -276,14 +313,26 @@ class _Plan(Plan):
     def __init__(self, x: Tensor, reduces: bool) -> None:
         self.single = x.dim() == 2 or x.shape[2:].numel() == 1
         flat = self.flat(x)
-        channels_last = flat.stride(1) == 1 and flat.stride(2) != 1
-        super().__init__(*flat.shape, channels_last=channels_last, elements=2048, reduces=reduces)
+        self.channels_last = flat.stride(1) == 1 and flat.stride(2) != 1
+        super().__init__(*flat.shape, channels_last=self.channels_last, elements=2048, reduces=reduces)
 
     def flat(self, x: Tensor) -> Tensor:
         """A view where the positions have one common stride, a copy otherwise; (N, C) is one image of N positions."""
         if self.single:
             return x.flatten(1).t().unsqueeze(0)
         return x.flatten(2)
+
+    def constants(self, *maps: Tensor) -> dict[str, int]:
+        """Sizes of a unit, and how many neighbours stand together in all maps (N, C, P): 4 of 14x14 positions."""
+        inner, outer = (1, 2) if self.channels_last else (2, 1)
+        steps = [flat.stride(dim) for flat in maps for dim in (0, outer)]
+        align = math.gcd(16, maps[0].shape[inner], *steps) if all(flat.stride(inner) == 1 for flat in maps) else 1
+        align = 1 if align == 16 else align  # which the compiler sees
+        return {
+            "ALIGN_C": align if self.channels_last else 1,
+            "ALIGN_P": 1 if self.channels_last else align,
+            **self.blocks,
+        }
 
 
 def stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -313,7 +362,7 @@ def _statistics(
     running = (mean if running_mean is None else running_mean, var if running_var is None else running_var)
     grid, blocks = plan.finish
     with on_device(x):
-        _stats_kernel[plan.grid](flat, partial, *plan.sizes, *flat.stride(), **plan.blocks)
+        _stats_kernel[plan.grid](flat, partial, *plan.sizes, *flat.stride(), **plan.constants(flat))
         _finish_stats_kernel[grid](
             *(flat, partial, mean, var, *running, momentum, eps, plan.channels, plan.splits, flat.stride(1)),
             UPDATE=update,
@@ -345,7 +394,7 @@ def apply(
             *(*flat.stride(), *added.stride(), *out.stride()),
             HAS_RESIDUAL=residual is not None,
             **options(weight, bias, slope),
-            **plan.blocks,
+            **plan.constants(flat, added, out),
         )
     return y
 
@@ -421,5 +470,5 @@ def _backward(
         HAS_SUMS=sums[0] is not None and sums[1] is not None,
         NEED_RESIDUAL=grads[1] is not None,
         **options(weight, bias, slope),
-        **plan.blocks,
+        **plan.constants(flat, flat_grad, added, grad_x),
     )
