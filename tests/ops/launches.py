@@ -20,7 +20,7 @@ import torch
 
 @dataclass(frozen=True)
 class Access:
-    """An instruction that reads (``ld``) or writes (``st``) global memory, of so many bytes a thread."""
+    """An instruction that reads (``LDG``) or writes (``STG``) global memory, of so many bytes a thread."""
 
     kind: str
     bytes: int
@@ -32,37 +32,40 @@ class Launch:
 
     name: str
     grid: tuple[int, ...]
-    ptx: str
     cubin: Path
 
     @property
     def loops(self) -> list[list[Access]]:
         """Accesses in each loop that has some; without a loop, those of the whole kernel."""
         labels: dict[str, int] = {}
-        found, lines = [], self.ptx.splitlines()
+        found, lines = [], _tool("nvdisasm", "-c", str(self.cubin)).splitlines()
         for number, line in enumerate(lines):
-            if label := re.match(r"(\$L\w+):", line):
+            if label := re.match(r"(\.L_x_\d+):", line.strip()):
                 labels[label.group(1)] = number
-            elif (back := re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line)) and back.group(1) in labels:
+            elif (back := re.search(r"\bBRA\b.*?(\.L_x_\d+)", line)) and back.group(1) in labels:
                 found.append(_accesses(lines[labels[back.group(1)] : number]))
         return [loop for loop in found if loop] or [_accesses(lines)]
 
     @property
     def spilled(self) -> int:
         """Bytes of a thread's stack, which is where registers that do not suffice are kept."""
-        import triton
-
-        folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-        command = [str(folder / "cuobjdump"), "-res-usage", str(self.cubin)]
-        usage = re.search(r"STACK:(\d+)", subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        usage = re.search(r"STACK:(\d+)", _tool("cuobjdump", "-res-usage", str(self.cubin)))
         assert usage is not None
         return int(usage.group(1))
 
 
+def _tool(name: str, *arguments: str) -> str:
+    """What one of the disassemblers prints that Triton brings along."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
+
+
 def _accesses(lines: list[str]) -> list[Access]:
-    pattern = r"\b(ld|st)\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bfus](\d+)\b"  # cache hints stand in between
-    found = re.findall(pattern, "\n".join(lines))
-    return [Access(kind, int(vector or 1) * int(bits) // 8) for kind, vector, bits in found]
+    sizes = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+    found = re.findall(r"\b(LDG|STG)((?:\.\w+)*)", "\n".join(lines))
+    return [Access(kind, next((sizes[m] for m in suffix.split(".") if m in sizes), 4)) for kind, suffix in found]
 
 
 class _Absent:
@@ -98,7 +101,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., l
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
         cubin = tmp_path / f"{next(numbers)}.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
-        found.append(Launch(self.__name__, grid, kernel.asm["ptx"], cubin))
+        found.append(Launch(self.__name__, grid, cubin))
 
     monkeypatch.setattr(JITFunction, "run", compiled)
 

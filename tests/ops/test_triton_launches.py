@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 Launched = Callable[..., list[Launch]]
-LOAD, STORE = Access("ld", 16), Access("st", 16)
+LOAD, STORE = Access("LDG", 16), Access("STG", 16)
 MOST_SPILLED = 8  # bytes of a thread; the ptxas of Triton 3.6 does so to save registers, that of 3.8 nowhere
 SHAPE = (64, 16, 32, 32)
 
@@ -33,11 +33,9 @@ configurations = pytest.mark.parametrize(
             for values in (
                 (80, torch.bfloat16, SHAPE),
                 (89, torch.bfloat16, SHAPE),
-                (90, torch.float16, SHAPE),
                 (90, torch.float32, SHAPE),
                 (90, torch.bfloat16, (1024, 64, 8, 8)),
                 (90, torch.bfloat16, (64, 64, 56, 56)),
-                (90, torch.bfloat16, (64, 256, 16, 16)),
             )
         ),
     ],
@@ -95,7 +93,9 @@ def test_maps_of_two_layouts(launched: Launched) -> None:  # noqa: F811
 
 @layouts
 @configurations
-@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize(
+    "with_residual", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "residual"]
+)
 def test_batch_norm_act(
     launched: Launched,  # noqa: F811
     capability: int,
@@ -119,6 +119,7 @@ def test_batch_norm_act(
         assert_wide(elementwise, LOAD, STORE)
 
 
+@pytest.mark.slow
 @layouts
 @configurations
 def test_similarity_loss(
@@ -138,6 +139,7 @@ def test_similarity_loss(
     assert_wide(input_grad, LOAD, STORE)
 
 
+@pytest.mark.slow
 @layouts
 @configurations
 def test_pooled_cross_entropy(
@@ -155,6 +157,7 @@ def test_pooled_cross_entropy(
     assert_wide(pool, LOAD)
 
 
+@pytest.mark.slow
 @layouts
 @configurations
 def test_reconstruction_loss(
@@ -176,6 +179,7 @@ def test_reconstruction_loss(
     assert pixels.spilled <= MOST_SPILLED
 
 
+@pytest.mark.slow
 @configurations
 def test_max_pool(
     launched: Launched,  # noqa: F811
@@ -191,8 +195,8 @@ def test_max_pool(
     y = tensor((*shape[:2], shape[2] // 2, shape[3] // 2), dtype, "channels-last")
     (apply,) = launched(capability, op.apply, x, *factors, 0.0, *window)
     (input_grad,) = launched(capability, op.input_grad, y, y.byte(), x, *factors, 0.0, *sums, *window)
-    assert_wide(apply, LOAD, STORE, Access("st", 8))
-    assert_wide(input_grad, LOAD, Access("ld", 8), STORE)
+    assert_wide(apply, LOAD, STORE, Access("STG", 8))
+    assert_wide(input_grad, LOAD, Access("LDG", 8), STORE)
 
 
 @pytest.mark.parametrize(
@@ -213,11 +217,10 @@ def test_elementwise_passes_have_enough_programs(shape: tuple[int, ...], layout:
     assert (splits - 1) * chunk < units <= splits * chunk
 
 
-@pytest.mark.parametrize("images", [1024, 4096])
-def test_pairs(launched: Launched, images: int) -> None:  # noqa: F811
+def test_pairs(launched: Launched) -> None:  # noqa: F811
     from auglocal_ext.ops.triton import similarity_loss, supervised_contrast
 
-    features, target = torch.empty(images, 64), torch.zeros(images, dtype=torch.int64)
+    features, target = torch.empty(1024, 64), torch.zeros(1024, dtype=torch.int64)
     found = launched(90, similarity_loss.forward, features, target, 10, -100, True)
     assert_wide(next(launch for launch in found if launch.name == "_pairs_kernel"), LOAD, STORE)
     found = launched(90, supervised_contrast.forward, features, target, 0.1, -100, True)
