@@ -88,6 +88,16 @@ AUGLOCAL_HOST_DEVICE Real activated(Real value, Real z, Real slope) {
   return z > 0 ? value : left;
 }
 
+enum class Activation { kNone, kRelu, kLeaky };
+
+// The same where the activation is known when this is compiled.
+template <Activation kActivation, typename Real>
+AUGLOCAL_HOST_DEVICE Real activated_by(Real value, Real z, Real slope) {
+  if constexpr (kActivation == Activation::kNone) return value;
+  else if constexpr (kActivation == Activation::kRelu) return z <= 0 ? Real(0) : value;
+  else return z > 0 ? value : value * slope;
+}
+
 // What makes the gradient of x from g = grad act'(z): scale (g - mean_g - (x - mean) inner).
 template <typename Real>
 struct Backward {
@@ -100,6 +110,14 @@ AUGLOCAL_HOST_DEVICE Real input_gradient(const Channel<Real>& channel, const Bac
   // With constant statistics an infinite x leaves the gradient finite: nothing is multiplied by zero.
   const Real through_var = (x - channel.mean) * backward.inner;
   return channel.scale * ((g - backward.mean_g) - (backward.inner == 0 ? Real(0) : through_var));
+}
+
+// The same where it is known whether the statistics are constants.
+template <bool kConstant, typename Real>
+AUGLOCAL_HOST_DEVICE Real input_gradient_by(const Channel<Real>& channel, const Backward<Real>& backward,
+                                            Real g, Real x) {
+  if constexpr (kConstant) return channel.scale * g;
+  else return channel.scale * ((g - backward.mean_g) - (x - channel.mean) * backward.inner);
 }
 
 }  // namespace auglocal

@@ -23,10 +23,13 @@ struct Divider {
   }
 
   AUGLOCAL_HOST_DEVICE int64_t divide(int64_t n) const {
-    if (n >> 31 != 0) return n / divisor;
+    return n >> 31 != 0 ? n / divisor : divide(static_cast<int>(n));
+  }
+
+  AUGLOCAL_HOST_DEVICE int divide(int n) const {
     const uint32_t narrow = static_cast<uint32_t>(n);
     const uint32_t high = static_cast<uint32_t>((static_cast<uint64_t>(narrow) * magic) >> 32);
-    return (high + narrow) >> shift;
+    return static_cast<int>((high + narrow) >> shift);
   }
 };
 

@@ -89,7 +89,7 @@ struct RowParams {
 };
 
 // One block per row. A thread meets the same elements in every pass, so it waits for nobody's writes.
-__global__ void __launch_bounds__(kThreads) rows_kernel(const RowParams params) {
+__global__ void __launch_bounds__(kThreads, 6) rows_kernel(const RowParams params) {
   const int64_t image = params.first + blockIdx.x, label = params.target[image];
   float* pairs = params.pairs + static_cast<int64_t>(blockIdx.x) * params.images;
 

@@ -276,6 +276,42 @@ def test_primitives(device: str, provider: str, dtype: torch.dtype, layout: str,
 
 
 @column.cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+def test_vectors_that_begin_anywhere(device: str, provider: str, dtype: torch.dtype, layout: str, poison: None) -> None:
+    x, *vectors, residual = inputs((4, 16, 4, 4), dtype, device)
+    views = [torch.cat([vector[:1], vector])[1:] for vector in vectors]
+    assert all(view.data_ptr() % 16 for view in views)
+    x, residual = (column.LAYOUTS[layout](tensor) for tensor in (x, residual))
+    compare(x, *views, residual, provider, training=True)
+    compare(x, *views, residual, provider, training=False)
+
+
+# So many that the sums of blocks are merged by groups, and these by one block.
+MANY = [("channels-last", (80, 8, 32, 64)), ("contiguous", (140000, 1, 4, 1))]
+
+
+@column.cases
+@pytest.mark.parametrize(("layout", "shape"), MANY, ids=["channels-last", "contiguous"])
+def test_many_partial_sums(device: str, provider: str, layout: str, shape: tuple[int, ...], poison: None) -> None:
+    if provider == "triton" and device == "cpu":
+        pytest.skip("takes long in the interpreter")
+    x, weight, bias, running_mean, running_var, _ = inputs(shape, torch.float32, device)
+    x = column.LAYOUTS[layout](x + 100)
+    grad, wide = x.roll(1, 0) - 100, x.double()
+    exact = (wide.mean((0, 2, 3)).float(), wide.var((0, 2, 3), correction=0).float())
+    for _ in range(2):  # the second time with the counters that the first one has left
+        mean, var = batch_norm_stats(x, provider=provider)
+        torch.testing.assert_close((mean, var), exact, rtol=1e-5, atol=0)
+        sums = batch_norm_act_reduce(grad, x, mean, var, weight, bias, None, "none", provider=provider)
+        xhat = (wide - mean[:, None, None]) * var[:, None, None]
+        for found, factor in zip(sums, (torch.ones_like(wide), xhat), strict=True):
+            products = grad.double() * factor
+            error = (found - products.sum((0, 2, 3))).abs()
+            assert (error <= 1e-6 * products.abs().sum((0, 2, 3))).all()
+
+
+@column.cases
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("mean", [1e4, -1e4, 3e5])
 def test_large_means(device: str, provider: str, layout: str, mean: float) -> None:

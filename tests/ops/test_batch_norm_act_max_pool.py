@@ -189,6 +189,29 @@ def test_layouts_of_the_gradient(
 
 
 @column.cases
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+def test_offsets_beyond_32_bits(device: str, provider: str, layout: str) -> None:
+    x, *vectors = inputs((2, 8, 6, 8), torch.float16, device)
+    try:
+        memory = torch.empty(2**31 + x[0].numel(), dtype=torch.float16, device=device)  # most of it never touched
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    near = column.LAYOUTS[layout](x)
+    far = memory.as_strided(x.shape, (2**31, *near.stride()[1:])).copy_(x)
+    compare(far, *vectors, provider, training=True)
+
+
+@column.cases
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+def test_vectors_that_begin_anywhere(device: str, provider: str, layout: str, poison: None) -> None:
+    x, *vectors = inputs((2, 16, 6, 8), torch.float32, device)
+    views = [torch.cat([vector[:1], vector])[1:] for vector in vectors]
+    assert all(view.data_ptr() % 16 for view in views)
+    for training in (True, False):
+        compare(column.LAYOUTS[layout](x), *views, provider, training=training)
+
+
+@column.cases
 @column.activations
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_options(device: str, provider: str, activation: str, training: bool, poison: None) -> None:

@@ -5,6 +5,7 @@
 
 #include <ucontext.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <vector>
@@ -13,10 +14,17 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static
 
 using cudaStream_t = void*;
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
 namespace emulator {
 
@@ -119,4 +127,56 @@ V __shfl_down_sync(unsigned, V value, unsigned offset, unsigned width = emulator
 template <typename V>
 V __shfl_xor_sync(unsigned, V value, unsigned mask) {
   return emulator::exchange(value, (emulator::thread % emulator::kWarp) ^ mask);
+}
+
+template <typename V>
+void __stwb(V* to, V value) {
+  *to = value;
+}
+
+template <typename V>
+V __ldcg(const V* from) {
+  return *from;
+}
+
+// Blocks run one after the other, and threads only up to a barrier.
+inline void __threadfence() {}
+
+inline unsigned atomicInc(unsigned* counter, unsigned last) {
+  const unsigned before = *counter;
+  *counter = before >= last ? 0 : before + 1;
+  return before;
+}
+
+// One device, one stream, and no capture.
+enum cudaError_t { cudaSuccess };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
+
+inline const char* cudaGetErrorString(cudaError_t) {
+  return "";
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* id) {
+  *id = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status,
+                                            unsigned long long*) {
+  *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  *memory = std::malloc(bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
 }
