@@ -127,7 +127,7 @@ def _demangled(symbol: str) -> tuple[str, tuple[str, ...]]:
         raise ValueError(f"not the name of a kernel: {symbol}")
     arguments: list[str] = []
     dtypes = {"f": "float", "d": "double"}
-    pattern = r"N3c10\d+([A-Za-z0-9]+?)E|L(?:[a-z]|N\w+?E)(\d+)E|([fd])|(S\w*?_)"
+    pattern = r"N(?:3c10|S\w*?_)\d+([A-Za-z0-9]+?)E|L(?:[a-z]|N\w+?E)(\d+)E|([fd])|(S\w*?_)"
     if symbol[named.end(1)] == "I":
         for dtype, value, letter, repeated in re.findall(pattern, symbol[named.end(1) + 1 :].split("EEv")[0] + "E"):
             arguments.append(dtype or value or dtypes.get(letter) or (arguments[-1] if repeated else ""))

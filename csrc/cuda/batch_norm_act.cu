@@ -85,13 +85,25 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(const Params params) {
   Walker<kVector, kChannels> walker(params.walk);
   float shift[kVector] = {};
   Shifted<float> sums[kVector] = {};
-  if (walker.more()) walker.template read<T>(shift, params.x);
+  if (walker.more()) load<T, kVector>(shift, walker.template at<const T>(params.x));
   int count = 0;
-  for (; walker.more(); walker.next(), ++count) {
-    float x[kVector];
-    walker.template read<T>(x, params.x);
+  const auto take = [&](const Pack<T, kVector>& vector) {
+    ++count;
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) add(sums[v], x[v] - shift[v]);
+    for (int v = 0; v < kVector; ++v) add(sums[v], element(vector, v) - shift[v]);
+  };
+  while (walker.more()) {
+    // Two are asked for before the first is used.
+    const Pack<T, kVector> vector = load_pack<T, kVector>(walker.template at<const T>(params.x));
+    walker.next();
+    if (walker.more()) {
+      const Pack<T, kVector> second = load_pack<T, kVector>(walker.template at<const T>(params.x));
+      walker.next();
+      take(vector);
+      take(second);
+    } else {
+      take(vector);
+    }
   }
   finish_stats<T, kVector, kChannels>(sums, shift, count, walker.channel, params);
 }
@@ -234,6 +246,8 @@ void run(Params& params, bool channels, const Tensor& like, cudaStream_t stream)
   bool vectors = true;
   for (const Map* map : {&params.x, &params.residual, &params.grad, &params.out, &params.out_residual})
     vectors = vectors && aligned<T>(*map, params.walk, channels);
+  // Statistics of one value for all positions of an image are nobody's hot path.
+  if (kPass == Pass::kStats && !channels && params.x.stride == 0) vectors = false;
   share(params.walk, channels, vectors ? kVector : 1, kReduces);
   Tensor found;  // given back when the launch is in the stream, as is all memory that only the stream reads
   if constexpr (kReduces) {
