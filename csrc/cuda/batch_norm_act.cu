@@ -12,6 +12,8 @@
 #include <torch/headeronly/core/Dispatch_v2.h>
 
 #include <algorithm>
+#include <iterator>
+#include <limits>
 #include <type_traits>
 
 #include "../batch_norm_act_host.h"
@@ -146,19 +148,29 @@ bool aligned(const Map& map, const Walk& walk, bool channels) {
          (walk.images == 1 || map.stride_n % kVector == 0) && reinterpret_cast<uintptr_t>(map.data) % 16 == 0;
 }
 
-// Whether the rows (n, p) of all maps have one common step, which then takes the place of that of the
-// positions.
+// Whether the rows (n, p) of every map have one common step, which then takes the place of that of the
+// positions; a row of the gradient may also stand for all positions of its image.
 bool collapse(Params& params) {
+  // Rows and steps are counted in an int, some steps beyond the last row too.
+  constexpr int64_t kMost = std::numeric_limits<int>::max(), kAhead = 4 * kThreads;
   const Walk& walk = params.walk;
+  const int64_t rows = walk.images * walk.positions;
   Map* maps[] = {&params.x, &params.residual, &params.grad, &params.out, &params.out_residual};
-  for (const Map* map : maps) {
-    if (map->data && walk.images > 1 && walk.positions > 1 &&
-        map->stride_n != walk.positions * map->stride_outer)
-      return false;
+  int64_t steps[std::size(maps)] = {}, repeats = 1;
+  for (size_t i = 0; i < std::size(maps) && rows > 1; ++i) {
+    const Map& map = *maps[i];
+    if (!map.data) continue;
+    steps[i] = walk.positions == 1 ? map.stride_n : map.stride_outer;
+    if (walk.images > 1 && walk.positions > 1 && map.stride_n != walk.positions * map.stride_outer) {
+      if (&map != &params.grad || map.stride_outer != 0) return false;
+      steps[i] = map.stride_n;
+      repeats = walk.positions;
+    }
+    if (steps[i] >= kMost / kAhead) return false;
   }
-  if (walk.positions == 1) {
-    for (Map* map : maps) map->stride_outer = map->stride_n;
-  }
+  if (rows >= kMost - kAhead) return false;
+  for (size_t i = 0; i < std::size(maps); ++i) maps[i]->stride_outer = steps[i];
+  params.grad_rows = Divider(repeats);
   return true;
 }
 

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, 4) stats_rows_kernel(const Params pa
 }
 
 template <typename T, Activation kActivation, bool kResidual>
-__global__ void __launch_bounds__(kThreads, kResidual ? 3 : 4) apply_rows_kernel(const Params params) {
+__global__ void __launch_bounds__(kThreads, 4) apply_rows_kernel(const Params params) {
   constexpr int kVector = kVectorOf<T>;
   const Rows<kVector> rows(params.walk);
   if (rows.count == 0) return;
@@ -84,12 +84,13 @@ __global__ void __launch_bounds__(kThreads, 3) reduce_rows_kernel(const Params p
   Sums found[kVector] = {};
   if (rows.count > 0) {
     const Factors<kVector> factors(params.vectors, rows.channel);
-    Cursor<const T, kVector> x(params.x, rows), residual(params.residual, rows), grad(params.grad, rows);
-    for_each_vector<kResidual ? 1 : 2>(rows.count, [&](auto vectors) {
+    Cursor<const T, kVector> x(params.x, rows), residual(params.residual, rows);
+    RepeatedCursor<T, kVector> grad(params.grad, rows);
+    for_each_vector<kResidual && kVector == 8 ? 1 : 2>(rows.count, [&](auto vectors) {
       constexpr int kCount = decltype(vectors)::value;
       Pack<T, kVector> values[kCount], grads[kCount], added[kCount];
       x.read(values);
-      grad.read(grads);
+      grad.read(grads, params.grad_rows);
       if constexpr (kResidual) residual.read(added);
 #pragma unroll
       for (int u = 0; u < kCount; ++u) {
@@ -114,13 +115,14 @@ __device__ __forceinline__ void input_grad_rows(const Params& params, const Rows
   constexpr int kVector = kVectorOf<T>;
   const Factors<kVector> factors(params.vectors, rows.channel);
   const ThroughStatistics<kVector> through(params.vectors, rows.channel);
-  Cursor<const T, kVector> x(params.x, rows), residual(params.residual, rows), grad(params.grad, rows);
+  Cursor<const T, kVector> x(params.x, rows), residual(params.residual, rows);
+  RepeatedCursor<T, kVector> grad(params.grad, rows);
   Cursor<T, kVector> out(params.out, rows), out_residual(params.out_residual, rows);
-  for_each_vector<kResidual ? 1 : 2>(rows.count, [&](auto vectors) {
+  for_each_vector<kResidual && kVector == 8 ? 1 : 2>(rows.count, [&](auto vectors) {
     constexpr int kCount = decltype(vectors)::value;
     Pack<T, kVector> values[kCount], grads[kCount], added[kCount];
     x.read(values);
-    grad.read(grads);
+    grad.read(grads, params.grad_rows);
     if constexpr (kResidual) residual.read(added);
 #pragma unroll
     for (int u = 0; u < kCount; ++u) {

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "../batch_norm_act.h"
+#include "../divider.h"
 #include "channel_factors.h"
 #include "channel_sums.h"
 #include "kernel.h"
@@ -31,6 +32,8 @@ struct Walk {
 struct Params {
   Map x, residual, grad;
   Map out, out_residual;  // y, or the gradients of x and of the residual
+  Divider grad_rows;      // rows of the maps for one of grad: those of an image where it is the same for all
+                          // positions
   Vectors vectors;
   float slope;
   Walk walk;
@@ -141,11 +144,11 @@ template <typename T, int kVector>
 struct Cursor {
   using Vector = Pack<std::remove_const_t<T>, kVector>;
   T* at;
-  int64_t step;
+  int step;
 
   __device__ __forceinline__ Cursor(const Map& map, const Rows<kVector>& rows)
       : at(static_cast<T*>(map.data) + rows.first * map.stride_outer + rows.channel),
-        step(rows.step * map.stride_outer) {}
+        step(rows.step * static_cast<int>(map.stride_outer)) {}
 
   // kCount vectors from here on, all of them asked for before the first is used.
   template <int kCount>
@@ -158,6 +161,28 @@ struct Cursor {
   __device__ __forceinline__ void write(const Vector& vector) {
     store_pack(at, vector);
     at += step;
+  }
+};
+
+// The same in a map of which a row may stand for several.
+template <typename T, int kVector>
+struct RepeatedCursor {
+  const char* from;
+  int stride, row, step;  // stride in bytes, so that a place is one multiplication and addition
+
+  __device__ __forceinline__ RepeatedCursor(const Map& map, const Rows<kVector>& rows)
+      : from(reinterpret_cast<const char*>(static_cast<const T*>(map.data) + rows.channel)),
+        stride(static_cast<int>(map.stride_outer * sizeof(T))),
+        row(static_cast<int>(rows.first)),
+        step(rows.step) {}
+
+  template <int kCount>
+  __device__ __forceinline__ void read(Pack<T, kVector> (&out)[kCount], const Divider& divider) {
+#pragma unroll
+    for (int u = 0; u < kCount; ++u)
+      out[u] = *reinterpret_cast<const Pack<T, kVector>*>(
+          from + static_cast<int64_t>(divider.divide(row + u * step)) * stride);
+    row += kCount * step;
   }
 };
 
