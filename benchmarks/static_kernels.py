@@ -67,6 +67,7 @@ class Row:
     vectors: int | None = None  # of the map in one round of the main loop; None: by the loads in it
     rounds: int = 0  # of the main loop for one vector, where it has a fixed number of them
     share: float = 1  # elements of the larger map for one of those that the loop counts
+    scalar: bool = False  # one element a round, in the first loop, and all that it moves in flight
 
     def find(self, kernels: list[Kernel], dtype: str) -> Kernel:
         wanted = tuple(self.arguments.format(V=16 // SIZES[dtype]).split()) if self.arguments else ()
@@ -75,6 +76,8 @@ class Row:
     def instructions(self, kernel: Kernel, dtype: str) -> float:
         """For each element of the larger map, in the main loop; with a fixed number of rounds in the whole kernel."""
         loop, vector = kernel.main_loop, 16 // SIZES[dtype]
+        if self.scalar:
+            return len(kernel.loops[0]) / self.share
         if self.rounds:
             return (len(kernel.code) + (self.rounds - 1) * len(loop)) / vector / self.share
         vectors = self.vectors if self.vectors is not None else loop.wide("LDG") / self.read
@@ -83,8 +86,10 @@ class Row:
     def bytes(self, dtype: str) -> float:
         return (self.read + self.written) * SIZES[dtype] + self.others
 
-    def in_flight(self, kernel: Kernel) -> float:
+    def in_flight(self, kernel: Kernel, dtype: str) -> float:
         """Bytes that a thread has asked for before it uses the first of them."""
+        if self.scalar:
+            return self.bytes(dtype) * self.share
         return 16 * (self.vectors * self.read if self.vectors is not None else kernel.main_loop.wide("LDG"))
 
 
@@ -102,6 +107,7 @@ ROWS = [
     Row(NORM, "reduce, contiguous", "reduce_kernel", "{V} 0", 2, 0, vectors=1),
     Row(NORM, "input gradient, contiguous", "input_grad_kernel", "{V} 0", 2, 1, vectors=1),
     Row(POOL, "apply stem, channels-last", "apply_kernel", "{V} 0", 1, 0.25, 0.25, rounds=3, share=4),
+    Row(POOL, "reduce stem, channels-last", "reduce_kernel", "0", 1.25, 0, 0.25, share=4, scalar=True),
     Row(SIMILARITY, "statistics, channels-last", "statistics_kernel", "{V} 1", 1, 0, vectors=1),
     Row(SIMILARITY, "statistics, contiguous", "statistics_kernel", "{V} 0", 1, 0, vectors=1),
     Row(SIMILARITY, "input gradient, channels-last", "input_grad_kernel", "{V} 1", 1, 1, vectors=1),
@@ -136,7 +142,7 @@ def measure(folder: Path) -> list[dict]:
                     compiled[key] = _cubins.kernels(_cubins.compile_cubin(*key, folder))
                 kernel = row.find(compiled[key], dtype)
                 blocks, instructions = gpu.blocks(kernel), row.instructions(kernel, dtype)
-                in_flight = row.in_flight(kernel)
+                in_flight = row.in_flight(kernel, dtype)
                 share, limit = forecast(gpu, blocks * THREADS, in_flight, instructions, row.bytes(dtype))
                 entry["kernel"] = str(kernel)
                 entry["gpus"][name] = {
@@ -153,23 +159,24 @@ def measure(folder: Path) -> list[dict]:
     return table
 
 
+HEADING = f"""# Static figures of the hot CUDA kernels
+
+Written by `python benchmarks/static_kernels.py` from machine code for {", ".join(GPUS)}, in this order where a cell has
+three numbers. **Nothing here has run.** The last column is a forecast, and a bound from above, of the share of a copy's
+bandwidth on a map that is large beside the caches: the least of what the bytes in flight ({LATENCY * 1e6:g} us for a
+byte), {LANES} instructions a cycle and multiprocessor at boost clock, and a copy allow. Launch, first loads, merges and
+the last wave of blocks cost on top of it. Instructions are those of the main loop; in `batch_norm_act` for contiguous
+maps they include branches that are not taken. KB are bytes in flight on a multiprocessor.
+
+| op | pass | dtype | registers | shared | blocks per SM | instructions per element | bytes per element | KB | \
+forecast share of copy, at most |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
 def markdown(table: list[dict]) -> str:
-    """The table with the figures of the three GPUs beside each other, separated by bars."""
-    lines = [
-        "# Static figures of the hot CUDA kernels",
-        "",
-        f"Written by `python benchmarks/static_kernels.py` from machine code for {', '.join(GPUS)}, in this order where a",
-        "cell has three numbers. **Nothing here has run.** The last column is a forecast, and a bound from above, of the",
-        "share of a copy's bandwidth on a map that is large beside the caches: the least of what the bytes in flight",
-        f"({LATENCY * 1e6:g} us for a byte), {LANES} instructions a cycle and multiprocessor at boost clock, and a copy allow.",
-        "Launch, first loads, merges and the last wave of blocks cost on top of it. Instructions are those of the main",
-        "loop; in `batch_norm_act` for contiguous maps they include branches that are not taken. KB are bytes in flight",
-        "on a multiprocessor.",
-        "",
-        "| op | pass | dtype | registers | shared | blocks per SM | instructions per element | bytes per element | KB |"
-        " forecast share of copy, at most |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """The table, one line for each kernel and dtype."""
+    lines = []
     for entry in table:
         gpus = entry["gpus"].values()
 
@@ -187,7 +194,7 @@ def markdown(table: list[dict]) -> str:
         cells += [cell("instructions_per_element", ".1f"), format(entry["bytes_per_element"], "g")]
         cells += [cell("bytes_in_flight", ".0f", scale=1 / 1024), forecasts]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return HEADING + "\n".join(lines) + "\n"
 
 
 def main() -> int:
