@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import emulated
 import pytest
+from emulator import build
 
 from auglocal_ext.ops import providers
 
 HERE = Path(__file__).resolve().parent
 
 
-def run_cases(cases: str, least: int, *options: str, **environment: str) -> None:
+def run_cases(tests: Path, least: int, *options: str, **environment: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", cases, "-p", "no:cacheprovider", *options, str(HERE)],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, str(tests)],
         env={**os.environ, **environment},
         cwd=HERE.parent.parent,
         capture_output=True,
@@ -40,16 +39,28 @@ def test_triton_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("this run is in the interpreter already")
-    run_cases("cpu-triton", 90, TRITON_INTERPRET="1")
+    run_cases(HERE, 90, "-k", "cpu-triton", TRITON_INTERPRET="1")
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment in which the plugin ``emulated`` finds the kernels."""
+    pytest.importorskip("pybind11")
+    if build.compiler() is None:
+        pytest.skip("needs Linux and a C++ compiler")
+    folder = tmp_path_factory.mktemp("emulator")
+    build.build_runtime(folder)
+    for op in providers.TABLES:
+        build.build(build.SOURCES / "cuda" / f"{op}.cu", folder)
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return {"PYTHONPATH": path, "AUGLOCAL_EMULATED": str(folder)}
 
 
 @pytest.mark.slow
-def test_cuda_kernels_on_the_emulator(tmp_path: Path) -> None:
-    if not sys.platform.startswith("linux") or shutil.which(os.environ.get("CXX", "c++")) is None:
-        pytest.skip("needs Linux and a C++ compiler")
-    try:
-        libraries = [str(emulated.build(op, tmp_path)) for op in providers.TABLES]
-    except subprocess.CalledProcessError as error:
-        pytest.fail(error.stderr[-4000:])
-    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    run_cases("cpu-cuda", 90, "-p", "emulated", PYTHONPATH=path, AUGLOCAL_EMULATED=os.pathsep.join(libraries))
+def test_cuda_kernels_on_the_emulator(emulator: dict[str, str]) -> None:
+    run_cases(HERE, 90, "-k", "cpu-cuda", "-p", "emulated", **emulator)
+
+
+@pytest.mark.slow
+def test_cuda_kernels_in_any_order(emulator: dict[str, str]) -> None:
+    run_cases(HERE / "schedules.py", 4 * len(providers.TABLES), "-p", "emulated", **emulator)

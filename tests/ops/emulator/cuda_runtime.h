@@ -1,23 +1,63 @@
-// Enough of CUDA on the host to run a kernel's logic: the threads of a block are fibers of one thread, each
-// run in turn up to its next barrier or shuffle, and blocks run one after the other. What it cannot show is
-// the hardware's own: races between barriers, the order of memory, occupancy.
+// Enough of CUDA on the host to run a kernel's logic, with the rules of the hardware checked.
+//
+// What it cannot show is the hardware's own: how threads interleave between two barriers (there the race
+// detector speaks), occupancy, time.
 #pragma once
 
-#include <ucontext.h>
-
-#include <cstdlib>
+#include <algorithm>
 #include <cstring>
-#include <functional>
-#include <vector>
+#include <type_traits>
+
+#include "runtime.h"
 
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static
+#define __restrict__ __restrict
 
 using cudaStream_t = void*;
+
+#define threadIdx (emulator::Index{emulator::current.thread})
+#define blockIdx (emulator::Index{emulator::current.block})
+#define blockDim (emulator::Index{emulator::current.threads})
+#define gridDim (emulator::Index{emulator::current.blocks})
+
+namespace emulator {
+
+inline const char library = 0;  // an address in the library that holds the kernels
+
+template <typename V>
+V shuffle(unsigned mask, V value, unsigned lane, const Where& where) {
+  static_assert(sizeof(V) == 4 || sizeof(V) == 8, "a shuffle moves 4 or 8 bytes");
+  V result;
+  collective(Collective::kShuffle, mask, &value, sizeof value, lane, &result, where);
+  return result;
+}
+
+inline unsigned lane() {
+  return current.thread % kWarp;
+}
+
+inline unsigned ballot(unsigned mask, bool vote, const Where& where) {
+  const unsigned value = vote;
+  unsigned result;
+  collective(Collective::kBallot, mask, &value, sizeof value, 0, &result, where);
+  return result;
+}
+
+// Not inlined, so that the address it returns to is the kernel's, and without checks of its own.
+template <typename V, typename Change>
+__attribute__((noinline, no_sanitize("thread"))) V changed(V* address, Change change) {
+  give_way();
+  atomic(address, sizeof(V), __builtin_return_address(0));
+  const V before = *address;
+  *address = change(before);
+  return before;
+}
+
+}  // namespace emulator
 
 struct alignas(8) uint2 {
   unsigned x, y;
@@ -25,127 +65,128 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-
-namespace emulator {
-
-constexpr int kWarp = 32;
-constexpr size_t kStack = 1 << 16;
-
-struct Index {
-  unsigned x;
+struct alignas(8) int2 {
+  int x, y;
 };
-
-struct Fiber {
-  ucontext_t context;
-  std::vector<char> stack;
-  bool done;
+struct alignas(16) int4 {
+  int x, y, z, w;
 };
-
-inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
-inline std::function<void()> kernel;
-inline unsigned thread, block, blocks;
-inline unsigned alive, arrived, generation;  // of the barrier of the block
-inline char lanes[32][kWarp][16];            // what each lane of each warp hands over
-
-inline void yield() {
-  const unsigned self = thread;
-  swapcontext(&fibers[self].context, &scheduler);
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) {
+  return {x, y};
+}
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+  return {x, y, z, w};
+}
+inline float2 make_float2(float x, float y) {
+  return {x, y};
+}
+inline float4 make_float4(float x, float y, float z, float w) {
+  return {x, y, z, w};
 }
 
-inline void run_thread() {
-  kernel();
-  fibers[thread].done = true;
-  --alive;
-  yield();
-}
-
-inline void barrier() {
-  const unsigned mine = generation;
-  if (++arrived == alive) {
-    arrived = 0;
-    ++generation;
+// Hints for caches change nothing here.
+#define EMULATOR_LOAD(name)               \
+  template <typename V>                   \
+  __forceinline__ V name(const V* from) { \
+    return *from;                         \
   }
-  while (generation == mine) yield();
-}
-
-inline void launch(unsigned grid, unsigned threads, std::function<void()> body) {
-  kernel = std::move(body);
-  blocks = grid;
-  fibers.resize(threads);
-  for (block = 0; block < grid; ++block) {
-    alive = threads;
-    arrived = 0;
-    for (Fiber& fiber : fibers) {
-      fiber.stack.resize(kStack);
-      fiber.done = false;
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.data();
-      fiber.context.uc_stack.ss_size = kStack;
-      makecontext(&fiber.context, run_thread, 0);
-    }
-    while (alive) {
-      for (thread = 0; thread < threads; ++thread) {
-        if (!fibers[thread].done) swapcontext(&scheduler, &fibers[thread].context);
-      }
-    }
+EMULATOR_LOAD(__ldg)
+EMULATOR_LOAD(__ldca)
+EMULATOR_LOAD(__ldcg)
+EMULATOR_LOAD(__ldcs)
+EMULATOR_LOAD(__ldlu)
+EMULATOR_LOAD(__ldcv)
+#undef EMULATOR_LOAD
+#define EMULATOR_STORE(name)                                               \
+  template <typename V>                                                    \
+  __forceinline__ void name(V* to, const std::type_identity_t<V>& value) { \
+    *to = value;                                                           \
   }
+EMULATOR_STORE(__stwb)
+EMULATOR_STORE(__stcg)
+EMULATOR_STORE(__stcs)
+EMULATOR_STORE(__stwt)
+#undef EMULATOR_STORE
+
+inline void __syncthreads(const emulator::Where& where = emulator::Where::current()) {
+  emulator::barrier(where);
 }
-
-// Lanes run in step, so after one turn of all of them every value is there, and after a second one everybody
-// has read.
-template <typename V>
-V exchange(V value, unsigned from) {
-  const unsigned warp = thread / kWarp;
-  std::memcpy(lanes[warp][thread % kWarp], &value, sizeof value);
-  yield();
-  V received;
-  std::memcpy(&received, lanes[warp][from], sizeof received);
-  yield();
-  return received;
+inline void __syncwarp(unsigned mask = 0xffffffffu,
+                       const emulator::Where& where = emulator::Where::current()) {
+  emulator::collective(emulator::Collective::kSync, mask, nullptr, 0, 0, nullptr, where);
 }
-
-}  // namespace emulator
-
-#define threadIdx (emulator::Index{emulator::thread})
-#define blockIdx (emulator::Index{emulator::block})
-#define gridDim (emulator::Index{emulator::blocks})
-
-inline void __syncthreads() {
-  emulator::barrier();
-}
-inline void __syncwarp() {
-  emulator::yield();
+inline void __threadfence() {
+  emulator::fence();
 }
 
 template <typename V>
-V __shfl_down_sync(unsigned, V value, unsigned offset, unsigned width = emulator::kWarp) {
-  const unsigned lane = emulator::thread % emulator::kWarp;
-  return emulator::exchange(value, lane % width + offset < width ? lane + offset : lane);
+V __shfl_sync(unsigned mask, V value, int lane, int width = 32,
+              const emulator::Where& where = emulator::Where::current()) {
+  const int own = emulator::lane();
+  return emulator::shuffle(mask, value, own / width * width + lane % width, where);
+}
+template <typename V>
+V __shfl_up_sync(unsigned mask, V value, unsigned delta, int width = 32,
+                 const emulator::Where& where = emulator::Where::current()) {
+  const unsigned own = emulator::lane();
+  return emulator::shuffle(mask, value, own % width >= delta ? own - delta : own, where);
+}
+template <typename V>
+V __shfl_down_sync(unsigned mask, V value, unsigned delta, int width = 32,
+                   const emulator::Where& where = emulator::Where::current()) {
+  const unsigned own = emulator::lane();
+  return emulator::shuffle(mask, value,
+                           own % width + delta < static_cast<unsigned>(width) ? own + delta : own, where);
+}
+template <typename V>
+V __shfl_xor_sync(unsigned mask, V value, int other, int width = 32,
+                  const emulator::Where& where = emulator::Where::current()) {
+  const unsigned own = emulator::lane(), from = own ^ other;
+  return emulator::shuffle(mask, value, from / width <= own / width ? from : own, where);
+}
+inline unsigned __ballot_sync(unsigned mask, int vote,
+                              const emulator::Where& where = emulator::Where::current()) {
+  return emulator::ballot(mask, vote, where);
+}
+inline int __any_sync(unsigned mask, int vote, const emulator::Where& where = emulator::Where::current()) {
+  return emulator::ballot(mask, vote, where) != 0;
+}
+inline int __all_sync(unsigned mask, int vote, const emulator::Where& where = emulator::Where::current()) {
+  return emulator::ballot(mask, !vote, where) == 0;
 }
 
 template <typename V>
-V __shfl_xor_sync(unsigned, V value, unsigned mask) {
-  return emulator::exchange(value, (emulator::thread % emulator::kWarp) ^ mask);
+V atomicAdd(V* address, std::type_identity_t<V> value) {
+  return emulator::changed(address, [=](V before) { return static_cast<V>(before + value); });
 }
-
 template <typename V>
-void __stwb(V* to, V value) {
-  *to = value;
+V atomicSub(V* address, std::type_identity_t<V> value) {
+  return emulator::changed(address, [=](V before) { return static_cast<V>(before - value); });
 }
-
 template <typename V>
-V __ldcg(const V* from) {
-  return *from;
+V atomicMax(V* address, std::type_identity_t<V> value) {
+  return emulator::changed(address, [=](V before) { return std::max(before, value); });
 }
-
-// Blocks run one after the other, and threads only up to a barrier.
-inline void __threadfence() {}
-
-inline unsigned atomicInc(unsigned* counter, unsigned last) {
-  const unsigned before = *counter;
-  *counter = before >= last ? 0 : before + 1;
-  return before;
+template <typename V>
+V atomicMin(V* address, std::type_identity_t<V> value) {
+  return emulator::changed(address, [=](V before) { return std::min(before, value); });
+}
+template <typename V>
+V atomicExch(V* address, std::type_identity_t<V> value) {
+  return emulator::changed(address, [=](V) { return value; });
+}
+template <typename V>
+V atomicCAS(V* address, std::type_identity_t<V> expected, std::type_identity_t<V> value) {
+  return emulator::changed(address, [=](V before) { return before == expected ? value : before; });
+}
+inline unsigned atomicInc(unsigned* address, unsigned last) {
+  return emulator::changed(address, [=](unsigned before) { return before >= last ? 0 : before + 1; });
 }
 
 // One device, one stream, and no capture.
@@ -165,18 +206,19 @@ inline cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* id) {
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status,
-                                            unsigned long long*) {
+                                            unsigned long long* = nullptr) {
   *status = cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
   return cudaSuccess;
 }
-inline cudaError_t cudaMalloc(void** memory, size_t bytes) {
-  *memory = std::malloc(bytes);
+inline cudaError_t cudaMalloc(void** data, size_t size) {
+  *data = emulator::cuda_malloc(size);
   return cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-  std::memset(memory, value, bytes);
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t size, cudaStream_t) {
+  std::memset(data, value, size);
+  emulator::written_by_host(data, size);
   return cudaSuccess;
 }

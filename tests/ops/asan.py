@@ -1,0 +1,68 @@
+"""The ops' tests with the cpu provider and the CUDA kernels on the emulator under AddressSanitizer.
+
+    python tests/ops/asan.py [pytest options]
+
+Both are compiled for it; torch is not, but its memory is watched all the same. Ends with pytest's status.
+"""
+
+from __future__ import annotations
+
+import os
+import pprint
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from emulator import build
+
+from auglocal_ext.ops import providers
+
+HERE = Path(__file__).resolve().parent
+
+
+def runtime_libraries() -> str:
+    """What has to be loaded before Python: AddressSanitizer, and the library whose exceptions it watches."""
+    names = ("libasan.so", "libstdc++.so")
+    command = [build.compiler() or "c++"]
+    paths = [subprocess.run([*command, f"-print-file-name={name}"], capture_output=True, text=True) for name in names]
+    return " ".join(os.path.realpath(path.stdout.strip()) for path in paths)
+
+
+def package(folder: Path) -> None:
+    """The package with a cpu library that is compiled for AddressSanitizer, and without the cuda library."""
+    copy = folder / "auglocal_ext"
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.py")
+    shutil.copytree(build.ROOT / "auglocal_ext", copy, ignore=ignored)
+    build.build_cpu(copy / "_C_cpu.abi3.so", folder / "cpu", build.ADDRESS)
+    libraries = {"cpu": {"built": True, "reason": ""}, "cuda": {"built": False, "reason": "it runs on the emulator"}}
+    (copy / "_build_info.py").write_text(f"BUILD = {pprint.pformat({'libraries': libraries})}\n")
+
+
+def run(folder: Path, *options: str, **environment: str) -> int:
+    variables = {
+        "PYTHONPATH": os.pathsep.join([str(folder), str(HERE)]),
+        "LD_PRELOAD": runtime_libraries(),
+        # Python gives little back at its end.
+        "ASAN_OPTIONS": "detect_leaks=0",
+        **environment,
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, str(HERE)]
+    return subprocess.run(command, cwd=folder, env={**os.environ, **variables}, check=False).returncode
+
+
+def main(options: list[str]) -> int:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        package(folder)
+        build.build_runtime(folder, build.ADDRESS)
+        for op in providers.TABLES:
+            build.build(build.SOURCES / "cuda" / f"{op}.cu", folder, build.ADDRESS)
+        return run(folder, "-k", "cpu-cpu", *options) or run(
+            folder, "-k", "cpu-cuda", "-p", "emulated", *options, AUGLOCAL_EMULATED=name
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
