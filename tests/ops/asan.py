@@ -35,21 +35,26 @@ def package(folder: Path) -> None:
     copy = folder / "auglocal_ext"
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.py")
     shutil.copytree(build.ROOT / "auglocal_ext", copy, ignore=ignored)
-    build.build_cpu(copy / "_C_cpu.abi3.so", folder / "cpu", build.ADDRESS)
+    library = build.build_cpu(copy / "_C_cpu.abi3.so", folder / "cpu", build.ADDRESS)
+    assert b"__asan_report" in library.read_bytes(), "the compiler put no checks into the library"
     libraries = {"cpu": {"built": True, "reason": ""}, "cuda": {"built": False, "reason": "it runs on the emulator"}}
     (copy / "_build_info.py").write_text(f"BUILD = {pprint.pformat({'libraries': libraries})}\n")
 
 
-def run(folder: Path, *options: str, **environment: str) -> int:
+def run(folder: Path, command: list[str], **environment: str) -> int:
+    """Run Python under AddressSanitizer, whose reports are printed; returns its status, which no report leaves 0."""
     variables = {
         "PYTHONPATH": os.pathsep.join([str(folder), str(HERE)]),
         "LD_PRELOAD": runtime_libraries(),
-        # Python gives little back at its end.
-        "ASAN_OPTIONS": "detect_leaks=0",
+        # Python gives little back at its end. pytest keeps what is printed by a process that ends at once.
+        "ASAN_OPTIONS": f"detect_leaks=0:log_path={folder / 'report'}",
         **environment,
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, str(HERE)]
-    return subprocess.run(command, cwd=folder, env={**os.environ, **variables}, check=False).returncode
+    done = subprocess.run([sys.executable, *command], cwd=folder, env={**os.environ, **variables}, check=False)
+    for report in folder.glob("report.*"):
+        print(report.read_text())
+        report.unlink()
+    return done.returncode
 
 
 def main(options: list[str]) -> int:
@@ -59,8 +64,9 @@ def main(options: list[str]) -> int:
         build.build_runtime(folder, build.ADDRESS)
         for op in providers.TABLES:
             build.build(build.SOURCES / "cuda" / f"{op}.cu", folder, build.ADDRESS)
-        return run(folder, "-k", "cpu-cpu", *options) or run(
-            folder, "-k", "cpu-cuda", "-p", "emulated", *options, AUGLOCAL_EMULATED=name
+        tests = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE), *options]
+        return run(folder, [*tests, "-k", "cpu-cpu"]) or run(
+            folder, [*tests, "-k", "cpu-cuda", "-p", "emulated"], AUGLOCAL_EMULATED=name
         )
 
 

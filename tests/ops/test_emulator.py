@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 pytest.importorskip("pybind11")
+import asan  # noqa: E402
 from emulator import build, reports  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -138,3 +139,20 @@ def test_a_seed_is_an_order(bench: Bench) -> None:
     assert sums("unordered_sum", 0, range(10)) == sums("unordered_sum", 0, range(10))
     assert len(set(sums("unordered_sum", 0, range(10)))) > 1  # the detectors are silent, the bits are not
     assert len(set(sums("last_block", 15, range(10)))) == 1
+
+
+@pytest.mark.slow
+def test_address_sanitizer_sees_the_kernels(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    build.build_runtime(tmp_path, build.ADDRESS)
+    library = build.build(HERE / "emulator" / "controls.cu", tmp_path, build.ADDRESS, torch=False)
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, test_emulator as t\n"
+        f"bench = t.Bench(t.build.load_runtime(t.Path({str(tmp_path)!r})), t.Path({str(library)!r}))\n"
+        "bench('bounds', int(sys.argv[1]))\n"
+    )
+    assert asan.run(tmp_path, [str(script), "7"]) == 0
+    for how in (1 + 4, 2 + 4):  # behind the shared array, behind the tensor
+        assert asan.run(tmp_path, [str(script), str(how)]) != 0
+        printed = capfd.readouterr().out
+        assert "heap-buffer-overflow" in printed and "bounds_kernel" in printed

@@ -64,3 +64,14 @@ def test_cuda_kernels_on_the_emulator(emulator: dict[str, str]) -> None:
 @pytest.mark.slow
 def test_cuda_kernels_in_any_order(emulator: dict[str, str]) -> None:
     run_cases(HERE / "schedules.py", 4 * len(providers.TABLES), "-p", "emulated", **emulator)
+
+
+@pytest.mark.slow
+def test_under_address_sanitizer() -> None:
+    pytest.importorskip("pybind11")
+    if build.compiler() is None:
+        pytest.skip("needs Linux and a C++ compiler")
+    done = subprocess.run([sys.executable, str(HERE / "asan.py")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = [int(count) for count in re.findall(r"(\d+) passed", done.stdout)]
+    assert len(passed) == 2 and min(passed) >= 90, done.stdout[-1000:]
