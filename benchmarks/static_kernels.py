@@ -25,31 +25,31 @@ SIZES = {"float": 4, "BFloat16": 2}
 
 @dataclass(frozen=True)
 class Gpu:
-    """What limits a kernel on one GPU, from its data sheet but for ``copy``."""
+    """What limits a kernel on one GPU, by its data sheet."""
 
     architecture: str
     multiprocessors: int
     registers: int  # of a multiprocessor, as all that follows
     shared: int  # bytes
-    reserved: int  # bytes of it that every block costs
+    reserved: int  # bytes of it that every block costs; for sm_90 the tools count them with the kernel's
     threads: int
     clock: float  # boost, Hz
-    copy: float  # bytes read and written per second: measured on an H200, else 0.9 of the data sheet's bandwidth
+    copy: float  # bytes read and written per second, assumed: 0.9 of the data sheet's bandwidth
 
     def blocks(self, kernel: Kernel) -> int:
         """Blocks that a multiprocessor holds at a time; registers are given out by 8 a thread."""
         registers = -(-kernel.registers // 8) * 8 * THREADS
-        shared = kernel.shared + (self.reserved if self.architecture != "sm_90" else 0)
+        shared = kernel.shared + self.reserved
         limits = [self.threads // THREADS, self.registers // registers]
         return min(limits + ([self.shared // shared] if kernel.shared else []))
 
 
 GPUS = {
-    "H200": Gpu("sm_90", 132, 65536, 228 << 10, 1 << 10, 2048, 1.98e9, 4.3e12),
+    "H200": Gpu("sm_90", 132, 65536, 228 << 10, 0, 2048, 1.98e9, 0.9 * 4.8e12),
     "A100": Gpu("sm_80", 108, 65536, 164 << 10, 1 << 10, 2048, 1.41e9, 0.9 * 2.039e12),
     "4090": Gpu("sm_89", 128, 65536, 100 << 10, 1 << 10, 1536, 2.52e9, 0.9 * 1.008e12),
 }
-LATENCY = 0.75e-6  # seconds for which a byte is in flight at full bandwidth: 24 KB a multiprocessor on an H200
+LATENCY = 0.75e-6  # seconds for which a byte is in flight, assumed: 24 KB a multiprocessor on an H200
 LANES = 128  # instructions that a multiprocessor begins in a cycle, counted by threads
 
 
@@ -163,8 +163,8 @@ HEADING = f"""# Static figures of the hot CUDA kernels
 
 Written by `python benchmarks/static_kernels.py` from machine code for {", ".join(GPUS)}, in this order where a cell has
 three numbers. **Nothing here has run.** The last column is a forecast, and a bound from above, of the share of a copy's
-bandwidth on a map that is large beside the caches: the least of what the bytes in flight ({LATENCY * 1e6:g} us for a
-byte), {LANES} instructions a cycle and multiprocessor at boost clock, and a copy allow. Launch, first loads, merges and
+bandwidth (assumed: 0.9 of the data sheet's) on a map that is large beside the caches: the least of what the bytes in
+flight (assumed: {LATENCY * 1e6:g} us for a byte), {LANES} instructions a cycle and multiprocessor at boost clock, and a copy allow. Launch, first loads, merges and
 the last wave of blocks cost on top of it. Instructions are those of the main loop; in `batch_norm_act` for contiguous
 maps they include branches that are not taken. KB are bytes in flight on a multiprocessor.
 

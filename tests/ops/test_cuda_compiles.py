@@ -134,3 +134,20 @@ template __global__ void probe_kernel<1>(Pack*, const Pack*, int);
     assert whole.code.wide("STG") == whole.code.count("STG") > 0
     assert split.code.wide("STG") < split.code.count("STG")
     assert 0 < whole.registers < 80 and len(whole.main_loop) < len(whole.code)
+
+
+def test_what_limits_a_kernel(load_benchmark: Callable[[str], ModuleType]) -> None:
+    static = load_benchmark("static_kernels")
+    gpu, code = static.GPUS["H200"], static._cubins.Code(())
+
+    def blocks(registers: int, shared: int = 0) -> int:
+        return gpu.blocks(static.Kernel("kernel", (), registers, 0, shared, code, ()))
+
+    assert [blocks(registers) for registers in (32, 64, 65, 80, 81, 96, 255)] == [8, 4, 3, 3, 2, 2, 1]
+    assert blocks(32, 228 << 10) == 1 and blocks(32, 57 << 10) == 4
+    # 132 multiprocessors with 24 KB in flight copy 4.32e12 bytes a second when a byte takes 0.75 us.
+    assert static.forecast(gpu, 1024, 32, 6, 4) == (1, "copy")
+    assert static.forecast(gpu, 512, 16, 6, 4) == (pytest.approx(0.334, abs=0.001), "in flight")
+    assert static.forecast(gpu, 1024, 32, 60, 4) == (pytest.approx(0.516, abs=0.001), "instructions")
+    text = (static.RESULTS / "kernels-static.md").read_text()
+    assert text.startswith(static.HEADING) and all(f"| {row.op} | {row.what} |" in text for row in static.ROWS)
