@@ -164,9 +164,10 @@ HEADING = f"""# Static figures of the hot CUDA kernels
 Written by `python benchmarks/static_kernels.py` from machine code for {", ".join(GPUS)}, in this order where a cell has
 three numbers. **Nothing here has run.** The last column is a forecast, and a bound from above, of the share of a copy's
 bandwidth (assumed: 0.9 of the data sheet's) on a map that is large beside the caches: the least of what the bytes in
-flight (assumed: {LATENCY * 1e6:g} us for a byte), {LANES} instructions a cycle and multiprocessor at boost clock, and a copy allow. Launch, first loads, merges and
-the last wave of blocks cost on top of it. Instructions are those of the main loop; in `batch_norm_act` for contiguous
-maps they include branches that are not taken. KB are bytes in flight on a multiprocessor.
+flight (assumed: {LATENCY * 1e6:g} us for a byte), {LANES} instructions a cycle and multiprocessor at boost clock, and
+a copy allow. Launch, first loads, merges and the last wave of blocks cost on top of it. Instructions are those of the
+main loop; in `batch_norm_act` for contiguous maps they include branches that are not taken. KB are bytes in flight on
+a multiprocessor.
 
 | op | pass | dtype | registers | shared | blocks per SM | instructions per element | bytes per element | KB | \
 forecast share of copy, at most |
