@@ -610,6 +610,27 @@ def test_graph_capture(device: str, provider: str, layout: str) -> None:
 
 
 @column.gpu_cases
+def test_graph_replays_beside_calls_on_the_stream_of_its_capture(device: str, provider: str) -> None:
+    captured, called = (torch.randn(64, 64, 32, 32, device=device) + i for i in range(2))
+    x, y = (column.LAYOUTS["channels-last"](t) for t in (captured, called))
+    expected = batch_norm_stats(x, provider=provider), batch_norm_stats(y, provider=provider)
+    own, other = torch.cuda.Stream(), torch.cuda.Stream()
+    own.wait_stream(torch.cuda.current_stream())
+    other.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=own):
+        replayed = batch_norm_stats(x, provider=provider)
+    for _ in range(50):  # blocks of both at once must not draw each other's tickets
+        with torch.cuda.stream(other):
+            graph.replay()
+        with torch.cuda.stream(own):
+            eager = batch_norm_stats(y, provider=provider)
+        torch.cuda.synchronize()
+        for found, wanted in zip((*replayed, *eager), (*expected[0], *expected[1]), strict=True):
+            assert torch.equal(found, wanted)
+
+
+@column.gpu_cases
 def test_second_device(device: str, provider: str) -> None:
     column.assert_runs_beside_the_current_device(
         lambda other: compare(*inputs((5, 7, 3, 4), torch.float32, other), provider, training=True)
