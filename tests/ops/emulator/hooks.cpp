@@ -36,14 +36,18 @@ bool in_a_library(const void* address) {
       const_cast<uintptr_t*>(&at));
 }
 
-// Memory that is there, but that neither torch's allocator nor the kernel has made: nothing is known of it.
+// Memory that is there, but that neither torch's allocator nor a kernel has made: nothing is known of it.
 bool is_foreign(const void* address) {
   constexpr uintptr_t kPage = 4096;
-  static uintptr_t last = 1;  // no page
-  const uintptr_t page = reinterpret_cast<uintptr_t>(address) / kPage * kPage;
+  static uintptr_t known[1024];  // numbers of such pages
+  const uintptr_t page = reinterpret_cast<uintptr_t>(address) / kPage;
+  if (page == 0) return false;
+  uintptr_t& place = known[page % 1024];
+  if (place == page) return true;
   unsigned char resident;
-  if (page != last && mincore(reinterpret_cast<void*>(page), kPage, &resident) != 0) return false;
-  last = page;
+  if (in_a_library(address) || mincore(reinterpret_cast<void*>(page * kPage), kPage, &resident) != 0)
+    return false;
+  place = page;
   return true;
 }
 
@@ -81,8 +85,7 @@ inline void access(const void* address, size_t size, const void* code, bool atom
   if (!scheduler::clock || !memory::arena) return;
   const size_t at = memory::offset(address);
   if (at >= memory::kArena) {
-    if (fibers::on_a_stack(address)) return;
-    if (in_a_library(address) ? !kWrite : is_foreign(address)) return;
+    if (fibers::on_a_stack(address) || is_foreign(address) || (!kWrite && in_a_library(address))) return;
     out_of_bounds(address, size, kWrite, code);
     scheduler::abandon();
   }

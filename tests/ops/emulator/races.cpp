@@ -6,7 +6,6 @@
 #include <map>
 #include <stdexcept>
 #include <string>
-#include <unordered_map>
 
 #include "memory.h"
 #include "reports.h"
@@ -34,9 +33,34 @@ struct Cell {
 
 constexpr size_t kWord = 4;
 
+// The last read of each thread, and for a while earlier ones too.
+class Readers {
+ public:
+  void add(const Event& event) {
+    if (!events_.empty() && events_.back().thread == event.thread) {
+      events_.back() = event;
+      return;
+    }
+    events_.push_back(event);
+    if (events_.size() < limit_) return;
+    const auto later = [](const Event& a, const Event& b) {
+      return a.thread != b.thread ? a.thread < b.thread : a.segment > b.segment;
+    };
+    std::sort(events_.begin(), events_.end(), later);
+    const auto same = [](const Event& a, const Event& b) { return a.thread == b.thread; };
+    events_.erase(std::unique(events_.begin(), events_.end(), same), events_.end());
+    limit_ = std::max(limit_, 2 * events_.size());
+  }
+  const std::vector<Event>& events() const { return events_; }
+
+ private:
+  std::vector<Event> events_;
+  size_t limit_ = 64;
+};
+
 Cell* cells = nullptr;
 unsigned threads_of_a_block, last_era = 0, launch_era, block_eras[memory::kResident];
-std::vector<std::unordered_map<unsigned, Event>> reads;
+std::vector<Readers> reads;
 std::map<const void*, Known> atomics;
 
 using List = std::vector<std::pair<unsigned, unsigned>>;
@@ -130,14 +154,14 @@ void meet(Cell& cell, const Clock& clock, size_t at, bool write, bool atomically
     if (cell.readers == 1) {
       cell.readers = 2;
       cell.many = static_cast<unsigned>(reads.size());
-      reads.push_back({{cell.read.thread, cell.read}});
+      reads.emplace_back().add(cell.read);
     }
-    reads[cell.many][event.thread] = event;
+    reads[cell.many].add(event);
     return;
   }
   if (cell.readers == 1 && !ordered(cell.read, clock)) race(cell.read, "read", clock, does, at, place);
   if (cell.readers > 1)
-    for (const auto& [thread, read] : reads[cell.many])
+    for (const Event& read : reads[cell.many].events())
       if (!ordered(read, clock)) race(read, "read", clock, does, at, place);
   cell.written = true;
   cell.atomically = atomically;
@@ -217,7 +241,7 @@ void access(const Clock& clock, size_t at, size_t size, bool write, bool atomica
         cell = word;
         if (cell.readers < 2) continue;
         cell.many = static_cast<unsigned>(reads.size());
-        reads.push_back(std::unordered_map(reads[word.many]));
+        reads.push_back(Readers(reads[word.many]));
       }
     }
     meet(cells[at], clock, at, write, atomically, place);
