@@ -146,7 +146,9 @@ def test_capture_skips_the_check() -> None:
 
 def test_counting_labels_where_the_host_cannot_be_asked() -> None:
     counter = deferred.BadValueCounter(torch.device("cpu"))
-    late = partial(labels.late, 10, -100)
+
+    def late(count: int) -> str:
+        return f"{count} labels of earlier batches"
 
     def add(*target: int) -> None:
         counter.add(labels.bad_labels(torch.tensor(target), 10))
@@ -155,7 +157,7 @@ def test_counting_labels_where_the_host_cannot_be_asked() -> None:
     counter.raise_if_any(late)
     add(10, -1, 3)
     add(11)
-    with pytest.raises(ValueError, match=r"3 labels of earlier batches .*0 <= label < 10"):
+    with pytest.raises(ValueError, match="3 labels of earlier batches"):
         counter.raise_if_any(late)
     counter.raise_if_any(late)  # told once
 

@@ -59,7 +59,7 @@ def test_damaged(tmp_path, keep):
 def test_other_format(tmp_path):
     path = tmp_path / "weights.pt"
     torch.save({"conv.weight": torch.zeros(3)}, path)
-    with pytest.raises(CheckpointError, match="expected a checkpoint of format 4, found None"):
+    with pytest.raises(CheckpointError, match="expected a checkpoint of format 5, found None"):
         checkpoint.load(path)
 
 
