@@ -47,6 +47,13 @@ inline void check_running(const std::optional<Tensor>& running, const Tensor& x)
                   "expected running statistics (C,) in the accumulation dtype for ", x.size(1), " channels");
 }
 
+// BatchNorm's count of the batches it has seen, which is written to.
+inline int64_t* batch_count(const std::optional<Tensor>& count) {
+  STD_TORCH_CHECK(!count || (count->scalar_type() == ScalarType::Long && count->numel() == 1),
+                  "expected num_batches_tracked, one number in int64");
+  return count ? count->mutable_data_ptr<int64_t>() : nullptr;
+}
+
 // The tensors that every pass but the statistics reads; per-channel ones in the accumulation dtype.
 struct BatchNormProblem {
   FeatureMap x;
@@ -70,6 +77,7 @@ inline Tensor vector(const std::optional<Tensor>& tensor, const Tensor& x, const
   if (!tensor) return Tensor();
   STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == x.size(1), "expected ", name, " (C,) for ",
                   x.size(1), " channels");
+  if (tensor->scalar_type() == accumulation(x) && tensor->is_contiguous()) return *tensor;
   return torch::stable::contiguous(torch::stable::to(*tensor, accumulation(x)));
 }
 

@@ -11,18 +11,28 @@
 namespace auglocal {
 
 struct FeatureMap {
-  torch::stable::Tensor tensor;  // (N, C, P); keeps the memory alive where a copy was needed
+  torch::stable::Tensor tensor;  // the memory, kept alive where it is a copy; of any shape
   int64_t images, channels, positions;
   int64_t stride_n, stride_c, stride_p;  // in elements, any value including 0
 };
 
-// A view wherever the positions have one common stride, which contiguous and channels-last maps, slices of
-// images or channels and expanded ones have; a slice of rows or columns is made contiguous.
+// The memory of x wherever its positions have one common stride, which contiguous and channels-last maps,
+// slices of images or channels and expanded ones have; a slice of rows or columns is made contiguous.
 inline FeatureMap feature_map(const torch::stable::Tensor& x) {
-  STD_TORCH_CHECK(x.dim() >= 2, "expected a feature map (N, C, ...), got ", x.dim(), " dimensions");
-  torch::stable::Tensor flat =
-      x.dim() == 2 ? torch::stable::unsqueeze(x, 2) : torch::stable::flatten(x, 2, -1);
-  return {flat, flat.size(0), flat.size(1), flat.size(2), flat.stride(0), flat.stride(1), flat.stride(2)};
+  const int64_t dim = x.dim();
+  STD_TORCH_CHECK(dim >= 2, "expected a feature map (N, C, ...), got ", dim, " dimensions");
+  const auto sizes = x.sizes(), strides = x.strides();
+  int64_t positions = 1;
+  const int64_t stride = dim == 2 ? 1 : strides[dim - 1];
+  for (int64_t i = dim - 1; i >= 2; --i) {
+    if (sizes[i] != 1 && strides[i] != positions * stride) {
+      // Calls through the dispatcher cost more than all the rest on the host: only where a copy is needed.
+      const torch::stable::Tensor flat = torch::stable::flatten(x, 2, -1);
+      return {flat, sizes[0], sizes[1], flat.size(2), flat.stride(0), flat.stride(1), flat.stride(2)};
+    }
+    positions *= sizes[i];
+  }
+  return {x, sizes[0], sizes[1], positions, strides[0], strides[1], stride};
 }
 
 // Whether the elements lie together in the order (N, *positions, C).

@@ -36,7 +36,7 @@ struct SimilarityProblem {
 
   // Vectors in the accumulation dtype: their own features.
   Tensor vectors() const {
-    return torch::stable::contiguous(torch::stable::to(torch::stable::select(z.tensor, 2, 0), accumulate));
+    return torch::stable::contiguous(torch::stable::to(torch::stable::flatten(z.tensor, 1, -1), accumulate));
   }
 };
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ def batch_norm_act(
     running_var: Tensor | None,
     *,
     residual: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
     training: bool,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -38,7 +40,8 @@ def batch_norm_act(
 
     training=True: mean and biased variance of x over images and positions, and where running statistics are given
     they are updated, r <- (1 - momentum) r + momentum s with s the mean and the unbiased variance. ``momentum`` is a
-    factor: for a cumulative average pass 1 / number of batches. training=False: the running statistics are used.
+    factor: for a cumulative average pass 1 / number of batches. ``num_batches_tracked``, (), int64, is counted up.
+    training=False: the running statistics are used.
 
     Equal to ``F.batch_norm``, ``+ residual`` and the activation, one rounding to x's dtype instead of three. Between
     forward and backward only x, the (C,) vectors and, where there is an activation, the caller's residual are held:
@@ -51,7 +54,14 @@ def batch_norm_act(
     check_tensors(x, vectors, residual)
     slope = slope_of(activation, negative_slope)
     mean, rstd = batch_norm_factors(
-        x, running_mean, running_var, training=training, momentum=momentum, eps=eps, provider=provider
+        x,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        provider=provider,
     )
     return registry.chosen(NAME, x, provider)(x, mean, rstd, weight, bias, residual, slope, training)
 
@@ -60,6 +70,7 @@ def batch_norm_factors(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    num_batches_tracked: Tensor | None = None,
     *,
     training: bool,
     momentum: float = 0.1,
@@ -71,29 +82,19 @@ def batch_norm_factors(
     As in :func:`batch_norm_act`. Without running statistics nothing is updated, which a second run of the same
     forward pass (recomputation) needs. Not differentiable.
     """
-    if not training:
-        if running_mean is None or running_var is None:
-            raise ValueError("expected running_mean and running_var for training=False; pass them or training=True")
-        wide = _wide(x)
-        return running_mean.to(wide), running_var.to(wide).add(eps).rsqrt_()
-    _check_map(x)
-    count = x.numel() // x.shape[1]
-    if count == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
-    running = [tensor for tensor in (running_mean, running_var) if tensor is not None]
+    if training:
+        check_map(x)
+        count_as_written(running_mean, running_var, num_batches_tracked)
     with torch.no_grad():
-        if all(tensor.dtype == _wide(x) and tensor.is_contiguous() for tensor in running):
-            op = registry.chosen(NAME, x, provider, "batch_norm_factors_")
-            mean, rstd = op(x, running_mean, running_var, float(momentum), float(eps))
-            if running and not torch.compiler.is_compiling():
-                torch.autograd.graph.increment_version(running)  # which an op defined by a library leaves undone
-            return mean, rstd
-        mean, var = batch_norm_stats(x, provider=provider)
-        if running_mean is not None:
-            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-        if running_var is not None:
-            running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
-        return mean, var.add_(eps).rsqrt_()
+        return passes(x, provider).factors(
+            x, running_mean, running_var, num_batches_tracked, training, float(momentum), float(eps)
+        )
+
+
+def count_as_written(*tensors: Tensor | None) -> None:
+    """Tell autograd that ``batch_norm_factors_`` writes to tensors, which an op defined by a library leaves undone."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
 
 
 def batch_norm_stats(x: Tensor, *, provider: str | None = None) -> tuple[Tensor, Tensor]:
@@ -102,7 +103,7 @@ def batch_norm_stats(x: Tensor, *, provider: str | None = None) -> tuple[Tensor,
     Sums are taken of differences to a value of the channel, so that a mean far from zero costs no digits of the
     variance. Not differentiable, as the three functions below.
     """
-    _check_map(x)
+    check_map(x)
     return registry.chosen(NAME, x, provider, "batch_norm_stats")(x)
 
 
@@ -178,6 +179,90 @@ def batch_norm_act_input_grad(
     return grads[0], None if not need_residual else grad if slope == 1 else grads[1]
 
 
+class Passes(NamedTuple):
+    """What runs on maps of one device and dtype: a provider's passes, as overloads, and whether autocast may cast."""
+
+    factors_: Any
+    stats: Any
+    apply: Any
+    reduce: Any
+    input_grad: Any
+    dtype: torch.dtype
+    wide: torch.dtype
+    autocasts: str | None
+
+    def factors(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """:func:`batch_norm_factors` of an x with elements that needs no gradient, without ``count_as_written``."""
+        wide, batches = self.wide, num_batches_tracked
+        if not training:
+            if running_mean is None or running_var is None:
+                raise ValueError("expected running_mean and running_var for training=False; pass them or training=True")
+            return running_mean.to(wide), running_var.to(wide).add(eps).rsqrt_()
+        count = x.numel() // x.shape[1]
+        if count == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+        if batches is not None and (batches.dtype is not torch.int64 or batches.device != x.device):
+            batches.add_(1)
+            batches = None
+        if (running_mean is None or running_mean.dtype is wide and running_mean.is_contiguous()) and (
+            running_var is None or running_var.dtype is wide and running_var.is_contiguous()
+        ):
+            return self.factors_(x, running_mean, running_var, batches, momentum, eps)
+        mean, var = self.stats(x)
+        if running_mean is not None:
+            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+        if running_var is not None:
+            running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
+        if batches is not None:
+            batches.add_(1)
+        return mean, var.add_(eps).rsqrt_()
+
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype autocast makes ``F.conv2d`` compute in; None where it is off or, as for float64, leaves x alone."""
+        device = self.autocasts
+        return torch.get_autocast_dtype(device) if device and torch.is_autocast_enabled(device) else None
+
+
+_chosen: dict[tuple[Any, ...], Passes] = {}
+
+
+def passes(x: Tensor, provider: str | None = None) -> Passes:
+    """The passes over maps as x; the choice is made once for each device, dtype and provider asked for."""
+    if torch.compiler.is_compiling():
+        return _choose(x, provider)
+    key = x.device, x.dtype, provider, os.environ.get(providers.ENVIRONMENT)
+    found = _chosen.get(key)
+    if found is None:
+        found = _chosen[key] = _choose(x, provider)
+    return found
+
+
+def _choose(x: Tensor, provider: str | None) -> Passes:
+    def op(name: str) -> Any:
+        return registry.chosen(NAME, x, provider, name)
+
+    device = x.device.type
+    return Passes(
+        op("batch_norm_factors_"),
+        op("batch_norm_stats"),
+        op("batch_norm_act_apply"),
+        op("batch_norm_act_reduce"),
+        op("batch_norm_act_input_grad"),
+        x.dtype,
+        _wide(x),
+        device if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) else None,
+    )
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -193,7 +278,7 @@ def slope_of(activation: str, negative_slope: float) -> float:
     raise ValueError(f"expected activation {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
 
 
-def _check_map(x: Tensor) -> None:
+def check_map(x: Tensor) -> None:
     if x.dim() < 2 or 0 in x.shape:
         raise ValueError(
             f"expected x of shape (N, C) or (N, C, *positions) with at least one image, channel and position, "
@@ -204,7 +289,7 @@ def _check_map(x: Tensor) -> None:
 
 
 def check_tensors(x: Tensor, vectors: dict[str, Tensor | None], residual: Tensor | None) -> None:
-    _check_map(x)
+    check_map(x)
     for name, vector in vectors.items():
         if vector is None:
             continue
@@ -286,8 +371,8 @@ registry.primitive(TABLE, "batch_norm_stats", "(Tensor x) -> (Tensor mean, Tenso
 registry.primitive(
     TABLE,
     "batch_norm_factors_",
-    "(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps) "
-    "-> (Tensor mean, Tensor rstd)",
+    "(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
+    "float momentum, float eps) -> (Tensor mean, Tensor rstd)",
     _fake_stats,
     "factors_",
 )

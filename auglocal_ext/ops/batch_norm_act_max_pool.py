@@ -26,6 +26,7 @@ def batch_norm_act_max_pool(
     kernel_size: int | Sequence[int] = 3,
     stride: int | Sequence[int] = 2,
     padding: int | Sequence[int] = 1,
+    num_batches_tracked: Tensor | None = None,
     training: bool,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -52,7 +53,14 @@ def batch_norm_act_max_pool(
     window = _window(x, kernel_size, stride, padding)
     slope = slope_of(activation, negative_slope)
     mean, rstd = batch_norm_factors(
-        x.detach(), running_mean, running_var, training=training, momentum=momentum, eps=eps, provider=provider
+        x.detach(),
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        provider=provider,
     )
     return registry.chosen(NAME, x, provider)(x, mean, rstd, weight, bias, slope, *window, training)[0]
 

@@ -366,9 +366,11 @@ TwoTensors batch_norm_stats(Tensor x) {
 }
 
 TwoTensors batch_norm_factors_(Tensor x, std::optional<Tensor> running_mean,
-                               std::optional<Tensor> running_var, double momentum, double eps) {
+                               std::optional<Tensor> running_var, std::optional<Tensor> num_batches_tracked,
+                               double momentum, double eps) {
   check_running(running_mean, x);
   check_running(running_var, x);
+  int64_t* batches = batch_count(num_batches_tracked);
   auto [mean, rstd] = batch_norm_stats(x);
   const auto update = [&](auto element) {
     using Real = decltype(element);
@@ -385,6 +387,7 @@ TwoTensors batch_norm_factors_(Tensor x, std::optional<Tensor> running_mean,
   };
   if (accumulation(x) == ScalarType::Double) update(double());
   else update(float());
+  if (batches) ++*batches;
   return {mean, rstd};
 }
 

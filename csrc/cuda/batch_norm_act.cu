@@ -326,7 +326,8 @@ TwoTensors batch_norm_stats(Tensor x) {
 }
 
 TwoTensors batch_norm_factors_(Tensor x, std::optional<Tensor> running_mean,
-                               std::optional<Tensor> running_var, double momentum, double eps) {
+                               std::optional<Tensor> running_var, std::optional<Tensor> num_batches_tracked,
+                               double momentum, double eps) {
   check_running(running_mean, x);
   check_running(running_var, x);
   Params params{};
@@ -334,6 +335,7 @@ TwoTensors batch_norm_factors_(Tensor x, std::optional<Tensor> running_mean,
   params.update = {static_cast<float>(momentum), static_cast<float>(eps)};
   params.running_mean = running_mean ? running_mean->mutable_data_ptr<float>() : nullptr;
   params.running_var = running_var ? running_var->mutable_data_ptr<float>() : nullptr;
+  params.batches = batch_count(num_batches_tracked);
   return statistics(x, params);
 }
 

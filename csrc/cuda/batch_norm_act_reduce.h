@@ -52,6 +52,7 @@ __device__ __forceinline__ void finish_stats(const Shifted<float> (&sums)[kVecto
   if (params.running_mean) params.running_mean[c] = updated(params.running_mean[c], mean, params.update);
   if (params.running_var)
     params.running_var[c] = updated(params.running_var[c], unbiased(var, all.count), params.update);
+  if (params.batches && c == 0) ++*params.batches;
 }
 
 template <int kVector, bool kChannels>

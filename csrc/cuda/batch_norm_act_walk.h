@@ -44,6 +44,7 @@ struct Params {
   bool updates;           // make rstd, and update the running statistics that are there
   Update<float> update;
   float *running_mean, *running_var;  // (C,) or null
+  int64_t* batches;                   // how many have been seen, or null
 };
 
 // One thread's way through its chunk of maps of any strides.

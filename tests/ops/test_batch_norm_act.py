@@ -410,8 +410,10 @@ def test_opcheck(device: str, provider: str, layout: str) -> None:
     factors = (mean, var, weight, bias)
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias, residual)]
     torch.library.opcheck(column.op("batch_norm_stats", provider), (x,))
-    torch.library.opcheck(column.op("batch_norm_factors_", provider), (x, mean.clone(), var.clone(), 0.1, 1e-5))
-    torch.library.opcheck(column.op("batch_norm_factors_", provider), (x, None, None, 0.1, 1e-5))
+    batches = torch.tensor(3, device=device)
+    factors_ = column.op("batch_norm_factors_", provider)
+    torch.library.opcheck(factors_, (x, mean.clone(), var.clone(), batches, 0.1, 1e-5))
+    torch.library.opcheck(factors_, (x, None, None, None, 0.1, 1e-5))
     torch.library.opcheck(column.op("batch_norm_act_apply", provider), (x, *factors, None, 0.0))
     torch.library.opcheck(column.op("batch_norm_act_reduce", provider), (grad, x, *factors, residual, 0.2))
     gradient = column.op("batch_norm_act_input_grad", provider)
@@ -539,6 +541,21 @@ def test_factors_without_running_statistics_touch_nothing(device: str, provider:
     assert not torch.equal(mean, kept[0]) and not torch.equal(var, kept[1])
     constant = batch_norm_factors(x, mean, var, training=False, eps=0.5, provider=provider)
     torch.testing.assert_close(constant, (mean, 1 / (var + 0.5).sqrt()))
+
+
+@column.cases
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32], ids=str)
+def test_batches_are_counted(device: str, provider: str, kind: torch.dtype, low: bool) -> None:
+    x, _, _, mean, var, _ = inputs((4, 70, 3, 2), torch.bfloat16 if low else torch.float32, device)
+    mean, var = (tensor.to(x.dtype) for tensor in (mean, var))  # low: statistics that the op itself does not update
+    batches = torch.tensor(2**31 + 5 if kind == torch.int64 else 5, dtype=kind, device=device)
+    expected, version = int(batches), batches._version
+    for training in (True, False, True):
+        y = batch_norm_act(x, None, None, mean, var, num_batches_tracked=batches, training=training, provider=provider)
+        expected += training
+        assert y.isfinite().all() and int(batches) == expected and batches.dtype == kind
+    assert batches._version > version
 
 
 @column.cases

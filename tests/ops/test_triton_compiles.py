@@ -63,8 +63,8 @@ for dtype, activation, flag, blocks in (
             ("_stats_kernel", {**x, "M_ptr": "*fp32", **WALK, **strides("x")}, blocks),
             (
                 "_finish_stats_kernel",
-                {**x, **outputs, **finish, "stride_xc": "i64", "momentum": "fp32", "eps": "fp32"},
-                {**dict.fromkeys(("UPDATE", "HAS_RUNNING_MEAN", "HAS_RUNNING_VAR"), flag), **square},
+                {**x, **outputs, **finish, "N_ptr": "*i64", "stride_xc": "i64", "momentum": "fp32", "eps": "fp32"},
+                {**dict.fromkeys(("UPDATE", "HAS_RUNNING_MEAN", "HAS_RUNNING_VAR", "HAS_BATCHES"), flag), **square},
             ),
             (
                 "_apply_kernel",

@@ -28,6 +28,7 @@ def factors_(
     x: Tensor,
     running_mean: Tensor | None,  # (C,), updated, as the one below
     running_var: Tensor | None,  # (C,)
+    num_batches_tracked: Tensor | None,  # (), int64, counted up
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
@@ -38,6 +39,8 @@ def factors_(
         running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
     if running_var is not None:
         running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
     return mean, var.add_(eps).rsqrt_()
 
 

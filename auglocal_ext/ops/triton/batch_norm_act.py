@@ -122,6 +122,7 @@ def _finish_stats_kernel(
     var_ptr,  # (C,) float32; UPDATE: 1 / sqrt(var + eps)
     RM_ptr,  # running mean, (C,) float32, updated, or anything
     RV_ptr,  # running variance, (C,) float32, updated, or anything
+    N_ptr,  # number of batches, (1,) int64, counted up, or anything
     momentum,
     eps,
     channels,
@@ -130,6 +131,7 @@ def _finish_stats_kernel(
     UPDATE: tl.constexpr,
     HAS_RUNNING_MEAN: tl.constexpr,
     HAS_RUNNING_VAR: tl.constexpr,
+    HAS_BATCHES: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,  # splits at a time
 ):
@@ -166,6 +168,9 @@ def _finish_stats_kernel(
         running = tl.load(RV_ptr + o_c, mask=m_c, other=0.0)
         unbiased = var * (count_all / (count_all - 1))
         tl.store(RV_ptr + o_c, (1 - momentum) * running + momentum * unbiased, mask=m_c)
+    if HAS_BATCHES:
+        if tl.program_id(0) == 0:
+            tl.store(N_ptr, tl.load(N_ptr) + 1)
     if UPDATE:
         var = 1 / tl.sqrt(var + eps)
     tl.store(mean_ptr + o_c, mean, mask=m_c)
@@ -337,20 +342,26 @@ class _Plan(Plan):
 
 def stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """The contract of the reference's ``stats``."""
-    return _statistics(x, None, None, 0.0, 0.0, update=False)
+    return _statistics(x, None, None, None, 0.0, 0.0, update=False)
 
 
 def factors_(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     """The contract of the reference's ``factors_``."""
-    return _statistics(x, running_mean, running_var, momentum, eps, update=True)
+    return _statistics(x, running_mean, running_var, num_batches_tracked, momentum, eps, update=True)
 
 
 def _statistics(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    batches: Tensor | None,
     momentum: float,
     eps: float,
     update: bool,
@@ -359,15 +370,17 @@ def _statistics(
     flat = plan.flat(x)
     partial = new(x, plan.splits, 3, plan.channels)
     mean, var = new(x, plan.channels), new(x, plan.channels)
-    running = (mean if running_mean is None else running_mean, var if running_var is None else running_var)
+    updated = (running_mean, running_var, batches)
+    written = [mean if tensor is None else tensor for tensor in updated]
     grid, blocks = plan.finish
     with on_device(x):
         _stats_kernel[plan.grid](flat, partial, *plan.sizes, *flat.stride(), **plan.constants(flat))
         _finish_stats_kernel[grid](
-            *(flat, partial, mean, var, *running, momentum, eps, plan.channels, plan.splits, flat.stride(1)),
+            *(flat, partial, mean, var, *written, momentum, eps, plan.channels, plan.splits, flat.stride(1)),
             UPDATE=update,
             HAS_RUNNING_MEAN=running_mean is not None,
             HAS_RUNNING_VAR=running_var is not None,
+            HAS_BATCHES=batches is not None,
             **blocks,
         )
     return mean, var
