@@ -14,6 +14,8 @@ class FusedBasicBlock(FusedResidual, BasicBlock):
 class FusedBottleneck(FusedResidual, Bottleneck):
     """:class:`Bottleneck` as :func:`auglocal_ext.fuse` leaves it."""
 
+    is_bottleneck = True
+
 
 register(BasicBlock, FusedBasicBlock)
 register(Bottleneck, FusedBottleneck)

@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..ops.batch_norm_act import ACTIVATIONS, batch_norm_act
-from .fusable import norm_arguments
+from .fusable import counted, norm_call
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -37,12 +37,21 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """See :func:`auglocal_ext.ops.batch_norm_act`."""
+        self._check_input_dim(x)
+        weight, bias, mean, var, batches, training, momentum, eps, _ = counted(norm_call(self))
         return batch_norm_act(
             x,
+            weight,
+            bias,
+            mean,
+            var,
             residual=residual,
+            num_batches_tracked=batches,
+            training=training,
+            momentum=momentum,
+            eps=eps,
             activation=self.activation,
             negative_slope=self.negative_slope,
-            **norm_arguments(self, x),
         )
 
     def extra_repr(self) -> str:

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import cast
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..ops import batch_norm_act, batch_norm_act_max_pool
+from ..ops import batch_norm_act_max_pool
+from ..ops.batch_norm_act import passes
 from .fusable import (
+    NOTHING,
+    Activation,
+    NormCall,
     activation_of,
-    conv_arguments,
+    conv_call,
     conv_hindrance,
+    counted,
     must_be_eager,
-    norm_arguments,
+    norm_call,
     norm_hindrance,
     pool_arguments,
     pool_hindrance,
     replaced_call,
 )
-from .norm_act_conv import norm_act_conv
+from .norm_act import count_as_updated, norm_act_call
+from .norm_act_conv import norm_act_conv_call
 
 
-@dataclass(frozen=True, eq=False)
-class Unit:
+class Unit(NamedTuple):
     """``conv(act(norm(x)))`` or ``pool(act(norm(x)))``, the parts that are there; else ``call``, called as it is."""
 
     call: nn.Module | None = None
@@ -32,24 +36,12 @@ class Unit:
     act: nn.Module | None = None
     conv: nn.Conv2d | None = None
     pool: nn.MaxPool2d | None = None
+    activation: Activation = NOTHING
 
     @property
     def parts(self) -> tuple[nn.Module, ...]:
         """What is fused, in the order of the layers."""
         return tuple(part for part in (self.norm, self.act, self.conv, self.pool) if part is not None)
-
-    def run(self, x: Tensor) -> Tensor:
-        if self.norm is None:
-            return cast(nn.Module, self.call)(x)
-        activation = None if self.act is None else activation_of(self.act)
-        name, slope = activation or ("none", 0.0)
-        norm = norm_arguments(self.norm, x)
-        if self.pool is not None:
-            pool = pool_arguments(self.pool)
-            return batch_norm_act_max_pool(x, **norm, **pool, activation=name, negative_slope=slope)
-        if self.conv is None:
-            return batch_norm_act(x, **norm, activation=name, negative_slope=slope)
-        return norm_act_conv(x, **norm, **conv_arguments(self.conv), activation=name, negative_slope=slope)
 
 
 def is_container(module: nn.Module) -> bool:
@@ -62,8 +54,8 @@ def is_container(module: nn.Module) -> bool:
 def flattened(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """The layers in the order they are called, through containers."""
     for module in modules:
-        if is_container(module):
-            yield from flattened(cast(nn.Sequential, module))
+        if isinstance(module, nn.Sequential) and is_container(module):
+            yield from flattened(module)
         else:
             yield module
 
@@ -72,23 +64,27 @@ def units(modules: Iterable[nn.Module]) -> Iterator[Unit]:
     """``modules``, called one after another, as units; what cannot be fused is a unit of its own."""
     norm: nn.BatchNorm2d | None = None
     act: nn.Module | None = None
+    activation = NOTHING
     for module in flattened(modules):
         if norm is not None:
-            if act is None and activation_of(module) is not None:
-                act = module
-                continue
-            conv = cast(nn.Conv2d, module) if conv_hindrance(module) is None else None
-            pool = cast(nn.MaxPool2d, module) if pool_hindrance(module) is None else None
-            yield Unit(norm=norm, act=act, conv=conv, pool=pool)
+            if act is None:
+                found = activation_of(module)
+                if found is not None:
+                    act, activation = module, found
+                    continue
+            conv: Any = module if type(module) is nn.Conv2d and conv_hindrance(module) is None else None
+            pool: Any = module if type(module) is nn.MaxPool2d and pool_hindrance(module) is None else None
+            yield Unit(None, norm, act, conv, pool, activation)
             norm = act = None
+            activation = NOTHING
             if conv is not None or pool is not None:
                 continue
-        if norm_hindrance(module) is None:
-            norm = cast(nn.BatchNorm2d, module)
+        if isinstance(module, nn.BatchNorm2d) and norm_hindrance(module) is None:
+            norm = module
         else:
-            yield Unit(call=module)
+            yield Unit(module)
     if norm is not None:
-        yield Unit(norm=norm, act=act)
+        yield Unit(None, norm, act, None, None, activation)
 
 
 def run_chain(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
@@ -97,9 +93,50 @@ def run_chain(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
         for module in modules:
             x = module(x)
         return x
-    for unit in units(modules):
-        x = unit.run(x)
+    # All is looked at before anything runs: between the operators the same Python takes several times as long.
+    steps = [
+        (
+            unit,
+            None if unit.norm is None else norm_call(unit.norm),
+            None if unit.conv is None else conv_call(unit.conv),
+        )
+        for unit in units(modules)
+    ]
+    count_as_updated(norm for _, norm, _ in steps if norm is not None)
+    run = None
+    for unit, norm, conv in steps:
+        if norm is None:
+            x, run = unit.call(x), None  # type: ignore[misc]
+            continue
+        unit.norm._check_input_dim(x)  # type: ignore[union-attr]
+        if run is None or x.dtype is not run.dtype:
+            run = passes(x)
+            autocast = run.autocast_dtype()
+        if conv is not None:
+            x = norm_act_conv_call(run, x, norm, unit.activation.slope, conv, autocast)
+        elif unit.pool is None:
+            x = norm_act_call(run, x, norm, unit.activation.slope)
+        else:
+            x = _pooled(x, norm, unit.activation, unit.pool)
     return x
+
+
+def _pooled(x: Tensor, norm: NormCall, activation: Activation, pool: nn.MaxPool2d) -> Tensor:
+    weight, bias, mean, var, batches, training, momentum, eps, _ = counted(norm)
+    return batch_norm_act_max_pool(
+        x,
+        weight,
+        bias,
+        mean,
+        var,
+        **pool_arguments(pool),
+        num_batches_tracked=batches,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        activation=activation.name,
+        negative_slope=activation.slope,
+    )
 
 
 class FusedSequential(nn.Sequential):

@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-#: Activation and slope as ``batch_norm_act`` takes them.
-Activation = tuple[str, float]
+
+class Activation(NamedTuple):
+    """An activation as ``batch_norm_act`` is told of it, and its slope left of zero."""
+
+    name: str
+    slope: float
+
+
+NOTHING, RELU = Activation("none", 1.0), Activation("relu", 0.0)
+
+
+_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def replaced_call(module: nn.Module) -> str | None:
     """Why calling ``module`` does more, or other, than its class's forward; None where it does not."""
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks  # a call that hooks wait for must happen
-    ):
+    own = module.__dict__  # this and what follows is asked at every call, and nn.Module's attributes take their time
+    if any(_HOOKS(own)):  # a call that hooks wait for must happen
         return "has hooks"
-    if "forward" in module.__dict__:
+    if "forward" in own:
         return "has a forward of its own"
-    if module._compiled_call_impl is not None:
+    if own.get("_compiled_call_impl") is not None:
         return "is compiled"
     return None
 
 
-def norm_hindrance(module: nn.Module) -> str | None:
+def norm_hindrance(module: nn.Module | None) -> str | None:
     """Why a normalisation layer stays eager; None for an ``nn.BatchNorm2d`` that can be fused."""
     if type(module) is not nn.BatchNorm2d:
         return f"is of type {type(module).__name__}, not nn.BatchNorm2d"
     return replaced_call(module)
 
 
-def conv_hindrance(module: nn.Module) -> str | None:
+def conv_hindrance(module: nn.Module | None) -> str | None:
     """Why a convolution stays eager; None for an ``nn.Conv2d`` that can be fused."""
     if type(module) is not nn.Conv2d:
         return f"is of type {type(module).__name__}, not nn.Conv2d"
@@ -66,11 +73,12 @@ def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
-def activation_of(module: nn.Module) -> Activation | None:
+def activation_of(module: nn.Module | None) -> Activation | None:
     """How ``batch_norm_act`` is told of this activation; None where it cannot be or must not."""
-    if type(module) not in (nn.ReLU, nn.LeakyReLU) or replaced_call(module) is not None:
+    kind = type(module)
+    if module is None or kind not in (nn.ReLU, nn.LeakyReLU) or replaced_call(module) is not None:
         return None
-    return ("leaky_relu", float(module.negative_slope)) if isinstance(module, nn.LeakyReLU) else ("relu", 0.0)
+    return Activation("leaky_relu", float(module.negative_slope)) if isinstance(module, nn.LeakyReLU) else RELU
 
 
 def must_be_eager(x: Tensor) -> bool:
@@ -88,41 +96,80 @@ def must_be_eager(x: Tensor) -> bool:
     )
 
 
-def norm_arguments(norm: nn.BatchNorm2d, x: Tensor) -> dict[str, Any]:
-    """What to hand to ``batch_norm_act`` so that it does what ``norm`` would; counts the batch as ``norm`` does."""
-    norm._check_input_dim(x)
-    momentum = 0.0 if norm.momentum is None else norm.momentum
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    uses_running = not norm.training or norm.track_running_stats
-    return {
-        "weight": norm.weight,
-        "bias": norm.bias,
-        "running_mean": norm.running_mean if uses_running else None,
-        "running_var": norm.running_var if uses_running else None,
-        "training": norm.training or (norm.running_mean is None and norm.running_var is None),
-        "momentum": momentum,
-        "eps": norm.eps,
-    }
+class Fit(NamedTuple):
+    """What an input and its statistics must be for a normalisation's tensors, all of which are regular."""
+
+    channels: int
+    device: torch.device
+    dtype: torch.dtype | None
 
 
-def conv_arguments(conv: nn.Conv2d) -> dict[str, Any]:
-    """What to hand to ``norm_act_conv`` so that it does what ``conv`` would."""
+#: What a normalisation would do, in the terms of :func:`auglocal_ext.ops.batch_norm_act`: weight, bias, running_mean,
+#: running_var, num_batches_tracked, training, momentum, eps; and what it fits, None where that was not looked at or
+#: the tensors do not fit each other. Made at every call, so a plain tuple.
+NormCall = tuple[
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, Any, float, Fit | None
+]
+
+
+def norm_call(norm: nn.BatchNorm2d) -> NormCall:
+    """How to do what ``norm`` would; a momentum of None is for :func:`counted`."""
+    parameters, buffers = norm.__dict__["_parameters"], norm.__dict__["_buffers"]
+    try:
+        weight, bias, mean = parameters["weight"], parameters["bias"], buffers["running_mean"]
+        var, batches = buffers["running_var"], buffers["num_batches_tracked"]
+    except KeyError:  # one of them is a plain attribute
+        weight, bias, mean = norm.weight, norm.bias, norm.running_mean
+        var, batches = norm.running_var, norm.num_batches_tracked
+    training = norm.training
+    if not training:
+        batches = None
+    elif not norm.track_running_stats:
+        batches = mean = var = None
+    fit = None if mean is None or var is None else _fit(weight, bias, mean, var, batches)
+    return weight, bias, mean, var, batches, training or (mean is None and var is None), norm.momentum, norm.eps, fit
+
+
+def _fit(weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, batches: Tensor | None) -> Fit | None:
+    shape, device, dtype = mean.shape, mean.device, mean.dtype
+    if len(shape) != 1 or var.dtype is not dtype or not (mean.is_contiguous() and var.is_contiguous()):
+        return None
+    for vector in (weight, bias, var):
+        if vector is not None and (vector.shape != shape or vector.device != device):
+            return None
+    if batches is not None and (batches.dtype is not torch.int64 or batches.device != device):
+        return None
+    return Fit(shape[0], device, dtype)
+
+
+def counted(call: NormCall) -> NormCall:
+    """``call`` with a momentum for None, that of a cumulative average over the batches, this one among them."""
+    weight, bias, mean, var, batches, training, momentum, eps, fit = call
+    if momentum is None:
+        momentum = 0.0
+        if batches is not None:
+            batches.add_(1)
+            momentum, batches = 1.0 / float(batches), None
+    return weight, bias, mean, var, batches, training, momentum, eps, fit
+
+
+#: What a convolution would do: weight, bias, and what follows them among the arguments of ``aten::convolution``.
+ConvCall = tuple[Tensor, Tensor | None, tuple[Any, ...]]
+
+
+def conv_call(conv: nn.Conv2d) -> ConvCall:
+    """How to do what ``conv(x)`` would."""
     padding = conv.padding
     if padding == "same":
         padding = tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
     elif padding == "valid":
         padding = (0, 0)
-    return {
-        "conv_weight": conv.weight,
-        "conv_bias": conv.bias,
-        "stride": conv.stride,
-        "padding": padding,
-        "dilation": conv.dilation,
-        "groups": conv.groups,
-    }
+    parameters = conv.__dict__["_parameters"]
+    try:
+        weight, bias = parameters["weight"], parameters["bias"]
+    except KeyError:  # one of them is a plain attribute
+        weight, bias = conv.weight, conv.bias
+    return weight, bias, (conv.stride, padding, conv.dilation, False, (0, 0), conv.groups)
 
 
 def pool_arguments(pool: nn.MaxPool2d) -> dict[str, Any]:

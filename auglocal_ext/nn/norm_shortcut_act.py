@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops import batch_norm_factors
+from ..ops.batch_norm_act import Passes, check_map, passes, slope_of
 from ..ops.registry import refuse_create_graph
-from .norm_act_conv import PLAIN, Factors, Norm, check_vectors, input_grads, normalised
+from .fusable import NormCall
+from .norm_act import PLAIN, count_as_updated, factors, input_grads
 
 
 class Branch(NamedTuple):
@@ -24,6 +24,13 @@ class Branch(NamedTuple):
     training: bool
     momentum: float
     eps: float
+    num_batches_tracked: Tensor | None = None
+
+    @property
+    def norm(self) -> NormCall:
+        """The normalisation alone."""
+        _, weight, bias, mean, var, training, momentum, eps, batches = self
+        return weight, bias, mean, var, batches, training, float(momentum), float(eps), None
 
 
 def norm_shortcut_act(
@@ -47,15 +54,21 @@ def norm_shortcut_act(
             f"expected two maps of one shape and dtype, got {tuple(main.x.shape)} in {main.x.dtype} and "
             f"{tuple(shortcut.x.shape)} in {shortcut.x.dtype}"
         )
-    tensors: list[Tensor | None] = []
-    for x, weight, bias, mean, var, training, momentum, eps in (main, shortcut):
-        check_vectors(x, weight, bias, mean, var)
-        factors = batch_norm_factors(
-            x.detach(), mean, var, training=training, momentum=momentum, eps=eps, provider=provider
-        )
-        tensors += [x, *factors, weight, bias]
-    ends = Norm(activation, negative_slope, main.training, provider), Norm("none", 0, shortcut.training, provider)
-    return _NormShortcutAct.apply(*tensors, *ends)
+    check_map(main.x)
+    slope = slope_of(activation, negative_slope)
+    count_as_updated([main.norm, shortcut.norm])
+    return norm_shortcut_act_call(passes(main.x, provider), main.x, main.norm, shortcut.x, shortcut.norm, slope)
+
+
+def norm_shortcut_act_call(
+    run: Passes, x: Tensor, norm: NormCall, shortcut: Tensor, shortcut_norm: NormCall, slope: float
+) -> Tensor:
+    """:func:`norm_shortcut_act` of maps of one shape and dtype with elements, as modules call it."""
+    main_factors, shortcut_factors = factors(run, x, norm), factors(run, shortcut, shortcut_norm)
+    return _NormShortcutAct.apply(
+        *(x, *main_factors, *norm[:2], shortcut, *shortcut_factors, *shortcut_norm[:2]),
+        *((run, slope, norm[5]), (run, 1.0, shortcut_norm[5])),
+    )
 
 
 class _NormShortcutAct(torch.autograd.Function):
@@ -64,8 +77,8 @@ class _NormShortcutAct(torch.autograd.Function):
         *tensors, ctx.main, ctx.shortcut = arguments
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        residual = normalised(_factors(tensors[5:], None), ctx.shortcut)
-        return normalised(_factors(tensors[:5], residual), ctx.main)
+        run, slope, _ = ctx.main
+        return run.apply(*tensors[:5], run.apply(*tensors[5:], None, 1.0), slope)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -74,18 +87,11 @@ class _NormShortcutAct(torch.autograd.Function):
         if grad is None:
             return tuple(grads)
         saved = ctx.saved_tensors
-        main, shortcut = saved[:5], _factors(saved[5:], None)
+        main, shortcut = saved[:5], (*saved[5:], None)
         need = [(ctx.needs_input_grad[at], *ctx.needs_input_grad[at + 3 : at + 5]) for at in (0, 5)]
-        residual = normalised(shortcut, ctx.shortcut)
-        grads[0], grads[3], grads[4], grad = input_grads(
-            grad, _factors(main, residual), ctx.main, (*need[0], any(need[1]))
-        )
+        residual = ctx.main[0].apply(*shortcut, 1.0)
+        grads[0], grads[3], grads[4], grad = input_grads(grad, (*main, residual), ctx.main, (*need[0], any(need[1])))
         del residual
         if grad is not None:
             grads[5], grads[8], grads[9], _ = input_grads(grad, shortcut, ctx.shortcut, (*need[1], False))
         return tuple(grads)
-
-
-def _factors(tensors: Sequence[Any], residual: Tensor | None) -> Factors:
-    x, mean, rstd, weight, bias = tensors
-    return x, mean, rstd, weight, bias, residual

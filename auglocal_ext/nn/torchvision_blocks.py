@@ -15,6 +15,8 @@ class FusedBasicBlock(FusedResidual, resnet.BasicBlock):
 class FusedBottleneck(FusedResidual, resnet.Bottleneck):
     """``torchvision.models.resnet.Bottleneck`` as :func:`auglocal_ext.fuse` leaves it."""
 
+    is_bottleneck = True
+
 
 register(resnet.BasicBlock, FusedBasicBlock)
 register(resnet.Bottleneck, FusedBottleneck)
