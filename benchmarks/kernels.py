@@ -201,7 +201,7 @@ def variants(
     for provider in providers.TABLES[case.op].providers:
         if provider.name == "triton" and providers.interpreted():
             continue  # the interpreter's time says nothing
-        if provider.serves(device) and case.dtype in provider.dtypes and providers.available(provider.name):
+        if provider.serves(device) and case.dtype in provider.dtypes and providers.available(provider.name, device):
             found[provider.name] = partial(case.fused, provider=provider.name)
     return {name: function for name, function in found.items() if wanted is None or name in wanted}
 
