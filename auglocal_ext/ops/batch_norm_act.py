@@ -251,6 +251,8 @@ def _choose(x: Tensor, provider: str | None) -> Passes:
         return registry.chosen(NAME, x, provider, name)
 
     device = x.device.type
+    # Of these two it is known; the compiler of torch 2.11 cannot ask.
+    may_cast = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
     return Passes(
         op("batch_norm_factors_"),
         op("batch_norm_stats"),
@@ -259,7 +261,7 @@ def _choose(x: Tensor, provider: str | None) -> Passes:
         op("batch_norm_act_input_grad"),
         x.dtype,
         _wide(x),
-        device if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) else None,
+        device if may_cast and x.dtype != torch.float64 else None,
     )
 
 

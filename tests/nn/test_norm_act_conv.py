@@ -247,3 +247,18 @@ def test_norm_shortcut_act_errors():
         norm_shortcut_act(branch(norms[0], y), branch(norms[1], maps(3, 4, 5, 4)))
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(norm_shortcut_act(branch(norms[0], y), branch(norms[1], y)).sum(), y, create_graph=True)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_it_casts_as_eager_does(autocast):
+    x, weight, bias, kernel = torch.randn(4, 3, 8, 8), torch.rand(3), torch.rand(3), torch.randn(5, 3, 3, 3)
+
+    def run(x):
+        return norm_act_conv(x, weight, bias, None, None, kernel, padding=(1, 1), training=True)
+
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = run(x)
+        found = torch.compile(run, fullgraph=True, backend="aot_eager")(x)
+    assert expected.dtype == (torch.bfloat16 if autocast else torch.float32)
+    assert found.dtype == expected.dtype and torch.equal(found, expected)
