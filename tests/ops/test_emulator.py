@@ -17,7 +17,10 @@ from emulator import build, reports  # noqa: E402
 HERE = Path(__file__).resolve().parent
 THREADS, ELEMENTS = 64, 256
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs Linux and a C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(build.compiler() is None, reason="needs Linux and a C++ compiler"),
+    pytest.mark.slow,  # nearly all of it is compilation
+]
 
 
 class Bench:
@@ -141,7 +144,6 @@ def test_a_seed_is_an_order(bench: Bench) -> None:
     assert len(set(sums("last_block", 15, range(10)))) == 1
 
 
-@pytest.mark.slow
 def test_address_sanitizer_sees_the_kernels(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     build.build_runtime(tmp_path, build.ADDRESS)
     library = build.build(HERE / "emulator" / "controls.cu", tmp_path, build.ADDRESS, torch=False)
