@@ -1,0 +1,190 @@
+"""The tables of README.md and docs/ as Markdown, by name; ``benchmarks/tables.py`` lists the names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from _tables_results import (
+    ANALYSES,
+    UnknownNameError,
+    analysis,
+    base_of,
+    expect,
+    fields,
+    first_table,
+    kernel_ratios,
+    memory_fields,
+    network_rows,
+    pick,
+    read,
+    scaling_rows,
+    span,
+    split_dtype,
+)
+
+NETWORKS = {"resnet32": "ResNet-32", "resnet110": "ResNet-110", "resnet34": "ResNet-34", "resnet101": "ResNet-101"}
+NETWORKS |= {"vgg13": "VGG13"}
+OVERVIEW = (
+    "BP",
+    "BP checkpointing",
+    "AugLocal d=2",
+    "AugLocal d=6",
+    "AugLocal d=6 recompute",
+    "ContSup R1E",
+)
+LABELS = {
+    "BP": "backpropagation",
+    "BP fused": "backpropagation, `fuse(net)`",
+    "BP checkpointing": "gradient checkpointing per block",
+}
+RULES = {
+    "BP": "backpropagation",
+    "AugLocal d=2": "`AugLocal(depth=2)`",
+    "AugLocal d=3": "`AugLocal(depth=3)`",
+    "AugLocal d=6": "`AugLocal(depth=6)`",
+    "ContSup R0": '`ContSup("R0")`',
+    "ContSup R1": '`ContSup("R1")`',
+    "ContSup E": '`ContSup("E")`',
+    "ContSup R1E": '`ContSup("R1E")`',
+    "InfoPro softmax": "`InfoPro(first, last)`",
+    "InfoPro contrast": '`InfoPro(first, last, loss="contrast")`',
+    "PredSim": "`PredSim()`",
+    "DGL mlp-sr": "`DGL()`",
+    "MAN": "`MAN()`",
+    "Greedy": "`Greedy()`",
+    "MAN + DGL": "`MAN(head=DGL())`",
+    "ContSup R1E + InfoPro": '`ContSup("R1E", head=InfoPro(first, last))`',
+    "ContSup R1E + AugLocal d=2": '`ContSup("R1E", head=AugLocal(depth=2))`',
+    "InfoPro contrast + AugLocal d=2": '`InfoPro(first, last, loss="contrast", head=AugLocal(depth=2))`',
+}
+RUNS = {
+    "bp": "BP",
+    "bp-2": "BP, other seed",
+    "auglocal": "AugLocal d = 2",
+    "contsup": "ContSup R1E",
+    "greedy": "greedy",
+}
+
+
+def table(words: Sequence[str]) -> str:
+    """The lines of a table. Raises UnknownNameError."""
+    if not words:
+        raise UnknownNameError(f"has no name; there are {', '.join(TABLES)}")
+    return pick(TABLES, words[0], "table")(words[1:])
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> str:
+    """The first ``text`` columns to the left, the others, which are numbers, to the right."""
+    lines = [columns, ["---"] * text + ["--:"] * (len(columns) - text), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _memory(words: Sequence[str], only: Sequence[str] = ()) -> str:
+    networks, dtype = split_dtype(words)
+    if not networks:
+        raise UnknownNameError("names no network; expected NETWORK... [bf16]")
+    found = [memory_fields(network, dtype) for network in networks]
+    lines = []
+    for name in only or found[0]:
+        cells = [pick(rows, name, "row") for rows in found]
+        peaks = [f"{cell['peak']} ({cell['share']}%)" for cell in cells]
+        lines.append([_label(name), *peaks, " / ".join(cell["flops"] for cell in cells)])
+    titles = [NETWORKS.get(network, network) for network in networks]
+    short = " / ".join(title.removeprefix("ResNet-") for title in titles)
+    return markdown(["method", *(f"{title}, GB (of BP)" for title in titles), f"FLOPs, × BP ({short})"], lines)
+
+
+def _overview(words: Sequence[str]) -> str:
+    if list(words) not in ([], ["bf16"]):
+        raise UnknownNameError(f"takes bf16 or nothing, got {' '.join(words)}")
+    return _memory(["resnet32", "resnet110", *words], OVERVIEW)
+
+
+def _rules(words: Sequence[str]) -> str:
+    (network,) = expect(words, "NETWORK")
+    rows = network_rows("rules", network)
+    unnamed = set(rows) - set(RULES) - {"BP fused"}
+    if unnamed:
+        raise UnknownNameError(f"has rows without a name in RULES: {', '.join(sorted(unnamed))}")
+    columns = ["rule", "parameters, M (trained / deployed)", "MACs, M (training / inference)", "FLOPs, × BP"]
+    lines = []
+    for name, label in RULES.items():
+        found = fields(pick(rows, name, "row"), rows["BP"])
+        pairs = [f"{found['trained']} / {found['deployed']}", f"{found['training']} / {found['inference']}"]
+        lines.append([label, *pairs, found["flops"], f"{found['peak']} ({found['share']}%)"])
+    return markdown([*columns, "peak, GB (of BP)"], lines)
+
+
+def _step(words: Sequence[str]) -> str:
+    expect(words, "")
+    found = {network: network_rows("step", network) for network in read("step")["networks"]}
+    # Without CUDA a row "graph" runs the step of the row "per-module" before it.
+    names = [name for name in next(iter(found.values())) if not name.endswith(" graph")]
+    columns, lines = ["row", "adds"], []
+    for network in found:
+        columns += [f"{NETWORKS.get(network, network)}, GB", "operators"]
+    for name in names:
+        cells = [f"`{name}`", next(iter(found.values()))[name]["adds"]]
+        for rows in found.values():
+            values = fields(rows[name], base_of(rows, rows[name]))
+            cells += [values["peak"], values["operators"]]
+        lines.append(cells)
+    return markdown(columns, lines, text=2)
+
+
+def _scaling(over: str, heading: str) -> Callable[[Sequence[str]], str]:
+    def lines(words: Sequence[str]) -> str:
+        expect(words, "")
+        found = scaling_rows(over)
+        names = list(next(iter(found.values())))
+        rows = [
+            [f"{int(at):,}", *(fields(rows[name], rows["BP bf16"])["peak"] for name in names)]
+            for at, rows in found.items()
+        ]
+        return markdown([heading, *(f"`{name}`, GB" for name in names)], rows)
+
+    return lines
+
+
+def _kernels(words: Sequence[str]) -> str:
+    (which,) = expect(words, "cpu|static")
+    return pick({"cpu": _kernels_cpu, "static": lambda: first_table("kernels-static.md")}, which, "table of kernels")()
+
+
+def _kernels_cpu() -> str:
+    columns = ["op", "cases", "time, `cpu` provider", "time, `torch.compile`", "peak memory, `cpu` provider"]
+    time, compiled, memory = (kernel_ratios(what) for what in ("cpu", "compile", "memory"))
+    return markdown(
+        columns,
+        [[f"`{op}`", str(len(time[op])), span(time[op]), span(compiled[op]), span(memory[op])] for op in time],
+    )
+
+
+def _accuracy(words: Sequence[str]) -> str:
+    expect(words, "")
+    return first_table("accuracy/cpu/accuracy.md")
+
+
+def _analysis(words: Sequence[str]) -> str:
+    (which,) = expect(words, "cka|probes|information")
+    found, digits = analysis(which), ANALYSES[which].digits
+    runs = [run for run in RUNS if (which, run) != ("cka", "bp")]  # similarity is to this run itself
+    lines = [[f"`{layer}`", *(format(found[run][layer], digits) for run in runs)] for layer in found["bp"]]
+    return markdown(["layer", *(RUNS[run] for run in runs)], lines)
+
+
+def _label(name: str) -> str:
+    return LABELS.get(name, name.replace("d=", "d = "))
+
+
+TABLES: dict[str, Callable[[Sequence[str]], str]] = {
+    "overview": _overview,
+    "memory": _memory,
+    "rules": _rules,
+    "step": _step,
+    "depth": _scaling("depth", "layers"),
+    "batch": _scaling("batch", "images"),
+    "kernels": _kernels,
+    "accuracy": _accuracy,
+    "analysis": _analysis,
+}
