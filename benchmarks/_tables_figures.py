@@ -14,13 +14,12 @@ from _tables_results import (
     expect,
     fields,
     image_information,
-    kernel_ratios,
+    kernel_span,
     memory_fields,
     network_rows,
     pick,
     read,
     scaling_rows,
-    span,
     split_dtype,
 )
 
@@ -61,8 +60,7 @@ def _of_scaling(over: str) -> Callable[[Sequence[str]], str]:
 
 def _kernels(words: Sequence[str]) -> str:
     op, what = expect([*words, "cpu"] if len(words) == 1 else words, "OP WHAT")
-    pick({"cpu": 0, "compile": 0, "memory": 0}, what, "comparison")
-    return span(pick(kernel_ratios(what), op, "op"))
+    return kernel_span(op, what)
 
 
 def _accuracy(words: Sequence[str]) -> str:

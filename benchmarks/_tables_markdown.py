@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from _tables_results import (
     ANALYSES,
+    KERNELS,
     UnknownNameError,
     analysis,
     base_of,
@@ -13,12 +14,12 @@ from _tables_results import (
     fields,
     first_table,
     kernel_ratios,
+    kernel_span,
     memory_fields,
     network_rows,
     pick,
     read,
     scaling_rows,
-    span,
     split_dtype,
 )
 
@@ -152,12 +153,10 @@ def _kernels(words: Sequence[str]) -> str:
 
 
 def _kernels_cpu() -> str:
-    columns = ["op", "cases", "time, `cpu` provider", "time, `torch.compile`", "peak memory, `cpu` provider"]
-    time, compiled, memory = (kernel_ratios(what) for what in ("cpu", "compile", "memory"))
-    return markdown(
-        columns,
-        [[f"`{op}`", str(len(time[op])), span(time[op]), span(compiled[op]), span(memory[op])] for op in time],
-    )
+    columns = ["op", "cases", "`cpu`: time, × eager", "`torch.compile`: time, × eager", "`cpu`: memory, × eager"]
+    cases = {op: str(len(found)) for op, found in kernel_ratios("cpu").items()}
+    lines = [[f"`{op}`", count, *(kernel_span(op, what) for what in KERNELS)] for op, count in cases.items()]
+    return markdown(columns, lines)
 
 
 def _accuracy(words: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 RESULTS = Path(__file__).resolve().parent / "results"
 GB = 1e9
 
+KERNELS = ("cpu", "compile", "memory")
 #: What a marker calls a file.
 SOURCES = {
     "memory": "memory-predicted.json",
@@ -148,6 +149,7 @@ def kernel_ratios(what: str) -> dict[str, list[float]]:
 
     ``what`` is "cpu" or "compile", the variant whose time it is, or "memory", the cpu provider's peak.
     """
+    pick(dict.fromkeys(KERNELS), what, "comparison")
     variant, value = ("cpu", "peak") if what == "memory" else (what, "time")
     lines: dict[tuple[str, ...], dict[str, float]] = {}
     for line in read("kernels")["results"]:
@@ -161,8 +163,10 @@ def kernel_ratios(what: str) -> dict[str, list[float]]:
     return ratios
 
 
-def span(values: Iterable[float]) -> str:
-    least, most = f"{min(values := list(values)):.1f}", f"{max(values):.1f}"
+def kernel_span(op: str, what: str) -> str:
+    """The least and the most of an op's ratios, as text."""
+    ratios, digits = pick(kernel_ratios(what), op, "op"), 2 if what == "memory" else 1
+    least, most = f"{min(ratios):.{digits}f}", f"{max(ratios):.{digits}f}"
     return least if least == most else f"{least} to {most}"
 
 
