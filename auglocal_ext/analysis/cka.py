@@ -63,7 +63,8 @@ def cka(
     is not published; this one is Nguyen et al.'s.
 
     Args:
-        a, b: :class:`auglocal_ext.LocalSequential` or ``nn.Sequential``, the same object for a network with itself.
+        a: one network, a :class:`auglocal_ext.LocalSequential` or ``nn.Sequential``.
+        b: the other network; the same object compares a network with itself.
         batches: of images ``(N, *input_shape)`` and labels, which are not looked at. In random order: HSIC compares
             within a minibatch, and one of a single class is like no other.
         images: stop after so many; None for all there are.

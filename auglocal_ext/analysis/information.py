@@ -97,7 +97,8 @@ def information(
         source: training and held-out batches.
         num_classes: number of classes.
         input_shape: ``(channels, height, width)`` of one image.
-        mean, std: per channel, in units of 0..255: the network is fed with ``(image - mean) / std``.
+        mean: per channel, in units of 0..255: the network's input is ``(image - mean) / std``.
+        std: per channel, in the same units.
         probe_blocks: residual blocks per stage; fewer take less time and give looser bounds.
         seed: of the decoders' and probes' weights.
         bars: show progress bars where standard error is a terminal.

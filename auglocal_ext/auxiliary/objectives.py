@@ -142,8 +142,10 @@ class ReconstructionLoss(Term):
     Args:
         features: those of ``h``, a map with height and width.
         image: those of the network's input.
-        mean, std: per channel, in units of [0, 1]: the network's input is ``(image - mean) / std``.
+        mean: per channel, in units of [0, 1]: the network's input is ``(image - mean) / std``.
+        std: per channel, in the same units.
         settings: of any task.
+        hidden: channels of the decoder between its two convolutions.
 
     Raises:
         ValueError: for features or inputs that have no height and width, and for a ``mean`` of another length.

@@ -43,10 +43,13 @@ def plot_memory(
     Args:
         panels: ``(name, rows)``; the first row of a panel is what the others are compared with.
         path: file to write; its folder is made.
-        title, subtitle: one line each, above the charts.
+        title: line above the charts.
+        subtitle: smaller line below the title.
         other_label: what ``PlotRow.other_bytes`` is, for the legend.
 
-    Raises ``ImportError`` if matplotlib is missing and ``ValueError`` if there is nothing to draw.
+    Raises:
+        ImportError: if matplotlib is missing.
+        ValueError: if there is nothing to draw.
     """
     if not panels or not all(rows for _, rows in panels):
         raise ValueError("expected at least one panel and at least one row in each, got none")

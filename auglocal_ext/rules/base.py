@@ -129,7 +129,9 @@ class Rule(ABC):
         """The rule with these values of its options; what is left out has its default.
 
         Args:
-            mean, std: per channel, in units of [0, 1], by which the images are normalised.
+            values: by name of the option.
+            mean: per channel, in units of [0, 1]: the network's input is ``(image - mean) / std``.
+            std: per channel, in the same units.
         """
         fields = {each.name: each.field for each in cls.options()}
         return cls(**{fields[name]: value for name, value in values.items()})

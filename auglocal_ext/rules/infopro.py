@@ -29,8 +29,9 @@ class InfoPro(Rule):
             networks are taken, such as ``AugLocal(depth=3)``. With ``loss="contrast"`` it puts out ``feature_dim``
             features.
         feature_dim: features of the contrastive loss, 128 by default; no other loss reads it.
-        mean, std: per channel, in units of [0, 1], by which images were normalised before the network. The
-            defaults are for images in [0, 1] that were not.
+        mean: per channel, in units of [0, 1]: the network's input is ``(image - mean) / std``. The defaults are for
+            images in [0, 1] that were not normalised.
+        std: per channel, in the same units.
 
     Raises:
         ValueError: for negative weights, an unknown loss or head, a ``feature_dim`` that nothing reads; when wrapped,

@@ -71,7 +71,12 @@ def plan_memory(
     Args:
         net: the network, on any device, or built of fake tensors.
         batch_size: images per call; they have the dtype of the parameters, and are channels last if weights are.
-        optimizer, params, autocast, clip_norm, clip, accumulate: as the step has them.
+        optimizer: as for :class:`auglocal_ext.LocalStep`, like the next five arguments.
+        params: see there.
+        autocast: see there.
+        clip_norm: see there.
+        clip: see there.
+        accumulate: see there.
         recompute: ``"peak"``: the lowest peak there is, and of all choices with this peak the least recomputation;
             one of ``"none"``, ``"auxiliary"``, ``"all"`` for all modules; None: as ``net.recompute`` says.
         memory_budget: bytes, or a string such as ``"400MB"`` (1e6 bytes) or ``"0.4GiB"`` (2**30): the least
