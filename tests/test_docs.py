@@ -1,4 +1,4 @@
-"""The examples of docs/new_rule.md, new_term.md and new_task.md run, and compute the formulas on their pages."""
+"""The examples of docs/extend run, and compute the formulas on their pages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from auglocal_ext.cost import count_macs, count_parameters, count_training_macs
 from auglocal_ext.memory import estimate_step
 from auglocal_ext.step import plan_memory
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs" / "extend"
 
 
 def blocks(page: str) -> list[str]:
@@ -50,7 +51,7 @@ def batch(n=8):
     return torch.randn(n, 3, 16, 16), torch.randint(0, 10, (n,))
 
 
-@pytest.mark.parametrize("example", ["new_rule", "new_term", "new_task"], indirect=True)
+@pytest.mark.parametrize("example", ["rule", "term", "task"], indirect=True)
 def test_every_page_has_these_two_blocks(example):
     use(example)
     for name in ("loss", "accuracy"):
@@ -58,7 +59,7 @@ def test_every_page_has_these_two_blocks(example):
     assert example.net.num_modules >= 3
 
 
-@pytest.mark.parametrize("example", ["new_rule"], indirect=True)
+@pytest.mark.parametrize("example", ["rule"], indirect=True)
 @pytest.mark.parametrize("recompute", ["none", "all"])
 def test_the_rule_trains(example, recompute):
     net = small(example.SelfTaught(), recompute=recompute)
@@ -69,7 +70,7 @@ def test_the_rule_trains(example, recompute):
     assert net.export()(x).shape == (8, 10)
 
 
-@pytest.mark.parametrize("example", ["new_rule", "new_term"], indirect=True)
+@pytest.mark.parametrize("example", ["rule", "term"], indirect=True)
 def test_each_loss_trains_its_own_module(example):
     rule = example.SelfTaught() if hasattr(example, "SelfTaught") else example.Decorrelated()
     net = small(rule)
@@ -85,7 +86,7 @@ def test_each_loss_trains_its_own_module(example):
         h = out.detach()
 
 
-@pytest.mark.parametrize("example", ["new_rule"], indirect=True)
+@pytest.mark.parametrize("example", ["rule"], indirect=True)
 def test_the_rules_loss_is_the_formula(example):
     module = small(example.SelfTaught(teaching=0.3)).local_modules[1]
     auxiliary = module.auxiliary
@@ -99,7 +100,7 @@ def test_the_rules_loss_is_the_formula(example):
     torch.testing.assert_close(module.local_loss(h, y), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("example", ["new_rule"], indirect=True)
+@pytest.mark.parametrize("example", ["rule"], indirect=True)
 def test_the_teacher_follows(example):
     net = small(example.SelfTaught(decay=0.75))
     teacher, student = net.auxiliary[0].teacher.head.linear, net.auxiliary[0].student.head.linear
@@ -110,7 +111,7 @@ def test_the_teacher_follows(example):
     torch.testing.assert_close(teacher.weight, 0.75 * before + 0.25 * student.weight)
 
 
-@pytest.mark.parametrize("example", ["new_rule"], indirect=True)
+@pytest.mark.parametrize("example", ["rule"], indirect=True)
 def test_costs_of_the_rule_follow(example):
     net = small(example.SelfTaught())
     encoders, students = (360 + 111 * 4) * 2 + (360 + 111 * 8), 2 * (40 + 10) + (80 + 10)
@@ -126,7 +127,7 @@ def test_costs_of_the_rule_follow(example):
     assert estimate_step(build).peak_bytes > 0
 
 
-@pytest.mark.parametrize("example", ["new_rule"], indirect=True)
+@pytest.mark.parametrize("example", ["rule"], indirect=True)
 def test_the_rules_options_and_its_place_as_a_head(example):
     assert [(o.name, o.kind, o.default) for o in example.SelfTaught.options()] == [
         ("decay", float, 0.99),
@@ -156,7 +157,7 @@ main(["train", "--help"])
 
 
 def test_a_registered_rule_reaches_the_command_line(tmp_path):
-    code = blocks("new_rule")[0]
+    code = blocks("rule")[0]
     (tmp_path / "registered.py").write_text(REGISTER.format(code=code))
     done = subprocess.run([sys.executable, tmp_path / "registered.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -166,7 +167,7 @@ def test_a_registered_rule_reaches_the_command_line(tmp_path):
 
 @pytest.mark.parametrize("option", ["scale_classifier", "average_momentum", "joint_tail", "sampling", "beta"])
 def test_a_rules_options_stand_in_its_own_file(option):
-    package = DOCS.parent / "auglocal_ext"
+    package = ROOT / "auglocal_ext"
     files = {
         p.relative_to(package).as_posix() for p in package.rglob("*.py") if re.search(rf"\b{option}\b", p.read_text())
     }
@@ -174,7 +175,7 @@ def test_a_rules_options_stand_in_its_own_file(option):
     assert len(rules) == 1 and len(files - {"training/mixing.py"}) <= 2, files  # sampling is a part's name too
 
 
-@pytest.mark.parametrize("example", ["new_term"], indirect=True)
+@pytest.mark.parametrize("example", ["term"], indirect=True)
 def test_the_term_is_the_formula(example):
     module = small(example.Decorrelated(weight=0.3)).local_modules[1]
     h, (_, y) = torch.randn(8, 4, 16, 16), batch()
@@ -187,7 +188,7 @@ def test_the_term_is_the_formula(example):
     torch.testing.assert_close(module.local_loss(h, y), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("example", ["new_term"], indirect=True)
+@pytest.mark.parametrize("example", ["term"], indirect=True)
 def test_the_term_recomputes_to_the_same_numbers(example):
     nets = [small(example.Decorrelated()) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
@@ -199,7 +200,7 @@ def test_the_term_recomputes_to_the_same_numbers(example):
         assert torch.equal(ours.grad, theirs.grad)
 
 
-@pytest.mark.parametrize("example", ["new_task"], indirect=True)
+@pytest.mark.parametrize("example", ["task"], indirect=True)
 def test_the_task_is_the_formula_and_learns(example):
     task = example.Ordinal(5)
     output, y = torch.randn(6, 4).double(), torch.tensor([0, 1, 2, 3, 4, 2])
@@ -231,3 +232,33 @@ def test_the_task_is_the_formula_and_learns(example):
     x = torch.randn(6, 3, 16, 16)
     found = [step(x, y).loss for _ in range(12)]
     assert found[-1] < found[0] and twin(x, y).module_counts.dtype == torch.int64
+
+
+OP = """
+import sys, types
+from auglocal_ext import ops
+reference = types.ModuleType("auglocal_ext.ops.reference.squared_relu")
+sys.modules[reference.__name__] = reference
+exec({reference!r}, reference.__dict__)
+names = {{}}
+exec({op!r}, names)
+exec({use!r}, names)
+torch, x, y = names["torch"], names["x"], names["y"]
+assert torch.equal(y, x.relu().square()) and torch.equal(x.grad, 2 * x.relu())
+half = torch.randn(3, 5).half()
+assert names["squared_relu"](half, provider="reference").dtype == torch.float16
+try:
+    names["squared_relu"](torch.arange(3))
+except TypeError as error:
+    assert "got torch.int64" in str(error)
+else:
+    raise AssertionError("integers were taken")
+"""
+
+
+def test_the_op_runs():
+    # In a process of its own: what is registered with torch cannot be taken back.
+    reference, op, use = blocks("op")
+    code = OP.format(reference=reference, op=op, use=use)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
