@@ -1,4 +1,8 @@
-"""What the layers of a network put out, one at a time."""
+"""What the layers of a network put out, one at a time.
+
+``layer_outputs`` is a generator. Each layer's output is used before the next layer runs, so memory does not grow with
+depth. All analyses accumulate sums over batches, so it does not grow with the data either.
+"""
 
 from __future__ import annotations
 

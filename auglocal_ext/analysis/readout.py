@@ -1,4 +1,10 @@
-"""Small networks trained on the frozen outputs of a network's layers, all layers in one pass over the data."""
+"""Small networks trained on the frozen outputs of a network's layers, all layers in one pass over the data.
+
+Linear probes, decoders and strong classifiers are all readouts: a small network with its own optimizer. Each steps
+before the next layer runs, which is local learning again, so a result does not depend on which other readouts there
+are. Inputs are standardised, and decoders have no BatchNorm inside: a collapsed layer puts out the same for all
+images and has no variance to divide by.
+"""
 
 from __future__ import annotations
 

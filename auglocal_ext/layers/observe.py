@@ -1,4 +1,12 @@
-"""Modules run one after another on an example, and what their parts tell of the axes of what they hand on."""
+"""Modules run one after another on an example, and which axis of their outputs holds the channels.
+
+Some layers tell an axis: convolutions, BatchNorm and pooling use axis 1; linear layers, LayerNorm and attention use
+the last. Hooks on them record which layer made or took the very tensor that passes between two children. Identity
+decides, even where C = H = W. Where no such layer touches the tensor, as with the sum at the end of a block, layers
+inside that made a tensor of the same shape decide, unless axes were permuted since and the sizes do not show which is
+which. The axes of the input are those of the first such layer, if nothing was permuted before it. If layers disagree,
+or none tells, the axis is unknown; a rule that needs it then raises and names ``layout=`` as the remedy.
+"""
 
 from __future__ import annotations
 

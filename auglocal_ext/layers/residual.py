@@ -1,4 +1,11 @@
-"""Residual blocks known by what they compute, whatever their class and their parts are called."""
+"""Residual blocks recognised by what they compute, whatever their class and parts are called.
+
+While a network runs on an example, a dispatch mode records which operators made a block's output, as an expression.
+The block is a basic one or a bottleneck if that expression is ``relu(bn(conv(relu(bn(conv(x))))) + shortcut(x))`` or
+its form with three convolutions. The shortcut is x, at most one convolution of x, or x with its sizes made to fit.
+Class names do not matter, functional activations are recognised, and tensors without data are enough. A part that
+does nothing in eval mode only (dropout, stochastic depth) makes it another form, because it acts in training.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,25 @@
-"""The training pass: forward, local loss, gradients and release, local module by local module."""
+"""The training pass: forward, local loss, gradients and release, local module by local module.
+
+Each module runs forward and loss, then ``torch.autograd.grad``. Its finished gradients are kept, its graph is
+dropped, and its detached output goes to the next module.
+
+- **Gradients leave through one autograd node.** ``out.loss`` is the output of a ``Function`` whose inputs are the
+  parameters. Its backward multiplies the finished gradients in place by the incoming gradient (one ``foreach`` call,
+  no host read) and returns them. ``AccumulateGrad`` therefore runs once per parameter, after the pass: DDP reduces
+  each gradient once; accumulation, scaling and post-accumulate hooks work; nothing is copied. A second ``backward()``
+  finds the node empty and raises.
+- **Tensor hooks on parameters run once.** ``autograd.grad`` would run them inside the pass, and the node would run
+  them again, so they are held back inside.
+- **fp16.** With ``grad_scaler=`` the inner backward starts from the loss scale, and the node divides by it again. So
+  ``scaler.scale(out.loss).backward()`` is exact for any scale, and nothing underflows in between.
+- **Autocast's weight cache is off inside the pass.** It would keep the low-precision copies of all modules' weights
+  alive until the end.
+- **Context is added out of place.** An earlier input is released once no later module needs it.
+- **Targets are checked before any work**: at once on the CPU. On CUDA the number of invalid ones is copied to pinned
+  host memory and reported by a later call, so the pass never synchronises.
+- **The last module keeps the network's own classifier and torch's loss**, so one module (K = 1) is backpropagation,
+  to the bit when not fused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,15 @@
-"""Memory of one training step: predicted under fake tensors, or measured on a CUDA device."""
+"""Memory of one training step: predicted under fake tensors, or measured on a CUDA device.
+
+A prediction runs two steps and reports the second, when the optimizer's momentum exists, as ``max_memory_allocated``
+does after a warm-up. The fake device is the CPU, because backward on fake CUDA tensors fails without a GPU. On a GPU
+``measure_step`` adds allocated, reserved and driver bytes of the same step.
+
+Known figures check the prediction (batch 1024, ResNet-32 and ResNet-110): backpropagation takes 2.58 and 8.70 GB.
+AugLocal with d = 6, run as the released loop (over ``net.local_modules``, torch's pooling in the heads,
+``fused=False``), takes 1.12 and 1.21 GB. ``net(x, y)`` is 1 to 3 % below, because the feature gradient of a pooled
+head is (N, C) and never a map. Fused it is 0.89 and 0.97 GB (0.46 and 0.55 under bf16 autocast): the raw convolution
+outputs and the inputs of the blocks.
+"""
 
 from __future__ import annotations
 

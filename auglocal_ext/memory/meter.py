@@ -1,4 +1,9 @@
-"""Live bytes of tensor storage, counted operator by operator, on any device and without one."""
+"""Live bytes of tensor storage, counted operator by operator, on any device and without one.
+
+The meter is a dispatch mode that holds storages by weak reference and counts each once, rounded up to the allocator's
+512 bytes. When a storage dies, its bytes are subtracted. Under fake tensors this predicts a step's peak without a GPU
+and without the memory.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,23 @@
-"""The compiled libraries: where they are, whether they load, and why not."""
+"""The compiled libraries: where they are, whether they load, and why not.
+
+``setup.py`` builds two libraries, ``cpu`` and ``cuda``, on the LibTorch stable ABI (target 2.11) with abi3. One built
+against an old torch loads in every newer one. Each has its own ``BuildExtension``, so one failure leaves the other
+alone; the compiler's message is recorded in the generated ``_build_info.py``.
+
+- **The CUDA toolkit** is found by asking ``nvcc --dryrun`` for its root, because the ``nvcc`` on PATH may be a
+  wrapper elsewhere. torch's check that its CUDA version equals nvcc's is skipped: with the stable ABI there is
+  nothing to match.
+- **Only ``libtorch.so`` is linked**, which CPU builds of torch have too. cudart is linked statically, so no
+  ``libcudart.so.N`` is needed. A driver too old for it is detected before the first launch and becomes the reason why
+  ``cuda`` is missing. So does a GPU that no recorded target fits, machine code or PTX. A GPU is asked at its first
+  tensor and never on import, where a process that will fork must not touch CUDA.
+- **A library fits these Python files only if the version and the hash of ``csrc`` agree.** In the repository's root
+  the source folder shadows an installed package. It uses the installed libraries where they fit and otherwise asks
+  for ``pip install .``.
+- **No pybind11.** Host C++ never handles Python objects: build information is a generated Python file, device queries
+  and deferred errors are torch's own, and the one C call goes through ctypes. The libraries contain no Python symbol
+  and load in every Python.
+"""
 
 from __future__ import annotations
 

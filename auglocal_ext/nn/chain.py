@@ -1,4 +1,23 @@
-"""Runs of layers in which a BatchNorm, its activation and the convolution or max pooling after it are one node."""
+"""Runs of layers in which a BatchNorm, its activation and the convolution or max pooling after it are one node.
+
+``norm_act_conv`` is one autograd node for ``conv(act(bn(x) + residual))`` that stores the raw x and per-channel
+vectors. Forward makes the normalised map, runs the library's convolution on it and drops it. Backward makes it again,
+asks the library for the convolution's gradients, drops it, and ends with one reduction and one input-gradient pass.
+``norm_shortcut_act`` ends a block whose shortcut has its own convolution and BatchNorm. A block therefore stores its
+input and its raw convolution outputs: one tensor per convolution.
+
+- **A chain runs through containers.** The layers of nested ``nn.Sequential`` are flattened, unless a container has
+  hooks or its own forward. A stack of ``conv, bn, relu`` blocks then also stores one tensor per convolution.
+  ``LocalModule`` runs its layers the same way.
+- **The host's work is limited.** A unit of convolution, BatchNorm and ReLU takes at most 24 calls of this package's
+  Python functions, forward and backward (``tests/nn/test_host_work.py``). The provider is chosen once for each
+  device, dtype and value of ``AUGLOCAL_PROVIDER``, which is read once per run of units; backward uses that of
+  forward. The nodes replace the autograd of ``batch_norm_act``, which torch also builds for tracers.
+  ``num_batches_tracked`` is counted inside ``batch_norm_factors_``, so it costs no launch and is right at any time.
+- **Casts under autocast are made inside the node.** Autocast's weight cache would keep a cast that was made without a
+  graph. A weight is cast once and the cast is kept from forward to backward: two bytes per parameter of the local
+  module that runs, where its maps are megabytes.
+"""
 
 from __future__ import annotations
 

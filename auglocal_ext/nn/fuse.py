@@ -1,4 +1,10 @@
-"""``fuse``: the same network with its normalisations run by the fused ops, and the way back."""
+"""``fuse``: the same network with its normalisations run by the fused ops, and the way back.
+
+``fuse`` changes classes and nothing else. ``FusedBasicBlock`` is a ``BasicBlock`` with another forward, and
+``FusedSequential`` an ``nn.Sequential`` with another forward; both can be imported by name. So state dicts, hooks,
+deepcopy and pickle need no special handling, and ``unfuse`` has only the class to restore. ``models/fused.py``
+registers the blocks of this package; those of torchvision are registered when ``fuse`` meets one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Run a module keeping only its inputs: the rest is computed again when backward needs it."""
+"""Run a module keeping only its inputs: the rest is computed again when backward needs it.
+
+This is ``torch.utils.checkpoint`` whose second run works on copies of the buffers, so that BatchNorm's running
+statistics are updated once. It applies to one auxiliary block, loss term, copied block (MAN) or layer at a time.
+"""
 
 from __future__ import annotations
 

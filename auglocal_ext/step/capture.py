@@ -1,6 +1,14 @@
-"""Recording a CUDA graph: the stream it is recorded on, what it may not do, and the way back from one that broke off.
+"""Recording a CUDA graph: its stream, what is forbidden meanwhile, and the recovery from a capture that failed.
 
-Whatever a step needs of torch's private functions stands here.
+All private functions of torch that a step needs are used here.
+
+``torch.cuda.graph`` restores nothing when CUDA has invalidated the capture. Stream, allocator and, in torch 2.11, the
+generator are restored by hand, so that a failed capture leaves no trace. Garbage is not collected during a capture,
+because destroying an old graph would invalidate it.
+
+Warm-up and capture share a stream, one per step and device. cuBLAS's workspaces are cleared before and after, so that
+those of the graph lie in its own pool: torch frees the workspaces of a stream when any of its graphs is destroyed,
+while other graphs still write to them.
 """
 
 from __future__ import annotations

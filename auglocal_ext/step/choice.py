@@ -1,4 +1,12 @@
-"""The choice of recomputation per local module, exact, from what each module costs under each choice."""
+"""The choice of recomputation per local module, exact, from what each module costs under each choice.
+
+The peak of a mixture is the largest of its modules' peaks. So the lowest possible peak is the largest of the modules'
+lowest ones, and each module takes the fewest recomputed FLOPs that stay within it, or within the budget.
+
+With overlap the figure is what is alive outside modules, plus the largest even module, plus the largest odd one: two
+streams do not share freed memory. A module's input lies in the other stream's memory and stays there until its last
+reader has passed. Every limit for the even modules is tried with what it leaves to the odd ones.
+"""
 
 from __future__ import annotations
 

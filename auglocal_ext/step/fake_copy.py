@@ -1,4 +1,7 @@
-"""A copy of a network without its data: fake CPU tensors of the same shapes, on which a step can be tried out."""
+"""A copy of a network without its data: fake CPU tensors of the same shapes, on which a step can be tried out.
+
+It is a deepcopy with a memo that maps every parameter and buffer to a fake tensor of the same form.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,20 @@
-"""Whole training steps as CUDA graphs: captured after some steps, replayed with one launch."""
+"""Whole training steps as CUDA graphs: captured after some steps, replayed with one launch.
+
+A graph belongs to a form and a state. The form is the shape of the batch. It must be seen several times in a row, or
+twice if it is the smaller last batch of an epoch, whose graph shares the memory of the first. The state is everything
+that Python would have decided anew: options of the optimizer, training flags, addresses. It is read before every
+replay, without bytecode per parameter (``built_in.py``). When it changes, the graphs are dropped; after eight
+captures the step stays eager.
+
+The learning rate is a tensor that the graph reads. Batches are copied in and results out, so nothing that a caller
+keeps is overwritten. Invalid targets are counted in the graph; the total goes to pinned memory, where a later call
+reads it.
+
+What cannot be captured is found before the capture. The last eager steps run with torch's warnings of
+synchronisations on, which name the layer and the line. The optimizer also steps copies of a few parameters with its
+learning rates as tensors. That shows whether it reads them on the host, or counts its steps there, which a graph
+would freeze.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""One ``torch.optim`` optimizer, stepped for the parameters of one local module at a time."""
+"""One ``torch.optim`` optimizer, stepped for the parameters of one local module at a time.
+
+The user's factory makes one ordinary optimizer over all parameters. What steps are views of it: objects of the same
+class that share its state and options and hold the parameters of one module. Schedulers, parameter groups and
+``state_dict`` therefore need no adapter, and checkpoints are those of a plain loop. On CUDA the groups use torch's
+fused and capturable forms.
+"""
 
 from __future__ import annotations
 

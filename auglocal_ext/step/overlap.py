@@ -1,4 +1,9 @@
-"""Backward of one local module beside the forward of the next, on two CUDA streams."""
+"""Backward of one local module beside the forward of the next, on two CUDA streams.
+
+Modules alternate between the streams. Module k + 1 starts when the event of module k's output is reached, while the
+head, backward and optimizer of module k still run. The caching allocator of one stream knows nothing about the other,
+so a module's input is kept until both streams have passed its readers.
+"""
 
 from __future__ import annotations
 

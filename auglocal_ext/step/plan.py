@@ -1,4 +1,13 @@
-"""Which local modules recompute, and whether two overlap, so that a step's memory is least or fits a budget."""
+"""Which local modules recompute, and whether two overlap, so that a step's memory is least or fits a budget.
+
+The plan runs the step itself, optimizer included, on a copy of the network without data (``fake_copy.py``), once for
+each way of recomputation. Three runs are enough for every mixture, because local modules are isolated: the bytes that
+one module adds do not depend on how others recompute. ``choice.py`` then chooses exactly.
+
+Not included: library workspaces, a captured step's copy of the batch, and the loss scaler. The optimizer runs as
+torch's for-loop, which has temporaries of one parameter, and autocast casts what it casts on a CPU. On real CPU
+tensors the meter reads the predicted figure to the byte.
+"""
 
 from __future__ import annotations
 

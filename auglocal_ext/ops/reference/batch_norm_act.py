@@ -1,7 +1,27 @@
 """Batch normalisation, residual and activation in plain PyTorch: statistics, forward, and backward in two steps.
 
-Every sum and per-channel tensor is float32 (float64 for a double x). ``slope`` is that of the activation left of zero:
-1 no activation, 0 ReLU, anything else leaky ReLU.
+Every sum and per-channel tensor is float32 (float64 for a double x). ``slope`` is that of the activation left of
+zero: 1 no activation, 0 ReLU, anything else leaky ReLU.
+
+What every provider does:
+
+- **The passes are ops of their own**, without autograd. ``batch_norm_act`` is one autograd node over them; a
+  convolution unit runs library convolutions between them.
+- **Only the raw input and per-channel vectors are stored**, and a reference to the residual where the activation's
+  mask needs it. Backward makes the normalised value with the function that forward used, so both see the same mask.
+  Without an activation the residual's gradient is the incoming one itself.
+- **Statistics are sums of differences**: each thread's to a value it met, and all to one origin of the channel,
+  merged as count, mean and squared deviations. A mean of 1e4 beside unit variance, or one value of 1e4 among small
+  ones, costs no digits.
+- **All passes walk a map in the same way.** A thread keeps its channels, so their factors stay in registers, and
+  nothing is divided per element. The number of partial sums depends on the shape alone, never on the GPU, and so do
+  the bits of a result. In CUDA, channels-last maps without gaps have kernels of their own
+  (``csrc/cuda/batch_norm_act_rows.h``), compiled per activation and residual, with several vectors in flight.
+- **In CUDA the last block of a tile of channels makes the result** (``csrc/cuda/channel_sums.h``), which saves a
+  second launch. Blocks draw tickets from counters that end at zero again. The last block, whichever it is, merges all
+  partial sums in the order of their place, in groups if they are many. Counters belong to a stream, and in a capture
+  to one of its streams (``csrc/cuda/tickets.h``), so a graph can be replayed beside other work on that stream.
+- **A gradient that is equal at all positions** (stride 0, as a pooled head's) is read without being expanded.
 """
 
 from __future__ import annotations

@@ -1,7 +1,18 @@
 """Batch normalisation, activation and max pooling in plain PyTorch; what stays of the maxima is a byte each.
 
-Every sum and per-channel tensor is float32 (float64 for a double x). ``slope`` is that of the activation left of zero:
-1 no activation, 0 ReLU, anything else leaky ReLU. ``window`` is kernel, stride and padding, each height and width.
+Every sum and per-channel tensor is float32 (float64 for a double x). ``slope`` is that of the activation left of
+zero: 1 no activation, 0 ReLU, anything else leaky ReLU. ``window`` is kernel, stride and padding, each height and
+width.
+
+What every provider does (statistics are those of ``batch_norm_act``; the Triton kernels of both share
+``triton/channelwise.py``):
+
+- **A byte per maximum** is stored beside the raw input: its place in the window, which has at most 16x16 elements. So
+  neither the normalised map nor int64 indices exist.
+- **Values are compared in the map's precision**, so ties fall as in ``F.max_pool2d`` of the activated map, and the
+  result is equal to the bit.
+- **Backward gathers.** Each element of x adds up the gradients of the few windows around it whose byte names it, in a
+  fixed order and without atomics. The channel sums run over the pooled map and read only the named elements.
 """
 
 from __future__ import annotations

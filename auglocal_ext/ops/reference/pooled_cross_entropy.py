@@ -1,4 +1,11 @@
-"""Global average pool, linear layer and cross-entropy in plain PyTorch, the gradient made in the forward pass."""
+"""Global average pool, linear layer and cross-entropy in plain PyTorch, the gradient made in the forward pass.
+
+What every provider does: backward only scales the gradients. They stay in float32 (float64 for double) until then and
+are rounded to the inputs' dtypes afterwards, so float16 does not underflow. Sums take the place of means: 1 / P goes
+into the logits and into their gradient, so one scaled gradient of the logits serves x, weight and bias. The gradient
+of x has (N, C) elements and is expanded over the positions. Matrix products are ``aten::matmul``, so TF32 follows the
+user's setting and large class counts get a tuned GEMM.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,16 @@
-"""Similarity matching in plain PyTorch, the gradient made in the forward pass as far as it is (N, C)."""
+"""Similarity matching in plain PyTorch, the gradient made in the forward pass as far as it is (N, C).
+
+What every provider does:
+
+- **Two passes over the map.** Forward makes the mean and deviation of each (n, c), as sums of differences. Backward
+  makes dz = (z - mean) factor grad_loss, an op of its own (``similarity_loss_input_grad``). The map is stored by
+  reference, with two (N, C) tensors; for vectors (N, C) only their gradient is stored.
+- **No (N, N) tensor exists, only a block of its rows.** The library multiplies a block of unit rows by all rows, one
+  kernel replaces similarities by differences, and the library multiplies again. By symmetry that product is half of
+  the gradient, so the transposed one is never made.
+- **The similarities of labels are two numbers**, 1 and -1/(K - 1) (0 for K = 1), so no matrix is made of them. Rows
+  that do not count are zero before the first product, so a NaN in an ignored image goes nowhere.
+"""
 
 from __future__ import annotations
 

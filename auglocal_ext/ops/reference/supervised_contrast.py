@@ -1,5 +1,15 @@
-"""Supervised contrast in plain PyTorch, some rows of the matrix of pairs at a time, the gradient made in the forward
-pass."""
+"""Supervised contrast in plain PyTorch, some rows of the matrix of pairs at a time, the gradient made in forward.
+
+What every provider does:
+
+- **256 rows of the matrix of pairs exist at a time**, whatever the device. The library makes the products, one kernel
+  replaces a row of them by the loss's gradient G, and the library multiplies it by the features: G z for the rows of
+  the block and G^T z for all.
+- **The number of anchors is divided out last.** Everything is linear in it, so it goes into the last pass, through
+  the normalisation, and no pass over the pairs is spent on counting.
+- **Only the gradient of the features is stored**, (N, D) in float32. ``MemoryMeter`` does not see the block of pairs,
+  which the op allocates and frees inside.
+"""
 
 from __future__ import annotations
 
