@@ -13,9 +13,17 @@ from .deferred import check_values
 def check_labels(target: Tensor, num_classes: int, ignore_index: int = -100) -> None:
     """Raise unless every label is in [0, num_classes) or equals ``ignore_index``.
 
-    target (N,) int64. A wrong dtype raises TypeError and a wrong shape ValueError, at once and everywhere. Values are
-    checked at once on the CPU: ValueError names the first bad label and its index. On CUDA their count reaches the host
-    later, see :func:`auglocal_ext.ops.deferred.check_values`.
+    Dtype and shape are checked at once and everywhere. Values are checked at once on the CPU. On CUDA their count
+    reaches the host later, see :func:`auglocal_ext.ops.raise_deferred_errors`.
+
+    Args:
+        target: labels ``(N,)``, int64.
+        num_classes: K.
+        ignore_index: label that is valid too.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape, or with the first bad label and its index.
     """
     check_form(target)
     check_values(

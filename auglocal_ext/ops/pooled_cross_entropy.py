@@ -14,7 +14,13 @@ NAME = "pooled_cross_entropy"
 
 
 class PooledCrossEntropy(NamedTuple):
-    """What :func:`pooled_cross_entropy` returns; only the loss is differentiable."""
+    """What :func:`pooled_cross_entropy` returns; only the loss is differentiable.
+
+    Attributes:
+        loss: scalar, float32 (float64 for a double x).
+        logits: ``(N, K)``, in the dtype of the loss.
+        correct: number of top-1 hits, int64 scalar.
+    """
 
     loss: Tensor
     logits: Tensor
@@ -35,22 +41,31 @@ def pooled_cross_entropy(
 ) -> PooledCrossEntropy:
     """loss = cross_entropy(mean over positions(x) W^T + b, target), its gradients made in the same pass.
 
-    x (N, C) or (N, C, *positions) in float16, bfloat16, float32 or float64, any strides; weight (K, C); bias (K,)
-    or None; target (N,) int64; reduction "mean" (over the labels that count) or "sum". Returns the loss (scalar),
-    the logits (N, K), and the number of top-1 hits among the labels other than ``ignore_index`` (int64 scalar).
-    Loss and logits are float32 (float64 for a double x), and sums are accumulated in that dtype; gradients have the
-    dtypes of the inputs.
+    Equal to ``F.cross_entropy(F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), weight, bias), target, ...)``, with two
+    differences in form. Backward only scales what the forward pass made, so the loss can be differentiated once. And
+    the gradient of x is an (N, C) tensor expanded over the positions. Under autocast x, weight and bias may differ in
+    dtype; they are used as they are, without rounding to autocast's dtype.
 
-    Equal to ``F.cross_entropy(F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), weight, bias), target, ...)``, with
-    two differences in form: backward only scales what the forward pass made, so the loss can be differentiated once,
-    and the gradient of x is an (N, C) tensor expanded over the positions. Under autocast x, weight and bias may
-    differ in dtype; they are used as they are, without a rounding to autocast's dtype.
+    Args:
+        x: ``(N, C)`` or ``(N, C, *positions)`` in float16, bfloat16, float32 or float64, any strides.
+        weight: ``(K, C)``.
+        bias: ``(K,)`` or None.
+        target: labels ``(N,)``, int64.
+        ignore_index: label that counts nowhere.
+        label_smoothing: in [0, 1], as in ``F.cross_entropy``.
+        reduction: ``"mean"`` (over the labels that count) or ``"sum"``.
+        provider: None (automatic) or ``"reference"``, ``"cpu"``, ``"cuda"``, ``"triton"``.
+        check_labels: False if the labels have been checked already; one outside [0, K) is then treated as ignored.
 
-    ``provider`` is None (automatic) or "reference", "cpu", "cuda", "triton". ``check_labels=False``: the labels have
-    been checked already, and one outside [0, K) is treated as ignored.
+    Returns:
+        The loss (scalar), the logits ``(N, K)``, and the number of top-1 hits among the labels that count (int64
+        scalar). Loss and logits are float32 (float64 for a double x), and sums are accumulated in that dtype; gradients
+        have the dtypes of the inputs.
 
-    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device, label or option, RuntimeError for a
-    provider that is not available.
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape, device, label or option.
+        RuntimeError: for a provider that is not available.
     """
     _check(x, weight, bias, target, label_smoothing, reduction)
     if check_labels:

@@ -18,19 +18,27 @@ def reconstruction_loss(
 ) -> Tensor:
     """loss = mean over all elements of BCE(sigmoid(logits), clamp(image std + mean, 0, 1)), scalar.
 
-    logits (N, C, H, W) in float16, bfloat16, float32 or float64 and image (N, C, H, W), the network's normalised
-    input, in any of them, each with strides of its own; mean and std (C,) in units of [0, 1]. The loss is float32
-    (float64 for double logits), and sums are accumulated in that dtype; the gradient has the logits' dtype and layout.
-
     Equal to ``F.binary_cross_entropy_with_logits(logits, (image * std + mean).clamp(0, 1))``, in one pass that makes
-    the gradient too. Held between forward and backward is sigmoid(logits) - target in the logits' dtype, and neither
-    the logits nor the restored image. The number of elements divides it in backward, in the loss's dtype, so that in
-    float16 what a loss scale lifts has not underflowed before. Differentiable once, and in the logits alone.
+    the gradient too. Between forward and backward sigmoid(logits) - target is stored, in the logits' dtype, and neither
+    the logits nor the restored image. Backward divides it by the number of elements in the dtype of the loss, so that
+    in float16 nothing underflows that a loss scale would have lifted. Differentiable once, with respect to the logits
+    only.
 
-    ``provider`` is None (automatic) or "reference", "cpu", "cuda", "triton".
+    Args:
+        logits: ``(N, C, H, W)`` in float16, bfloat16, float32 or float64, any strides.
+        image: ``(N, C, H, W)``, the network's normalised input, in any of these dtypes and with any strides.
+        mean: ``(C,)``, in units of [0, 1].
+        std: ``(C,)``, in units of [0, 1].
+        provider: None (automatic) or ``"reference"``, ``"cpu"``, ``"cuda"``, ``"triton"``.
 
-    Raises TypeError for a wrong dtype, ValueError for a wrong shape or device, RuntimeError for a provider that is not
-    available.
+    Returns:
+        The loss in float32 (float64 for double logits), in which sums are accumulated; the gradient has the dtype and
+        layout of the logits.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape or device.
+        RuntimeError: for a provider that is not available.
     """
     _check(logits, image, mean, std)
     op = registry.chosen(NAME, logits, provider)

@@ -25,23 +25,33 @@ def similarity_loss(
 ) -> Tensor:
     """loss = mean over pairs (i, j) of (S(std_p(z))_ij - S(onehot(y))_ij)^2, its gradient made in the same pass.
 
-    z (N, C, *positions) with at least two positions, or vectors (N, C), which stand for themselves instead of a std;
-    float16, bfloat16, float32 or float64, any strides; target (N,) int64, below ``num_classes`` = K. std_p is the
-    unbiased standard deviation over an image's positions and S the adjusted cosine similarity: rows centred, divided
-    by their length + 1e-8, multiplied, clamped to -1 .. 1. S(onehot(y)) is 1 within a class and -1/(K - 1) between two
-    (0 for K = 1). Images of the label ``ignore_index`` are in no pair, whatever their values; without any pair the
-    loss is NaN and its gradient 0. Returns the loss (scalar) in float32 (float64 for a double z), in which everything
-    is accumulated; the gradient has z's dtype, channels-last where z is.
+    std_p is the unbiased standard deviation over the positions of an image. S is the adjusted cosine similarity: rows
+    are centred, divided by their length + 1e-8, multiplied, and clamped to -1 .. 1. S(onehot(y)) is 1 within a class
+    and -1/(K - 1) between two classes (0 for K = 1). Images of the label ``ignore_index`` are in no pair, whatever
+    their values. Without any pair the loss is NaN and its gradient 0.
 
-    Between forward and backward z itself and two (N, C) tensors are held, for vectors one. Nothing (N, N) is: the
-    similarities are made some rows at a time. The loss can be differentiated once. Where a standard deviation is 0,
-    and has no derivative, the gradient is 0; the clamp passes none outside -1 .. 1. Under autocast z is used as it is.
+    Between forward and backward z itself and two (N, C) tensors are stored, for vectors one. No (N, N) tensor is: the
+    similarities are made some rows at a time. The loss can be differentiated once. Where a standard deviation is 0 and
+    has no derivative, the gradient is 0; no gradient passes the clamp outside -1 .. 1. Under autocast z is used as it
+    is.
 
-    ``provider`` is None (automatic) or "reference", "cpu", "cuda", "triton". ``check_labels=False``: the labels have
-    been checked already, and one outside [0, K) is treated as ignored.
+    Args:
+        z: ``(N, C, *positions)`` with at least two positions, or vectors ``(N, C)``, which are used in place of a std;
+            float16, bfloat16, float32 or float64, any strides.
+        target: labels ``(N,)``, int64, below ``num_classes``.
+        num_classes: K.
+        ignore_index: label that counts nowhere.
+        provider: None (automatic) or ``"reference"``, ``"cpu"``, ``"cuda"``, ``"triton"``.
+        check_labels: False if the labels have been checked already; one outside [0, K) is then treated as ignored.
 
-    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device, label or number of classes, RuntimeError
-    for a provider that is not available.
+    Returns:
+        The loss, a scalar in float32 (float64 for a double z), in which everything is accumulated; the gradient has z's
+        dtype and is channels-last where z is.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape, device, label or number of classes.
+        RuntimeError: for a provider that is not available.
 
     Source: Noekland and Eidnes, Training Neural Networks with Local Error Signals, ICML 2019, section 2.2.
     """

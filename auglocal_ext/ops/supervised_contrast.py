@@ -21,21 +21,30 @@ def supervised_contrast(
     *,
     provider: str | None = None,
 ) -> Tensor:
-    """``mean_i mean_{p in P(i)} -log(exp(z_i z_p / t) / sum_{a != i} exp(z_i z_a / t))``, its gradient made in the
-    same pass.
+    """``mean_i mean_{p in P(i)} -log(exp(z_i z_p / t) / sum_{a != i} exp(z_i z_a / t))``, its gradient made with it.
 
-    z are the rows of ``features`` ``(N, D)``, divided by their norms (at least 1e-12); P(i) the other images of i's
-    class. Images without such, and those of the ignored label, are no anchors, and the latter stand in no sum; without
-    any anchor the loss is 0. features in float16, bfloat16, float32 or float64, any strides; target (N,) int64, any
-    numbers. The loss is a float32 scalar (float64 for double features), sums are accumulated in that dtype, and the
-    gradient has the dtype of the features. Autocast changes nothing of this.
+    z are the rows of ``features``, divided by their norms (at least 1e-12). P(i) are the other images of i's class. An
+    image without such others is no anchor. Nor is one of the ignored label, which is in no sum either. Without any
+    anchor the loss is 0.
 
-    The matrix of all pairs never exists: at most 256 of its rows do, and (N, D) numbers are kept for backward, which
-    only scales what the forward pass made, so the loss can be differentiated once. ``provider`` is None (automatic) or
-    "reference", "cpu", "cuda", "triton".
+    The matrix of all pairs never exists: at most 256 of its rows do. (N, D) numbers are stored for backward, which only
+    scales what the forward pass made, so the loss can be differentiated once. Autocast changes nothing.
 
-    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or temperature, RuntimeError for a provider
-    that is not available.
+    Args:
+        features: ``(N, D)`` in float16, bfloat16, float32 or float64, any strides.
+        target: labels ``(N,)``, int64, any numbers.
+        temperature: t.
+        ignore_index: label that counts nowhere.
+        provider: None (automatic) or ``"reference"``, ``"cpu"``, ``"cuda"``, ``"triton"``.
+
+    Returns:
+        The loss, a scalar in float32 (float64 for double features), in which sums are accumulated; the gradient has the
+        dtype of the features.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape, device or temperature.
+        RuntimeError: for a provider that is not available.
 
     Source: Khosla et al., Supervised Contrastive Learning, NeurIPS 2020, eq. 2, one view per image.
     """
