@@ -33,8 +33,8 @@ def count_parameters(module: nn.Module, *, inference: bool = False) -> int:
 def count_macs(module: nn.Module, input_shape: Sequence[int]) -> int:
     """Multiply-accumulates of the convolution and linear layers in one forward pass, per image.
 
-    A layer counts as often as it is called: k*k*(C_in/groups)*C_out per output position of a convolution,
-    in_features*out_features per row of a linear layer (anything with ``in_features`` and ``out_features``).
+    A layer counts as often as it is called: ``k * k * (C_in / groups) * C_out`` per output position of a convolution,
+    ``in_features * out_features`` per row of a linear layer (anything with these two attributes).
     Biases, normalisation, activation and pooling are not counted. The pass runs in eval mode on fake tensors:
     no memory, no change to the module.
 
@@ -124,7 +124,7 @@ def count_flops(function: Callable[[], Any]) -> int:
 
 
 class FlopMeter(TorchDispatchMode):
-    """Counts as :func:`count_flops` while it is active, and tells the count at any time.
+    """Counts as :func:`count_flops` does while it is active; the count can be read at any time.
 
     Attributes:
         flops: so far.

@@ -48,24 +48,24 @@ class LocalSequential(nn.Module):
             (normalisations, PReLU) join the layer before them; the last child with other parameters is the classifier
             and joins the last layer.
         rule: the learning rule, for example :class:`auglocal_ext.AugLocal` or :class:`auglocal_ext.ContSup`.
-        num_classes: short for ``task=Classification(num_classes)``, of which ``label_smoothing`` and ``ignore_index``
-            are said here.
+        num_classes: short for ``task=Classification(num_classes)``; ``label_smoothing`` and ``ignore_index`` below are
+            arguments of that task.
         input_shape: shape of one input, ``(channels, height, width)`` or ``(features,)``.
-        modules: None for one local module per layer (AugLocal joins its tail, see there); K for K contiguous
+        modules: None for one local module per layer (AugLocal joins its last layers, see there); K for K contiguous
             modules of equal counts; explicit cut points (index of the last layer of each module but the last); or
             :class:`auglocal_ext.Balanced` for K modules of balanced memory. One module is ordinary
             backpropagation.
         task: what is learned (:mod:`auglocal_ext.tasks`): :class:`auglocal_ext.Classification`,
-            :class:`auglocal_ext.Binary`, :class:`auglocal_ext.MultiLabel`, :class:`auglocal_ext.Regression`, or one's
+            :class:`auglocal_ext.Binary`, :class:`auglocal_ext.MultiLabel`, :class:`auglocal_ext.Regression`, or your
             own.
         criterion: with ``outputs``, short for ``task=Criterion(criterion, outputs)``: any
             ``criterion(output, target) -> scalar``.
-        outputs: numbers that the network, and so every head, puts out per sample.
-        example_input: an input ``(1, *input_shape)`` in place of ``input_shape``, such as integer tokens ``(1, T)``;
-            more than one are taken for a batch of which the first counts.
+        outputs: outputs of the network, and of every head, per sample.
+        example_input: an input ``(1, *input_shape)`` in place of ``input_shape``, such as integer tokens ``(1, T)``; of
+            a batch the first one is used.
         layout: how the layers' outputs are laid out where they have positions: ``"channels_first"``,
             ``"channels_last"`` (tokens ``(T, C)`` too), or ``"class_token"``: tokens of which heads read the first. One
-            for all layers, or one (or None) for each. None: as the layers tell.
+            for all layers, or one (or None) for each. None: inferred from the types of the layers.
         label_smoothing: of every local cross-entropy, in [0, 1].
         ignore_index: label that counts nowhere.
         recompute: what keeps only its input and runs a second time for its backward: ``"none"``, the blocks of the
@@ -79,13 +79,13 @@ class LocalSequential(nn.Module):
         primary: the ``layers`` object itself, with its own state-dict keys under ``primary.``.
         auxiliary: auxiliary networks of modules 0 .. K-2, keys under ``auxiliary.``.
         context: context encoders of modules 1 .. K-1 where the rule has them, keys under ``context.``.
-        network: what the rule saw: layers with kinds, features and widths, the task, and module ends.
+        network: what the rule was given: layers with kinds, features and widths, the task, and module ends.
         task: what is learned.
 
     Raises:
         TypeError: if ``layers`` is no ``nn.Sequential``, ``rule`` no rule or ``task`` no task.
         ValueError: if the network does not fit its input or the task, if it cannot be cut as asked, if the rule cannot
-            make an auxiliary network for it, or if a part of that cannot honour what is asked of it.
+            make an auxiliary network for it, or if a part cannot honour a setting.
         RuntimeError: for layers whose parameters are sharded over processes.
     """
 
@@ -215,7 +215,7 @@ class LocalSequential(nn.Module):
 
     @property
     def local_modules(self) -> tuple[LocalModule, ...]:
-        """The local modules in order, for a training loop of one's own (:class:`auglocal_ext.LocalModule`)."""
+        """The local modules in order, for a training loop of your own (:class:`auglocal_ext.LocalModule`)."""
         children = list(self.primary)
         contexts = [
             cast("ContextSupply", self.context[str(k)]) if str(k) in self.context else None
@@ -250,8 +250,9 @@ class LocalSequential(nn.Module):
         """Output of the primary network, or with targets one training pass over the local modules.
 
         Args:
-            x: inputs ``(N, *input_shape)``, floating point; integers if the network was wrapped for such.
-            y: targets of the network's task: of a classification class indices ``(N,)``, int64, or class probabilities
+            x: inputs ``(N, *input_shape)``, floating point, or integers if the network was wrapped with an integer
+                example.
+            y: targets of the network's task; for classification class indices ``(N,)``, int64, or class probabilities
                 ``(N, num_classes)``. None: inference, in training or eval mode.
             grad_scaler: for fp16: its scale is handed to the inner backward so that nothing underflows. Use it
                 with ``grad_scaler.scale(out.loss).backward()`` as usual.
@@ -262,7 +263,7 @@ class LocalSequential(nn.Module):
             ``torch.no_grad`` the losses alone, without gradients.
 
         Raises:
-            TypeError: if ``x`` or ``y`` is of a dtype that is not known.
+            TypeError: if ``x`` or ``y`` has an unsupported dtype.
             ValueError: if a shape is wrong, the batch is empty, a target is not valid (on CUDA raised by a later
                 call, without a synchronisation; such labels count as ignored), ``x`` requires a gradient, or
                 a BatchNorm layer would see a single value per channel.
@@ -375,7 +376,7 @@ class LocalSequential(nn.Module):
 
     @property
     def recompute(self) -> tuple[Recompute, ...]:
-        """What each local module runs a second time; may be set to one choice, or to one for each module."""
+        """What each local module recomputes in backward; may be set to one choice, or to one per module."""
         return self._recompute
 
     @recompute.setter
@@ -388,7 +389,7 @@ class LocalSequential(nn.Module):
 
     @property
     def recompute_ways(self) -> tuple[tuple[Recompute, ...], ...]:
-        """What :attr:`recompute` may be of each local module: ``"none"`` alone where a part cannot recompute."""
+        """Allowed values of :attr:`recompute` for each local module: only ``"none"`` if a part cannot recompute."""
         able = [can_recompute(auxiliary) for auxiliary in self.auxiliary]
         return tuple(RECOMPUTE if each else ("none",) for each in (*able, True))
 

@@ -83,8 +83,8 @@ CONTSUP_BALANCED: dict[tuple[int, int], tuple[int, ...]] = {
 class Balanced:
     """``modules=Balanced(K)``: K local modules cut so that the largest module's saved activations are smallest.
 
-    The bytes that autograd saves for each layer, head and context encoder are counted on a batch of two, the example
-    twice, when the wrapper is built; a module's cost is the sum over its layers, its head and its context.
+    The bytes that autograd saves for each layer, head and context encoder are counted when the wrapper is built, on a
+    batch of the example twice; a module's cost is the sum over its layers, its head and its context.
     """
 
     modules: int
@@ -100,6 +100,8 @@ def balance(
     """Ends of the contiguous partition with the smallest maximum module cost (dynamic programme, O(K L^2)).
 
     Args:
+        num_layers: L.
+        num_modules: K.
         cost: bytes of each layer, length L.
         head_cost: bytes of the auxiliary network of a module that ends in layer i (0 for the last layer).
         context_cost: bytes of the context encoders of a module that starts with layer i (0 for the first).

@@ -28,8 +28,13 @@ LEAST = 4
 class CKA:
     """``matrix[i, j]``: linear CKA of layer i of one network and layer j of another, fp64 on the CPU.
 
-    NaN where a layer puts out the same for all images. ``names_a`` and ``names_b`` name rows and columns, ``images``
-    tells how many images were compared.
+    NaN where a layer puts out the same for all images.
+
+    Attributes:
+        names_a: names of the rows, one per layer of the first network.
+        names_b: names of the columns.
+        matrix: ``(A, B)``.
+        images: number of images compared.
     """
 
     names_a: tuple[str, ...]
@@ -70,8 +75,8 @@ def cka(
     Args:
         a: one network, a :class:`auglocal_ext.LocalSequential` or ``nn.Sequential``.
         b: the other network; the same object compares a network with itself.
-        batches: of images ``(N, *input_shape)`` and labels, which are not looked at. In random order: HSIC compares
-            within a minibatch, and one of a single class is like no other.
+        batches: of images ``(N, *input_shape)`` and labels, which are not used. Shuffle them: HSIC compares images
+            within a minibatch, and a minibatch of one class is unlike the others.
         images: stop after so many; None for all there are.
         bars: show a progress bar where standard error is a terminal.
 

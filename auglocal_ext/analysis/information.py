@@ -88,9 +88,9 @@ def information(
     as InfoPro and ContSup estimate them; both are lower bounds, tighter the better decoder and classifier are. H(x) is
     not known, so image information is counted from the best guess that does not look at h, the mean image.
 
-    Protocol, since the papers' own is not published: the network is frozen and in eval mode; decoder and probe are fed
-    with h standardised per channel. The decoder has a convolution and two residual blocks at the resolution of h and
-    makes the image's values of them by pixel shuffle; its loss is the binary cross-entropy against the image in [0, 1],
+    Protocol, since the papers' own is not published: the network is frozen and in eval mode; decoder and probe take
+    h, standardised per channel. The decoder has a convolution and two residual blocks at the resolution of h, and turns
+    them into the image by pixel shuffle; its loss is the binary cross-entropy against the image in [0, 1],
     its optimizer Adam. The probe is a residual network of the size of ResNet-32 (three stages of ``probe_blocks``
     blocks) on maps, two hidden layers of 256 on vectors; SGD with Nesterov momentum 0.9 and weight decay 5e-4. Both
     train for ``epochs`` epochs of the source's training batches, with a cosine per step, and are scored on its held-out

@@ -16,9 +16,14 @@ from .readout import Readout, Source, standardisation, train_readouts
 
 @dataclass(frozen=True)
 class LayerProbe:
-    """A layer's linear probe: how many features it saw, accuracies as fractions, loss in nats.
+    """Result of a layer's linear probe.
 
-    ``train_accuracy`` is that of the last epoch's batches while the probe was trained on them.
+    Attributes:
+        name: of the layer.
+        features: number of features the probe took.
+        train_accuracy: on the batches of the last epoch, while the probe was trained on them; a fraction.
+        test_accuracy: on held-out data, a fraction.
+        test_loss: cross-entropy on held-out data, nats.
     """
 
     name: str

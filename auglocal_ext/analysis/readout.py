@@ -26,7 +26,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Source(Protocol):
-    """Images (N, *input_shape), normalised as the network is fed with them, and labels (N,) int64, in batches.
+    """Batches of images ``(N, *input_shape)``, normalised for the network, and labels ``(N,)``, int64.
 
     The batches of :mod:`auglocal_ext.training` are one, :class:`Loaders` makes one of two DataLoaders.
     """

@@ -31,7 +31,7 @@ class LossContext:
 
     Attributes:
         target: of a form the task knows, checked.
-        input: the network's input, ``(N, *input_shape)``; None where a loop of one's own has not passed it.
+        input: the network's input, ``(N, *input_shape)``; None if a loop of your own did not pass it.
     """
 
     target: Tensor
@@ -85,8 +85,7 @@ class Auxiliary(Part, ABC):
     """Trains a local module: ``loss(h, context)`` of its output, and the task's output by ``forward(h)``.
 
     Attributes:
-        follows_layers: whether it looks at layers of the network beside the module's output: no other layer can be put
-            in the place of one then.
+        follows_layers: whether it depends on other layers of the network, and not on the module's output alone.
     """
 
     follows_layers: bool = False

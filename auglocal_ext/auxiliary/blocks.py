@@ -125,7 +125,7 @@ def make_block(
     Args:
         layer: the layer it is modelled on.
         children: its children in the user's network.
-        in_channels: channels of the map the block is fed.
+        in_channels: channels of the block's input.
         stride: inferred stride. A ``conv`` block realises stride 2 as a 2x2 max pooling in front.
         factory: makes the block instead, for kinds not known here.
         width: base width of the block, if not the layer's.

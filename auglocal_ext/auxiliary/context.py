@@ -88,14 +88,14 @@ def supplied_inputs(module: int, count: int, image: bool) -> tuple[int, ...]:
 
 
 class ContextSupply(nn.Module):
-    """``h + E(image) + sum_i R_i(input of module j_i)``: what module k >= 1 is fed instead of ``h``.
+    """``h + E(image) + sum_i R_i(input of module j_i)``: what module k >= 1 receives instead of ``h``.
 
     Its encoders belong to module k: the loss of module k alone trains them, and inference runs them.
 
     Args:
         features: those of ``h``, the previous module's output.
-        image: those of the image, where an :class:`ImageEncoder` is to supply it.
-        inputs: those of the module inputs that are supplied, by index (:func:`supplied_inputs`).
+        image: features of the image, if an :class:`ImageEncoder` supplies it; else None.
+        inputs: features of the supplied module inputs, by index (:func:`supplied_inputs`).
         hidden: channels inside an :class:`ImageEncoder`.
 
     Raises:

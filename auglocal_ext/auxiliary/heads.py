@@ -15,9 +15,8 @@ from .base import Auxiliary, LossContext
 class Head(Auxiliary):
     """``task.readout(features(h), linear)``: what ends an auxiliary network.
 
-    A subclass makes ``linear`` of ``settings.task.outputs`` outputs and says what is fed to it. The linear layer is
-    handed to the task unevaluated, with the features and their layout, so that a task can fuse pooling, product and
-    loss.
+    A subclass makes ``linear`` with ``settings.task.outputs`` outputs and the features it takes. The linear layer goes
+    to the task unevaluated, with the features and their layout, so that a task can fuse pooling, product and loss.
 
     Attributes:
         read: what :meth:`features` returns, described.
@@ -30,7 +29,7 @@ class Head(Auxiliary):
 
     @abstractmethod
     def features(self, h: Tensor) -> Tensor:
-        """What ``linear`` is fed, ``(N, *read.shape)``: the task pools it over its positions."""
+        """The input of ``linear``, ``(N, *read.shape)``; the task pools it over its positions."""
 
     def forward(self, h: Tensor) -> Tensor:
         return self.settings.task.readout(self.features(h), self.read, self.linear)
@@ -48,8 +47,8 @@ class AuxiliaryNetwork(Auxiliary):
     With ``recompute`` the loss keeps only the input of each block and runs the block again for its backward.
 
     Args:
-        blocks: map the module's output to what the head is fed.
-        head: makes output and loss of it; another auxiliary network may be one.
+        blocks: map the module's output to the head's input.
+        head: makes output and loss; may be another auxiliary network.
     """
 
     can_recompute = True

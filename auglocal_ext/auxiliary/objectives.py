@@ -82,8 +82,9 @@ class SimilarityLoss(Term):
 
     S is the adjusted cosine similarity, std_p the standard deviation of each channel over the positions, conv a
     convolution with a kernel of 3 along each axis and C channels, without bias; of tokens and vectors it is a linear
-    layer. Vectors, and maps of one position, stand for themselves. Images of the ignored label, or of none, count
-    nowhere. Smoothed labels have the similarities of plain ones, so label smoothing changes nothing here.
+    layer. Vectors, and maps of one position, are used in place of a standard deviation. Images with the ignored
+    label, or without a label, are left out. Smoothed labels have the similarities of plain ones, so label smoothing
+    changes nothing here.
 
     Args:
         features: those of ``h``.
@@ -132,12 +133,12 @@ class SimilarityLoss(Term):
 
 
 class ReconstructionLoss(Term):
-    """``mean(BCE(decoder(h), image))``: how much of the image can be made of the module's output (InfoPro).
+    """``mean(BCE(decoder(h), image))``: how well the image can be decoded from the module's output (InfoPro).
 
     The decoder resizes h to the image (bilinear, corners aligned), then a 3x3 convolution to 12 channels, BatchNorm,
     ReLU, a 3x3 convolution to the image's channels and a sigmoid: 108 C + 363 parameters for RGB. The binary
-    cross-entropy is against the image in [0, 1], which the network's normalised input is turned back into. It looks at
-    no target, so images of the ignored label count.
+    cross-entropy is against the image in [0, 1], which is restored from the network's normalised input. It uses no
+    target, so images of the ignored label count.
 
     Args:
         features: those of ``h``, a map with height and width.

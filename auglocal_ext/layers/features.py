@@ -10,20 +10,21 @@ from torch import Tensor, nn
 
 from ..nn import global_average_pool
 
-#: Where the channels of ``(N, *shape)`` are: axis 1, as convolutions and BatchNorm have them; the last axis, as linear
-#: layers and LayerNorm have them; the last axis of tokens, the first of which is a class token that stands for all.
+#: Where the channels of ``(N, *shape)`` are: on axis 1, as for convolutions and BatchNorm; on the last axis, as for
+#: linear layers and LayerNorm; or on the last axis of tokens whose first one is a class token that heads read alone.
 Layout = Literal["channels_first", "channels_last", "class_token"]
+#: The values of ``Layout``.
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 
 
 @dataclass(frozen=True)
 class Features:
-    """A tensor ``(N, *shape)``: which axis holds its channels, which are positions, and what pooling it means.
+    """A tensor ``(N, *shape)``: which axis holds its channels, which axes are positions, and how it is pooled.
 
     Attributes:
-        shape: without the batch: ``(C,)`` of vectors, ``(C, *positions)`` or ``(*positions, C)``.
-        layout: which of these it is; of vectors it says nothing. Pooling is the mean over all positions; of
-            ``"class_token"``, ``(T, C)``, it is the first token.
+        shape: without the batch: ``(C,)`` for vectors, ``(C, *positions)`` or ``(*positions, C)``.
+        layout: which of the last two it is; meaningless for vectors. Pooling is the mean over all positions; for
+            ``"class_token"``, ``(T, C)``, it takes the first token.
     """
 
     shape: tuple[int, ...]
@@ -66,12 +67,12 @@ class Features:
         return x if self.layout == "channels_first" else x.movedim(1, -1)
 
     def seen(self, x: Tensor) -> Tensor:
-        """What a head looks at, ``(N, C, *positions)``; of tokens with a class token that one alone, ``(N, C)``."""
+        """What a head reads, ``(N, C, *positions)``; for tokens with a class token only that token, ``(N, C)``."""
         return x[:, 0] if self.layout == "class_token" and x.dim() == 3 else self.channels_first(x)
 
     @property
     def seen_positions(self) -> tuple[int, ...]:
-        """Sizes of the position axes of what a head looks at."""
+        """Sizes of the position axes of :meth:`seen`."""
         return () if self.layout == "class_token" else self.positions
 
     def pooled(self, x: Tensor) -> Tensor:

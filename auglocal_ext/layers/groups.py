@@ -30,7 +30,7 @@ def is_elementwise(module: nn.Module) -> bool:
     """Whether a module is a normalisation, or an activation or scale with parameters, by its structure.
 
     All its parameters are one number per channel (or one in all): no parameter has two sizes above 1. So PReLU, RMSNorm
-    and normalisations of one's own are, and so is a container of nothing else.
+    and your own normalisations are, and so is a container of nothing else.
     """
     owners = [part for part in module.modules() if part._parameters]
     for part in owners:
@@ -66,7 +66,7 @@ def group_children(layers: nn.Sequential) -> list[tuple[int, int]]:
     """Ranges ``(start, stop)`` of children that form one layer each.
 
     A child with parameters starts a layer. Children without parameters (activation, pooling, flatten, dropout), and
-    those whose parameters are one number per channel (normalisations of torch or of one's own, PReLU), join the layer
+    those whose parameters are one number per channel (normalisations of torch or your own, PReLU), join the layer
     before them, leading ones the first layer. The last child with other parameters is the network's classifier and
     belongs, with what surrounds it, to the last layer.
 

@@ -48,8 +48,8 @@ class Layer:
         features: the same with its axes known; None where nothing tells them.
         base_width: :attr:`width`; None where nothing tells which axis holds the channels.
         what: what the layer is, in words for messages.
-        inside: features behind its first child that has parameters; of the last layer those before the classifier.
-        layout: what was said of its output.
+        inside: features after its first child with parameters; for the last layer those before the classifier.
+        layout: what the user said about its output.
         unknown: why ``features`` is None.
     """
 

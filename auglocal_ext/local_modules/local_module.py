@@ -21,7 +21,7 @@ RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
 class LocalModule:
     """A run of layers with the context it is supplied and the auxiliary network that trains it.
 
-    A view of the parts of a :class:`auglocal_ext.LocalSequential`, which owns them. A loop of one's own::
+    It is a view of parts that belong to a :class:`auglocal_ext.LocalSequential`. In a loop of your own::
 
         h, history = x, []
         for module in net.local_modules:
@@ -32,11 +32,11 @@ class LocalModule:
 
     Attributes:
         index: k, from 0.
-        groups: for each layer of the module its children of the primary network; the last module's include the
-            classifier.
-        context: encoders of the supplied context, None where the rule has none.
+        groups: for each layer of the module, its children in the primary network; those of the last module include
+            the classifier.
+        context: encoders of the supplied context; None if the rule has none.
         auxiliary: auxiliary network; None for the last module, which ends in the network's own classifier.
-        kept: indices of module inputs that later modules are supplied with.
+        kept: indices of module inputs that later modules need.
         task: what the network learns.
         weight: of the last module's loss.
         recompute: what keeps only its input and runs again for its backward: ``"none"``, the blocks of the
@@ -64,8 +64,8 @@ class LocalModule:
 
         Args:
             h: detached output of the previous module; the network's input for the first.
-            history: inputs of the modules before this one. The module appends its own and lets go of those no
-                later module is supplied with. Needed only where a rule supplies context.
+            history: inputs of the modules before this one. The module appends its own and releases those that
+                no later module needs. Required only if the rule supplies context.
         """
         h = self.supply(h, history)
         if self.recompute == "all":
@@ -94,7 +94,7 @@ class LocalModule:
                     f"history holds {len(history)} module inputs, expected {self.index}: run the modules in order "
                     "with one list that starts empty for each batch"
                 )
-            # The history is copied: entries are let go of before a recomputation reads them.
+            # The history is copied: entries are released before a recomputation reads them.
             h = recomputed(self.context, h, tuple(history)) if self.recompute == "all" else self.context(h, history)
         if history is not None:
             history.append(h.detach())
@@ -128,7 +128,7 @@ class LocalModule:
         return self.objective(out, LossContext(target, x)).loss
 
     def after_step(self) -> None:
-        """To be called after the module's backward: what a rule does then, such as moving averages."""
+        """What the rule does after the module's backward, such as moving averages; a loop of your own calls it then."""
         if self.auxiliary is not None:
             self.auxiliary.after_step()
 
@@ -158,7 +158,7 @@ class Relay:
         x: the network's input.
 
     Attributes:
-        h: what the next module is fed: the output of the last one, unless it is set to something else.
+        h: input of the next module: the output of the last one, unless it is set to something else.
         history: inputs that later modules are supplied with; None where none is.
     """
 
@@ -169,7 +169,7 @@ class Relay:
             self.history = []
 
     def through(self, module: LocalModule) -> Tensor:
-        """The output of ``module``; its input is let go of, but for what autograd and later modules need of it."""
+        """The output of ``module``; its input is released, except what autograd and later modules need."""
         self.h = module(self.h, self.history)
         return self.h
 

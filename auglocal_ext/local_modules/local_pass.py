@@ -39,12 +39,12 @@ class LocalOutput(NamedTuple):
     """Result of one pass over the local modules, or of one training step.
 
     Attributes:
-        loss: scalar, the sum of the local losses. Of a pass, ``net(x, y)``, its ``backward()`` hands the gradients to
-            ``.grad``, once; of a step it is detached.
-        output: ``(N, outputs)`` of the last module, detached.
+        loss: scalar, the sum of the local losses. After ``net(x, y)`` its ``backward()`` hands the gradients to
+            ``.grad``, once. After a :class:`auglocal_ext.LocalStep` it is detached.
+        output: ``(N, outputs)``, the output of the last module, detached.
         module_losses: ``(K,)``, detached.
-        module_counts: ``(K,)``, what the task counts with each module's output, summed over the batch: of a
-            classification top-1 hits. -1 where nothing is counted.
+        module_counts: ``(K,)``, what the task counts in each module's output, summed over the batch: top-1 hits for
+            classification. -1 if nothing is counted.
     """
 
     loss: Tensor
@@ -54,12 +54,12 @@ class LocalOutput(NamedTuple):
 
     @property
     def logits(self) -> Tensor:
-        """:attr:`output`, as a classification calls it."""
+        """:attr:`output`, under its name in classification."""
         return self.output
 
     @property
     def module_correct(self) -> Tensor:
-        """:attr:`module_counts`, as a classification calls them: how many samples each module has right."""
+        """:attr:`module_counts`, under its name in classification: correct samples per module."""
         return self.module_counts
 
 
@@ -159,7 +159,7 @@ class OneStream:
         return nullcontext()
 
     def handed_on(self, index: int, h: Tensor, history: Sequence[Tensor | None]) -> None:
-        """Module ``index`` has made its output ``h``; the next may be fed with it and with ``history``."""
+        """Module ``index`` has made its output ``h``; the next may receive it and ``history``."""
 
     def join(self) -> None:
         """The pass is over: what it made is ready for the current stream."""

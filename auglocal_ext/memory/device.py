@@ -12,9 +12,14 @@ import torch
 class DeviceMemory:
     """Bytes on one CUDA device.
 
-    ``allocated``: tensors and library workspaces, in the allocator's blocks; ``requested``: the same before
-    rounding to blocks; ``reserved``: what the allocator holds from the driver, free blocks included;
-    ``driver_used``: what the driver says is taken, by every process and by the CUDA context too.
+    Attributes:
+        allocated: tensors and library workspaces, in the allocator's blocks.
+        allocated_peak: its peak.
+        requested_peak: peak of the same before rounding to blocks.
+        reserved: what the allocator holds from the driver, free blocks included.
+        reserved_peak: its peak.
+        driver_used: what the driver reports as used, by every process and by CUDA contexts.
+        driver_total: memory of the device.
     """
 
     allocated: int
@@ -29,7 +34,8 @@ class DeviceMemory:
 def read_device_memory(device: torch.device | str | int | None = None) -> DeviceMemory:
     """Allocated, reserved and driver figures of a CUDA device, after the work submitted so far is done.
 
-    Raises ``RuntimeError`` if torch sees no CUDA device.
+    Raises:
+        RuntimeError: if torch sees no CUDA device.
     """
     _require_cuda()
     torch.cuda.synchronize(device)

@@ -26,7 +26,9 @@ from auglocal_ext.cost import count_flops
 from auglocal_ext.memory.device import read_device_memory, release_device_memory
 from auglocal_ext.memory.meter import Mark, MemoryMeter
 
+#: Kind of a report that :func:`estimate_step` makes.
 PREDICTED = "predicted"
+#: Kind of a report that :func:`measure_step` makes.
 MEASURED = "measured"
 
 Step = Callable[[Callable[[str], None]], Any]
@@ -37,9 +39,25 @@ BuildStep = Callable[[], tuple[Step, Sequence[Any]]]
 class MemoryReport:
     """Memory of one training step, in bytes.
 
-    ``kind`` is ``"predicted"`` (tensor bytes under fake tensors, no library workspace) or ``"measured"`` (on
-    CUDA). Predicted reports hold the timeline, marks and categories; measured ones the allocator's and the
-    driver's figures and the times of the repeated steps. What the other kind knows is None or empty.
+    A predicted report counts tensor bytes under fake tensors, without library workspaces. It has a timeline, marks and
+    categories. A measured report comes from CUDA. It has the figures of the allocator and the driver, and times. What
+    only the other kind has is None or empty.
+
+    Attributes:
+        kind: ``"predicted"`` or ``"measured"``.
+        peak_bytes: largest number of live bytes; measured: allocated bytes.
+        live_before: live bytes when the step began.
+        live_after: live bytes when it ended.
+        timeline: ``(event, live bytes)`` at every change.
+        marks: named points of the timeline.
+        categories: live bytes at the peak by category, see :data:`auglocal_ext.memory.CATEGORIES`.
+        flops: floating-point operations, 2 per multiply-accumulate, if they were counted.
+        requested_peak_bytes: allocated peak before rounding to blocks.
+        reserved_peak_bytes: peak of what the allocator holds from the driver.
+        warmup_peak_bytes: allocated peak of the warm-up, where cuDNN's benchmark tries out workspaces.
+        driver_used_bytes: what the driver reports as used, by all processes.
+        driver_total_bytes: memory of the device.
+        seconds: time of each repeated step.
     """
 
     kind: str
@@ -130,12 +148,18 @@ def measure_step(
 ) -> MemoryReport:
     """Measure one training step on a CUDA device: allocated, reserved and driver bytes, and time.
 
-    ``build_step`` as for :func:`estimate_step`; it runs under ``torch.device(device)``, so that what it makes
-    is there; the steps do not. The peaks are those of ``repeats`` steps after ``warmup`` steps and an emptied
-    cache; ``warmup_peak_bytes`` is the allocated peak of the warm-up, where cuDNN's benchmark tries out
-    workspaces.
+    The peaks are those of ``repeats`` steps, after ``warmup`` steps and with an emptied cache.
 
-    Raises ``RuntimeError`` without CUDA; ``torch.OutOfMemoryError`` comes through.
+    Args:
+        build_step: as for :func:`estimate_step`. It runs under ``torch.device(device)``, which puts what it makes on
+            the device; the steps do not.
+        device: a CUDA device.
+        warmup: steps before the measurement.
+        repeats: measured steps.
+
+    Raises:
+        RuntimeError: without CUDA.
+        torch.OutOfMemoryError: if the step does not fit.
     """
     device = torch.device(device)
     release_device_memory(device)
@@ -168,7 +192,7 @@ def measure_step(
 
 
 def decimate(timeline: Sequence[tuple[int, int]], points: int) -> list[tuple[int, int]]:
-    """About ``points`` points of a timeline at most: of every run of points its lowest and highest stay."""
+    """A timeline thinned to at most about ``points`` points; each run of points keeps its lowest and highest."""
     if len(timeline) <= points:
         return list(timeline)
     size = -(-2 * len(timeline) // points)

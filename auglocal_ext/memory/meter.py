@@ -24,6 +24,7 @@ GRADIENTS = "gradients"
 OPTIMIZER_STATE = "optimizer state"
 INPUTS = "inputs"
 ACTIVATIONS = "activations and other"
+#: Categories of live bytes, as in :attr:`MemoryMeter.live_categories`.
 CATEGORIES = (PARAMETERS, BUFFERS, GRADIENTS, OPTIMIZER_STATE, INPUTS, ACTIVATIONS)
 
 _DEVICE_QUERY = torch.ops.prim.device.default
@@ -68,17 +69,22 @@ class MemoryMeter(TorchDispatchMode):
 
     Every storage counts once, however many views share it, from the operator that made it until the last
     tensor over it dies; sizes are rounded up to 512 bytes, as the CUDA caching allocator does. Memory that an
-    operator takes and gives back inside itself (a library's workspace) is not seen. Works on real tensors and
+    operator allocates and frees inside itself (a library's workspace) is not seen. Works on real tensors and
     under ``FakeTensorMode`` (enter the meter inside it), where neither a GPU nor the memory is needed.
 
     Tensors that exist before the mode is entered are unknown to it until an operator returns them or
     :meth:`track` is told about them. A storage resized outside an operator is read again at the next mark.
     Tensors without a storage (sparse ones) are not counted.
 
-    Attributes: ``live_bytes`` now, ``peak_bytes`` so far and ``peak_event`` where it was reached, ``events``
-    operators seen, ``timeline`` as ``(event, live bytes)`` at every change, ``marks``.
+    Attributes:
+        live_bytes: now.
+        peak_bytes: largest so far.
+        peak_event: where the peak was reached.
+        events: operators seen.
+        timeline: ``(event, live bytes)`` at every change.
+        marks: named points, see :meth:`mark`.
 
-    Example::
+    ::
 
         with MemoryMeter() as meter:
             meter.track(net, optimizer, x)

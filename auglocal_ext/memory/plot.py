@@ -18,8 +18,13 @@ _TIMELINE_POINTS = 2000
 class PlotRow:
     """One training method in a panel.
 
-    ``peak_bytes`` is the bar, ``other_bytes`` a figure reported elsewhere (a hollow diamond), ``timeline``
-    the ``(event, live bytes)`` of one step, drawn if ``emphasis``; ``color`` any matplotlib colour.
+    Attributes:
+        label: name beside the bar.
+        peak_bytes: length of the bar.
+        color: any matplotlib colour.
+        timeline: ``(event, live bytes)`` of one step, drawn if ``emphasis``.
+        other_bytes: a figure reported elsewhere, drawn as a hollow diamond.
+        emphasis: whether the timeline is drawn and the row stands out.
     """
 
     label: str

@@ -1,7 +1,7 @@
 """Networks as ``nn.Sequential`` of their layers, split as AugLocal and ContSup split them.
 
 The last child of each is its ``classifier`` (pooling, flatten, fully connected part), which belongs to the last
-local layer. ``build(name)`` makes one by name; ``input_shape(name)`` tells the image it was designed for.
+local layer. ``build(name)`` makes one by name; ``input_shape(name)`` is the image size it was designed for.
 """
 
 from __future__ import annotations
@@ -17,10 +17,15 @@ from .resnet import resnet18, resnet34, resnet50, resnet101, resnet_cifar
 from .torchvision_weights import from_torchvision
 from .vgg import vgg13, vgg19
 
+#: ``resnet_cifar(8)``, 4 local layers.
 resnet8 = functools.partial(resnet_cifar, 8)
+#: ``resnet_cifar(20)``, 10 local layers.
 resnet20 = functools.partial(resnet_cifar, 20)
+#: ``resnet_cifar(32)``, 16 local layers.
 resnet32 = functools.partial(resnet_cifar, 32)
+#: ``resnet_cifar(56)``, 28 local layers.
 resnet56 = functools.partial(resnet_cifar, 56)
+#: ``resnet_cifar(110)``, 55 local layers.
 resnet110 = functools.partial(resnet_cifar, 110)
 
 _CIFAR: dict[str, Callable[..., nn.Sequential]] = {
@@ -38,6 +43,7 @@ _IMAGENET: dict[str, Callable[..., nn.Sequential]] = {
     "vgg13": vgg13,
     "vgg19": vgg19,
 }
+#: Networks that :func:`build` knows.
 NAMES: tuple[str, ...] = (*_CIFAR, *_IMAGENET)
 
 

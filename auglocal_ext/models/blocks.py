@@ -108,8 +108,16 @@ def conv_bn_relu(
 ) -> nn.Sequential:
     """``relu(bn(conv(x)))`` with named children ``pool, conv, bn, relu, maxpool`` (those that apply).
 
-    ``pool_before`` puts a 2x2 max pooling in front (VGG: a pooling belongs to the convolution after it);
-    ``max_pool_after`` a 3x3 max pooling of stride 2 behind (the stem of an ImageNet ResNet).
+    ``(N, in_channels, H, W) -> (N, out_channels, H', W')``, padded by half of the kernel.
+
+    Args:
+        in_channels: channels of x.
+        out_channels: channels of the output.
+        kernel_size: odd.
+        stride: of the convolution.
+        bias: whether the convolution has one.
+        pool_before: put a 2x2 max pooling in front (VGG: a pooling belongs to the convolution after it).
+        max_pool_after: add a 3x3 max pooling of stride 2 (the stem of an ImageNet ResNet).
     """
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=bias)
     parts: OrderedDict[str, nn.Module] = OrderedDict()

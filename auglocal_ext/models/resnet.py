@@ -22,6 +22,11 @@ def resnet_cifar(depth: int, num_classes: int = 10, width: int = 16) -> nn.Seque
     (global average pool, flatten, ``fc``); 3n + 1 local layers. Widths are ``width``, ``width``, 2 and 4 times
     ``width``; ResNet-32 has 466 906 parameters. Input ``(N, 3, H, W)``, output logits ``(N, num_classes)``.
 
+    Args:
+        depth: 6n + 2 with n >= 1.
+        num_classes: outputs.
+        width: width of the first stage.
+
     Raises:
         ValueError: if ``depth`` is not 6n + 2 with n >= 1, or ``width`` or ``num_classes`` is below 1.
 

@@ -26,11 +26,11 @@ _EAGER: dict[type[nn.Module], type[nn.Module]] = {FusedSequential: nn.Sequential
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What :func:`fuse` found; ``str()`` of it is a list to read.
+    """What :func:`fuse` changed; ``str()`` of it is a readable list.
 
     Attributes:
         fused: what runs fused, by path: ``"layer1_0 (BasicBlock)"``, ``"stem.bn, stem.relu"``.
-        left: ``(path, reason)`` of what could have been but stays eager.
+        left: ``(path, reason)`` of parts that could be fused but stay eager.
     """
 
     fused: tuple[str, ...]
@@ -55,16 +55,16 @@ def eager_type(module: nn.Module) -> type[nn.Module]:
 def fuse(module: nn.Module) -> FusionReport:
     """Run the module's BatchNorm layers, with what is around them, by ops that keep one tensor per convolution.
 
-    Changed, in place, are BasicBlocks and Bottlenecks (of :mod:`auglocal_ext.models` and torchvision's) and every
-    ``nn.Sequential`` with an ``nn.BatchNorm2d`` in it, which becomes one unit with the ReLU or LeakyReLU and the
-    convolution or max pooling that follow. Only how they run changes: parameters, buffers, state dict, hooks on the
+    It changes, in place, BasicBlocks and Bottlenecks (of :mod:`auglocal_ext.models` and torchvision) and every
+    ``nn.Sequential`` with an ``nn.BatchNorm2d``, which becomes one unit with the ReLU or LeakyReLU and the convolution
+    or max pooling that follow. Only how they run changes: parameters, buffers, state dict, hooks on the
     changed modules, copies, pickles and, up to rounding, results are as before. Between forward and backward a
-    convolution's raw output is kept, and not its normalised and rectified versions, which backward makes again.
+    convolution's raw output is kept. Its normalised and rectified versions are made again in backward.
 
-    What a call finds is what counts: a part that was given hooks or replaced since runs eagerly, as do
+    Every call inspects the parts again: one that was given hooks, or was replaced, runs eagerly, as do
     ``torch.compile``, ``torch.export`` and ``torch.func`` transforms. Gradients are differentiable once.
 
-    :func:`unfuse` takes it back.
+    :func:`unfuse` reverts it.
     """
     walk = _Walk({id(part): name for name, part in reversed(list(module.named_modules()))})
     walk.visit(module)

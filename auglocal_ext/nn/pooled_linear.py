@@ -12,8 +12,8 @@ from .pooling import global_average_pool
 class PooledLinear(nn.Linear):
     """logits = mean over positions(x) W^T + b.
 
-    x (N, C) or (N, C, *positions) -> (N, num_classes). Parameters, initialisation and state-dict keys are those of
-    ``nn.Linear(in_features, num_classes, bias)``.
+    ``(N, C)`` or ``(N, C, *positions) -> (N, num_classes)``. Parameters, initialisation and state-dict keys are
+    those of ``nn.Linear(in_features, num_classes, bias)``.
     """
 
     def __init__(self, in_features: int, num_classes: int, bias: bool = True) -> None:

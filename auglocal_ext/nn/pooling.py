@@ -31,10 +31,10 @@ class _GlobalAveragePool(torch.autograd.Function):
 
 
 def global_average_pool(x: Tensor) -> Tensor:
-    """mean over positions(x): (N, C, *positions) -> (N, C); an x of (N, C) is returned as it is.
+    """mean over positions(x): ``(N, C, *positions) -> (N, C)``; an x of (N, C) is returned as it is.
 
-    The gradient is the (N, C) gradient expanded over the positions (stride 0), where torch's own pooling writes and
-    holds a whole map. Differentiable any number of times.
+    The gradient is the (N, C) gradient expanded over the positions (stride 0); torch's own pooling writes and keeps a
+    whole map. Differentiable any number of times.
     """
     if x.dim() <= 2:
         return x

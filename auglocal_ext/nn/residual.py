@@ -35,8 +35,7 @@ def block_hindrance(block: nn.Module, bottleneck: bool | None = None) -> str | N
 class FusedResidual:
     """Forward of a BasicBlock or Bottleneck with torchvision's names, to stand before the block's class.
 
-    Every call looks at the parts again: with a hook on one of them, or another layer in the place of one, this call
-    runs the block's own forward.
+    Every call inspects the parts again. If one of them has a hook or was replaced, the block's own forward runs.
     """
 
     is_bottleneck: ClassVar[bool] = False

@@ -20,6 +20,7 @@ from .heads import LinearHead
 from .options import head_option, option
 
 Sampling = Literal["uniform", "sequential", "repeated", "conv1x1", "conv3x3"]
+#: Values of AugLocal's ``sampling``.
 SAMPLING: tuple[str, ...] = get_args(Sampling)
 _KERNELS = {"conv1x1": 1, "conv3x3": 3}
 
@@ -38,22 +39,22 @@ class AugLocal(Rule):
         joint_tail: with one module per layer (``modules=None``), train the last m + 1 layers as one module
             (K = L - m local modules, as the released CIFAR code) instead of every layer by itself (K = L, as the
             paper's figure and the ImageNet code).
-        head: what looks at the last block's output: ``"linear"`` (global average pool, linear), ``"vgg"`` (flatten,
+        head: the classifier on the last block's output: ``"linear"`` (global average pool, linear), ``"vgg"`` (flatten,
             pool to 512, two hidden linear layers; the head of the released ImageNet VGG), any other head, or a rule.
-        single_layer_norm: put a BatchNorm between pooling and linear layer where one layer is sampled, as the CIFAR
-            code does and the ImageNet code does not. None: with the linear head; no other head has such a place.
+        single_layer_norm: where one layer is sampled, put a BatchNorm between pooling and linear layer, as the CIFAR
+            code does and the ImageNet code does not. None: only with the linear head; other heads have no such place.
         sampling: which layers the auxiliary blocks are modelled on, for the paper's ablation: ``"uniform"``, the
             ``"sequential"`` next ones, the module's own layer ``"repeated"``; or ``"conv1x1"`` or ``"conv3x3"``
             convolutions with BatchNorm and ReLU.
         downsampling: whether the blocks have the widths and strides of the sampled layers, or the module's own width
-            and stride 1. None: they do for uniform and sequential sampling. ``"repeated"`` and the convolutions with
-            True take those of uniformly sampled layers.
-        block: ``factory(in_channels, out_channels, stride, layer)`` that makes the auxiliary blocks instead, for
-            layers of a kind not known here; not with sampling of convolutions, which no layer is modelled on.
+            and stride 1. None: True for uniform and sequential sampling, else False. If True, ``"repeated"`` and the
+            convolutions take the widths and strides of uniformly sampled layers.
+        block: ``factory(in_channels, out_channels, stride, layer)`` that makes the auxiliary blocks, for layers of a
+            kind that is not known here. It does not go with sampling of convolutions, which copy no layer.
 
     Raises:
-        ValueError: for depth < 1, a slope outside [0, 1], an unknown head, one that is made of later layers too, or
-            options that exclude each other; when wrapped, for layers no block can be made of, for sampled layers
+        ValueError: for depth < 1, a slope outside [0, 1], an unknown head, a head that is itself made of later layers,
+            or options that exclude each other; when wrapped, for layers no block can be made of, for sampled layers
             narrower than the module's output, and for a network too shallow.
 
     Source: Ma et al., Scaling Supervised Local Learning with Augmented Auxiliary Networks, ICLR 2024.

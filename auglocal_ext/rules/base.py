@@ -1,4 +1,4 @@
-"""What a learning rule decides: where the network is cut, who looks at a module's output, what else it is fed."""
+"""What a learning rule decides: where the network is cut, a module's auxiliary network, and its context."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Network:
         return self.input
 
     def with_features(self, module: int, features: Features) -> Network:
-        """The network as a head sees it that looks at ``features`` in place of module ``module``'s output."""
+        """The network as seen by a head that takes ``features`` instead of module ``module``'s output."""
         layer = replace(self.last_layer(module), shape=features.shape, features=features)
         return replace(self, layers=(*self.layers[: layer.index], layer, *self.layers[layer.index + 1 :]))
 
@@ -109,9 +109,9 @@ class Network:
 class Rule(ABC):
     """A local learning rule: builds the auxiliary network and the context of each local module.
 
-    A subclass composes parts of :mod:`auglocal_ext.auxiliary`; the training pass itself is the same for all. Where it
-    has a field ``head``, a rule or the name of one, that rule's auxiliary networks look at what this rule makes, and
-    cuts and the weight of the last loss are those of the head unless the subclass says otherwise.
+    A subclass composes parts of :mod:`auglocal_ext.auxiliary`; the training pass is the same for all rules. If it has a
+    field ``head``, a rule or the name of one, the auxiliary networks of that rule take the output of this rule's
+    blocks. Cuts and the weight of the last loss are then those of the head, unless the subclass overrides them.
     """
 
     #: Name on the command line and in recipes, once the rule is in ``RULES``.
@@ -126,7 +126,7 @@ class Rule(ABC):
 
     @classmethod
     def of_options(cls, values: Mapping[str, Any], mean: Sequence[float], std: Sequence[float]) -> Rule:
-        """The rule with these values of its options; what is left out has its default.
+        """The rule with these values of its options; options that are left out keep their defaults.
 
         Args:
             values: by name of the option.
@@ -164,7 +164,7 @@ class Rule(ABC):
 
     @abstractmethod
     def build_auxiliary(self, network: Network, module: int) -> Auxiliary:
-        """Fresh auxiliary network of local module ``module`` (never asked for the last one).
+        """Fresh auxiliary network of local module ``module``; never called for the last one.
 
         Returns:
             ``forward(h)`` makes the task's output, ``loss(h, context)`` the local loss; often an
@@ -172,7 +172,7 @@ class Rule(ABC):
         """
 
     def build_context(self, network: Network, module: int) -> ContextSupply | None:
-        """Fresh context encoders of local module ``module`` (never asked for the first one), or None."""
+        """Fresh context encoders of local module ``module``, or None; never called for the first one."""
         return None
 
 
@@ -190,7 +190,7 @@ def made_like(primary: nn.Module, make: Callable[[], Made]) -> Made:
     return made
 
 
-#: Who looks at a module's output: a rule, or the name of one of ``HEADS``.
+#: The classifier of an auxiliary network: a rule, or a name in ``HEADS``.
 Head = Rule | str
 #: Heads by name; filled by :mod:`auglocal_ext.rules.heads`.
 HEADS: dict[str, Any] = {}
@@ -200,7 +200,7 @@ def resolved(head: Head) -> Rule:
     """The rule that ``head`` is or names.
 
     Raises:
-        ValueError: for an unknown name, what is no rule, and a rule that supplies context, which a head has none of.
+        ValueError: for an unknown name, an object that is no rule, or a rule that supplies context.
     """
     if isinstance(head, str) and head in HEADS:
         return HEADS[head]()

@@ -13,7 +13,7 @@ from .options import head_option, option
 
 @dataclass(frozen=True)
 class ContSup(Rule):
-    """Module k >= 1 is fed ``h + E(image) + sum_i R_i(earlier module inputs)`` instead of ``h`` alone.
+    """Module k >= 1 receives ``h + E(image) + sum_i R_i(earlier module inputs)`` instead of ``h`` alone.
 
     ``h`` and the context are detached; the encoders belong to module k, are trained by its loss alone and are part
     of inference. The local classifier is InfoPro's.
@@ -21,16 +21,16 @@ class ContSup(Rule):
     Args:
         context: ``"R0"`` none (greedy local learning), ``"E"`` the image, ``"R<n>"`` the last n merged module inputs
             (reaching back to the image), ``"R<n>E"`` both.
-        head: who looks at a module's output: ``0c1f``, ``0c2f``, ``1c1f``, ``1c2f``, ``1c3f`` or ``2c2f``
+        head: the classifier on a module's output: ``0c1f``, ``0c2f``, ``1c1f``, ``1c2f``, ``1c3f`` or ``2c2f``
             (convolutions, linear layers: :class:`auglocal_ext.rules.ConvHead`) or any other head; or a rule whose
-            auxiliary networks are taken, such as ``AugLocal(depth=3)``, or ``InfoPro(...)`` for the paper's experiments
+            auxiliary networks are used, such as ``AugLocal(depth=3)``, or ``InfoPro(...)`` for the paper's experiments
             with a decoder.
-        widen: width factor of the image encoders (12 channels inside) and of a head that is named.
-        feature_dim: features of the hidden linear layers of a head that is named; default 128.
+        widen: width factor of the image encoders (12 channels inside) and of a head given by name.
+        feature_dim: features of the hidden linear layers of a head given by name; default 128.
 
     Raises:
         ValueError: for an unknown context or head, a factor that is not positive or leaves no channels, and an option
-            that nothing reads: a head that is a rule has its own ``widen`` and ``feature_dim``.
+            that nothing uses: a head that is a rule has its own ``widen`` and ``feature_dim``.
 
     Source: Go beyond End-to-End Training: Boosting Greedy Local Learning with Context Supply, arXiv 2312.07636;
     cross-entropy as local loss, without InfoPro's decoder.
@@ -85,7 +85,7 @@ class ContSup(Rule):
             return None
         who = f"context {self.context!r}"
 
-        # Module j >= 1 is fed what module j - 1 puts out, so that is the input whose index is j.
+        # Module j >= 1 receives what module j - 1 puts out, so that is the input whose index is j.
         inputs = {
             index: network.features(index - 1) if index > 0 else network.image(who)
             for index in supplied_inputs(module, count, image)

@@ -14,7 +14,7 @@ class Greedy(Rule):
     """Each local module is trained through a linear classifier on its pooled output: ``CE(W mean_p(h) + b, y)``.
 
     Args:
-        head: who looks at a module's output: the name of a head or a rule.
+        head: the classifier on a module's output: the name of a head, or a rule.
 
     Source: the baseline "greedy SL" of Wang et al., ICLR 2021.
     """

@@ -15,7 +15,9 @@ from ..layers import Features, pooled_size, pooling, vectors
 from ..models.blocks import conv_bn_relu
 from .base import HEADS, Network, Rule
 
+#: Kinds of :class:`ConvHead`.
 CONV_HEADS = ("0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")
+#: Kinds of :class:`DGLHead`.
 DGL_HEADS = ("mlp-sr", "mlp", "cnn")
 
 
@@ -98,7 +100,7 @@ class ConvHead(Rule):
 
     @staticmethod
     def unread_of(kind: str) -> tuple[str, ...]:
-        """Options that a kind has no use for: hidden linear layers read both, convolutions ``widen`` alone."""
+        """Options that a kind does not use: hidden linear layers use both, convolutions only ``widen``."""
         if not kind.endswith("1f"):
             return ()
         return ("widen", "feature_dim") if kind.startswith("0c") else ("feature_dim",)

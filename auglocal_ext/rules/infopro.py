@@ -25,18 +25,18 @@ class InfoPro(Rule):
         first: ``(lambda1, lambda2)`` of the first local module.
         last: those of the last one that has an auxiliary network.
         loss: ``"softmax"`` or ``"contrast"`` (temperature 0.07).
-        head: who looks at a module's output, by name as of :class:`auglocal_ext.ContSup`, or a rule whose auxiliary
-            networks are taken, such as ``AugLocal(depth=3)``. With ``loss="contrast"`` it puts out ``feature_dim``
-            features.
-        feature_dim: features of the contrastive loss, 128 by default; no other loss reads it.
+        head: the classifier on a module's output, by name as for :class:`auglocal_ext.ContSup`, or a rule whose
+            auxiliary networks are used, such as ``AugLocal(depth=3)``. With ``loss="contrast"`` it puts out
+            ``feature_dim`` features.
+        feature_dim: features of the contrastive loss, 128 by default; no other loss uses it.
         mean: per channel, in units of [0, 1]: the network's input is ``(image - mean) / std``. The defaults are for
             images in [0, 1] that were not normalised.
         std: per channel, in the same units.
 
     Raises:
-        ValueError: for negative weights, an unknown loss or head, a ``feature_dim`` that nothing reads; when wrapped,
+        ValueError: for negative weights, an unknown loss or head, a ``feature_dim`` that nothing uses; when wrapped,
             for modules that put out no maps, for a ``mean`` that does not fit the image's channels, and for a
-            contrastive loss of another task than classification without label smoothing.
+            contrastive loss with any task but classification without label smoothing.
 
     Source: Wang et al., Revisiting Locally Supervised Learning: an Alternative to End-to-end Training, ICLR 2021;
     ``INFOPRO_WEIGHTS`` holds its weights.

@@ -101,13 +101,13 @@ class MAN(Rule):
     """Each local module is trained through ``head(trained(h) + average(h))``, two copies of the next block.
 
     One is trained with the module; the other is a moving average of the next block's parameters, updated after the
-    module's backward, when the block has not been stepped for this batch. Both start as copies of the block. The block
-    is the next layer, of the last layer without the classifier and the pooling and flattening before it.
+    module's backward, before the block is stepped for this batch. Both start as copies of the block. The block is the
+    next layer; if that is the last one, it is taken without the classifier and the pooling and flattening before it.
 
     Args:
         momentum: m in ``average = m average + (1 - m) block``, within 0 .. 1.
-        head: what looks at the block's output: a name as of :class:`auglocal_ext.ContSup`, or a rule whose auxiliary
-            networks take its place, such as ``DGL()`` or ``InfoPro(...)``, the two that the paper uses.
+        head: the classifier on the block's output: a name as for :class:`auglocal_ext.ContSup`, or a rule whose
+            auxiliary networks take its place, such as ``DGL()`` or ``InfoPro(...)``, the two that the paper uses.
 
     Raises:
         ValueError: for a momentum outside 0 .. 1 or an unknown head.
@@ -155,7 +155,7 @@ def _next_block(network: Network, index: int) -> tuple[nn.Module, Features]:
 
     def failed(part: int, h: Tensor, error: Exception) -> Exception:
         return ValueError(
-            f"MAN copies layer {index} ({layer.what}), which does not take what it is fed with here, a shape of "
+            f"MAN copies layer {index} ({layer.what}), which does not take what it receives here, a shape of "
             f"{tuple(h.shape[1:])}. torch says: {error}"
         )
 

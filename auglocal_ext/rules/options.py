@@ -57,7 +57,12 @@ def options_of(rule: type[Any]) -> list[Option]:
 
 
 def head_option(default: Any, help: str = "a head or a rule") -> Any:
-    """The field ``head`` of a rule: who looks at what it makes."""
+    """The field ``head`` of a rule, whose auxiliary network takes the output of the rule's blocks.
+
+    Args:
+        default: a head's name, or a rule.
+        help: a line for ``--help``.
+    """
     return option(default, help, kind=str, metavar="H")
 
 

@@ -19,14 +19,14 @@ class PredSim(Rule):
 
     Args:
         beta: weight of the similarity loss, within 0 .. 1.
-        limit: features that the prediction layer is fed, at most; 2048 by default. No other head reads it.
+        limit: largest number of features the prediction layer takes; 2048 by default. No other head uses it.
         head: None for the method's own prediction layer (:class:`auglocal_ext.rules.PredictionHead`), or any other: a
             name or a rule whose auxiliary networks take its place, such as ``AugLocal(depth=3)``.
         scale_classifier: False gives the last module's cross-entropy the weight 1, as AugLocal's experiments do.
 
     Raises:
-        ValueError: for ``beta`` outside 0 .. 1, a ``limit`` below 1 or that nothing reads, or an unknown head; when
-            wrapped, for another task than classification.
+        ValueError: for ``beta`` outside 0 .. 1, a ``limit`` that is below 1 or that nothing uses, or an unknown head;
+            when wrapped, for any task but classification.
 
     Source: Noekland and Eidnes, Training Neural Networks with Local Error Signals, ICML 2019; beta = 0.99 there. Each
     layer's own Adam optimizer and dropout are matters of training, not of the rule.
@@ -35,7 +35,7 @@ class PredSim(Rule):
     name = "predsim"
 
     beta: float = option(0.99, "weight of the similarity loss, 0..1")
-    limit: int | None = option(None, "features that the prediction layer is fed, at most (default 2048)", kind=int)
+    limit: int | None = option(None, "most features that the prediction layer takes (default 2048)", kind=int)
     head: Head | None = head_option(None, "its own prediction layer, a head or a rule")
     scale_classifier: bool = option(True, "the last module's cross-entropy has weight 1 - beta too, not 1")
 

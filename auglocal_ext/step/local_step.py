@@ -44,20 +44,21 @@ class LocalStep:
 
     Args:
         net: the network.
-        optimizer: makes the optimizer of a list of parameters: any class of ``torch.optim`` but LBFGS. On CUDA its
-            fused and capturable forms are used where it has them and ``fused`` and ``foreach`` are left open.
+        optimizer: takes a list of parameters and returns an optimizer, of any class of ``torch.optim`` but LBFGS. On
+            CUDA its fused and capturable forms are used, unless ``fused`` or ``foreach`` was set.
         params: parameter groups for ``optimizer``, for example one without weight decay; default all parameters.
         graph: ``"auto"`` captures where it can and records in :attr:`eager_reason` why not; True raises
             :class:`auglocal_ext.step.GraphCaptureError` instead; False never does.
         overlap: run the backward of module k beside the forward of module k + 1, on two CUDA streams. Up to two
-            modules' activations are then alive. ``"auto"`` is off but with a ``memory_budget``.
+            modules' activations are then alive. ``"auto"`` is off unless there is a ``memory_budget``.
         autocast: None leaves it to a surrounding ``torch.autocast``; ``torch.float16`` makes a ``GradScaler``.
-        grad_scaler: a scaler of one's own.
+        grad_scaler: a scaler of your own.
         clip_norm: largest 2-norm of gradients.
-        clip: ``"module"`` clips each local module's gradients by themselves; ``"global"`` all together, for which
-            all gradients are kept to the end of the pass: as many bytes as the parameters.
-        accumulate: calls per optimizer step, whose gradients are averaged. Above 1 all gradients are kept.
-        recompute: sets ``net.recompute``; None leaves it. ``"peak"`` recomputes only where it lowers the step's peak.
+        clip: ``"module"`` clips the gradients of each local module separately; ``"global"`` clips all together and
+            keeps all gradients until the end of the pass: as many bytes as the parameters.
+        accumulate: calls per optimizer step; their gradients are averaged. Above 1 all gradients are kept.
+        recompute: sets ``net.recompute``; None leaves it as it is. ``"peak"`` recomputes only where that lowers the
+            step's peak.
         memory_budget: bytes, ``"400MB"`` or ``"0.4GiB"``: the least recomputation that fits, by prediction; with
             ``overlap="auto"`` modules overlap if that costs no more. See :func:`auglocal_ext.step.plan_memory`.
         batch_size: images per call, for ``recompute="peak"`` and ``memory_budget``.
@@ -143,7 +144,7 @@ class LocalStep:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """One ordinary optimizer of the user's class, for schedulers and checkpoints; not to be stepped by hand."""
+        """One ordinary optimizer of your class, for schedulers and checkpoints. Do not step it by hand."""
         return self._optimizers.whole
 
     @property

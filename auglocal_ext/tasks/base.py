@@ -15,7 +15,7 @@ from ..ops.deferred import check_values
 
 
 class Scored(NamedTuple):
-    """An output beside its targets.
+    """An output compared with its targets.
 
     Attributes:
         loss: scalar, with graph.
@@ -29,19 +29,18 @@ class Scored(NamedTuple):
 
 
 class Task(nn.Module, ABC):
-    """What is learned; every local module learns the same.
+    """What is learned; every local module learns the same task.
 
-    An output is ``(N, outputs)``, unless a subclass says otherwise of it (:meth:`readout`, :meth:`check_output`). A
-    task is an ``nn.Module`` so that what it holds moves with the network; it has no trainable parameters, since all
-    local losses share it.
+    An output is ``(N, outputs)``, unless a subclass overrides :meth:`readout` and :meth:`check_output`. A task is an
+    ``nn.Module``, so its buffers move with the network. It has no trainable parameters, since all local losses share
+    it.
 
-    A subclass says how many ``outputs`` there are, checks targets (:meth:`check_form`, :meth:`invalid`,
-    :meth:`complaint`), makes the loss and an example of a target; and what it counts, if anything.
+    A subclass sets the number of ``outputs``, checks targets (:meth:`check_form`, :meth:`invalid`, :meth:`complaint`),
+    makes the loss and an example of a target, and may count a metric.
 
     Attributes:
-        outputs: numbers a head puts out per sample.
-        metric: what :meth:`count` over :meth:`counted` is called in logs, such as ``"accuracy"``; empty if nothing is
-            counted.
+        outputs: outputs of a head per sample.
+        metric: name in logs of :meth:`count` over :meth:`counted`, such as ``"accuracy"``; empty if nothing is counted.
     """
 
     metric: str = ""
@@ -62,15 +61,15 @@ class Task(nn.Module, ABC):
         """Raise TypeError or ValueError unless dtype and shape of ``target`` are right for ``samples`` samples."""
 
     def invalid(self, target: Tensor) -> Tensor:
-        """Which targets of a right form are not valid: a mask on their device, made without a host read."""
+        """Which targets, of the right form, are not valid: a mask on their device, made without a host read."""
         return torch.zeros((), dtype=torch.bool, device=target.device)
 
     def complaint(self, target: Tensor, invalid: Tensor) -> str:
-        """What is wrong with targets on the CPU, by the mask of those that are not valid."""
+        """Error message for targets on the CPU, given the mask of those that are not valid."""
         return f"{int(invalid.sum())} targets are not valid"
 
     def late_complaint(self, count: int) -> str:
-        """The same for targets of earlier batches on CUDA, of which only their number is known."""
+        """The same for targets of earlier batches on CUDA, of which only the number is known."""
         return f"{count} targets of earlier batches were not valid; checking one batch on the CPU names them"
 
     @abstractmethod
@@ -86,7 +85,7 @@ class Task(nn.Module, ABC):
         return torch.full((), -1, device=output.device)
 
     def counted(self, target: Tensor) -> Tensor | int:
-        """How many targets :meth:`count` has looked at."""
+        """Number of targets that :meth:`count` considered."""
         return len(target)
 
     @abstractmethod

@@ -10,10 +10,10 @@ from .base import Task, check_samples, wide
 
 
 class MultiLabel(Task):
-    """``mean BCE(sigmoid(output), y)`` over ``num_labels`` labels, none of which excludes another.
+    """``mean BCE(sigmoid(output), y)`` over ``num_labels`` labels that do not exclude each other.
 
-    Targets are ``(N, num_labels)``: bool, integers 0 and 1, or probabilities in [0, 1]. Counted are labels that are
-    right, the logit's sign against ``y > 0.5``.
+    Targets are ``(N, num_labels)``: bool, integers 0 and 1, or probabilities in [0, 1]. The metric is the share
+    of correct labels, the logit's sign against ``y > 0.5``.
 
     Args:
         num_labels: L, at least 1.
@@ -70,7 +70,7 @@ class MultiLabel(Task):
 
 
 class Binary(MultiLabel):
-    """One yes-or-no label per sample: :class:`MultiLabel` of one label, whose targets may be ``(N,)`` too."""
+    """One yes-or-no label per sample: :class:`MultiLabel` with one label, whose targets may also be ``(N,)``."""
 
     def __init__(self) -> None:
         super().__init__(1)

@@ -18,7 +18,8 @@ class Classification(Task):
     """``CE(output, y)``: the cross-entropy of ``(N, num_classes)`` logits; top-1 hits are counted.
 
     Targets are class indices ``(N,)``, int64, or class probabilities ``(N, num_classes)``, floating point, as mixup and
-    CutMix make them. A hit is a largest logit at the label, or at the largest probability.
+    CutMix make them. It is a hit if the largest logit is at the label, or at the largest
+    probability.
 
     Args:
         num_classes: K, at least 2.

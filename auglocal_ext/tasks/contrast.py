@@ -16,15 +16,15 @@ _NAME = "the supervised contrastive loss"
 class SupervisedContrast(Task):
     """``supervised_contrast(output, y)`` of an output ``(N, features)``: what InfoPro's contrastive heads learn.
 
-    It is a local task alone: its output is no network's. Nothing is counted.
+    It is a task for heads only, never for a whole network. Nothing is counted.
 
     Args:
-        features: numbers a head puts out.
+        features: outputs of a head per sample.
         classes: the network's task, a :class:`Classification` without label smoothing.
         temperature: t.
 
     Raises:
-        ValueError: for another task, and for label smoothing, which this loss has no meaning for.
+        ValueError: for another task, and for label smoothing, which has no meaning in this loss.
     """
 
     def __init__(self, features: int, classes: Task, temperature: float = 0.07) -> None:

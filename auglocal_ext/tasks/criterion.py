@@ -13,15 +13,15 @@ from .base import Task, check_samples
 class Criterion(Task):
     """``criterion(output, target)``: any callable that makes a scalar of an output ``(N, outputs)`` and targets.
 
-    Nothing is counted, and of the targets the number of samples alone is checked: all else is the criterion's affair.
-    It runs once for each local module of a pass, so it should keep nothing from call to call.
+    Nothing is counted. Only the number of samples in the targets is checked; the rest is up to the criterion. It runs
+    once per local module, so it must not keep state between calls.
 
     Args:
         criterion: such as ``nn.HuberLoss()`` or a function; an ``nn.Module`` moves with the network, without trainable
             parameters.
-        outputs: numbers a head puts out per sample.
-        example: targets of one sample ``(1, ...)`` or more, of which predictions of memory and cost take shape and
-            dtype; default ``(1, outputs)`` of floating point.
+        outputs: outputs of a head per sample.
+        example: targets of one sample ``(1, ...)`` or more, whose shape and dtype are used to predict memory and cost;
+            default ``(1, outputs)``, floating point.
 
     Raises:
         TypeError: if the criterion cannot be called, or is a class.

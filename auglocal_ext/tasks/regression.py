@@ -16,10 +16,10 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "l1
 
 
 class Regression(Task):
-    """``mean loss(output, y)`` over ``outputs`` numbers per sample; counted is the mean absolute error.
+    """``mean loss(output, y)`` over ``outputs`` numbers per sample; the metric is the mean absolute error.
 
-    Targets are ``(N, outputs)``, or ``(N,)`` of one output, floating point and finite. They are used as they are:
-    standardise them, and divide the error by the same factor.
+    Targets are ``(N, outputs)``, or ``(N,)`` for one output, floating point and finite. They are not rescaled:
+    standardise them yourself, and multiply the error by the factor you divided by.
 
     Args:
         outputs: numbers per sample, at least 1.

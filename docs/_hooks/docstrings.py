@@ -10,7 +10,7 @@ from typing import Any
 
 import griffe
 
-_ROLE = re.compile(r":(?:class|func|meth|attr|mod):`([\w.]+)`")
+_ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`([\w.]+)`")
 # Two colons at the end of a paragraph, and the indented block after it.
 _LITERAL = re.compile(r"^(?P<lead>[^\n]*?)::\n\n(?P<block>(?: {4}[^\n]*(?:\n|$)|\n)+)", re.M)
 
