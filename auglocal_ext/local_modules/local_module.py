@@ -153,6 +153,8 @@ class LocalModule:
 class Relay:
     """Hands each local module the output of the one before, and the inputs that it is supplied with.
 
+    The training pass, inference, the exported network and the first run on an example all use it.
+
     Args:
         modules: the local modules, which are to run in order.
         x: the network's input.
