@@ -136,7 +136,9 @@ class MemoryMeter(TorchDispatchMode):
         these. ``category`` names the tensors given directly; default ``"inputs"``. Modules and optimizers are
         remembered, weakly, so that gradients and state which appear later are put into their category.
 
-        Raises ``TypeError`` for any other object and ``ValueError`` for an unknown category.
+        Raises:
+            TypeError: for any other object.
+            ValueError: for an unknown category.
         """
         if category is not None and category not in CATEGORIES:
             raise ValueError(f"expected one of the categories {CATEGORIES}, got {category!r}")
