@@ -140,7 +140,8 @@ def _uncached_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type), cache_enabled=False)
 
 
-#: ``take(module, parameters, gradients)`` is given each module's finished gradients right after its backward.
+#: ``take(module, parameters, gradients)`` is given each module's finished gradients right after its backward. It calls
+#: ``module.after_step()`` when it has used them.
 Take = Callable[[LocalModule, Sequence[nn.Parameter], Sequence[Tensor | None]], None]
 
 
@@ -209,9 +210,9 @@ def local_pass(
                 parameters = [p for p in module.parameters() if p.requires_grad]
                 if take is None:
                     gradients.add(parameters, _gradients(parameters, scored.loss, scale, hooks=False))
+                    module.after_step()
                 else:
                     take(module, parameters, _gradients(parameters, scored.loss, scale, hooks=True))
-                module.after_step()
             del scored
     streams.join()
     module_losses = torch.stack(losses)

@@ -9,6 +9,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from .._version import __version__
+from ..distributed import Mesh, Replicas, replica_group
 from ..local_modules import LocalOutput, OneStream, Recompute
 from ..local_sequential import LocalSequential
 from ..nn import eager_type, in_process_group
@@ -39,8 +41,17 @@ class LocalStep:
 
     Call it with the network in training mode, with batches on the network's device. A batch of another shape runs
     without the graph; the smaller last one of an epoch has its own from the second epoch on. Gradients never appear in
-    ``.grad`` between steps. In a process group of several processes it raises, since gradients are not reduced here:
-    use ``net(x, y)`` in DistributedDataParallel.
+    ``.grad`` between steps.
+
+    Among several processes each runs this step on its own part of the batch, and ``mesh`` names them::
+
+        mesh = init_device_mesh("cuda", (world_size,), mesh_dim_names=("replica",))
+        step = LocalStep(net, optimizer, mesh=mesh)
+
+    The first replica's weights are taken by all. A module's gradients are averaged over the replicas while the next
+    module runs, each replica counting the same, as in DistributedDataParallel; so is what follows of it: clipping and
+    the loss scaler's decisions are those of the averaged gradients. BatchNorm sees a replica's part of the batch alone,
+    and so do losses that compare samples (PredSim, contrast). Losses and counts are the replica's own.
 
     Args:
         net: the network.
@@ -62,6 +73,8 @@ class LocalStep:
         memory_budget: bytes, ``"400MB"`` or ``"0.4GiB"``: the least recomputation that fits, by prediction; with
             ``overlap="auto"`` modules overlap if that costs no more. See :func:`auglocal_ext.step.plan_memory`.
         batch_size: images per call, for ``recompute="peak"`` and ``memory_budget``.
+        mesh: a ``DeviceMesh`` with a dimension ``"replica"``. Steps of several replicas run eagerly, on one stream, and
+            are not planned: ``graph=True``, ``overlap=True``, ``recompute="peak"`` and ``memory_budget`` raise.
 
     Attributes:
         net: the network.
@@ -70,9 +83,11 @@ class LocalStep:
 
     Raises:
         MemoryBudgetError: if no choice fits ``memory_budget``.
-        RuntimeError: in a process group of more than one process.
+        DisagreementError: in all processes, if replicas differ in the network, in options or in versions.
+        RuntimeError: in a process group of more than one process without ``mesh``.
         TypeError: if ``net`` is no :class:`LocalSequential` or ``optimizer`` makes no optimizer.
-        ValueError: for an option out of range, or an optimizer that cannot be stepped module by module.
+        ValueError: for an option out of range, one that several replicas cannot honour, or an optimizer that cannot be
+            stepped module by module.
     """
 
     def __init__(
@@ -91,6 +106,7 @@ class LocalStep:
         recompute: StepRecompute | None = None,
         memory_budget: MemoryBudget | None = None,
         batch_size: int | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         if not isinstance(net, LocalSequential):
             raise TypeError(f"net must be a LocalSequential, got {_name_of(net)}; {_way_for(net)}")
@@ -99,10 +115,15 @@ class LocalStep:
                 "optimizer must be a function that makes one of a list of parameters, such as lambda params: "
                 f"torch.optim.SGD(params, lr=0.1); got {type(optimizer).__name__}"
             )
-        _refuse_processes()
         for name, switch in (("graph", graph), ("overlap", overlap)):
             if switch not in (True, False, "auto"):
                 raise ValueError(f'{name} must be True, False or "auto", got {switch!r}')
+        self._meshed = mesh is not None
+        self._refuse_processes()
+        group = None if mesh is None else replica_group(mesh)
+        if group is not None:
+            _refuse_with_replicas(graph=graph, overlap=overlap, recompute=recompute, memory_budget=memory_budget)
+            graph = False
         if autocast not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast}")
         self.net = net
@@ -130,7 +151,19 @@ class LocalStep:
                 overlap=overlap if self._parameters[0].is_cuda else False,
             )
         self._optimizers = ModuleOptimizers(net.local_modules, optimizer, params)
-        self._updates = Updates(self._optimizers, grad_scaler, clip_norm, clip, accumulate)
+        replicas = None
+        if group is not None:
+            facts = {
+                "the version of auglocal_ext": __version__,
+                "the rule": repr(net.rule),
+                "the cuts": [len(module.groups) for module in net.local_modules],
+                "the optimizer": _options_of(self._optimizers.whole),
+                **{"autocast": str(autocast), "grad_scaler": grad_scaler is not None},
+                **{"clip_norm": clip_norm, "clip": clip, "accumulate": accumulate},
+            }
+            replicas = Replicas(group, net.named_parameters(), net.named_buffers(), facts)
+        self._replicas = replicas
+        self._updates = Updates(self._optimizers, grad_scaler, clip_norm, clip, accumulate, replicas)
         if self.plan is not None:
             net.recompute = self.plan.recompute
         elif recompute is not None:
@@ -155,6 +188,8 @@ class LocalStep:
     @property
     def eager_reason(self) -> str | None:
         """Why the last step did not run as a CUDA graph; None if it did."""
+        if self._replicas is not None:
+            return "steps of several replicas run eagerly"
         return "graph=False" if self._graphs is None else self._graphs.reason
 
     def __call__(self, x: Tensor, y: Tensor) -> LocalOutput:
@@ -171,7 +206,7 @@ class LocalStep:
             TypeError, ValueError: for a bad batch, as ``net(x, y)`` does, before anything is changed.
             GraphCaptureError: with ``graph=True`` if the step cannot be captured; nothing is changed.
         """
-        _refuse_processes()
+        self._refuse_processes()
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             way = self._way(x, y)
             if isinstance(way, GraphedStep):
@@ -181,6 +216,16 @@ class LocalStep:
                     out = self._eagerly(x, y)
         self._updates.count()
         return out
+
+    def _refuse_processes(self) -> None:
+        """RuntimeError among several processes without a mesh, whose weights would drift apart."""
+        size = torch.distributed.get_world_size() if not self._meshed and in_process_group() else 1
+        if size > 1:
+            raise RuntimeError(
+                f"this is one of {size} processes, and without mesh= LocalStep does not average gradients over them, "
+                "so their weights would drift apart. Pass mesh=init_device_mesh(device, (size,), "
+                'mesh_dim_names=("replica",)), or a mesh of size 1 for a network that only this process trains'
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """State of optimizer and scaler; gradients of an unfinished accumulation are not part of it."""
@@ -268,19 +313,19 @@ def _name_of(net: Any) -> str:
 
 def _way_for(net: Any) -> str:
     if isinstance(net, torch.nn.parallel.DistributedDataParallel):
-        return "a step does not reduce gradients over processes: train the wrapped network by its net(x, y) and a loop"
+        return "hand the step the network itself, and mesh= for its replicas: the step averages their gradients"
     return "wrap the network first"
 
 
-def _refuse_processes() -> None:
-    """RuntimeError among several processes, whose weights would drift apart."""
-    size = torch.distributed.get_world_size() if in_process_group() else 1
-    if size > 1:
-        raise RuntimeError(
-            f"LocalStep runs in one process, and this is one of {size}: gradients are not reduced over them, so their "
-            "weights would drift apart. Wrap the network in DistributedDataParallel and train it by net(x, y) and a "
-            "loop"
-        )
+def _refuse_with_replicas(**options: Any) -> None:
+    for name, value in options.items():
+        if value is True or value == "peak" or (name == "memory_budget" and value is not None):
+            raise ValueError(f"{name}={value!r} is for one process; steps of several replicas cannot honour it so far")
+
+
+def _options_of(optimizer: torch.optim.Optimizer) -> str:
+    groups = [{k: v for k, v in g.items() if k != "params"} | {"n": len(g["params"])} for g in optimizer.param_groups]
+    return f"{type(optimizer).__name__} {groups}"
 
 
 def _random_position(device: torch.device) -> int | None:

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ..distributed import Average, Replicas
 from ..local_modules import LocalModule, LocalOutput, OneStream, local_pass
 from .optimizers import ModuleOptimizers
 
@@ -25,6 +26,8 @@ class Updates:
         clip: ``"module"``: of each local module's by itself; ``"global"``: of all together, for which all
             gradients are kept to the end of the pass (as many bytes as the parameters).
         accumulate: calls per optimizer step, over which gradients are averaged; above 1 all gradients are kept.
+        replicas: over which gradients are averaged with the last call of a step: those of a module while the next one
+            runs, so gradients of two modules exist at a time.
 
     Raises:
         ValueError: if ``clip_norm`` is not positive, ``clip`` is unknown or ``accumulate`` is less than 1.
@@ -37,6 +40,7 @@ class Updates:
         clip_norm: float | None,
         clip: Clip,
         accumulate: int,
+        replicas: Replicas | None = None,
     ) -> None:
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm must be positive, or None for no clipping; got {clip_norm}")
@@ -49,8 +53,10 @@ class Updates:
         self.clip_norm = clip_norm
         self.clip = clip
         self.accumulate = accumulate
+        self.replicas = replicas
         self.calls = 0
         self._begun = False
+        self._averaging: list[tuple[LocalModule, Average]] = []
         self._shares: dict[torch.device, Tensor] = {}
 
     @property
@@ -76,7 +82,10 @@ class Updates:
         self._begun = True
 
     def take(self, module: LocalModule, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-        """The finished gradients of ``module``: with the last call of a step its parameters are updated at once."""
+        """The finished gradients of ``module``: with the last call of a step its parameters are updated at once.
+
+        Among replicas they are updated when the next module's gradients are there.
+        """
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
                 continue
@@ -84,12 +93,23 @@ class Updates:
                 parameter.grad = gradient
             else:
                 parameter.grad.add_(gradient)
+        if self.due and self.replicas is not None:
+            owned = [p for group in self.optimizers.view(module.index).param_groups for p in group["params"]]
+            buffers = [buffer for part in module.parts() for buffer in part.buffers()]
+            self._averaging.append((module, self.replicas.average(module.index, owned, buffers)))
+            if not self.all_at_once:
+                self._finish(self._averaging[:-1])
+                del self._averaging[:-1]
+            return
         if self.due and not self.all_at_once:
             self._step(self.optimizers.view(module.index))
+        module.after_step()
 
     def end(self) -> None:
         """After the last module."""
         if self.due:
+            self._finish(self._averaging)
+            self._averaging.clear()
             if self.all_at_once:
                 self._step(self.optimizers.everything)
             if self.scaler is not None:
@@ -98,6 +118,7 @@ class Updates:
     def drop(self) -> None:
         """Forget all gradients and start counting calls anew."""
         self.calls = 0
+        self._averaging.clear()
         self.optimizers.whole.zero_grad(set_to_none=True)
 
     def count(self) -> None:
@@ -110,6 +131,13 @@ class Updates:
     def all_at_once(self) -> bool:
         """Whether all modules are updated together at the end of the pass."""
         return self.clip_norm is not None and self.clip == "global"
+
+    def _finish(self, averaging: Sequence[tuple[LocalModule, Average]]) -> None:
+        for module, average in averaging:
+            average.wait()
+            if not self.all_at_once:
+                self._step(self.optimizers.view(module.index))
+            module.after_step()
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

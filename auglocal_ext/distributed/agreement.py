@@ -1,0 +1,44 @@
+"""Processes find out before the first batch whether they are about to train the same thing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class DisagreementError(RuntimeError):
+    """Processes that are to train one network differ in something; raised in all of them."""
+
+
+def agree(facts: Mapping[str, Any], group: Any) -> None:
+    """Compare what each process of a group says; a collective call.
+
+    Args:
+        facts: plain values by name, such as options and versions.
+        group: the process group.
+
+    Raises:
+        DisagreementError: naming what differs first, with both values and ranks. In all processes, so none waits.
+    """
+    everyone: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(everyone, dict(facts), group=group)
+    first = everyone[0]
+    for rank, theirs in enumerate(everyone):
+        for name in [*first, *(name for name in theirs if name not in first)]:
+            here, there = first.get(name, "nothing"), theirs.get(name, "nothing")
+            if here != there:
+                raise DisagreementError(
+                    f"replicas 0 and {rank} differ in {name}: {here} and {there}. Start every process with the same "
+                    "code, network and options"
+                )
+
+
+def shapes_of(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """For each tensor its name with its dtype, shape and whether it is trained, as :func:`agree` compares them."""
+    return {
+        name: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}{'' if t.requires_grad else ', frozen'}"
+        for name, t in named
+    }

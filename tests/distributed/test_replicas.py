@@ -1,0 +1,278 @@
+"""``LocalStep(mesh=...)`` on real processes: several replicas come to what one process comes to."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from ranks import run
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from auglocal_ext import DGL, MAN, AugLocal, ContSup, Greedy, InfoPro, LocalSequential, LocalStep, PredSim, models
+from auglocal_ext.distributed import DisagreementError
+
+RULES = {
+    "auglocal": AugLocal(2),
+    "contsup": ContSup("R1E"),
+    "dgl": DGL(),
+    "greedy": Greedy(),
+    "infopro": InfoPro((0.5, 1.0), (1.0, 0.5)),
+    "contrast": InfoPro((0.5, 1.0), (1.0, 0.5), loss="contrast"),
+    "man": MAN(),
+    "predsim": PredSim(),
+}
+STEPS, PART = 4, 4
+
+
+def mesh(world, device="cpu"):
+    return init_device_mesh(device, (world,), mesh_dim_names=("replica",))
+
+
+def network(rule="auglocal", seed=7):
+    torch.manual_seed(seed)
+    rule = RULES[rule] if isinstance(rule, str) else rule
+    return LocalSequential(models.resnet_cifar(8, width=4), rule, 10, (3, 16, 16)).double()
+
+
+def parts(world, steps=STEPS):
+    """For each step the parts of a batch, one per replica."""
+    generator = torch.Generator().manual_seed(11)
+    for _ in range(steps):
+        x = torch.randn(world * PART, 3, 16, 16, generator=generator, dtype=torch.float64)
+        y = torch.randint(0, 10, (world * PART,), generator=generator)
+        yield [(x[i * PART :][:PART], y[i * PART :][:PART]) for i in range(world)]
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4)
+
+
+def one_process(net, world, clip_norm=None, accumulate=1):
+    """The literal meaning: copies of the network take the parts one after another, and all take the mean gradient.
+
+    Buffers are the first copy's.
+    """
+    copies = [net, *(copy.deepcopy(net) for _ in range(world - 1))]
+    optimizers = [sgd(copied.parameters()) for copied in copies]
+    for number, batch in enumerate(parts(world, STEPS * accumulate)):
+        for copied, (x, y) in zip(copies, batch, strict=True):
+            (copied(x, y).loss / accumulate).backward()
+        if (number + 1) % accumulate:
+            continue
+        for twins in zip(*(copied.parameters() for copied in copies), strict=True):
+            if twins[0].grad is not None:
+                mean = sum(p.grad for p in twins) / world
+                for p in twins:
+                    p.grad = mean.clone()
+        for copied, optimizer in zip(copies, optimizers, strict=True):
+            if clip_norm is not None:
+                nn.utils.clip_grad_norm_(copied.parameters(), clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        for copied in copies[1:]:
+            for buffer, first in zip(copied.buffers(), net.buffers(), strict=True):
+                buffer.copy_(first)
+    return net
+
+
+def everyone_agrees(net):
+    """Every parameter and buffer is the same in all processes, to the bit."""
+    for name, tensor in net.state_dict().items():
+        first = tensor.clone()
+        torch.distributed.broadcast(first, 0)
+        assert torch.equal(first, tensor), name
+
+
+def assert_close(net, expected):
+    for (name, value), theirs in zip(net.state_dict().items(), expected.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, theirs, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def _train_all(rank, names, world, options):
+    for name in names:
+        net = network(name, seed=7 + rank)  # the first replica's weights are taken
+        step = LocalStep(net, sgd, mesh=mesh(world), **options)
+        for batch in parts(world, STEPS * options.get("accumulate", 1)):
+            out = step(*batch[rank])
+            assert not out.loss.requires_grad
+        assert all(p.grad is None or not p.grad.any() for p in net.parameters())
+        everyone_agrees(net)
+        assert_close(net, one_process(network(name), world, options.get("clip_norm"), options.get("accumulate", 1)))
+        assert step.eager_reason == "steps of several replicas run eagerly"
+
+
+def test_two_replicas_come_to_what_one_process_does():
+    run(2, _train_all, ["auglocal", "man"], 2, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "options"), [(3, {}), (2, {"clip_norm": 0.01, "clip": "global"}), (2, {"accumulate": 2})], ids=str
+)
+def test_every_rule(world, options):
+    run(world, _train_all, list(RULES), world, options)
+
+
+def _overflow(rank):
+    """An infinite gradient in one replica skips the module's update in all, and all scalers halve."""
+    net = LocalSequential(models.resnet_cifar(8, width=4), Greedy(), 10, (3, 16, 16))
+    step = LocalStep(net, sgd, mesh=mesh(2), grad_scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+    x, y = torch.randn(4, 3, 16, 16), torch.randint(0, 10, (4,))
+    before = [[p.detach().clone() for p in module.parameters()] for module in net.local_modules]
+    poisoned = next(p for p in net.local_modules[1].parameters() if p.requires_grad)
+    handle = poisoned.register_hook(lambda g: g * float("inf")) if rank == 1 else None
+    step(x, y)
+    assert step.grad_scaler.get_scale() == 4.0
+    for index, module in enumerate(net.local_modules):
+        moved = any(not torch.equal(p, old) for p, old in zip(module.parameters(), before[index], strict=True))
+        assert moved == (index != 1), index
+    everyone_agrees(net)
+    if handle is not None:
+        handle.remove()
+    step(x, y)
+    assert any(not torch.equal(p, q) for p, q in zip(net.local_modules[1].parameters(), before[1], strict=True))
+    everyone_agrees(net)
+
+
+def _memory_formats(rank):
+    """Gradients keep the layout of their parameters, so that fused optimizers take them as they are."""
+    net = network("greedy").to(memory_format=torch.channels_last)
+    step = LocalStep(net, sgd, mesh=mesh(2), clip_norm=1.0, clip="global")
+    strides = {}
+    clip = nn.utils.clip_grad_norm_
+
+    def seen(parameters, norm):
+        strides.update({p: (p.grad.stride(), p.stride()) for p in parameters})
+        return clip(parameters, norm)
+
+    nn.utils.clip_grad_norm_ = seen
+    try:
+        step(*next(parts(2))[rank])
+    finally:
+        nn.utils.clip_grad_norm_ = clip
+    assert len(strides) == len(list(net.parameters()))
+    assert all(ours == theirs for ours, theirs in strides.values())
+
+
+def _resume(rank):
+    """State of a step goes on in another, in all replicas."""
+    net = network("man")
+    step = LocalStep(net, sgd, mesh=mesh(2))
+    batches = list(parts(2))
+    for batch in batches[:2]:
+        step(*batch[rank])
+    again = network("man", seed=rank)
+    again.load_state_dict(net.state_dict())
+    other = LocalStep(again, sgd, mesh=mesh(2))
+    other.load_state_dict(copy.deepcopy(step.state_dict()))
+    for batch in batches[2:]:
+        step(*batch[rank])
+        other(*batch[rank])
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+class Skipping(nn.Module):
+    """Leaves its layer out when it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.out, self.skip = nn.Linear(6, 6), nn.Linear(6, 6), False
+
+    def forward(self, x):
+        return self.out(x if self.skip else self.layer(x))
+
+
+def _disagreements(rank):
+    """Whatever differs is refused in both processes, by name."""
+    one_layer_more = models.resnet_cifar(14 if rank else 8, width=4)
+    with pytest.raises(DisagreementError, match="replicas 0 and 1 differ in the cuts"):
+        LocalStep(LocalSequential(one_layer_more, Greedy(), 10, (3, 16, 16)), sgd, mesh=mesh(2))
+    wider = LocalSequential(models.resnet_cifar(8, width=4 + 4 * rank), Greedy(), 10, (3, 16, 16))
+    with pytest.raises(
+        DisagreementError, match=r"differ in primary.*: float32 \[4, 3, 3, 3\] and float32 \[8, 3, 3, 3\]"
+    ):
+        LocalStep(wider, sgd, mesh=mesh(2))
+    with pytest.raises(DisagreementError, match="differ in the rule: .*AugLocal.*MAN"):
+        LocalStep(network("man" if rank else "auglocal"), sgd, mesh=mesh(2))
+    with pytest.raises(DisagreementError, match="differ in the optimizer: SGD .*'lr': 0.1.* and SGD .*'lr': 0.2"):
+        LocalStep(network(), lambda p: torch.optim.SGD(p, lr=0.1 * (rank + 1)), mesh=mesh(2))
+    with pytest.raises(DisagreementError, match="differ in clip_norm: None and 1.0"):
+        LocalStep(network(), sgd, mesh=mesh(2), clip_norm=1.0 if rank else None)
+    layers = nn.Sequential(nn.Linear(6, 6), Skipping(), nn.Linear(6, 3))
+    net = LocalSequential(layers, Greedy(), 3, (6,))
+    step = LocalStep(net, sgd, mesh=mesh(2))
+    step(torch.randn(4, 6), torch.randint(0, 3, (4,)))
+    net.primary[1].skip = True
+    with pytest.raises(DisagreementError, match=r"other parameters than in its first step: primary\.1\.layer\.bias, "):
+        step(torch.randn(4, 6), torch.randint(0, 3, (4,)))
+
+
+def _all_of(rank, works):
+    for work in works:
+        torch.manual_seed(0)
+        work(rank)
+
+
+def test_two_replicas_in_odd_cases():
+    run(2, _all_of, [_overflow, _memory_formats, _resume, _disagreements])
+
+
+@pytest.fixture
+def lonely(request):
+    """A process group of the asked size whose other processes are not there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("lonely", [2], indirect=True)
+@pytest.mark.parametrize(
+    ("shape", "names", "message"),
+    [
+        ((2,), None, "must be named .*got no names: pass mesh_dim_names="),
+        ((2,), ("data",), r"must be named .*got \('data',\)"),
+        ((1, 2), ("replica", "stage"), "in this order; got"),
+        ((2, 1), ("stage", "replica"), "mesh has 2 stages"),
+    ],
+)
+def test_meshes_that_are_not_understood_are_refused(lonely, shape, names, message):
+    with pytest.raises(ValueError, match=message):
+        LocalStep(network(), sgd, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names))
+
+
+def test_what_is_no_mesh_is_refused():
+    with pytest.raises(TypeError, match="mesh must be a DeviceMesh, .*got int"):
+        LocalStep(network(), sgd, mesh=2)
+
+
+@pytest.mark.parametrize("lonely", [2], indirect=True)
+@pytest.mark.parametrize(
+    "option", [{"graph": True}, {"overlap": True}, {"recompute": "peak"}, {"memory_budget": "1GB"}], ids=str
+)
+def test_options_that_replicas_cannot_honour_are_refused(lonely, option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))}=.* is for one process"):
+        LocalStep(network(), sgd, mesh=mesh(2), batch_size=4, **option)
+
+
+@pytest.mark.parametrize("lonely", [1], indirect=True)
+def test_a_mesh_of_one_process_changes_nothing(lonely):
+    one, two = network(), network()
+    steps = (
+        LocalStep(one, sgd),
+        LocalStep(two, sgd, mesh=init_device_mesh("cpu", (1, 1), mesh_dim_names=("stage", "replica"))),
+    )
+    for batch in parts(1, 2):
+        outs = [step(*batch[0]) for step in steps]
+        assert torch.equal(outs[0].module_losses, outs[1].module_losses)
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("lonely", [2], indirect=True)
+def test_a_mesh_of_size_one_among_several_processes_trains_alone(lonely):
+    alone = init_device_mesh("cpu", (2, 1), mesh_dim_names=("other", "replica"))["replica"]
+    assert LocalStep(network(), sgd, mesh=alone)(*next(parts(1))[0]).loss.isfinite()
