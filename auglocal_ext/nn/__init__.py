@@ -13,6 +13,7 @@ from .pooling import global_average_pool
 from .recompute import recomputed
 from .residual import FusedResidual
 from .sharding import in_process_group, refuse_sharding, sharded
+from .synced_norm import sync_batch_norm, synced_statistics
 
 __all__ = [
     "BatchNormAct1d",
@@ -33,5 +34,7 @@ __all__ = [
     "run_chain",
     "refuse_sharding",
     "sharded",
+    "sync_batch_norm",
+    "synced_statistics",
     "unfuse",
 ]

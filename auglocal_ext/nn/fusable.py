@@ -42,9 +42,13 @@ def replaced_call(module: nn.Module) -> str | None:
     return None
 
 
+#: The classes of normalisation that can be fused.
+FUSABLE_NORMS: set[type] = {nn.BatchNorm2d}
+
+
 def norm_hindrance(module: nn.Module | None) -> str | None:
     """Why a normalisation layer stays eager; None for an ``nn.BatchNorm2d`` that can be fused."""
-    if type(module) is not nn.BatchNorm2d:
+    if module is None or type(module) not in FUSABLE_NORMS:
         return f"is of type {type(module).__name__}, not nn.BatchNorm2d"
     return replaced_call(module)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +55,8 @@ def batch_norm_act(
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     check_tensors(x, vectors, residual)
     slope = slope_of(activation, negative_slope)
+    if training:
+        refuse_stand_in(NAME)
     mean, rstd = batch_norm_factors(
         x,
         running_mean,
@@ -233,10 +237,38 @@ class Passes(NamedTuple):
 
 
 _chosen: dict[tuple[Any, ...], Passes] = {}
+_stand_in: Callable[[Passes], Passes] | None = None
+
+
+def stand_in() -> Callable[[Passes], Passes] | None:
+    """What :func:`standing_in` was entered with; None outside."""
+    return _stand_in
+
+
+@contextmanager
+def standing_in(made: Callable[[Passes], Passes]) -> Iterator[None]:
+    """Within it :func:`passes` returns ``made(passes)``, in all threads: recomputation may run in autograd's."""
+    global _stand_in
+    before, _stand_in = _stand_in, made
+    try:
+        yield
+    finally:
+        _stand_in = before
+
+
+def refuse_stand_in(op: str) -> None:
+    """NotImplementedError within :func:`standing_in`, for an op that has passes of its own."""
+    if _stand_in is not None:
+        raise NotImplementedError(
+            f"{op} takes the statistics of this process alone, and those of all are asked for (sync_batch_norm=True); "
+            "use nn.BatchNorm2d or BatchNormAct2d layers in place of the op"
+        )
 
 
 def passes(x: Tensor, provider: str | None = None) -> Passes:
     """The passes over maps as x; the choice is made once for each device, dtype and provider asked for."""
+    if _stand_in is not None:
+        return _stand_in(_choose(x, provider))
     if torch.compiler.is_compiling():
         return _choose(x, provider)
     key = x.device, x.dtype, provider, os.environ.get(providers.ENVIRONMENT)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .batch_norm_act import batch_norm_factors, check_tensors, slope_of
+from .batch_norm_act import batch_norm_factors, check_tensors, refuse_stand_in, slope_of
 from .layout import empty_like
 from .reference.batch_norm_act_max_pool import Window, empty_pooled, pooled_size
 
@@ -52,6 +52,8 @@ def batch_norm_act_max_pool(
     check_tensors(x, vectors, None)
     window = _window(x, kernel_size, stride, padding)
     slope = slope_of(activation, negative_slope)
+    if training:
+        refuse_stand_in(NAME)
     mean, rstd = batch_norm_factors(
         x.detach(),
         running_mean,

@@ -13,7 +13,8 @@ from .._version import __version__
 from ..distributed import Mesh, Replicas, replica_group
 from ..local_modules import LocalOutput, OneStream, Recompute
 from ..local_sequential import LocalSequential
-from ..nn import eager_type, in_process_group
+from ..nn import eager_type, in_process_group, synced_statistics
+from ..nn import sync_batch_norm as synced_layers
 from .built_in import NetworkState
 from .graph import Form, GraphedStep, Graphs, NotForGraphs, Way
 from .memory_plan import MemoryPlan
@@ -50,8 +51,9 @@ class LocalStep:
 
     The first replica's weights are taken by all. A module's gradients are averaged over the replicas while the next
     module runs, each replica counting the same, as in DistributedDataParallel; so is what follows of it: clipping and
-    the loss scaler's decisions are those of the averaged gradients. BatchNorm sees a replica's part of the batch alone,
-    and so do losses that compare samples (PredSim, contrast). Losses and counts are the replica's own.
+    the loss scaler's decisions are those of the averaged gradients. BatchNorm sees a replica's part of the batch alone
+    unless ``sync_batch_norm``; losses that compare samples (PredSim, contrast) always do. Losses and counts that are
+    returned are the replica's own.
 
     Args:
         net: the network.
@@ -73,6 +75,8 @@ class LocalStep:
         memory_budget: bytes, ``"400MB"`` or ``"0.4GiB"``: the least recomputation that fits, by prediction; with
             ``overlap="auto"`` modules overlap if that costs no more. See :func:`auglocal_ext.step.plan_memory`.
         batch_size: images per call, for ``recompute="peak"`` and ``memory_budget``.
+        sync_batch_norm: BatchNorm takes its statistics over all replicas. Changes the class of the layers, see
+            :func:`auglocal_ext.nn.sync_batch_norm`, and costs a message of 2 C + 1 numbers per layer and pass.
         mesh: a ``DeviceMesh`` with a dimension ``"replica"``. Steps of several replicas run eagerly, on one stream, and
             are not planned: ``graph=True``, ``overlap=True``, ``recompute="peak"`` and ``memory_budget`` raise.
 
@@ -107,6 +111,7 @@ class LocalStep:
         memory_budget: MemoryBudget | None = None,
         batch_size: int | None = None,
         mesh: Mesh | None = None,
+        sync_batch_norm: bool = False,
     ) -> None:
         if not isinstance(net, LocalSequential):
             raise TypeError(f"net must be a LocalSequential, got {_name_of(net)}; {_way_for(net)}")
@@ -124,6 +129,8 @@ class LocalStep:
         if group is not None:
             _refuse_with_replicas(graph=graph, overlap=overlap, recompute=recompute, memory_budget=memory_budget)
             graph = False
+        elif sync_batch_norm:
+            raise ValueError("sync_batch_norm=True is for several replicas: pass mesh=, or leave it out")
         if autocast not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast}")
         self.net = net
@@ -160,9 +167,13 @@ class LocalStep:
                 "the optimizer": _options_of(self._optimizers.whole),
                 **{"autocast": str(autocast), "grad_scaler": grad_scaler is not None},
                 **{"clip_norm": clip_norm, "clip": clip, "accumulate": accumulate},
+                "sync_batch_norm": sync_batch_norm,
             }
             replicas = Replicas(group, net.named_parameters(), net.named_buffers(), facts)
+            if sync_batch_norm:
+                synced_layers(net)
         self._replicas = replicas
+        self._synced_group = group if sync_batch_norm else None
         self._updates = Updates(self._optimizers, grad_scaler, clip_norm, clip, accumulate, replicas)
         if self.plan is not None:
             net.recompute = self.plan.recompute
@@ -297,8 +308,10 @@ class LocalStep:
                 # One for all steps: libraries and the allocator keep memory for every stream they have met.
                 self._second = torch.cuda.Stream(x.device)
             self._streams = TwoStreams(x.device, self._second)
+        synced = nullcontext() if self._synced_group is None else synced_statistics(self._synced_group)
         try:
-            out = updating_pass(self.net.local_modules, x, y, self._updates, self._autocast_dtype, self._streams)
+            with synced:
+                out = updating_pass(self.net.local_modules, x, y, self._updates, self._autocast_dtype, self._streams)
         except BaseException:
             # A capture ends with its first stream alone. One that CUDA has broken off does not let them join.
             with suppress(RuntimeError):

@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from auglocal_ext import DGL, MAN, AugLocal, ContSup, Greedy, InfoPro, LocalSequential, LocalStep, PredSim, models
 from auglocal_ext.distributed import DisagreementError
+from auglocal_ext.nn import BatchNormAct2d, sync_batch_norm, synced_statistics
+from auglocal_ext.ops import batch_norm_act
 
 RULES = {
     "auglocal": AugLocal(2),
@@ -113,6 +115,83 @@ def test_two_replicas_come_to_what_one_process_does():
 )
 def test_every_rule(world, options):
     run(world, _train_all, list(RULES), world, options)
+
+
+def whole_batch(net, world):
+    """One process that trains on all parts at once."""
+    optimizer = sgd(net.parameters())
+    for batch in parts(world):
+        net(*(torch.cat(tensors) for tensors in zip(*batch, strict=True))).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return net
+
+
+class Stem(nn.Module):
+    """A layer whose BatchNorm runs eagerly, with a cumulative average."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4, momentum=None)
+        self.act = BatchNormAct2d(4, activation="leaky_relu")
+
+    def forward(self, x):
+        h = self.norm(self.conv(x))
+        return self.act(h, h)
+
+
+def odd_layers():
+    torch.manual_seed(7)
+    pooled = [nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    layers = nn.Sequential(Stem(), nn.Sequential(*pooled), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10))
+    return LocalSequential(layers, Greedy(), 10, (3, 16, 16)).double()
+
+
+SYNCED = {
+    **{name: lambda name=name, **options: network(name, **options) for name in ("auglocal", "contsup", "dgl", "man")},
+    "odd layers": lambda **_: odd_layers(),
+}
+
+
+def _train_synced(rank, names, world, options):
+    for name in names:
+        net = SYNCED[name]()
+        step = LocalStep(net, sgd, mesh=mesh(world), sync_batch_norm=True, **options)
+        for batch in parts(world):
+            step(*batch[rank])
+        everyone_agrees(net)
+        expected = whole_batch(SYNCED[name](), world)
+        for (key, value), theirs in zip(net.state_dict().items(), expected.state_dict().values(), strict=True):
+            torch.testing.assert_close(value, theirs, rtol=1e-8, atol=1e-8, msg=lambda m, key=key: f"{key}: {m}")
+        x = next(parts(world))[0][0]
+        assert torch.equal(net.eval()(x), copy.deepcopy(net)(x))  # outside a step it needs no other process
+
+
+def test_synchronised_batch_norm_sees_the_whole_batch():
+    run(2, _train_synced, ["auglocal", "odd layers"], 2, {"recompute": "all"})
+
+
+@pytest.mark.slow
+def test_every_rule_with_synchronised_batch_norm():
+    run(3, _train_synced, list(SYNCED), 3, {})
+
+
+def test_synchronised_batch_norm_is_refused_where_it_cannot_be():
+    with pytest.raises(ValueError, match="sync_batch_norm=True is for several replicas"):
+        LocalStep(network(), sgd, sync_batch_norm=True)
+    with pytest.raises(ValueError, match="1 is of type SyncBatchNorm, .*cannot be merged"):
+        sync_batch_norm(nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2)))
+    layers = nn.Sequential(nn.BatchNorm2d(3), nn.Identity())
+    assert sync_batch_norm(layers) == sync_batch_norm(layers) == 1
+    x = torch.randn(4, 3, 2, 2)
+    with synced_statistics(None):
+        with pytest.raises(NotImplementedError, match="F.batch_norm takes the statistics of this process alone"):
+            nn.functional.batch_norm(x, None, None, training=True)
+        with pytest.raises(NotImplementedError, match="batch_norm_act takes the statistics of this process alone"):
+            batch_norm_act(x, None, None, None, None, training=True)
+        with pytest.raises(RuntimeError, match="cannot merge its statistics .* empty batch"):
+            layers(x[:0])
 
 
 def _overflow(rank):
