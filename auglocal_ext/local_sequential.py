@@ -170,6 +170,7 @@ class LocalSequential(nn.Module):
         follow = any(isinstance(part, Auxiliary) and part.follows_layers for part in parts_of(self.auxiliary))
         self._followed = tuple(layers) if follow else ()
         self._warned: set[str] = set()
+        self._held: tuple[int, int] | None = None
 
     def _warn_of_shared_parameters(self) -> None:
         owner: dict[int, int] = {}
@@ -244,6 +245,18 @@ class LocalSequential(nn.Module):
             first = end + 1
         return tuple(modules)
 
+    def hold(self, first: int, last: int) -> None:
+        """Keep local modules ``first`` .. ``last``; the parameters and buffers of all others go to the meta device.
+
+        Parameter names stay. The network cannot run as a whole afterwards: :class:`auglocal_ext.LocalStep` does, among
+        the processes that hold the other modules.
+        """
+        for module in self.local_modules:
+            if not first <= module.index <= last:
+                for part in module.parts():
+                    part.to("meta")
+        self._held = first, last
+
     def forward(
         self, x: Tensor, y: Tensor | None = None, *, grad_scaler: torch.amp.GradScaler | None = None
     ) -> LocalOutput | Tensor:
@@ -267,8 +280,13 @@ class LocalSequential(nn.Module):
             ValueError: if a shape is wrong, the batch is empty, a target is not valid (on CUDA raised by a later
                 call, without a synchronisation; such labels count as ignored), ``x`` requires a gradient, or
                 a BatchNorm layer would see a single value per channel.
-            RuntimeError: for parameters that are sharded.
+            RuntimeError: for parameters that are sharded, or held by another process.
         """
+        if self._held is not None:
+            raise RuntimeError(
+                f"this process holds local modules {self._held[0]} to {self._held[1]} of {self.num_modules}: train by "
+                "step(x, y) and infer by step.predict(x), in all stages"
+            )
         if y is None:
             self._check_input(x, training_pass=False)
             out = self.primary(x) if len(self.context) == 0 else run_forward(self.local_modules, x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,6 +94,10 @@ class Auxiliary(Part, ABC):
     @abstractmethod
     def loss(self, h: Tensor, context: LossContext) -> Scored:
         """Local loss of the module's output ``h``, with the output and the count of its task."""
+
+    def follows(self) -> Sequence[nn.Module]:
+        """The layers of the network that are read, where ``follows_layers`` says so."""
+        return ()
 
     def after_step(self) -> None:
         """Called after each backward of the module, and after its optimizer step where the step is by modules."""

@@ -1,7 +1,8 @@
 """Several processes that train one network, on torch.distributed."""
 
 from .agreement import DisagreementError, agree
-from .mesh import Mesh, replica_group
+from .mesh import Mesh, mesh_groups
 from .replicas import Average, Replicas
+from .stages import Stage, balanced_cuts
 
-__all__ = ["Average", "DisagreementError", "Mesh", "Replicas", "agree", "replica_group"]
+__all__ = ["Average", "DisagreementError", "Mesh", "Replicas", "Stage", "agree", "balanced_cuts", "mesh_groups"]

@@ -12,15 +12,15 @@ Mesh = Any
 STAGE, REPLICA = "stage", "replica"
 
 
-def replica_group(mesh: Mesh) -> Any | None:
-    """Process group of the replicas of a mesh; None where it has one replica.
+def mesh_groups(mesh: Mesh) -> tuple[Any | None, Any | None]:
+    """Process groups of this process's stages and of its replicas; None where there is one of them.
 
     Args:
-        mesh: its dimensions are named: ``"replica"``, or ``"stage"`` and ``"replica"``.
+        mesh: its dimensions are named: ``"stage"``, ``"replica"``, or both in this order.
 
     Raises:
         TypeError: for what is no mesh.
-        ValueError: for other dimensions, a process that is not part of it, or more than one stage.
+        ValueError: for other dimensions, or a process that is not part of it.
     """
     if not torch.distributed.is_available():
         raise ValueError("this torch was built without torch.distributed: leave mesh= out")
@@ -32,16 +32,13 @@ def replica_group(mesh: Mesh) -> Any | None:
             f"got {type(mesh).__name__}"
         )
     names = mesh.mesh_dim_names
-    if names is None or names not in ((REPLICA,), (STAGE, REPLICA)):
+    if names is None or names not in ((STAGE,), (REPLICA,), (STAGE, REPLICA)):
         raise ValueError(
-            'the dimensions of mesh must be named ("replica",) or ("stage", "replica"), in this order; '
+            'the dimensions of mesh must be named ("stage",), ("replica",) or ("stage", "replica"), in this order; '
             f"got {'no names' if names is None else names}: pass mesh_dim_names= to init_device_mesh"
         )
     if mesh.get_coordinate() is None:
         raise ValueError(f"rank {torch.distributed.get_rank()} is not part of mesh: leave it out of the step")
     sizes = dict(zip(names, mesh.shape, strict=True))
-    if sizes.get(STAGE, 1) != 1:
-        raise ValueError(
-            f"mesh has {sizes[STAGE]} stages, and every process runs all local modules so far: give it one stage"
-        )
-    return None if sizes[REPLICA] == 1 else mesh.get_group(REPLICA)
+    stages, replicas = (mesh.get_group(name) if sizes.get(name, 1) > 1 else None for name in (STAGE, REPLICA))
+    return stages, replicas

@@ -173,6 +173,7 @@ def local_pass(
     scale: Tensor | None = None,
     take: Take | None = None,
     streams: OneStream | None = None,
+    relay: Relay | None = None,
 ) -> LocalOutput:
     """One pass over the local modules; with gradients enabled each module's are finished before the next runs.
 
@@ -187,6 +188,7 @@ def local_pass(
             are handed over, but not for ``take``. None is 1.
         take: is given the gradients of each module at once; ``loss.backward()`` then has none to hand over.
         streams: where the modules run; default on the current stream.
+        relay: what the first of ``modules`` takes in, where modules before it have run elsewhere; default ``x``.
     """
     streams = OneStream() if streams is None else streams
     with_gradients = torch.is_grad_enabled()
@@ -194,7 +196,7 @@ def local_pass(
     context = LossContext(target, x)
     losses: list[Tensor] = []
     counts: list[Tensor] = []
-    relay = Relay(modules, x)
+    relay = Relay(modules, x) if relay is None else relay
     output = x
     for module in modules:
         with streams.module(module.index):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,6 +59,9 @@ class MomentumNetwork(Auxiliary):
 
     def loss(self, h: Tensor, context: LossContext) -> Scored:
         return self.head.loss(self.run(self.trained, h) + self.run(self.average, h), context)
+
+    def follows(self) -> Sequence[nn.Module]:
+        return self._followed
 
     @torch.no_grad()
     def after_step(self) -> None:

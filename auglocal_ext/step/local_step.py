@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from .._version import __version__
-from ..distributed import Mesh, Replicas, replica_group
-from ..local_modules import LocalOutput, OneStream, Recompute
+from ..distributed import Mesh
+from ..local_modules import LocalModule, LocalOutput, OneStream, Recompute
 from ..local_sequential import LocalSequential
-from ..nn import eager_type, in_process_group, synced_statistics
-from ..nn import sync_batch_norm as synced_layers
+from ..nn import eager_type, in_process_group
 from .built_in import NetworkState
 from .graph import Form, GraphedStep, Graphs, NotForGraphs, Way
 from .memory_plan import MemoryPlan
-from .optimizers import ModuleOptimizers, OptimizerFactory, listed
+from .module_peaks import module_flops
+from .optimizers import ModuleOptimizers, OptimizerFactory, held, listed
 from .overlap import TwoStreams
 from .plan import MemoryBudget, StepRecompute, plan_memory
+from .processes import Processes
 from .updates import Clip, Updates, updating_pass
 
 Switch = Literal[True, False, "auto"]
@@ -44,16 +44,23 @@ class LocalStep:
     without the graph; the smaller last one of an epoch has its own from the second epoch on. Gradients never appear in
     ``.grad`` between steps.
 
-    Among several processes each runs this step on its own part of the batch, and ``mesh`` names them::
+    Several processes train one network as ``mesh`` says, with a dimension ``"stage"``, ``"replica"``, or both::
 
-        mesh = init_device_mesh("cuda", (world_size,), mesh_dim_names=("replica",))
+        mesh = init_device_mesh("cuda", (stages, replicas), mesh_dim_names=("stage", "replica"))
         step = LocalStep(net, optimizer, mesh=mesh)
 
-    The first replica's weights are taken by all. A module's gradients are averaged over the replicas while the next
-    module runs, each replica counting the same, as in DistributedDataParallel; so is what follows of it: clipping and
-    the loss scaler's decisions are those of the averaged gradients. BatchNorm sees a replica's part of the batch alone
-    unless ``sync_batch_norm``; losses that compare samples (PredSim, contrast) always do. Losses and counts that are
-    returned are the replica's own.
+    *Replicas* run the step on parts of a batch. The first one's weights are taken by all. A module's gradients are
+    averaged over the replicas while the next module runs, each replica counting the same, as in
+    DistributedDataParallel; clipping and the loss scaler go by the averaged gradients. BatchNorm sees a replica's part
+    of the batch alone unless ``sync_batch_norm``; losses that compare samples (PredSim, contrast) always do.
+
+    *Stages* hold a run of local modules each; ``net`` keeps the parameters of its own, and those of others move to the
+    meta device. Every stage is called with the same batches, the first of which is the largest. Features go forward
+    alone, sent before the backward pass begins and received one batch ahead, so a stage is at most two batches ahead of
+    the next. The weights are those of one process, to the bit on the CPU. ``net(x)`` is then :meth:`predict`, and
+    :meth:`close` ends a run.
+
+    A process returns the losses and counts of its own part of the batch and its own modules.
 
     Args:
         net: the network.
@@ -77,8 +84,11 @@ class LocalStep:
         batch_size: images per call, for ``recompute="peak"`` and ``memory_budget``.
         sync_batch_norm: BatchNorm takes its statistics over all replicas. Changes the class of the layers, see
             :func:`auglocal_ext.nn.sync_batch_norm`, and costs a message of 2 C + 1 numbers per layer and pass.
-        mesh: a ``DeviceMesh`` with a dimension ``"replica"``. Steps of several replicas run eagerly, on one stream, and
-            are not planned: ``graph=True``, ``overlap=True``, ``recompute="peak"`` and ``memory_budget`` raise.
+        mesh: a ``DeviceMesh``. Steps of several processes run eagerly, on one stream, and are not planned:
+            ``graph=True``, ``overlap=True``, ``recompute="peak"`` and ``memory_budget`` raise. Over stages so do fp16,
+            ``clip="global"``, parameters that stages share, and MAN, whose average reads the next module's parameters.
+        stage_cuts: the first local module of every stage but the first; None for stages of about equal FLOPs.
+        check_batches: stages compare the samples they are given, which costs a read of a value per batch.
 
     Attributes:
         net: the network.
@@ -87,7 +97,7 @@ class LocalStep:
 
     Raises:
         MemoryBudgetError: if no choice fits ``memory_budget``.
-        DisagreementError: in all processes, if replicas differ in the network, in options or in versions.
+        DisagreementError: in all processes, if they differ in the network, in options or in versions.
         RuntimeError: in a process group of more than one process without ``mesh``.
         TypeError: if ``net`` is no :class:`LocalSequential` or ``optimizer`` makes no optimizer.
         ValueError: for an option out of range, one that several replicas cannot honour, or an optimizer that cannot be
@@ -112,6 +122,8 @@ class LocalStep:
         batch_size: int | None = None,
         mesh: Mesh | None = None,
         sync_batch_norm: bool = False,
+        stage_cuts: Sequence[int] | None = None,
+        check_batches: bool = False,
     ) -> None:
         if not isinstance(net, LocalSequential):
             raise TypeError(f"net must be a LocalSequential, got {_name_of(net)}; {_way_for(net)}")
@@ -125,22 +137,26 @@ class LocalStep:
                 raise ValueError(f'{name} must be True, False or "auto", got {switch!r}')
         self._meshed = mesh is not None
         self._refuse_processes()
-        group = None if mesh is None else replica_group(mesh)
-        if group is not None:
-            _refuse_with_replicas(graph=graph, overlap=overlap, recompute=recompute, memory_budget=memory_budget)
-            graph = False
-        elif sync_batch_norm:
-            raise ValueError("sync_batch_norm=True is for several replicas: pass mesh=, or leave it out")
         if autocast not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast}")
         self.net = net
         self.plan: MemoryPlan | None = None
-        self._parameters = list(net.parameters())
-        params = self._parameters if params is None else listed(params)
-        self._network_state = NetworkState(list(net.modules()), self._parameters, gradients=accumulate > 1)
         if autocast == torch.float16 and grad_scaler is None:
-            grad_scaler = torch.amp.GradScaler(self._parameters[0].device.type)
+            grad_scaler = torch.amp.GradScaler(next(net.parameters()).device.type)
         self.grad_scaler = grad_scaler
+        shared = {"grad_scaler": grad_scaler, "clip_norm": clip_norm, "clip": clip}
+        planned = {"recompute": recompute, "memory_budget": memory_budget}
+        self._processes = Processes(
+            mesh,
+            {**shared, **planned, "graph": graph, "overlap": overlap, "stage_cuts": stage_cuts}
+            | {"sync_batch_norm": sync_batch_norm, "check_batches": check_batches},
+        )
+        params = list(net.parameters()) if params is None else listed(params)
+        self._modules = self._processes.place(net, stage_cuts, lambda: module_flops(net, optimizer))
+        if self._processes.stage is not None:
+            params = held(params, net)
+        self._parameters = [p for p in net.parameters() if not p.is_meta]
+        self._network_state = NetworkState(list(net.modules()), self._parameters, gradients=accumulate > 1)
         if recompute == "peak" or memory_budget is not None:
             if batch_size is None:
                 raise ValueError('recompute="peak" and memory_budget are planned for a batch size: pass batch_size=')
@@ -157,31 +173,18 @@ class LocalStep:
                 memory_budget=memory_budget,
                 overlap=overlap if self._parameters[0].is_cuda else False,
             )
-        self._optimizers = ModuleOptimizers(net.local_modules, optimizer, params)
-        replicas = None
-        if group is not None:
-            facts = {
-                "the version of auglocal_ext": __version__,
-                "the rule": repr(net.rule),
-                "the cuts": [len(module.groups) for module in net.local_modules],
-                "the optimizer": _options_of(self._optimizers.whole),
-                **{"autocast": str(autocast), "grad_scaler": grad_scaler is not None},
-                **{"clip_norm": clip_norm, "clip": clip, "accumulate": accumulate},
-                "sync_batch_norm": sync_batch_norm,
-            }
-            replicas = Replicas(group, net.named_parameters(), net.named_buffers(), facts)
-            if sync_batch_norm:
-                synced_layers(net)
-        self._replicas = replicas
-        self._synced_group = group if sync_batch_norm else None
-        self._updates = Updates(self._optimizers, grad_scaler, clip_norm, clip, accumulate, replicas)
+        self._optimizers = ModuleOptimizers(self._modules, optimizer, params)
+        options = {"autocast": str(autocast), "grad_scaler": grad_scaler is not None, "accumulate": accumulate}
+        self._processes.meet(net, self._optimizers.whole, {**options, "clip_norm": clip_norm, "clip": clip})
+        self._updates = Updates(self._optimizers, grad_scaler, clip_norm, clip, accumulate, self._processes.replicas)
         if self.plan is not None:
             net.recompute = self.plan.recompute
         elif recompute is not None:
             net.recompute = cast("Recompute", recompute)
         self._autocast_dtype = autocast
         self._overlap = overlap is True if self.plan is None else self.plan.overlap
-        self._graphs = None if graph is False else Graphs(graph is True, warmup=2, phases=accumulate)
+        eagerly = graph is False or not self._processes.alone
+        self._graphs = None if eagerly else Graphs(graph is True, warmup=2, phases=accumulate)
         self._streams = OneStream()
         self._second: torch.cuda.Stream | None = None
         self._draws = False  # random numbers in a step, as dropout does
@@ -199,8 +202,8 @@ class LocalStep:
     @property
     def eager_reason(self) -> str | None:
         """Why the last step did not run as a CUDA graph; None if it did."""
-        if self._replicas is not None:
-            return "steps of several replicas run eagerly"
+        if not self._processes.alone:
+            return "steps of several processes run eagerly"
         return "graph=False" if self._graphs is None else self._graphs.reason
 
     def __call__(self, x: Tensor, y: Tensor) -> LocalOutput:
@@ -238,6 +241,30 @@ class LocalStep:
                 'mesh_dim_names=("replica",)), or a mesh of size 1 for a network that only this process trains'
             )
 
+    def predict(self, x: Tensor) -> Tensor | None:
+        """Output of the network for ``x``, in the network's mode and without gradients; to be called in all stages.
+
+        Returns:
+            ``(N, outputs)``; None in all stages but the last.
+        """
+        if self._processes.stage is None:
+            with torch.no_grad():
+                return cast("Tensor", self.net(x))
+        return self._processes.predict(self._local_modules(), x)
+
+    def close(self) -> None:
+        """End a run of several stages, in all of them: each has asked for the features of a batch that will not come.
+
+        Before the processes end. A further call begins a new run.
+        """
+        if self._processes.stage is not None:
+            self._processes.stage.close(self._parameters[0].device)
+
+    def _local_modules(self) -> tuple[LocalModule, ...]:
+        stage = self._processes.stage
+        modules = self.net.local_modules
+        return modules if stage is None else modules[stage.first : stage.last + 1]
+
     def state_dict(self) -> dict[str, Any]:
         """State of optimizer and scaler; gradients of an unfinished accumulation are not part of it."""
         scaler = None if self.grad_scaler is None else self.grad_scaler.state_dict()
@@ -252,6 +279,8 @@ class LocalStep:
 
     def _way(self, x: Tensor, y: Tensor) -> GraphedStep | Way:
         """The captured step for this batch, or how to run it without one; the batch is checked for it."""
+        if self._processes.stage is not None:
+            self._processes.stage.check(len(x))
         if self._graphs is None:
             self.net.check_batch(x, y)
             return Way.EAGER
@@ -308,10 +337,12 @@ class LocalStep:
                 # One for all steps: libraries and the allocator keep memory for every stream they have met.
                 self._second = torch.cuda.Stream(x.device)
             self._streams = TwoStreams(x.device, self._second)
-        synced = nullcontext() if self._synced_group is None else synced_statistics(self._synced_group)
+        modules, relay = self._local_modules(), None
+        if self._processes.stage is not None:
+            relay, self._streams = self._processes.begin(modules, x, y)
         try:
-            with synced:
-                out = updating_pass(self.net.local_modules, x, y, self._updates, self._autocast_dtype, self._streams)
+            with self._processes.region():
+                out = updating_pass(modules, x, y, self._updates, self._autocast_dtype, self._streams, relay)
         except BaseException:
             # A capture ends with its first stream alone. One that CUDA has broken off does not let them join.
             with suppress(RuntimeError):
@@ -328,17 +359,6 @@ def _way_for(net: Any) -> str:
     if isinstance(net, torch.nn.parallel.DistributedDataParallel):
         return "hand the step the network itself, and mesh= for its replicas: the step averages their gradients"
     return "wrap the network first"
-
-
-def _refuse_with_replicas(**options: Any) -> None:
-    for name, value in options.items():
-        if value is True or value == "peak" or (name == "memory_budget" and value is not None):
-            raise ValueError(f"{name}={value!r} is for one process; steps of several replicas cannot honour it so far")
-
-
-def _options_of(optimizer: torch.optim.Optimizer) -> str:
-    groups = [{k: v for k, v in g.items() if k != "params"} | {"n": len(g["params"])} for g in optimizer.param_groups]
-    return f"{type(optimizer).__name__} {groups}"
 
 
 def _random_position(device: torch.device) -> int | None:

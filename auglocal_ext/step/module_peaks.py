@@ -205,6 +205,21 @@ def _batch(net: LocalSequential, batch_size: int) -> tuple[Tensor, Tensor]:
     return x, net.task.example(batch_size)
 
 
+def module_flops(net: LocalSequential, optimizer: OptimizerFactory) -> list[int]:
+    """FLOPs of each local module in a training step, counted on fake tensors for two samples."""
+    estimate = StepEstimate(
+        net,
+        2,
+        optimizer,
+        params=list(net.parameters()),
+        autocast=None,
+        clip_norm=None,
+        clip="module",
+        accumulate=1,
+    )
+    return [module.flops for module in estimate.cost(net.recompute).modules]
+
+
 def _as_on_cpu(optimizer: torch.optim.Optimizer, on_cuda: bool) -> None:
     """What only CUDA has is turned off; where it has no fused form, torch would choose ``foreach`` there."""
     for options in (optimizer.defaults, *optimizer.param_groups):

@@ -52,8 +52,8 @@ class ModuleOptimizers:
                 "LBFGS evaluates the loss several times a step, with all gradients; choose another optimizer"
             )
         self._owner = {p: module.index for module in modules for p in module.parameters()}
-        self._views: list[torch.optim.Optimizer] = []
-        self._count = len(modules)
+        self._views: dict[int, torch.optim.Optimizer] = {}
+        self._modules = [module.index for module in modules]
         self._layout: list[tuple[int, int]] = []
         self._groups: list[dict[str, Any]] = []
         self._pushed: list[dict[str, Any]] = []
@@ -77,9 +77,9 @@ class ModuleOptimizers:
             }
             self._pushed[index].update(changed)
             if changed:
-                for view in (*self._views, self.everything):
+                for view in (*self._views.values(), self.everything):
                     view.param_groups[index].update(changed)
-        for view in (*self._views, self.everything):
+        for view in (*self._views.values(), self.everything):
             view.state = self.whole.state
 
     def view(self, module: int) -> torch.optim.Optimizer:
@@ -89,7 +89,7 @@ class ModuleOptimizers:
     def finish(self) -> None:
         """After every step: options that the optimizer itself has changed are shown in ``whole``."""
         for index, group in enumerate(self.whole.param_groups):
-            for view in (*self._views, self.everything):
+            for view in (*self._views.values(), self.everything):
                 written = {
                     key: value
                     for key, value in view.param_groups[index].items()
@@ -163,7 +163,7 @@ class ModuleOptimizers:
         self._groups, self._layout = list(groups), layout
         self._pushed = [{} for _ in groups]
         self._state_to_device()
-        self._views = [self._new_view(module) for module in range(self._count)]
+        self._views = {module: self._new_view(module) for module in self._modules}
         self.everything = self._new_view(None)
         self._make_momentum_buffers()
 
@@ -206,6 +206,22 @@ class ModuleOptimizers:
 def listed(params: Iterable[Any]) -> list[Any]:
     """Parameters or groups as lists, for a factory that is called more than once."""
     return [{**item, "params": _as_list(item["params"])} if isinstance(item, dict) else item for item in params]
+
+
+def held(params: list[Any], net: nn.Module) -> list[Any]:
+    """Parameters, or groups of them, without those that ``net`` does not hold: other processes train them."""
+    ours = {id(p) for p in net.parameters() if not p.is_meta}
+    kept = []
+    for item in params:
+        if isinstance(item, dict):
+            kept.append({**item, "params": [p for p in _as_list(item["params"]) if id(_parameter(p)) in ours]})
+        elif id(_parameter(item)) in ours:
+            kept.append(item)
+    return kept
+
+
+def _parameter(item: Any) -> Any:
+    return item[1] if isinstance(item, tuple) else item  # (name, parameter)
 
 
 def _as_list(params: Any) -> Any:

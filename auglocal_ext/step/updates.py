@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import Average, Replicas
-from ..local_modules import LocalModule, LocalOutput, OneStream, local_pass
+from ..local_modules import LocalModule, LocalOutput, OneStream, Relay, local_pass
 from .optimizers import ModuleOptimizers
 
 Clip = Literal["module", "global"]
@@ -165,16 +165,18 @@ def updating_pass(
     updates: Updates,
     autocast: torch.dtype | None,
     streams: OneStream,
+    relay: Relay | None = None,
 ) -> LocalOutput:
     """A pass over the local modules in which each is updated as soon as its gradients are there.
 
     Args:
         autocast: None leaves it to a surrounding ``torch.autocast``.
         streams: where the modules run.
+        relay: what the first of ``modules`` takes in; default ``x``.
     """
     region = nullcontext() if autocast is None else torch.autocast(x.device.type, dtype=autocast)
     updates.begin()
     with torch.enable_grad(), region:
-        out = local_pass(modules, x, y, updates.scale(x.device), updates.take, streams)
+        out = local_pass(modules, x, y, updates.scale(x.device), updates.take, streams, relay)
     updates.end()
     return out

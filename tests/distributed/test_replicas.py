@@ -32,10 +32,10 @@ def mesh(world, device="cpu"):
     return init_device_mesh(device, (world,), mesh_dim_names=("replica",))
 
 
-def network(rule="auglocal", seed=7):
+def network(rule="auglocal", seed=7, **options):
     torch.manual_seed(seed)
     rule = RULES[rule] if isinstance(rule, str) else rule
-    return LocalSequential(models.resnet_cifar(8, width=4), rule, 10, (3, 16, 16)).double()
+    return LocalSequential(models.resnet_cifar(8, width=4), rule, 10, (3, 16, 16), **options).double()
 
 
 def parts(world, steps=STEPS):
@@ -102,7 +102,7 @@ def _train_all(rank, names, world, options):
         assert all(p.grad is None or not p.grad.any() for p in net.parameters())
         everyone_agrees(net)
         assert_close(net, one_process(network(name), world, options.get("clip_norm"), options.get("accumulate", 1)))
-        assert step.eager_reason == "steps of several replicas run eagerly"
+        assert step.eager_reason == "steps of several processes run eagerly"
 
 
 def test_two_replicas_come_to_what_one_process_does():
@@ -316,7 +316,6 @@ def lonely(request):
         ((2,), None, "must be named .*got no names: pass mesh_dim_names="),
         ((2,), ("data",), r"must be named .*got \('data',\)"),
         ((1, 2), ("replica", "stage"), "in this order; got"),
-        ((2, 1), ("stage", "replica"), "mesh has 2 stages"),
     ],
 )
 def test_meshes_that_are_not_understood_are_refused(lonely, shape, names, message):
@@ -334,7 +333,7 @@ def test_what_is_no_mesh_is_refused():
     "option", [{"graph": True}, {"overlap": True}, {"recompute": "peak"}, {"memory_budget": "1GB"}], ids=str
 )
 def test_options_that_replicas_cannot_honour_are_refused(lonely, option):
-    with pytest.raises(ValueError, match=f"{next(iter(option))}=.* is for one process"):
+    with pytest.raises(ValueError, match="several processes|planned for one process"):
         LocalStep(network(), sgd, mesh=mesh(2), batch_size=4, **option)
 
 

@@ -1,0 +1,142 @@
+"""The local modules of one network on several processes, a run of them on each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .link import Link, receive_now, send_now
+
+
+def balanced_cuts(costs: Sequence[float], stages: int) -> tuple[int, ...]:
+    """Cuts of a row of costs into runs whose largest sum is smallest; the first such cuts.
+
+    Args:
+        costs: of each local module, at least one per stage.
+        stages: number of runs.
+
+    Returns:
+        The index of the first module of every stage but the first.
+    """
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    # best[s][k]: the smallest largest sum of k modules in s + 1 runs, and where the last of them begins
+    best = [[(sums[k], 0) for k in range(len(costs) + 1)]]
+    for s in range(1, stages):
+        row = [(float("inf"), 0)] * (len(costs) + 1)
+        for k in range(s + 1, len(costs) + 1):
+            row[k] = min((max(best[-1][j][0], sums[k] - sums[j]), j) for j in range(s, k))
+        best.append(row)
+    cuts, k = [], len(costs)
+    for s in range(stages - 1, 0, -1):
+        k = best[s][k][1]
+        cuts.append(k)
+    return tuple(reversed(cuts))
+
+
+class Stage:
+    """This process's place in the row of stages.
+
+    Args:
+        group: process group of the stages, in order.
+        cuts: the first local module of every stage but the first.
+        modules: K.
+        kept: for each local module the module inputs, by index, that modules after it are supplied with.
+        check_batches: compare what all stages were given, sample by sample; reads a value from the device.
+
+    Attributes:
+        index, count: which stage, of how many.
+        first, last: its local modules.
+    """
+
+    def __init__(
+        self, group: Any, cuts: Sequence[int], modules: int, kept: Sequence[frozenset[int]], check_batches: bool
+    ) -> None:
+        self.index, self.count = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+        bounds = [0, *cuts, modules]
+        self.first, self.last = bounds[self.index], bounds[self.index + 1] - 1
+        # The network's input, which is that of module 0, comes from every stage's own loader.
+        self._supplied = [i for i in range(1, self.first) if i in kept[self.first - 1]]
+        self._supplies = [i for i in range(1, self.last + 1) if i in kept[self.last]]
+        self._check_batches = check_batches
+        self._digest: Tensor | None = None
+        # Inference has messages of its own: the next training batch has been asked for already.
+        ranks = torch.distributed.get_process_group_ranks(group)
+        self._inference = torch.distributed.new_group(ranks, use_local_synchronization=True)
+        self._from: Link | None = None
+        self._to: Link | None = None
+        if self.index > 0:
+            self._from = Link(group, self.index - 1, self.index, _names(self.first - 1, self._supplied))
+        if self.index < self.count - 1:
+            self._to = Link(group, self.index, self.index + 1, _names(self.last, self._supplies))
+
+    def check(self, batch: int) -> None:
+        """ValueError for a batch larger than the first one."""
+        for link in (self._from, self._to):
+            if link is not None:
+                link.check(batch)
+
+    def note(self, x: Tensor, y: Tensor) -> None:
+        """The batch that this stage was given."""
+        if self._check_batches:
+            self._digest = _digest(x) + _digest(y)
+
+    def receive(self, x: Tensor, *, inference: bool = False) -> tuple[Tensor, list[Tensor | None]]:
+        """What the stage's first module takes in, and the inputs of the modules before it, as far as they are needed.
+
+        ``inference``: nothing is asked for ahead, and sizes may change from call to call.
+        """
+        history: list[Tensor | None] = [None] * self.first
+        if self._from is None:
+            return x, history
+        if inference:
+            h, *supplied = receive_now(x.device, self._inference, self.index - 1)
+        else:
+            h, *supplied = self._from.receive(len(x), x.device)
+            if self._digest is not None:
+                self._compare(supplied.pop(), self._digest)
+        history[0] = x
+        for index, tensor in zip(self._supplied, supplied, strict=True):
+            history[index] = tensor
+        return h, history
+
+    def send(self, h: Tensor, history: Sequence[Tensor | None], *, inference: bool = False) -> None:
+        """Hand the output of the stage's last module on; for ``inference`` this returns when it has arrived."""
+        if self._to is None:
+            return
+        supplies = [history[index] for index in self._supplies]
+        tensors = [h, *(tensor for tensor in supplies if tensor is not None)]
+        if inference:
+            send_now(tensors, self._inference, self.index + 1)
+        else:
+            self._to.send(tensors if self._digest is None else [*tensors, self._digest])
+
+    def _compare(self, theirs: Tensor, ours: Tensor) -> None:
+        differ = ((theirs != ours) & ~(theirs.isnan() & ours.isnan())).nonzero().flatten().tolist()
+        if differ:
+            raise ValueError(
+                f"stages {self.index - 1} and {self.index} were given other samples at {len(differ)} of {len(ours)} "
+                f"places of the batch, the first at {differ[0]}: give every stage the same batches in the same order"
+            )
+
+    def close(self, device: torch.device) -> None:
+        """End the run; in all stages. A further batch begins a new one."""
+        for link in (self._from, self._to):
+            if link is not None:
+                link.close(device)
+
+
+def _names(module: int, supplied: Sequence[int]) -> list[str]:
+    inputs = (f"the input of local module {index}" for index in supplied)
+    return [f"the output of local module {module}", *inputs, "the digest of the batch"]
+
+
+def _digest(samples: Tensor) -> Tensor:
+    """A number for each sample that also depends on where its elements are, in float64."""
+    flat = samples.detach().flatten(1).double() if samples.dim() > 1 else samples.detach().double().unsqueeze(1)
+    places = torch.arange(1, flat.shape[1] + 1, dtype=torch.float64, device=flat.device)
+    return (flat * places.sqrt()).sum(1)

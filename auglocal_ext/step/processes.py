@@ -1,0 +1,189 @@
+"""What ``LocalStep`` does among several processes: its replicas, its stage, and what neither can honour."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._version import __version__
+from ..auxiliary.base import Auxiliary, parts_of
+from ..distributed import Mesh, Replicas, Stage, agree, balanced_cuts, mesh_groups
+from ..local_modules import LocalModule, OneStream, Relay
+from ..local_sequential import LocalSequential
+from ..nn import sync_batch_norm, synced_statistics
+
+
+class Processes:
+    """This process among those that train one network; all are one where there is no mesh.
+
+    Args:
+        mesh: as :class:`auglocal_ext.LocalStep` has it.
+        options: of the step, by name: which cannot be honoured among several processes raise.
+
+    Attributes:
+        alone: whether no other process takes part.
+        stage: this process's local modules; None where it has all.
+        replicas: over which gradients are averaged, once :meth:`meet` has run; None where there is one.
+    """
+
+    def __init__(self, mesh: Mesh | None, options: dict[str, Any]) -> None:
+        self._stages, self._group = (None, None) if mesh is None else mesh_groups(mesh)
+        self.alone = self._stages is None and self._group is None
+        self.stage: Stage | None = None
+        self.replicas: Replicas | None = None
+        self._synced, self._check_batches = options.pop("sync_batch_norm"), options.pop("check_batches")
+        if self._synced and self._group is None:
+            raise ValueError("sync_batch_norm=True is for several replicas: pass mesh=, or leave it out")
+        if self._stages is None and options["stage_cuts"] is not None:
+            raise ValueError('stage_cuts is for several stages: pass a mesh with a dimension "stage", or leave it out')
+        if self._stages is None and self._check_batches:
+            raise ValueError("check_batches=True is for several stages: pass a mesh that has them, or leave it out")
+        if not self.alone:
+            _refuse(options, "graph", "overlap", what="several processes")
+            if options["recompute"] == "peak" or options["memory_budget"] is not None:
+                raise ValueError(
+                    'recompute="peak" and memory_budget are planned for one process, not for several: name the '
+                    "recomputation, or leave them out"
+                )
+        if self._stages is not None:
+            _refuse(options, "grad_scaler", what="several stages, each of which would find a scale of its own")
+            if options["clip_norm"] is not None and options["clip"] == "global":
+                raise ValueError(
+                    'clip="global" needs the gradients of all stages at once, and each steps by itself; take '
+                    'clip="module"'
+                )
+
+    def place(
+        self, net: LocalSequential, cuts: Sequence[int] | None, costs: Callable[[], Sequence[float]]
+    ) -> tuple[LocalModule, ...]:
+        """The local modules of this process; all others are moved to the meta device.
+
+        Args:
+            cuts: the first local module of every stage but the first; None for stages whose ``costs`` are balanced.
+        """
+        modules = net.local_modules
+        if self._stages is None:
+            return modules
+        count = torch.distributed.get_world_size(self._stages)
+        if len(modules) < count:
+            raise ValueError(f"{count} stages need as many local modules, and the network has {len(modules)}")
+        if cuts is None:
+            cuts = balanced_cuts(costs(), count)
+        cuts = tuple(cuts)
+        if len(cuts) != count - 1 or list(cuts) != sorted(set(cuts)) or not all(0 < c < len(modules) for c in cuts):
+            raise ValueError(
+                f"stage_cuts names the first local module of each of the {count} stages but the first: {count - 1} "
+                f"increasing numbers within 1 .. {len(modules) - 1}; got {cuts}"
+            )
+        _refuse_edges(modules, cuts)
+        agree({**_facts(net), "stage_cuts": cuts, "the initial weights (another seed?)": _checksum(net)}, self._stages)
+        kept = [module.kept for module in modules]
+        self.stage = Stage(self._stages, cuts, len(modules), kept, self._check_batches)
+        net.hold(self.stage.first, self.stage.last)
+        return net.local_modules[self.stage.first : self.stage.last + 1]
+
+    def meet(self, net: LocalSequential, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> None:
+        """Replicas find out whether they agree, and take the first one's weights."""
+        if self._group is None:
+            return
+        held = [(name, p) for name, p in net.named_parameters() if not p.is_meta]
+        buffers = [(name, b) for name, b in net.named_buffers() if not b.is_meta]
+        facts = {**_facts(net), "the optimizer": _options_of(optimizer), **options, "sync_batch_norm": self._synced}
+        self.replicas = Replicas(self._group, held, buffers, facts)
+        if self._synced:
+            sync_batch_norm(net)
+
+    def region(self) -> AbstractContextManager[Any]:
+        """Entered for the whole of a step."""
+        return synced_statistics(self._group) if self._synced else nullcontext()
+
+    def begin(self, modules: Sequence[LocalModule], x: Tensor, y: Tensor) -> tuple[Relay, OneStream]:
+        """What the first of this stage's modules takes in, and how what the last puts out is handed on."""
+        assert self.stage is not None
+        self.stage.note(x, y)
+        return _relay(modules, x, *self.stage.receive(x)), _Handing(self.stage)
+
+    @torch.no_grad()
+    def predict(self, modules: Sequence[LocalModule], x: Tensor) -> Tensor | None:
+        """Output of the network for x, in the last stage; None in the others."""
+        assert self.stage is not None
+        relay = _relay(modules, x, *self.stage.receive(x, inference=True))
+        for module in modules:
+            relay.through(module)
+        self.stage.send(relay.h, relay.history or (), inference=True)
+        return relay.h if self.stage.index == self.stage.count - 1 else None
+
+
+def _relay(modules: Sequence[LocalModule], x: Tensor, h: Tensor, history: list[Tensor | None]) -> Relay:
+    relay = Relay(modules, x)
+    relay.h, relay.history = h, history
+    return relay
+
+
+class _Handing(OneStream):
+    """Sends the last module's output to the next stage before the module's backward begins."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def handed_on(self, index: int, h: Tensor, history: Sequence[Tensor | None]) -> None:
+        if index == self._stage.last:
+            self._stage.send(h, history)
+
+
+def _refuse(options: dict[str, Any], *names: str, what: str) -> None:
+    for name in names:
+        if options[name] not in (None, False, "auto"):
+            raise ValueError(f"{name}={options[name]!r} cannot be honoured among {what}; leave it out")
+
+
+def _refuse_edges(modules: Sequence[LocalModule], cuts: Sequence[int]) -> None:
+    """ValueError for what one stage would have to read of another besides features."""
+    owner: dict[int, int] = {}
+    for module in modules:
+        stage = sum(cut <= module.index for cut in cuts)
+        for parameter in module.parameters():
+            if owner.setdefault(id(parameter), stage) != stage:
+                raise ValueError(
+                    f"local module {module.index} shares a parameter of shape {tuple(parameter.shape)} with one of "
+                    "another stage: choose stage_cuts that keep them together"
+                )
+    for module in modules:
+        stage = sum(cut <= module.index for cut in cuts)
+        for part in [] if module.auxiliary is None else parts_of(module.auxiliary):
+            if not isinstance(part, Auxiliary) or not part.follows_layers:
+                continue
+            followed = [p for layer in part.follows() for p in layer.parameters()]
+            if not followed or any(owner.get(id(p), stage) != stage for p in followed):
+                raise ValueError(
+                    f"{type(part).__name__} of local module {module.index} reads parameters of a layer of another "
+                    "stage, and stages exchange features alone: train this rule in one stage"
+                )
+
+
+def _facts(net: LocalSequential) -> dict[str, Any]:
+    return {
+        "the version of auglocal_ext": __version__,
+        "the rule": repr(net.rule),
+        "the cuts": [len(module.groups) for module in net.local_modules],
+        "the task": repr(net.task),
+    }
+
+
+def _checksum(net: nn.Module) -> int:
+    """Of all parameters and buffers that hold data."""
+    total = 0
+    for name, tensor in net.state_dict().items():
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        total = zlib.crc32(data.tobytes(), zlib.crc32(name.encode(), total))
+    return total
+
+
+def _options_of(optimizer: torch.optim.Optimizer) -> str:
+    groups = [{k: v for k, v in g.items() if k != "params"} | {"n": len(g["params"])} for g in optimizer.param_groups]
+    return f"{type(optimizer).__name__} {groups}"
