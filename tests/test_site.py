@@ -27,9 +27,23 @@ INTERNAL = {
         "probe_input",
         "starts_layer",
     },
+    "distributed": {"Average", "Mesh", "Replicas", "Stage", "agree", "balanced_cuts", "mesh_groups"},
     "nn": {"in_process_group", "must_be_eager", "refuse_sharding", "sharded"},
 }
-PACKAGES = ("analysis", "auxiliary", "layers", "memory", "models", "nn", "ops", "rules", "step", "tasks", "training")
+PACKAGES = (
+    "analysis",
+    "auxiliary",
+    "distributed",
+    "layers",
+    "memory",
+    "models",
+    "nn",
+    "ops",
+    "rules",
+    "step",
+    "tasks",
+    "training",
+)
 
 
 def prose(text: str) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from ranks import run
@@ -192,3 +195,17 @@ def _bounded(rank):
 @pytest.mark.slow
 def test_a_slow_stage_holds_the_others_back():
     run(2, _bounded)
+
+
+def _page(rank, code):
+    x, y = torch.randn(4, 3, 32, 32), torch.randint(0, 10, (4,))
+    exec(code, {"loader": [(x, y)] * 2})
+
+
+@pytest.mark.slow
+def test_the_page_runs():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "many-devices.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, flags=re.S)[1]
+    begin = 'torch.distributed.init_process_group("nccl")'
+    assert begin in code
+    run(4, _page, code.replace(begin, "").replace('"cuda"', '"cpu"').replace("resnet110", "resnet20"))
