@@ -41,8 +41,9 @@ class AugLocal(Rule):
             paper's figure and the ImageNet code).
         head: the classifier on the last block's output: ``"linear"`` (global average pool, linear), ``"vgg"`` (flatten,
             pool to 512, two hidden linear layers; the head of the released ImageNet VGG), any other head, or a rule.
-        single_layer_norm: where one layer is sampled, put a BatchNorm between pooling and linear layer, as the CIFAR
-            code does and the ImageNet code does not. None: only with the linear head; other heads have no such place.
+        single_layer_norm: where at most one layer is sampled, put a BatchNorm between pooling and linear layer, as the
+            CIFAR code does and the ImageNet code does not. None: only with the linear head, as other heads have no such
+            place, and only where exactly one layer is sampled.
         sampling: which layers the auxiliary blocks are modelled on, for the paper's ablation: ``"uniform"``, the
             ``"sequential"`` next ones, the module's own layer ``"repeated"``; or ``"conv1x1"`` or ``"conv3x3"``
             convolutions with BatchNorm and ReLU.
@@ -165,7 +166,8 @@ class AugLocal(Rule):
             features = features.with_channels(model.out_channels * sized.width // model.width)
         head = resolved(self.head)
         if type(head) is LinearHead:
-            norm = head.norm or (self.single_layer_norm is not False and len(blocks) == 1)
+            wanted = self.single_layer_norm
+            norm = head.norm or (len(blocks) == 1 and wanted is not False) or (not blocks and wanted is True)
             head = LinearHead(norm)
         elif blocks:
             features = _output(nn.Sequential(*blocks), network, module, features)
