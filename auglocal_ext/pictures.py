@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,32 @@ def plain(axes: Any, grid: str) -> None:
     axes.tick_params(colors=QUIET, labelsize=9)
     for label in axes.get_yticklabels():
         label.set_color(INK if grid == "x" else QUIET)
+
+
+def depth_colors(modules: int) -> Callable[[int], Any]:
+    """The colour of each of ``modules`` local modules: from light, the first, to dark, the last."""
+    from matplotlib import colormaps
+
+    # The light end of the map is too faint for a line on white.
+    shades = colormaps["viridis_r"].resampled(256)
+    return lambda k: shades(1.0 if modules == 1 else 0.12 + 0.88 * k / (modules - 1))
+
+
+def depth_bar(figure: Any, axes: Any, modules: int) -> None:
+    """The colours of the local modules, beside ``axes``, one of the figure's or several; counted from 0."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+    from matplotlib.ticker import MaxNLocator
+
+    shades = depth_colors(modules)
+    norm = BoundaryNorm([k - 0.5 for k in range(modules + 1)], modules)
+    scale = ScalarMappable(norm, ListedColormap([shades(k) for k in range(modules)]))
+    ticks = MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]).tick_values(0, modules - 1)
+    bar = figure.colorbar(scale, ax=axes, aspect=18, pad=0.02, ticks=[t for t in ticks if 0 <= t < modules])
+    bar.outline.set_visible(False)
+    bar.ax.minorticks_off()
+    bar.ax.tick_params(colors=QUIET, labelsize=8.5, length=2)
+    bar.set_label("local module", fontsize=9, color=QUIET)
 
 
 def write(figure: Any, path: str | Path, title: str, subtitle: str = "") -> Path:

@@ -98,9 +98,18 @@ def train(name: str, data: Path, options: str, output: Path, limit: float) -> di
         return {**result, "error": (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]}
     with (folder / "log.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    keep = ("epoch", "train_loss", "test_accuracy", "images_per_second", "seconds", "waiting", "peak_bytes")
+    keep = (
+        "epoch",
+        "train_loss",
+        "local_loss_sum",
+        "test_accuracy",
+        "images_per_second",
+        "seconds",
+        "waiting",
+        "peak_bytes",
+    )
     result["epochs"] = [{key: float(row[key]) for key in keep} for row in rows]
-    finite = all(math.isfinite(row["train_loss"]) for row in result["epochs"])
+    finite = all(math.isfinite(row["local_loss_sum"]) for row in result["epochs"])
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return {**result, "error": "" if finite else "the training loss is not finite"}
 

@@ -23,7 +23,10 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "accuracy.py"
 
-HEADER = "epoch,lr,train_loss,train_accuracy,test_loss,test_accuracy,images_per_second,seconds,waiting,peak_bytes"
+HEADER = (
+    "epoch,lr,train_loss,train_accuracy,local_loss_sum,test_loss,test_accuracy,images_per_second,seconds,waiting,"
+    "peak_bytes"
+)
 
 # Trains nothing: an epoch takes SECONDS, its accuracy is 0.1 per epoch. DGL fails in its second epoch, the first time.
 STAND_IN = f"""
@@ -53,7 +56,8 @@ for epoch in range(done + 1, total + 1):
     if asked:
         open(checkpoint, "w")
         sys.exit(130)
-    open(log, "a").write(f"{{epoch}},0.1,2,0.5,2,{{epoch / 10}},{{100 * epoch}},2.5,0,{{1000 + epoch}},1 1 1" + chr(10))
+    row = f"{{epoch}},0.1,2,0.5,3,2,{{epoch / 10}},{{100 * epoch}},2.5,0,{{1000 + epoch}},1 1 1"
+    open(log, "a").write(row + chr(10))
     open(checkpoint, "w")
 """
 
@@ -354,7 +358,7 @@ def made(runs, row, seed, accuracies, modules, *, network="resnet32", whole=True
     facts |= {"input_shape": [3, 32, 32], "local_modules": modules}
     config = {"settings": {"dataset": "folder", "width": width}, "data": facts, "versions": {}, "threads": 1}
     (path / "config.json").write_text(json.dumps(config))
-    lines = [f"{e},0,0,0,0,{a / 100},{e},2,0,{e}" for e, a in enumerate(accuracies, 1)]
+    lines = [f"{e},0,0,0,0,0,{a / 100},{e},2,0,{e}" for e, a in enumerate(accuracies, 1)]
     (path / "log.csv").write_text("\n".join([HEADER, *lines]) + "\n")
 
 
@@ -481,7 +485,7 @@ def test_the_real_command(data, tmp_path):
     bp, infopro = report(tmp_path)["runs"]
     assert (bp["local_modules"], infopro["local_modules"]) == (1, 4)
     assert all(run["peak_bytes"] > 1e6 and run["images_per_second"] > 0 and not run["error"] for run in (bp, infopro))
-    assert bp["threads"] == infopro["threads"] and len(infopro["log"][2].split(",")[10].split()) == 4
+    assert bp["threads"] == infopro["threads"] and len(infopro["log"][2].split(",")[11].split()) == 4
     assert "| InfoPro | 4 |" in done.stdout
 
 
@@ -500,7 +504,7 @@ def test_the_real_command_is_taken_up_to_the_step(data, tmp_path):
     assert subprocess.run(command(data, parts, *arguments), capture_output=True, timeout=300).returncode == 0
     (once,), (twice,) = (json.loads((out / "accuracy.json").read_text())["runs"] for out in (whole, parts))
     assert len(twice["sittings"]) == 2 and len(once["sittings"]) == 1
-    figures = [[line.split(",")[:6] for line in run["log"]] for run in (once, twice)]
+    figures = [[line.split(",")[:7] for line in run["log"]] for run in (once, twice)]
     assert figures[0] == figures[1] and len(figures[0]) == 41
 
 

@@ -6,16 +6,19 @@ import csv
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from auglocal_ext import __version__
 from auglocal_ext.cli import main
 from auglocal_ext.training import TrainConfig, Trainer
 from auglocal_ext.training.checkpoint import load
@@ -38,6 +41,18 @@ def images(tmp_path):
     return tmp_path / "images"
 
 
+def entries(block):
+    """Name -> text of a block's lines, which may be broken."""
+    found = {}
+    for line in block.splitlines():
+        name, _, text = line.partition(" ")
+        if name:
+            last, found[name] = name, text.strip()
+        else:
+            found[last] += " " + text.strip()
+    return found
+
+
 def rows(output):
     with (output / "log.csv").open(newline="") as file:
         times = ("images_per_second", "seconds", "waiting", "peak_bytes")
@@ -57,10 +72,28 @@ def test_train(images, tmp_path, capsys, rule):
     arguments = ["train", "--data", str(images), "--output", str(output), "--epochs", "2", *SMALL, *rule]
     assert main(arguments) == 0
     said = capsys.readouterr()
-    assert "64 train and 8 test images of 16 x 16, 2 classes, kept on cpu" in said.out
-    assert ("steps: eager (CUDA graphs need a CUDA device, this run is on cpu)" in said.out) == ("bp" not in rule)
-    assert re.search(r"test accuracy: last [\d.]+%, best [\d.]+% \(epoch [12]", said.out)
-    assert {file.name for file in output.iterdir()} >= {"config.json", "log.csv", "checkpoint.pt"}
+    opening, table, ending = said.out.rstrip().split("\n\n")
+    block = entries(opening)
+    assert list(block) == ["network", "rule", "data", "memory", "device", "epochs", "lr", "output"]
+    assert len(opening.splitlines()) <= 10 and max(map(len, opening.splitlines()[:-1])) <= 80
+    trained, deployed = re.search(r"resnet8: ([\d,]+) parameters trained, ([\d,]+) deployed", block["network"]).groups()
+    assert (trained == deployed) == ("bp" in rule)
+    modules = {"bp": "no local modules", "auglocal": "3 local modules; depth 2", "contsup": "2 local modules"}
+    assert block["rule"].startswith(rule[1]) and modules[rule[1]] in block["rule"]
+    assert block["data"] == "64 train and 8 test images of 16 x 16, 2 classes, kept on cpu"
+    assert re.fullmatch(r"[\d.]+ MB at the peak of a step, predicted \(tensors alone\)", block["memory"])
+    assert "steps: eager" in block["device"] and ("CUDA graphs need a CUDA device" in block["device"]) == (
+        "bp" not in rule
+    )
+    assert block["epochs"] == "2 of 8 steps, batch size 8" and block["output"] == str(output)
+    assert block["lr"] == "0.05; short cosine, 0.0427 first, 0.00732 last; warm-up 0 epochs"
+    assert [line.split()[0] for line in table.splitlines()[-2:]] == ["1/2", "2/2"]
+    assert ("sum of local" in table) == ("bp" not in rule)
+    found = entries(ending)
+    assert re.search(r"[\d.]+% on the test images, best [\d.]+% \(epoch [12], chosen on them\)", found["accuracy"])
+    for name, file in (("log", "log.csv"), ("curves", "curves.png"), ("checkpoint", "checkpoint.pt")):
+        assert found[name] == str(output / file) and (output / file).stat().st_size > 0
+    assert (output / "config.json").exists()
     assert len(rows(output)) == 2
 
     assert main(arguments) == 1
@@ -69,6 +102,8 @@ def test_train(images, tmp_path, capsys, rule):
     assert main([*arguments, "--resume", "--recipe", "auto"]) == 0
     assert main(["train", "--output", str(output), "--resume", "--lr", "0.5"]) == 1
     assert "--lr: 0.05 in the checkpoint, now 0.5" in capsys.readouterr().err
+    assert main(["train", "--output", str(output), "--resume", "--schedule", "published"]) == 1
+    assert "--schedule: 'short' in the checkpoint, now 'published'" in capsys.readouterr().err
     assert len(rows(output)) == 2
 
 
@@ -96,7 +131,7 @@ def test_a_rule_as_head_and_a_recipe_of_ones_own(images, tmp_path, capsys):
     settings = json.loads((output / "config.json").read_text())["settings"]
     assert (settings["context"], settings["head"]) == ("R1E", "infopro:weights=5,0,0,1")
     assert settings["recipe_file"] == str(own) and settings["recipe"] == "cifar10"
-    assert "rule contsup, 2 local modules" in capsys.readouterr().out
+    assert entries(capsys.readouterr().out.split("\n\n")[0])["rule"].startswith("contsup: 2 local modules; context R1E")
     assert main([*arguments, "--context", "R1E", "--resume"]) == 0
     assert main([*arguments, "--head", "infopro:weights=5,0,0,2", "--context", "R1E", "--resume"]) == 1
     assert "--head: 'infopro:weights=5,0,0,1' in the checkpoint" in capsys.readouterr().err
@@ -110,7 +145,7 @@ def test_printed_settings_are_a_recipe(images, tmp_path, capsys):
     arguments = ["--data", str(images), "--rule", "dgl", "--epochs", "1", *SMALL]
     assert main(["train", *arguments, "--config"]) == 0
     printed = capsys.readouterr().out
-    assert "rule = dgl\nhead = mlp-sr\n" in printed and "warmup = 0\n" in printed
+    assert "rule = dgl\nhead = mlp-sr\n" in printed and "warmup = 0\nschedule = short\n" in printed
     assert not (tmp_path / "runs").exists()
     (tmp_path / "printed.ini").write_text(printed)
     assert main(["train", "--recipe", str(tmp_path / "printed.ini"), "--config"]) == 0
@@ -128,7 +163,12 @@ def test_printed_settings_are_a_recipe(images, tmp_path, capsys):
 def test_settings_without_images(capsys):
     assert main(["train", "--recipe", "infopro", "--dataset", "stl10", "--modules", "8", "--config"]) == 0
     printed = capsys.readouterr().out
-    assert "base = stl10\n" in printed and "weights = 20,0.2,5,1\n" in printed and "batch_size = 128\n" in printed
+    assert (
+        "base = stl10\n" in printed
+        and "schedule = published\n" in printed
+        and "weights = 20,0.2,5,1\n" in printed
+        and "batch_size = 128\n" in printed
+    )
     assert "data =" not in printed
     assert main(["train", "--recipe", "auglocal-imagenet", "--config"]) == 0
     assert "network = resnet34\n" in capsys.readouterr().out
@@ -179,14 +219,67 @@ def test_wrong_input_is_one_message_and_status_1(tmp_path, capsys, arguments, sa
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [[], ["fly"], ["train", "--depth", "few"], ["train", "--modules", "two"], ["train", "--weights", "1,x"]],
+    ("arguments", "said"),
+    [
+        (["fly"], "argument COMMAND: invalid choice: 'fly'"),
+        (["train", "--depth", "few"], "argument --depth: expected a whole number, got 'few'"),
+        (["train", "--modules", "two"], "argument --modules: expected a number"),
+        (["train", "--weights", "1,x"], "argument --weights: expected numbers"),
+        (["train", "--dept", "2", "--colour", "red"], "unrecognized arguments: --colour red"),
+        (["plan"], "the following arguments are required: --batch-size"),
+        (["analyze"], "the following arguments are required: --checkpoint"),
+    ],
 )
-def test_wrong_call_is_explained(capsys, arguments):
+def test_a_wrong_call_is_an_error_and_a_line_of_usage(capsys, arguments, said):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
-    assert "usage: python -m auglocal_ext" in capsys.readouterr().err
+    error, usage, options = capsys.readouterr().err.splitlines()
+    command = "" if arguments == ["fly"] else f" {arguments[0]}"
+    assert error.startswith(f"error: {said}")
+    assert usage.startswith(f"usage: python -m auglocal_ext{command} ") and len(usage) <= 100
+    assert options == f"options: python -m auglocal_ext{command} --help"
+
+
+def test_without_a_command_it_says_what_there_is(capsys):
+    assert main([]) == 0
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert len(lines) == 10 and max(map(len, lines)) <= 80 and said.err == ""
+    for command in ("train", "analyze", "plan", "info"):
+        assert any(line.startswith(f"{command} ") for line in lines)
+        (example,) = re.findall(rf"python -m auglocal_ext ({command} .*|{command})$", said.out, re.M)
+        # the example is understood: it fails, if at all, for what DIR and RUN stand for
+        if command in ("plan", "info"):
+            assert main(shlex.split(example.replace("110", "32").replace("256", "2"))) == 0
+        else:
+            assert main(shlex.split(example)) == 1
+            assert capsys.readouterr().err.startswith(("error: DIR: no such folder", "error: runs/resnet32-auglocal: "))
+    assert "README.md" in lines[-1]
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"auglocal_ext {__version__}\n"
+
+
+def test_a_diverged_run_ends_with_status_1_and_its_curves(images, tmp_path, capsys, monkeypatch):
+    evaluate = Trainer.evaluate
+
+    def wrecked(self):
+        reading = evaluate(self)
+        return replace(reading, loss=float("nan")) if self.finished_epochs == 1 else reading
+
+    monkeypatch.setattr(Trainer, "evaluate", wrecked)
+    output = tmp_path / "run"
+    arguments = ["train", "--data", str(images), "--output", str(output), "--epochs", "2", *SMALL, "--rule", "bp"]
+    assert main(arguments) == 1
+    error, where = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: the test loss is nan after epoch 2: ") and "holds the run after epoch 1)" in error
+    assert where == f"learning curves so far: {output / 'curves.png'}" and (output / "curves.png").exists()
+    assert load(output / "checkpoint.pt")["progress"]["epochs"] == 1
 
 
 def test_help_names_every_option_group(capsys):
@@ -238,13 +331,14 @@ def test_ctrl_c_then_resume_equals_an_uninterrupted_run(images, tmp_path):
     assert run.returncode == 130, error
     assert f"go on with: python -m auglocal_ext train --output {stopped} --resume" in error
     assert "Traceback" not in error
-    state = load(stopped / "checkpoint.pt")
+    stop_said, state = error, load(stopped / "checkpoint.pt")
     assert 1 <= state["progress"]["epochs"] < 12
 
     resumed = start(stopped, "--resume")
     output, error = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, error
-    assert "epoch 12/12" in output
+    assert "\n12/12 " in output and "goes on after epoch" in output
+    assert f"learning curves so far: {stopped / 'curves.png'}" in stop_said
 
     _, error = whole.communicate(timeout=240)
     assert whole.returncode == 0, error

@@ -1,7 +1,8 @@
 """What a trained network's layers represent: similarity to another network, separability, information, learning."""
 
+from ..training.curves import Curves, read_curves
 from .cka import CKA, cka
-from .curves import Curves, ModuleScore, module_scores, read_curves
+from .curves import ModuleScore, module_scores
 from .features import layer_names, layer_outputs
 from .information import Information, LayerInformation, information
 from .probes import LayerProbe, linear_probes

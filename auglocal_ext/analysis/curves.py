@@ -1,11 +1,9 @@
-"""How each local module learns: loss and accuracy over the epochs, and on images it was not trained on."""
+"""How well each local module does on images it was not trained on."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,28 +11,9 @@ from torch import Tensor, nn
 from ..layers import evaluating
 from ..local_sequential import LocalSequential
 from ..tasks import Classification
-from ..training import CheckpointError
-from ..training.logs import EpochRow, progress_bar
+from ..training.logs import progress_bar
 from ..training.metrics import EpochSums, StepResult
 from .features import layer_names
-
-
-@dataclass(frozen=True, eq=False)
-class Curves:
-    """A run's ``log.csv``: E epochs of K local modules, float64 on the CPU; accuracies are fractions.
-
-    ``train_loss`` is the sum of the local losses, those of the rule, and so not comparable from rule to rule;
-    ``test_loss`` is the network's cross-entropy. ``module_accuracies`` are those of each module's own classifier on
-    the training images, as they were during the epoch: augmented, in training mode, nan where it has none.
-    """
-
-    epochs: Tensor
-    train_loss: Tensor
-    test_loss: Tensor
-    train_accuracy: Tensor
-    test_accuracy: Tensor
-    module_losses: Tensor
-    module_accuracies: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,31 +27,6 @@ class ModuleScore:
     layers: tuple[str, ...]
     loss: float
     accuracy: float
-
-
-def read_curves(folder: str | Path) -> Curves:
-    """The curves in the ``log.csv`` of a run folder, of a run that goes on or is over.
-
-    Raises CheckpointError if there is no such file, if it holds no epoch, or none of this version's columns.
-    """
-    path = Path(folder).expanduser() / "log.csv"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; expected the folder of a run, as `train --output` makes it")
-    text = path.read_text()
-    lines = text[: text.rfind("\n") + 1].splitlines()  # the last row may be cut short
-    rows = list(csv.DictReader(lines))
-    names = [field.name for field in fields(EpochRow)]
-    if missing := [name for name in names if lines and name not in lines[0].split(",")]:
-        raise CheckpointError(f"{path}: no column {', '.join(missing)}: another version wrote it, train the run again")
-    if not rows:
-        raise CheckpointError(f"{path}: no finished epoch yet; go on with `train --resume` first")
-    columns = {
-        name: torch.tensor([[float(value) for value in row[name].split()] for row in rows], dtype=torch.float64)
-        for name in [field.name for field in fields(Curves) if field.name != "epochs"]
-    }
-    single = {name: values[:, 0] for name, values in columns.items() if not name.startswith("module_")}
-    epochs = torch.tensor([float(row["epoch"]) for row in rows], dtype=torch.float64)
-    return Curves(epochs, **single, **{name: columns[name] for name in ("module_losses", "module_accuracies")})
 
 
 def module_scores(

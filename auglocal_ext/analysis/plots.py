@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import pictures as style
+from ..training.curves import Curves, draw_modules_over_epochs
 from .cka import CKA
-from .curves import Curves, ModuleScore
+from .curves import ModuleScore
 from .information import Information
 from .probes import LayerProbe
 from .tables import thinned
@@ -109,26 +110,8 @@ def draw_curves(path: Path, runs: Mapping[str, Curves]) -> Path:
     """Training loss and accuracy of each local module over the epochs: a line of two charts per run."""
     figure, charts = style.new_figure(len(runs), 2, (13.5, 1.0 + 3.1 * len(runs)))
     for (run, curves), (loss, accuracy) in zip(runs.items(), charts, strict=True):
-        modules = curves.module_losses.shape[1]
-        colors = _graded(modules)
-        epochs = curves.epochs.tolist()
-        marker = {"marker": "o", "markersize": 3} if len(epochs) <= 12 else {}
-        for k in range(modules):
-            look = {"color": colors(k), "linewidth": 1.2, **marker}
-            loss.plot(epochs, curves.module_losses[:, k].tolist(), **look)
-            accuracy.plot(epochs, (100 * curves.module_accuracies[:, k]).tolist(), **look)
-        tested = {"color": style.INK, "linewidth": 1.4, "linestyle": (0, (4, 2)), "label": "network, test"}
-        accuracy.plot(epochs, (100 * curves.test_accuracy).tolist(), **tested)
-        accuracy.legend(loc="lower right", frameon=False, fontsize=8.5, labelcolor=style.QUIET)
+        draw_modules_over_epochs(figure, loss, accuracy, curves)
         loss.set_title(run, loc="left", fontsize=12, fontweight="bold", color=style.INK)
-        loss.set_ylabel("local loss, training", **_SMALL)
-        accuracy.set_ylabel("accuracy, training, %", **_SMALL)
-        for axes in (loss, accuracy):
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.set_xlabel("epoch", **_SMALL)
-            style.plain(axes, "y")
-        if modules > 1:
-            _module_bar(figure, accuracy, modules)
     return style.write(
         figure, path, "How the local modules learn", "a line per local module, from the first to the last"
     )
@@ -188,29 +171,6 @@ def _limits(axes: Any, text: str, values: Sequence[float]) -> None:
         axes.annotate(text, (0, value), (0, 3), textcoords="offset points", va="bottom", **_SMALL)
         bottom, top = axes.get_ylim()
         axes.set_ylim(min(0.0, bottom), max(1.1 * value, top))
-
-
-def _graded(modules: int) -> Any:
-    from matplotlib import colormaps
-
-    # The light end of the map is too faint for a line on white.
-    shades = colormaps["viridis_r"].resampled(256)
-    return lambda k: shades(1.0 if modules == 1 else 0.12 + 0.88 * k / (modules - 1))
-
-
-def _module_bar(figure: Any, axes: Any, modules: int) -> None:
-    """The colours of the local modules, beside ``axes``."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import BoundaryNorm, ListedColormap
-
-    shades = _graded(modules)
-    norm = BoundaryNorm([k - 0.5 for k in range(modules + 1)], modules)
-    scale = ScalarMappable(norm, ListedColormap([shades(k) for k in range(modules)]))
-    bar = figure.colorbar(scale, ax=axes, aspect=18, pad=0.02, ticks=thinned(modules, 8))
-    bar.outline.set_visible(False)
-    bar.ax.minorticks_off()
-    bar.ax.tick_params(colors=style.QUIET, labelsize=8.5, length=2)
-    bar.set_label("local module", **_SMALL)
 
 
 def _line_figure(columns: int, runs: Iterable[str]) -> tuple[Any, Any]:

@@ -10,9 +10,9 @@ import torch
 
 from ..training import CheckpointError, ImageArrays, ImageFiles, SavedRun, SettingsError, load_run
 from ..training.batches import Batches
+from ..training.curves import Curves, read_curves
 from ..training.folder import FileList, few
 from .cka import LEAST
-from .curves import Curves, read_curves
 
 ANALYSES = ("cka", "probes", "information", "curves")
 

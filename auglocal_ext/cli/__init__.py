@@ -6,21 +6,51 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-_COMMANDS = ("analyze", "info", "plan", "train")
+from .._version import __version__
+
+_COMMANDS = ("train", "analyze", "plan", "info")
+
+_GUIDE = f"""\
+auglocal_ext {__version__}: train networks module by module, with local losses
+
+train    a network on images, DIR/train/CLASS/*.png and DIR/test/CLASS/*.png
+             python -m auglocal_ext train --data DIR --rule auglocal --depth 3
+analyze  what the layers of trained networks represent
+             python -m auglocal_ext analyze --checkpoint runs/resnet32-auglocal
+plan     the memory of a training step, predicted
+             python -m auglocal_ext plan --network resnet110 --batch-size 256
+info     versions, devices, and what is missing     python -m auglocal_ext info
+Options: python -m auglocal_ext COMMAND --help. Docs: README.md and docs/."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong first, then one line of usage and where the options are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n{self.format_usage()}options: {self.prog} --help\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status (argparse itself exits with 2 for a wrong call)."""
+    """Run one command, or say which there are; returns its exit status (a wrong call exits with 2)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(
-        prog="python -m auglocal_ext", description="Train networks module by module, with local losses."
+    if not arguments:
+        print(_GUIDE)
+        return 0
+    parser = _Parser(
+        prog="python -m auglocal_ext",
+        usage="python -m auglocal_ext COMMAND [options]",
+        description="Train networks module by module, with local losses.",
     )
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    parser.add_argument("--version", action="version", version=f"auglocal_ext {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", prog=parser.prog)
     # Only the command that runs is imported: `info` must work where `train` does not.
-    wanted = arguments[:1] if arguments and arguments[0] in _COMMANDS else _COMMANDS
+    wanted = arguments[:1] if arguments[0] in _COMMANDS else _COMMANDS
     commands = {name: importlib.import_module(f".{name}", __name__) for name in wanted}
     for command in commands.values():
         command.add_parser(subparsers)
-    parsed = parser.parse_args(arguments)
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        subparsers.choices[parsed.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     return commands[parsed.command].run(parsed)

@@ -24,6 +24,7 @@ def add_parser(subparsers: Any) -> None:
     """Adds ``analyze``."""
     parser = subparsers.add_parser(
         "analyze",
+        usage="python -m auglocal_ext analyze --checkpoint RUN [RUN ...] [options]",
         help="compare what trained networks' layers represent",
         description="Similarity of layers (CKA), linear probes, mutual information and learning curves of runs that "
         "`train` has made, as CSV files and PNG figures.",

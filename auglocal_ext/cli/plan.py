@@ -27,6 +27,7 @@ def add_parser(subparsers: Any) -> None:
     """Adds ``plan``."""
     parser = subparsers.add_parser(
         "plan",
+        usage="python -m auglocal_ext plan --batch-size N [--network NAME] [--rule NAME] [options]",
         help="predict the memory of a training step, and choose what to recompute",
         description="Predict the memory of each local module in a training step, and choose what runs a second time "
         "so that the step's peak is lowest, or within a budget.",

@@ -9,13 +9,26 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..training import CheckpointError, Interrupted, SettingsError, TrainConfig, Trainer, TrainingError, recipes
+from ..training import (
+    CheckpointError,
+    DivergedError,
+    Interrupted,
+    SettingsError,
+    TrainConfig,
+    Trainer,
+    TrainingError,
+    recipes,
+)
 from ..training import checkpoint as checkpoints
 from ..training.config import AMP, GRAPH, RECOMPUTE_CHOICES, differences, from_dict, resolve, to_recipe, with_recipe
 from ..training.data import DATASETS, ImageFiles, detect, load_data
 from ..training.rule_options import RULE_OPTIONS
-from ..training.trainer import CHECKPOINT
+from ..training.schedule import SCHEDULES
+from ..training.trainer import CHECKPOINT, CURVES
 from .network_options import add_network_options
+from .opening import ending, opening
+
+_USAGE = "python -m auglocal_ext train --data DIR [--network NAME] [--rule NAME] [options]"
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells expect it (128 + SIGINT)."""
@@ -24,8 +37,9 @@ _EPILOG = """
 Options left out take the value of the recipe, else of the data set's own one (SGD with Nesterov momentum 0.9, weight
 decay 1e-4, cosine per epoch; cifar10 and svhn: batch 1024, lr 0.8, 400 epochs, 10 of them warm-up; stl10: the same with
 batch 128, lr 0.1; imagenet: batch 1024, lr 0.4, 200 epochs, no warm-up), else of the rule. --epochs rescales the
-schedule; the warm-up is at most a quarter of the run. With --resume, options left out take the value of the
-interrupted run.
+schedule; the warm-up is at most a quarter of the run. From 100 epochs on the schedule is the published one, whose last
+epoch has the rate 0; shorter runs take each rate in the middle of its epoch, so that every epoch trains. With --resume,
+options left out take the value of the interrupted run.
 """
 
 
@@ -33,6 +47,7 @@ def add_parser(subparsers: Any) -> None:
     """Adds ``train``. Every option's default is None, which tells what was given from what was not."""
     parser = subparsers.add_parser(
         "train",
+        usage=_USAGE,
         help="train a network on real images",
         description="Train a network by a local learning rule or by backpropagation, on an image folder "
         "(train/<class>/*, test/<class>/*) or on torchvision's CIFAR-10, SVHN or STL-10 files.",
@@ -102,6 +117,12 @@ def add_parser(subparsers: Any) -> None:
     add("--weight-decay", type=float, metavar="X")
     add("--warmup", type=int, metavar="N", help="epochs of linear warm-up")
     add(
+        "--schedule",
+        choices=SCHEDULES,
+        help="of the rate: published (the papers' cosine, default from 100 epochs on) or short (no epoch at rate 0, "
+        "default below)",
+    )
+    add(
         "--mixup",
         type=float,
         metavar="A",
@@ -115,7 +136,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains; 0 when all epochs are done, 130 after Ctrl-C, 1 with a message for wrong data or settings."""
+    """Trains; 0 when all epochs are done, 130 after Ctrl-C, 1 with a message for divergence, wrong data or settings."""
+    trainer: Trainer | None = None
     options = {field.name: getattr(arguments, field.name, None) for field in fields(TrainConfig)}
     given = {name: value for name, value in options.items() if value is not None}
     try:
@@ -128,27 +150,40 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.config:
             print(_described(settings), end="")
             return 0
-        trainer = Trainer(_config(settings, given, arguments.resume))
+        trainer = Trainer(_config(settings, given, arguments.resume), say=_say)
         if arguments.resume:
             trainer.resume()
-        _introduce(trainer)
+        _say(opening(trainer))
+        if trainer.memory_plan is not None:
+            _say(f"\n{trainer.memory_plan}")
+        _say("")
         summary = trainer.fit()
     except Interrupted as stop:
         command = f"python -m auglocal_ext train --output {shlex.quote(given['output'])} --resume"
-        print(f"\n{stop}\ngo on with: {command}", file=sys.stderr)
+        print(f"\n{stop}\n{_curves(trainer)}go on with: {command}", file=sys.stderr)
         return INTERRUPTED
     except KeyboardInterrupt:
         print("\nstopped without saving; what was saved before is unharmed", file=sys.stderr)
         return INTERRUPTED
+    except DivergedError as error:
+        print(f"error: {error}\n{_curves(trainer)}", end="", file=sys.stderr)
+        return 1
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(
-        f"test accuracy: last {summary.last_accuracy:.2%}, best {summary.best_accuracy:.2%} (epoch "
-        f"{summary.best_epoch}, chosen on the test set); {summary.train_seconds:,.1f} s of training, "
-        f"peak {summary.peak_bytes / 1e6:,.0f} MB; see {trainer.output}"
-    )
+    _say(f"\n{ending(trainer, summary)}")
     return 0
+
+
+def _say(line: str) -> None:
+    """At once, also into a file or a pipe: a run takes hours."""
+    print(line, flush=True)
+
+
+def _curves(trainer: Trainer | None) -> str:
+    """Where the learning curves so far are, a line if there are any."""
+    path = None if trainer is None else trainer.output / CURVES
+    return f"learning curves so far: {path}\n" if path is not None and path.exists() else ""
 
 
 def _list_recipes() -> int:
@@ -188,22 +223,3 @@ def _config(settings: dict[str, Any], given: dict[str, Any], resume: bool) -> Tr
     if "data" not in settings:
         raise SettingsError("--data DIR is missing: the folder with the images")
     return from_dict(settings)
-
-
-def _introduce(trainer: Trainer) -> None:
-    config, facts = trainer.config, trainer.describe()["data"]
-    size = " x ".join(map(str, facts["input_shape"][1:]))
-    where = f"kept on {trainer.device}" if facts["in_memory"] else "read from disk"
-    print(
-        f"data: {facts['train_images']:,} train and {facts['test_images']:,} test images of {size}, "
-        f"{len(facts['classes'])} classes, {where}"
-    )
-    modules = facts["local_modules"]
-    print(
-        f"network: {config.network}, rule {config.rule}, {modules} local module{'s' if modules > 1 else ''}; "
-        f"{config.epochs} epochs, batch {config.batch_size}, lr {config.lr:g}, warm-up {config.warmup}; "
-        f"output {trainer.output}"
-    )
-    if plan := trainer.plan():
-        print(plan)
-    sys.stdout.flush()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
-FORMAT = 5
+FORMAT = 6
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -48,7 +48,8 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else None
         raise CheckpointError(
-            f"{path}: expected a checkpoint of format {FORMAT}, found {found}: another version wrote it"
+            f"{path}: expected a checkpoint of format {FORMAT}, found {found}: another version wrote it. Go on with "
+            "that version, or train the run again with another --output"
         )
     return state
 

@@ -16,7 +16,7 @@ from . import rule_options
 from .errors import SettingsError
 from .recipes import DATA_RECIPES, SECTIONS, Recipe, find, names, read, to_ini
 from .rule_options import OPTIONS, RULE_OPTIONS
-from .schedule import default_warmup
+from .schedule import SCHEDULES, default_schedule, default_warmup
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,7 +32,9 @@ _FREE_TO_CHANGE = ("data", "output", "workers", "graph", "overlap")
 
 # The settings of a recipe that is a data set's own.
 _TRAINING = tuple(
-    name for name in (*SECTIONS["optimisation"], *SECTIONS["augmentation"]) if name not in ("seed", "mixup", "cutmix")
+    name
+    for name in (*SECTIONS["optimisation"], *SECTIONS["augmentation"])
+    if name not in ("schedule", "seed", "mixup", "cutmix")
 )
 
 
@@ -55,6 +57,8 @@ class TrainConfig(_RuleSettings):
     :class:`auglocal_ext.LocalSequential` has them, ``recompute="peak"``, ``memory_budget`` (such as "0.4GiB"),
     ``graph`` ("auto", "on", "off") and ``overlap`` (None, True, False) as :class:`auglocal_ext.step.LocalStep` has
     them. The rule ``"bp"`` is backpropagation of the same network, eager.
+    ``schedule`` is ``"published"`` or ``"short"`` (:func:`auglocal_ext.training.schedule.learning_rate`), None for the
+    one that goes with ``epochs``: short below 100.
     ``mixup`` and ``cutmix`` are alpha of Beta(alpha, alpha) (:class:`auglocal_ext.training.mixing.MixedBatches`), None
     or 0 for none. ``amp`` is ``"none"``, ``"bf16"`` or ``"fp16"`` (with a GradScaler); ``device`` is ``"auto"`` or
     torch's name. ``recipe`` is the data set's training ("auto": the one at hand); ``from_recipe`` takes any recipe,
@@ -82,6 +86,7 @@ class TrainConfig(_RuleSettings):
     momentum: float | None = None
     weight_decay: float | None = None
     warmup: int | None = None
+    schedule: str | None = None
     padding: int | None = None
     padding_mode: str | None = None
     flip: bool | None = None
@@ -138,6 +143,8 @@ class TrainConfig(_RuleSettings):
             raise SettingsError(f"--warmup {self.warmup} is longer than the run of {self.epochs} epochs")
         if self.momentum is not None and not 0 < self.momentum < 1:
             raise SettingsError(f"momentum, Nesterov's, lies between 0 and 1, got {self.momentum}")
+        if self.schedule is not None:
+            _one_of("schedule", self.schedule, SCHEDULES)
         if self.padding_mode is not None:
             _one_of("padding_mode", self.padding_mode, ("reflect", "zero"))
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -153,8 +160,9 @@ class TrainConfig(_RuleSettings):
     def from_recipe(cls, recipe: str, **settings: Any) -> TrainConfig:
         """The settings of a recipe, by its name or its file's path, with ``settings`` in the place of its own.
 
-        Fewer or more ``epochs`` than the recipe's shorten its warm-up to a quarter of the run at most; another ``rule``
-        leaves out what the recipe says of its own. Raises SettingsError, with file and line, for a wrong recipe.
+        Fewer or more ``epochs`` than the recipe's shorten its warm-up to a quarter of the run at most and choose
+        the schedule anew; another ``rule`` leaves out what the recipe says of its own. Raises SettingsError, with file
+        and line, for a wrong recipe.
         """
         return cls(**with_recipe(recipe, settings))
 
@@ -181,6 +189,8 @@ def with_recipe(recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
     epochs = given.get("epochs")
     if "warmup" in own and epochs is not None and epochs != own.get("epochs"):
         own["warmup"] = default_warmup(own["warmup"], epochs)
+    if epochs is not None and epochs != own.get("epochs", epochs):
+        own.pop("schedule", None)  # it was chosen for the recipe's number of epochs
     label = recipe if recipe in names() else str(find(recipe))
     return own | given | {"recipe": file.base, "recipe_file": label}
 
@@ -189,8 +199,8 @@ def resolve(config: TrainConfig, dataset: str, streamed: bool) -> TrainConfig:
     """``config`` with every None that has a default replaced by it.
 
     The recipe is the data set's own; for image folders CIFAR-10's if kept in memory, ImageNet's if not.
-    The warm-up is the recipe's, at most a quarter of the run. Raises SettingsError for a step that needs CUDA on a
-    device that is not.
+    The warm-up is the recipe's, at most a quarter of the run; the schedule is the published one from 100 epochs on.
+    Raises SettingsError for a step that needs CUDA on a device that is not.
     """
     folder_recipe = "imagenet" if streamed else "cifar10"
     name = config.recipe if config.recipe != "auto" else folder_recipe if dataset == "folder" else dataset
@@ -200,7 +210,8 @@ def resolve(config: TrainConfig, dataset: str, streamed: bool) -> TrainConfig:
             raise SettingsError(f"{flag} needs a CUDA device, this run is on {device.type}")
     recipe = read(name).settings
     epochs = recipe["epochs"] if config.epochs is None else config.epochs
-    recipe |= {"epochs": epochs, "warmup": default_warmup(recipe["warmup"], epochs)}
+    warmup = default_warmup(recipe["warmup"], epochs)
+    recipe = {"schedule": default_schedule(epochs)} | recipe | {"epochs": epochs, "warmup": warmup}
     data = str(Path(config.data).expanduser().resolve())  # a run may be resumed from another folder
     known: dict[str, Any] = {"data": data, "dataset": dataset, "recipe": name, "device": str(device)}
     config = replace(config, **known, **_missing(config, recipe))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..local_sequential import LocalSequential
+from ..memory import MemoryMeter
 from ..models import build
-from ..step import GraphCaptureError, LocalStep
-from ..tasks import Classification, Task
+from ..step import GraphCaptureError, LocalStep, MemoryPlan, plan_memory
+from ..step.fake_copy import FakeCopy, fake_mode_of
+from ..step.module_peaks import StepEstimate
+from ..tasks import Classification
 from .config import AMP, GRAPH, TrainConfig, make_rule
 from .errors import SettingsError
 from .metrics import StepResult
@@ -24,6 +28,14 @@ class Learner(Protocol):
     grad_scaler: torch.amp.GradScaler | None
 
     @property
+    def memory_plan(self) -> MemoryPlan | None:
+        """What was chosen to be recomputed, where it was planned."""
+
+    @property
+    def classifier_weight(self) -> float:
+        """Weight of the network's own loss in the last module's."""
+
+    @property
     def network(self) -> nn.Module: ...
 
     @property
@@ -33,8 +45,14 @@ class Learner(Protocol):
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """Train on a batch; on CUDA without waiting for the device."""
 
-    def plan(self) -> str | None:
-        """How steps will run, a line or several for the terminal."""
+    def launch(self) -> str:
+        """How steps will be launched, for a person."""
+
+    def predicted_peak(self, images: int) -> int:
+        """Peak bytes of the tensors of a step on ``images`` images, predicted in seconds on any machine.
+
+        As :func:`auglocal_ext.step.plan_memory` counts them; the weights and the random state are not touched.
+        """
 
     def outcome(self) -> str | None:
         """How the steps so far ran."""
@@ -83,7 +101,7 @@ def make_learner(
             _try_mixed(network, task)
         return LocalLearner(network, config, device)
     _try(network, config.network, input_shape, device)
-    return EndToEndLearner(network, task, config, device)
+    return EndToEndLearner(network, task, config, input_shape, device)
 
 
 def _try_mixed(network: LocalSequential, task: Classification) -> None:
@@ -121,9 +139,19 @@ class EndToEndLearner:
     """Backpropagation of the task's loss through the whole network."""
 
     modules = 1
+    memory_plan: MemoryPlan | None = None
+    classifier_weight = 1.0
 
-    def __init__(self, network: nn.Module, task: Task, config: TrainConfig, device: torch.device):
+    def __init__(
+        self,
+        network: nn.Module,
+        task: Classification,
+        config: TrainConfig,
+        input_shape: tuple[int, int, int],
+        device: torch.device,
+    ):
         self.network, self._task, self._amp, self._device = network, task, config.amp, device
+        self._config, self._input_shape = config, input_shape
         # The fused form reads the loss scaler's verdict on the device.
         self.optimizer = _sgd(config, network.parameters(), fused=True if device.type == "cuda" else None)
         self.grad_scaler = torch.amp.GradScaler(device.type) if config.amp == "fp16" else None
@@ -142,8 +170,30 @@ class EndToEndLearner:
             self.grad_scaler.update()
         return StepResult.of_one_module(scored, self._task.counted(labels))
 
-    def plan(self) -> None:
-        return None
+    def launch(self) -> str:
+        return "eager"
+
+    def predicted_peak(self, images: int) -> int:
+        memory_format = torch.channels_last if self._config.channels_last else torch.contiguous_format
+        with fake_mode_of(self.network):
+            # It copies any module.
+            network: nn.Module = FakeCopy(cast("LocalSequential", self.network)).net
+            optimizer = _sgd(self._config, network.parameters())
+            x = torch.empty(images, *self._input_shape).contiguous(memory_format=memory_format)
+            y = self._task.example(images)
+
+            def step() -> None:
+                optimizer.zero_grad(set_to_none=True)
+                with autocast(self._amp, torch.device("cpu")):
+                    logits = network(x)
+                self._task.score(logits.float(), y).loss.backward()
+                optimizer.step()
+
+            step()  # makes the optimizer's state
+            with MemoryMeter() as meter:
+                meter.track(network, optimizer, x, y)
+                step()
+        return meter.peak_bytes
 
     def outcome(self) -> None:
         return None
@@ -162,7 +212,7 @@ class LocalLearner:
     """Each local module by its own loss (:class:`auglocal_ext.step.LocalStep`)."""
 
     def __init__(self, network: LocalSequential, config: TrainConfig, device: torch.device):
-        self.network, self._device, self._graph = network, device, config.graph
+        self.network, self._device, self._config = network, device, config
         self.modules = network.num_modules
         self._batch_size = config.recipe_values.batch_size
         try:
@@ -193,18 +243,44 @@ class LocalLearner:
             self._eager_reason = self._step.eager_reason
         return StepResult(out.loss, out.module_losses, out.module_counts, self.network.task.counted(labels))
 
-    def plan(self) -> str:
-        if self._graph == "off":
-            line = "steps: eager (--graph off)"
-        elif self._device.type != "cuda":
-            line = f"steps: eager (CUDA graphs need a CUDA device, this run is on {self._device.type})"
-        else:
-            line = "steps: one CUDA graph each, captured after the first few"
-        return line if self._step.plan is None else f"{line}\n{self._step.plan}"
+    @property
+    def memory_plan(self) -> MemoryPlan | None:
+        return self._step.plan
+
+    @property
+    def classifier_weight(self) -> float:
+        return self.network.rule.classifier_weight
+
+    def launch(self) -> str:
+        if self._config.graph == "off":
+            return "eager (--graph off)"
+        if self._device.type != "cuda":
+            return "eager (CUDA graphs need a CUDA device)"
+        return "one CUDA graph each, captured after the first few"
+
+    def predicted_peak(self, images: int) -> int:
+        if self.memory_plan is not None:
+            return self.memory_plan.predicted_bytes
+        parameters, amp = list(self.network.parameters()), AMP[self._config.amp]
+        optimizer = partial(_sgd, self._config)
+        if self._config.overlap:
+            return plan_memory(self.network, images, optimizer, autocast=amp, overlap=True).predicted_bytes
+        # Of one choice of recomputation, the one that runs: a plan tries out all of them, which takes seconds.
+        cost = StepEstimate(
+            self.network,
+            images,
+            optimizer,
+            params=parameters,
+            autocast=amp,
+            clip_norm=None,
+            clip="module",
+            accumulate=1,
+        ).cost(self.network.recompute)
+        return max(cost.end, *(module.peak for module in cost.modules))
 
     def outcome(self) -> str | None:
         """On CUDA, where a graph was wanted: how many steps ran as one, and why not all."""
-        if self._graph == "off" or self._device.type != "cuda":
+        if self._config.graph == "off" or self._device.type != "cuda":
             return None
         line = f"steps: {self._graphed} of {self._steps} as one CUDA graph"
         return line if self._eager_reason is None else f"{line} ({self._eager_reason})"

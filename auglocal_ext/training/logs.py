@@ -12,25 +12,31 @@ from typing import Any
 
 import torch
 
+from .errors import CheckpointError
+
 
 @dataclass(frozen=True)
 class EpochRow:
     """One row of ``log.csv``. Accuracies are fractions, ``seconds`` those spent on training batches alone.
 
-    ``waiting`` is the fraction of these seconds in which steps waited for their batch: on CUDA the device's time from
-    the end of a step to the next batch being ready on it, on the CPU the time it took to make the batches.
+    ``train_loss`` and ``train_accuracy`` are the network's own, those of its classifier, which the last local module
+    trains; they compare with ``test_loss`` and ``test_accuracy``. They are means over the epoch's images, augmented and
+    in training mode, while the weights changed. (``train_loss`` is nan where a rule gives the classifier's loss the
+    weight 0.) ``local_loss_sum`` is what a step differentiates: the sum of ``module_losses``, the weighted local losses
+    of the rule. Backpropagation is one module, whose loss is the network's.
 
-    ``train_loss`` is the mean over the images of the loss that was differentiated: for a local rule the sum
-    of ``module_losses``. ``module_accuracies`` are those of each module's own classifier on the same images, nan where
-    it has none; the last module's is ``train_accuracy``. Both are one number per local module, separated by spaces in
-    the file. ``peak_bytes`` is the peak since the start: allocated CUDA memory, or on the CPU the process's resident
-    set.
+    ``module_accuracies`` are those of each module's own classifier on the same images, nan where it has none; the last
+    module's is ``train_accuracy``. Both per-module columns are one number per local module, separated by spaces in the
+    file. ``waiting`` is the fraction of ``seconds`` in which steps waited for their batch: on CUDA the device's time
+    from the end of a step to the next batch being ready on it, on the CPU the time it took to make the batches.
+    ``peak_bytes`` is the peak since the start: allocated CUDA memory, or on the CPU the process's resident set.
     """
 
     epoch: int
     lr: float
     train_loss: float
     train_accuracy: float
+    local_loss_sum: float
     test_loss: float
     test_accuracy: float
     images_per_second: float
@@ -45,7 +51,10 @@ _PER_MODULE = ("module_losses", "module_accuracies")
 
 
 class CsvLog:
-    """``log.csv``; opening it for a run that goes on after ``epoch`` drops the rows of later epochs."""
+    """``log.csv``; opening it for a run that goes on after ``epoch`` drops the rows of later epochs.
+
+    Raises CheckpointError if a log to go on with has other columns than :class:`EpochRow`.
+    """
 
     def __init__(self, path: Path, epoch: int):
         self.path = path
@@ -53,11 +62,17 @@ class CsvLog:
         kept: list[dict[str, str]] = []
         if epoch and path.is_file():
             with path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                if reader.fieldnames != names:
+                    raise CheckpointError(
+                        f"{path}: its columns are {', '.join(reader.fieldnames or ['none'])}; expected "
+                        f"{', '.join(names)}. Another version wrote it: move it away to go on without its epochs"
+                    )
                 # A row cut short by a crash has no last column.
-                kept = [row for row in csv.DictReader(file) if row.get(names[-1]) and int(row["epoch"]) <= epoch]
+                kept = [row for row in reader if row.get(names[-1]) and int(row["epoch"]) <= epoch]
         temporary = path.with_suffix(".partial")
         with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names, extrasaction="ignore")
+            writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(kept)
         os.replace(temporary, path)
@@ -117,8 +132,13 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def progress_bar(total: int | None, description: str, unit: str, show: bool, initial: int = 0) -> Any:
-    """A tqdm bar on standard error, which stays silent where that is no terminal, or unless ``show``."""
+def progress_bar(
+    total: int | None, description: str, unit: str, show: bool, initial: int = 0, layout: str | None = None
+) -> Any:
+    """A tqdm bar on standard error, which stays silent where that is no terminal, or unless ``show``.
+
+    ``layout`` is tqdm's ``bar_format``.
+    """
     from tqdm import tqdm
 
     return tqdm(
@@ -130,14 +150,42 @@ def progress_bar(total: int | None, description: str, unit: str, show: bool, ini
         disable=None if show else True,
         dynamic_ncols=True,
         leave=False,
+        bar_format=layout,
     )
 
 
-def describe(row: EpochRow, epochs: int, metric: str) -> str:
-    """One line for the terminal; ``metric`` is what the task calls what it counts."""
-    return (
-        f"epoch {row.epoch}/{epochs}  lr {row.lr:.4g}  "
-        f"train loss {row.train_loss:.4f} {metric} {row.train_accuracy:.2%}  "
-        f"test loss {row.test_loss:.4f} {metric} {row.test_accuracy:.2%}  {row.images_per_second:,.0f} images/s  "
-        f"waiting for data {row.waiting:.1%}  peak {row.peak_bytes / 1e6:,.0f} MB"
-    )
+_COLUMNS = {
+    "lr": (8, "", "lr", "{:.3g}"),
+    "train_loss": (7, "train", "loss", "{:.4f}"),
+    "train_accuracy": (8, "train", "{metric}", "{:.2%}"),
+    "local_loss_sum": (12, "sum of local", "losses", "{:.4f}"),
+    "test_loss": (7, "test", "loss", "{:.4f}"),
+    "test_accuracy": (8, "test", "{metric}", "{:.2%}"),
+    "images_per_second": (8, "", "images/s", "{:,.0f}"),
+}
+
+
+class EpochTable:
+    """Epochs as lines of at most 80 columns for the terminal, with a heading above the first.
+
+    Args:
+        epochs: of the whole run.
+        metric: what the task calls what it counts.
+        modules: local modules; the sum of their losses is shown where there is more than one.
+    """
+
+    def __init__(self, epochs: int, metric: str, modules: int):
+        self._epochs, self._metric = epochs, metric
+        self._first = max(5, len(f"{epochs}/{epochs}"))
+        self._columns = {name: column for name, column in _COLUMNS.items() if modules > 1 or name != "local_loss_sum"}
+
+    def heading(self) -> str:
+        """Two lines."""
+        upper = [" " * self._first, *(above.rjust(width) for width, above, _, _ in self._columns.values())]
+        names = [name.format(metric=self._metric).rjust(width) for width, _, name, _ in self._columns.values()]
+        return "  ".join(upper).rstrip() + "\n" + "  ".join(["epoch".rjust(self._first), *names])
+
+    def line(self, row: EpochRow) -> str:
+        """The line of an epoch."""
+        cells = [form.format(getattr(row, name)).rjust(width) for name, (width, _, _, form) in self._columns.items()]
+        return "  ".join([f"{row.epoch}/{self._epochs}".rjust(self._first), *cells])

@@ -1,4 +1,4 @@
-"""Learning rate per epoch: a cosine with linear warm-up."""
+"""Learning rate per epoch: a cosine with linear warm-up, as published or for short runs."""
 
 from __future__ import annotations
 
@@ -7,28 +7,48 @@ import math
 WARMUP_START = 0.01
 """Learning rate of a warm-up's first epoch, in the released code and here."""
 
+SCHEDULES = ("published", "short")
 
-def cosine(epoch: int, epochs: int, lr: float) -> float:
-    """``c(e) = lr / 2 * (1 + cos(pi * e / E))``."""
-    return lr / 2 * (1 + math.cos(math.pi * epoch / epochs))
+PUBLISHED_FROM = 100
+"""Epochs from which on a run has the published schedule unless it says otherwise; every shipped recipe has more."""
 
 
-def learning_rate(epoch: int, epochs: int, lr: float, warmup: int) -> float:
-    """``c(e) * (e-1)/W + 0.01 * (W+1-e)/W`` while e <= W, then ``c(e)``: the rate of epoch e = 1 .. E.
+def default_schedule(epochs: int) -> str:
+    """``"published"`` from 100 epochs on, where one epoch at rate 0 is 1 % of the run at most; below ``"short"``."""
+    return "published" if epochs >= PUBLISHED_FROM else "short"
 
-    With W = 10 this is the released code's formula. Its cosine is zero in the last epoch, e = E, where only
-    BatchNorm's running statistics still move. A peak rate below 0.01 takes the 0.01's place, so that a
-    warm-up never comes down from above. A run of one epoch would be that last epoch alone and train nothing: it
-    has the constant rate ``lr``.
+
+def cosine(time: float, epochs: int, lr: float) -> float:
+    """``c(t) = lr / 2 * (1 + cos(pi * t / E))``."""
+    return lr / 2 * (1 + math.cos(math.pi * time / epochs))
+
+
+def learning_rate(epoch: int, epochs: int, lr: float, warmup: int, schedule: str) -> float:
+    """The rate of epoch e = 1 .. E: ``c(t) * u / W + 0.01 * (1 - u / W)`` while u < W, then ``c(t)``.
+
+    ``"published"``: t = e and u = e - 1, which with W = 10 is the released code's formula. Its cosine is zero in the
+    last epoch, where only BatchNorm's running statistics still move, and a warm-up's first epoch has the rate 0.01.
+
+    ``"short"``: t = u = e - 1/2, the middle of the epoch. No epoch has the rate 0, and a warm-up of one epoch has
+    about half the peak rate.
+
+    A peak rate below 0.01 takes the 0.01's place, so that a warm-up never comes down from above. A published run of
+    one epoch has the constant rate ``lr``: its only epoch would train nothing.
     """
     if not 1 <= epoch <= epochs:
         raise ValueError(f"epoch counts from 1 to {epochs}, got {epoch}")
-    if epochs == 1:
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is one of {', '.join(SCHEDULES)}, not {schedule!r}")
+    if schedule == "short":
+        time = warmed = epoch - 0.5
+    elif epochs == 1:
         return lr
-    if epoch > warmup:
-        return cosine(epoch, epochs, lr)
-    start = min(WARMUP_START, lr)
-    return cosine(epoch, epochs, lr) * (epoch - 1) / warmup + start * (warmup + 1 - epoch) / warmup
+    else:
+        time, warmed = epoch, epoch - 1
+    rate = cosine(time, epochs, lr)
+    if warmed >= warmup:
+        return rate
+    return rate * warmed / warmup + min(WARMUP_START, lr) * (1 - warmed / warmup)
 
 
 def default_warmup(recipe_warmup: int, epochs: int) -> int:

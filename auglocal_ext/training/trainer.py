@@ -13,15 +13,17 @@ from typing import Any
 import torch
 
 from ..models import input_shape
+from ..step import MemoryPlan
 from ..tasks import Classification
 from . import checkpoint
 from .batches import Batches, make_batches
 from .config import TrainConfig, differences, pick_device, resolve, to_dict
+from .curves import draw_run, read_curves
 from .data import ImageArrays, ImageFiles, default_workers, load_data
 from .errors import CheckpointError, DivergedError, Interrupted, SettingsError
 from .interrupt import InterruptRequest
 from .learner import autocast, make_learner
-from .logs import CsvLog, EpochRow, TensorBoardLog, describe, peak_bytes, progress_bar
+from .logs import CsvLog, EpochRow, EpochTable, TensorBoardLog, peak_bytes, progress_bar
 from .metrics import EpochSums, Reading, StepResult
 from .mixing import MixedBatches
 from .prefetch import make_feed
@@ -31,17 +33,28 @@ from .versions import versions
 READ_EVERY = 50
 """Steps between two readings of the loss on CUDA, where a reading waits for the device."""
 
-CHECKPOINT = "checkpoint.pt"
+DRAW_EVERY = 30.0
+"""Seconds between two drawings of the learning curves while a run goes on; one takes about half a second."""
+
+CHECKPOINT, LOG, CURVES = "checkpoint.pt", "log.csv", "curves.png"
+
+# A bar as long as there is room, the rate, and what is left of it; the trainer adds what is left of the run.
+_BAR = "{desc} |{bar}| {rate_noinv_fmt}, {remaining} left{postfix}"
+_WIDE = 110  # columns in which the bar has room for more figures
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run comes to; the best accuracy is chosen on the test set, as AugLocal's code does."""
+    """What a finished run comes to; the best accuracy is chosen on the test set, as AugLocal's code does.
+
+    ``waiting`` is the fraction of ``train_seconds`` in which steps waited for their batch.
+    """
 
     last_accuracy: float
     best_accuracy: float
     best_epoch: int
     train_seconds: float
+    waiting: float
     peak_bytes: int
 
 
@@ -54,6 +67,7 @@ class _Progress:
     best_accuracy: float = 0.0
     best_epoch: int = 0
     train_seconds: float = 0.0
+    waiting_seconds: float = 0.0
 
 
 class Trainer:
@@ -62,9 +76,10 @@ class Trainer:
     ``data`` stands in for loading them; ``say`` receives the lines for the terminal; ``bars`` shows progress
     bars where standard error is a terminal. ``network`` is what is trained, ``config`` the resolved settings.
 
-    Files in ``config.output``: config.json (settings, data, versions), log.csv, tensorboard/, checkpoint.pt
-    (after each epoch and on Ctrl-C). Raises a TrainingError, before anything is written, for data or settings
-    that do not work.
+    Files in ``config.output``: config.json (settings, data, versions), log.csv, tensorboard/, checkpoint.pt (after each
+    epoch and on Ctrl-C, always of finite weights), curves.png (redrawn at ends of epochs, every half minute at most,
+    and when the run ends, is stopped or diverges). Raises a TrainingError, before anything is written, for data or
+    settings that do not work.
     """
 
     def __init__(
@@ -108,18 +123,27 @@ class Trainer:
         self._done = _Progress()
         self._resumed = False
         self._interrupt = InterruptRequest()
+        self._saved: str | None = None  # what the checkpoint holds
+        self._epoch_seconds: float | None = None  # of the last whole epoch in this process
+        self._drawn = -math.inf
+
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch."""
+        return self._batches.steps
 
     def fit(self) -> Summary:
         """Train until ``config.epochs`` epochs are done.
 
-        Raises Interrupted after Ctrl-C, with the state of that moment in the checkpoint; DivergedError if the
-        loss is no longer finite; SettingsError if the output folder already holds another run.
+        Raises Interrupted after Ctrl-C, with the state of that moment in the checkpoint; DivergedError if a loss, on
+        training or on test images, or a weight is no longer finite, with the checkpoint as it was before; SettingsError
+        if the output folder already holds another run.
         """
         if not self._resumed and (self.output / CHECKPOINT).exists():
             raise SettingsError(f"{self.output} holds a run: continue it with --resume, or choose another --output")
         self.output.mkdir(parents=True, exist_ok=True)
+        table = CsvLog(self.output / LOG, self._done.epochs)
         (self.output / "config.json").write_text(json.dumps(self.describe(), indent=2) + "\n")
-        table = CsvLog(self.output / "log.csv", self._done.epochs)
         board = TensorBoardLog(self.output / "tensorboard", self._done.epochs)
         if board.note:
             self._say(board.note)
@@ -127,48 +151,70 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
             with self._interrupt:
-                first = self._done.epochs + 1
-                while self._done.epochs < self._recipe.epochs:
-                    row = self._epoch()
-                    if row.epoch == first and (outcome := self._learner.outcome()):
-                        self._say(outcome)
-                    table.add(row)
-                    board.add(row)
-                    self.save()
-                    self._say(describe(row, self._recipe.epochs, self._task.metric))
-                    if self._done.epochs < self._recipe.epochs:
-                        self._stop_if_asked()
+                self._epochs(table, board)
+        except (Interrupted, DivergedError):
+            self.draw()
+            raise
         finally:
             board.close()
+        self.draw()
         done = self._done
         return Summary(
             done.last_accuracy,
             done.best_accuracy,
             done.best_epoch,
             done.train_seconds,
+            done.waiting_seconds / done.train_seconds,
             peak_bytes(self.device),
         )
 
+    def _epochs(self, table: CsvLog, board: TensorBoardLog) -> None:
+        """The epochs that are still to do."""
+        lines = EpochTable(self._recipe.epochs, self._task.metric, self._learner.modules)
+        first = self._done.epochs + 1
+        while self._done.epochs < self._recipe.epochs:
+            started, whole = time.perf_counter(), self._sums.steps == 0
+            row = self._epoch()
+            if row.epoch == first:
+                if outcome := self._learner.outcome():
+                    self._say(outcome)
+                self._say(lines.heading())
+            table.add(row)
+            board.add(row)
+            self.save()
+            self._say(lines.line(row))
+            if self._done.epochs < self._recipe.epochs:
+                self._stop_if_asked()
+                if time.perf_counter() - self._drawn > DRAW_EVERY:
+                    self.draw()
+            if whole:
+                self._epoch_seconds = time.perf_counter() - started
+
     def _epoch(self) -> EpochRow:
         epoch = self._done.epochs + 1
-        lr = learning_rate(epoch, self._recipe.epochs, self._recipe.lr, self._recipe.warmup)
+        lr = self.learning_rate(epoch)
         for group in self._learner.optimizer.param_groups:
             group["lr"] = lr
         train = self._train(epoch)
         test = self.evaluate()
+        if not math.isfinite(test.loss):
+            raise self._diverged(f"the test loss is {test.loss} after epoch {epoch}")
         self._stop_if_asked()
+        self._check_weights()
 
         done, sums = self._done, self._sums
         done.epochs, done.last_accuracy = epoch, test.accuracy
         done.train_seconds += sums.seconds
+        done.waiting_seconds += sums.waiting
         if test.accuracy > done.best_accuracy or done.best_epoch == 0:
             done.best_accuracy, done.best_epoch = test.accuracy, epoch
         self._sums = EpochSums(self._learner.modules, self.device)
         return EpochRow(
             epoch=epoch,
             lr=lr,
-            train_loss=train.loss,
+            train_loss=self._own_loss(train),
             train_accuracy=train.accuracy,
+            local_loss_sum=train.loss,
             test_loss=test.loss,
             test_accuracy=test.accuracy,
             images_per_second=sums.images / sums.seconds,
@@ -179,22 +225,30 @@ class Trainer:
             module_accuracies=train.module_accuracies,
         )
 
+    def learning_rate(self, epoch: int) -> float:
+        """The rate of an epoch, counted from 1."""
+        recipe = self._recipe
+        return learning_rate(epoch, recipe.epochs, recipe.lr, recipe.warmup, str(self.config.schedule))
+
+    def _own_loss(self, reading: Reading) -> float:
+        """The network's own loss on training images, which the last module's loss is up to the rule's weight."""
+        weight = self._learner.classifier_weight
+        return reading.module_losses[-1] / weight if weight else math.nan
+
     def _train(self, epoch: int) -> Reading:
         """The steps of the epoch that are still to do."""
         sums = self._sums
         every = 1 if self.device.type == "cpu" else READ_EVERY
-        before, started = sums.seconds, time.perf_counter()
+        before, started, skipped = sums.seconds, time.perf_counter(), sums.images
         self.network.train()
         with self._bar(f"epoch {epoch}/{self._recipe.epochs}", self.data.train_count, sums.images) as bar:
             for images, labels in self._feed(self._batches.train(epoch, sums.steps)):
                 sums.add(self._learner.step(images, labels), len(labels))
                 if sums.steps % every == 0:
                     reading = self._read(epoch)
-                    bar.set_postfix_str(
-                        f"loss {reading.loss:.3f}, {self._task.metric} {reading.accuracy:.1%}, "
-                        f"peak {peak_bytes(self.device) / 1e6:,.0f} MB",
-                        refresh=False,
-                    )
+                    if not bar.disable:
+                        per_image = (time.perf_counter() - started) / (sums.images - skipped)
+                        bar.set_postfix_str(self._progress(bar, reading, epoch, per_image), refresh=False)
                 bar.update(len(labels))
                 if self._interrupt.requested:
                     break
@@ -203,16 +257,39 @@ class Trainer:
         self._stop_if_asked()
         return reading
 
+    def _progress(self, bar: Any, reading: Reading, epoch: int, per_image: float) -> str:
+        """What the bar says of the run: its time left, loss and accuracy of the epoch so far."""
+        # Until an epoch is over, the test images are taken to cost what training images do.
+        epoch_seconds = self._epoch_seconds or per_image * (self.data.train_count + self.data.test_count)
+        left = per_image * (self.data.train_count - self._sums.images)
+        left += epoch_seconds * (self._recipe.epochs - epoch)
+        parts = [f"run {bar.format_interval(left)}", f"loss {self._own_loss(reading):.3f}"]
+        if (bar.ncols or 0) < _WIDE:
+            return ", ".join([*parts, f"{reading.accuracy:.1%}"])
+        parts += [f"{self._task.metric} {reading.accuracy:.1%}", f"peak {peak_bytes(self.device) / 1e6:,.0f} MB"]
+        return ", ".join(parts)
+
     def _read(self, epoch: int) -> Reading:
         """Losses and waits so far; on CUDA the host waits for the device here and nowhere else."""
         reading = self._sums.read()
         self._sums.waiting += self._feed.waited()
         if not math.isfinite(reading.loss):
-            raise DivergedError(
-                f"the loss is {reading.loss} in epoch {epoch}: lower --lr, lengthen --warmup or turn off --amp "
-                f"(the last finished epoch is in {self.output / CHECKPOINT})"
-            )
+            raise self._diverged(f"the loss is {reading.loss} in epoch {epoch}")
         return reading
+
+    def _check_weights(self) -> None:
+        """DivergedError if a weight, or a running statistic, is not finite: such a checkpoint is of no use."""
+        for name, value in self.network.state_dict().items():
+            if not bool(torch.isfinite(value).all()):
+                raise self._diverged(f"{name} is not finite after {self._where()}")
+
+    def _diverged(self, what: str) -> DivergedError:
+        ways = "lower --lr, lengthen --warmup" + ("" if self.config.amp == "none" else " or turn off --amp")
+        if self._saved is None:
+            return DivergedError(f"{what}: {ways} (nothing was saved)")
+        return DivergedError(
+            f"{what}: train again with another --output and {ways} ({self.output / CHECKPOINT} holds {self._saved})"
+        )
 
     def evaluate(self) -> Reading:
         """Mean cross-entropy and top-1 accuracy of the network alone, in eval mode, over the test images."""
@@ -244,6 +321,28 @@ class Trainer:
         }
         self.output.mkdir(parents=True, exist_ok=True)
         checkpoint.save(state, self.output / CHECKPOINT)
+        self._saved = f"the run after {self._where()}"
+
+    def _where(self) -> str:
+        """How far the run has come."""
+        if self._sums.steps == 0:
+            return f"epoch {self._done.epochs}"
+        return f"{self._sums.steps} of {self._batches.steps} steps of epoch {self._done.epochs + 1}"
+
+    def draw(self) -> None:
+        """Write curves.png, if an epoch is done."""
+        if self._done.epochs == 0:
+            return
+        config, done, modules = self.config, self._done, self._learner.modules
+        rule = "backpropagation" if config.rule == "bp" else f"{config.rule}, {modules} local modules"
+        draw_run(
+            self.output / CURVES,
+            read_curves(self.output),
+            f"{config.network}, {rule}",
+            f"epoch {done.epochs} of {self._recipe.epochs}; test {self._task.metric} {done.last_accuracy:.2%}, "
+            f"best {done.best_accuracy:.2%} in epoch {done.best_epoch}",
+        )
+        self._drawn = time.perf_counter()
 
     def resume(self) -> None:
         """Take up the run in ``config.output``; CheckpointError if it has other settings or data."""
@@ -261,10 +360,25 @@ class Trainer:
         self._batches.load_state_dict(state["batches"])
         checkpoint.restore_random_state(state["random"], self.device)
         self._resumed = True
+        self._saved = f"the run after {self._where()}"
 
-    def plan(self) -> str | None:
-        """How the steps will run, for the terminal; None where there is nothing to choose."""
-        return self._learner.plan()
+    @property
+    def finished_epochs(self) -> int:
+        """Epochs that are done, those before a resumption too."""
+        return self._done.epochs
+
+    @property
+    def memory_plan(self) -> MemoryPlan | None:
+        """What ``recompute="peak"`` or ``memory_budget`` chose."""
+        return self._learner.memory_plan
+
+    def launch(self) -> str:
+        """How steps will be launched, for the terminal."""
+        return self._learner.launch()
+
+    def predicted_peak(self) -> int:
+        """Peak bytes of the tensors of a training step, predicted in seconds, without the images kept in memory."""
+        return self._learner.predicted_peak(min(self._recipe.batch_size, self.data.train_count))
 
     def describe(self) -> dict[str, Any]:
         """Settings, data and versions, as config.json holds them."""
@@ -283,6 +397,7 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         if self._interrupt.requested:
+            self._check_weights()
             self.save()
             raise Interrupted(
                 f"stopped in epoch {self._done.epochs + 1} after {self._sums.steps} of {self._batches.steps} "
@@ -290,7 +405,7 @@ class Trainer:
             )
 
     def _bar(self, description: str, total: int, initial: int = 0) -> Any:
-        return progress_bar(total, description, "image", self._bars, initial)
+        return progress_bar(total, description, " images", self._bars, initial, _BAR)
 
 
 def load_images(config: TrainConfig, bars: bool) -> ImageArrays | ImageFiles:

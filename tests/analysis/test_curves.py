@@ -27,7 +27,9 @@ RULES = [
 
 def row(epoch):
     losses = (2.0 / epoch, 1.0 / epoch)
-    return EpochRow(epoch, 0.1, 3.0 / epoch, 0.3, 2.0, 0.1 * epoch, 1e3, 3.5, 0.02, 9, losses, (math.nan, 0.3))
+    return EpochRow(
+        epoch, 0.1, 1.0 / epoch, 0.3, 3.0 / epoch, 2.0, 0.1 * epoch, 1e3, 3.5, 0.02, 9, losses, (math.nan, 0.3)
+    )
 
 
 def batches():
@@ -52,10 +54,11 @@ def test_the_log_comes_back(tmp_path):
     for epoch in (1, 2, 3):
         log.add(row(epoch))
     with log.path.open("a") as file:
-        file.write("4,0.1,3.0,0.3,2.0,0.4,1000.0,3.5,0.02,9,2.0 1.0,nan 0.")  # written this very moment
+        file.write("4,0.1,1.0,0.3,3.0,2.0,0.4,1000.0,3.5,0.02,9,2.0 1.0,nan 0.")  # written this very moment
     curves = read_curves(tmp_path)
     assert curves.epochs.tolist() == [1, 2, 3]
-    assert curves.train_loss.tolist() == [3.0, 1.5, 1.0]
+    assert curves.local_loss_sum.tolist() == [3.0, 1.5, 1.0]
+    assert curves.train_loss.tolist() == [1 / epoch for epoch in (1, 2, 3)]
     assert curves.test_accuracy.tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert curves.test_loss.shape == curves.train_accuracy.shape == (3,)
     assert curves.module_losses.tolist() == [[2 / epoch, 1 / epoch] for epoch in (1, 2, 3)]

@@ -59,7 +59,10 @@ def test_damaged(tmp_path, keep):
 def test_other_format(tmp_path):
     path = tmp_path / "weights.pt"
     torch.save({"conv.weight": torch.zeros(3)}, path)
-    with pytest.raises(CheckpointError, match="expected a checkpoint of format 5, found None"):
+    with pytest.raises(CheckpointError, match="expected a checkpoint of format 6, found None"):
+        checkpoint.load(path)
+    torch.save({"format": 5, "network": {}}, path)  # its log has the sum of the local losses as train_loss
+    with pytest.raises(CheckpointError, match="format 6, found 5: another version wrote it. .* train the run again"):
         checkpoint.load(path)
 
 

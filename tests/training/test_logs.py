@@ -11,21 +11,21 @@ import time
 import pytest
 import torch
 
-from auglocal_ext.training import Trainer
-from auglocal_ext.training.logs import CsvLog, EpochRow, TensorBoardLog, peak_bytes
+from auglocal_ext.training import CheckpointError, Trainer
+from auglocal_ext.training.logs import CsvLog, EpochRow, EpochTable, TensorBoardLog, peak_bytes
 
 
 def row(epoch):
-    return EpochRow(epoch, 0.1, 2.5, 0.25, 2.0, 0.5, 1000.0, 3.5, 0.02, 10**9, (1.5, 1.0), (math.nan, 0.25))
+    return EpochRow(epoch, 0.1, 1.0, 0.25, 2.5, 2.0, 0.5, 1000.0, 3.5, 0.02, 10**9, (1.5, 1.0), (math.nan, 0.25))
 
 
 def test_csv(tmp_path):
     path = tmp_path / "log.csv"
     CsvLog(path, 0).add(row(1))
     assert path.read_text().splitlines() == [
-        "epoch,lr,train_loss,train_accuracy,test_loss,test_accuracy,images_per_second,seconds,waiting,peak_bytes,"
-        "module_losses,module_accuracies",
-        "1,0.1,2.5,0.25,2.0,0.5,1000.0,3.5,0.02,1000000000,1.5 1.0,nan 0.25",
+        "epoch,lr,train_loss,train_accuracy,local_loss_sum,test_loss,test_accuracy,images_per_second,seconds,waiting,"
+        "peak_bytes,module_losses,module_accuracies",
+        "1,0.1,1.0,0.25,2.5,2.0,0.5,1000.0,3.5,0.02,1000000000,1.5 1.0,nan 0.25",
     ]
 
 
@@ -39,6 +39,15 @@ def test_csv_goes_on_after_the_epoch_of_the_checkpoint(tmp_path):
     log = CsvLog(path, 2)
     log.add(row(3))
     assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["epoch", "1", "2", "3"]
+
+
+def test_a_log_of_other_columns_is_not_gone_on_with(tmp_path):
+    path = tmp_path / "log.csv"
+    old = "epoch,lr,train_loss,train_accuracy,test_loss,test_accuracy\n1,0.1,22,0.25,2.0,0.5\n"
+    path.write_text(old)
+    with pytest.raises(CheckpointError, match="log.csv: its columns are epoch, lr.* expected .*local_loss_sum"):
+        CsvLog(path, 1)
+    assert path.read_text() == old
 
 
 def test_a_new_run_starts_a_new_table(tmp_path):
@@ -61,12 +70,14 @@ def test_tensorboard(tmp_path):
         "train/loss",
         "train/accuracy",
         "test/accuracy",
+        "local_loss_sum",
         "lr",
         "module_loss/1",
         "module_accuracy/1",
         "images_per_second",
         "waiting",
     } <= set(tags)
+    assert events.Scalars("train/loss")[0].value == 1.0 and events.Scalars("local_loss_sum")[0].value == 2.5
     assert events.Scalars("module_loss/0")[0].value == 1.5
     assert events.Scalars("module_accuracy/1")[0].value == 0.25
     assert "module_accuracy/0" not in tags  # a module that does not classify
@@ -90,20 +101,46 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_bar_tells_loss_accuracy_rate_and_peak(config, separable, monkeypatch):
+def shown(config, data, monkeypatch, columns):
+    """What a terminal of that width shows of a run of two epochs: the states of its bars."""
     monkeypatch.setattr(sys, "stderr", Terminal())
-    run = Trainer(config(epochs=1), separable, say=lambda line: None)
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda file: (columns, 24))
+    run = Trainer(config(epochs=2), data, say=lambda line: None)
     step = run._learner.step
     run._learner.step = lambda *arguments: (time.sleep(0.12), step(*arguments))[1]  # tqdm draws every 0.1 s
     run.fit()
-    shown = sys.stderr.getvalue()
-    for part in ("epoch 1/1", "loss ", "accuracy ", "peak ", "image/s", "test"):
-        assert part in shown, part
+    return sys.stderr.getvalue().split("\r")
+
+
+def test_progress_bar_tells_rate_time_left_loss_accuracy_and_peak(config, separable, monkeypatch):
+    states = shown(config, separable, monkeypatch, 140)
+    time_left = r"[\d.]+k? images/s, 00:0\d left, run 00:0\d"
+    pattern = rf"epoch 1/2 \|.+\| {time_left}, loss \d+\.\d{{3}}, accuracy \d+\.\d%, peak [\d,]+ MB$"
+    assert any(re.search(pattern, state.rstrip()) for state in states), states
+    assert any(state.startswith("test |") for state in states)
+
+
+def test_progress_bar_fits_80_columns(config, separable, monkeypatch):
+    states = shown(config, separable, monkeypatch, 80)
+    assert max(len(state) for state in states) <= 80
+    assert any(re.search(r"left, run 00:0\d, loss \d+\.\d{3}, \d+\.\d%$", state.rstrip()) for state in states), states
 
 
 def test_no_bar_where_there_is_no_terminal(config, separable, capsys):
     Trainer(config(epochs=1), separable).fit()
     captured = capsys.readouterr()
-    assert "image/s" not in captured.err
-    assert "epoch 1/1" in captured.out and "images/s" in captured.out
-    assert re.search(r"waiting for data \d+\.\d%  peak", captured.out)
+    assert captured.err == ""
+    assert "1/1" in captured.out and "images/s" in captured.out
+
+
+def test_epochs_are_a_table_of_80_columns():
+    table = EpochTable(400, "accuracy", 2)
+    heading, line = table.heading().splitlines(), table.line(row(12))
+    assert max(len(text) for text in (*heading, line)) == len(line) == 79
+    assert heading[1].split() == "epoch lr loss accuracy losses loss accuracy images/s".split()
+    assert line.split() == ["12/400", "0.1", "1.0000", "25.00%", "2.5000", "2.0000", "50.00%", "1,000"]
+    assert "sum of local" in heading[0]
+    # one loss is no sum
+    assert "losses" not in EpochTable(400, "accuracy", 1).heading() and "2.5" not in EpochTable(4, "accuracy", 1).line(
+        row(1)
+    )

@@ -122,6 +122,18 @@ def test_epochs_rescale_the_schedule(tmp_path, epochs, warmup):
     assert resolved(str(own), "cifar10", **given).warmup == warmup
 
 
+def test_the_schedule_goes_with_the_number_of_epochs(tmp_path):
+    assert resolved("infopro", "cifar10").schedule == "published"
+    assert resolved("infopro", "cifar10", epochs=99).schedule == "short"
+    assert resolved("infopro", "cifar10", epochs=8, schedule="published").schedule == "published"
+    own = tmp_path / "own.ini"
+    own.write_text("[optimisation]\nepochs = 8\nschedule = published\n")
+    assert resolved(str(own), "cifar10").schedule == "published"
+    assert resolved(str(own), "cifar10", epochs=2).schedule == "short"  # the file's was for its own number
+    with pytest.raises(SettingsError, match="--schedule is one of published, short, not 'linear'"):
+        resolved("infopro", "cifar10", schedule="linear")
+
+
 def test_a_files_own_warmup_is_kept(tmp_path):
     own = tmp_path / "own.ini"
     own.write_text("[optimisation]\nwarmup = 4\nepochs = 8\n")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 
 import pytest
 import torch
 from runs import RULES, interrupt_after, log, trainer
 
+from auglocal_ext.step import plan_memory
 from auglocal_ext.training import (
     CheckpointError,
     DivergedError,
@@ -33,11 +35,23 @@ def test_learns(config, separable, rule):
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
     losses = [float(loss) for loss in rows[3]["module_losses"].split()]
     assert len(losses) == {"bp": 1, "auglocal": 3, "contsup": 4}[rule["rule"]]
-    assert sum(losses) == pytest.approx(float(rows[3]["train_loss"]), rel=1e-5)
+    assert sum(losses) == pytest.approx(float(rows[3]["local_loss_sum"]), rel=1e-5)
+    assert losses[-1] == float(rows[3]["train_loss"])  # the network's own
     accuracies = [[float(accuracy) for accuracy in row["module_accuracies"].split()] for row in rows]
     assert {len(row) for row in accuracies} == {len(losses)}
     assert [row[-1] for row in accuracies] == [float(row["train_accuracy"]) for row in rows]
     assert all(sum(column[-3:]) > sum(column[:3]) for column in zip(*accuracies, strict=True))  # each module learns
+
+
+def test_the_networks_own_loss_is_without_the_rules_weight(config, separable):
+    """PredSim weights the last module's cross-entropy, by 0.1 here."""
+    settings = config(epochs=1, rule="predsim", beta=0.9)
+    trainer(settings, separable).fit()
+    (row,) = log(settings)
+    assert 10 * float(row["module_losses"].split()[-1]) == pytest.approx(float(row["train_loss"]))
+    settings = config(epochs=1, rule="predsim", beta=1.0, output=settings.output + "-1")
+    trainer(settings, separable).fit()
+    assert log(settings)[0]["train_loss"] == "nan"  # it is not trained, nor known
 
 
 def test_a_module_without_classifier_has_no_accuracy(config, separable):
@@ -190,8 +204,7 @@ def test_recompute_at_the_peak_trains_as_without(config, separable, tmp_path):
     for name in ("none", "peak"):
         settings = config(rule="auglocal", depth=2, epochs=2, output=str(tmp_path / name), recompute=name)
         run = trainer(settings, separable)
-        assert (run._learner._step.plan is not None) == (name == "peak")
-        assert str(run._learner._step.plan) in run.plan() or name == "none"
+        assert (run.memory_plan is not None) == (name == "peak")
         run.fit()
         logs.append(log(settings))
     assert logs[0] == logs[1]
@@ -200,8 +213,34 @@ def test_recompute_at_the_peak_trains_as_without(config, separable, tmp_path):
 def test_a_memory_budget_that_cannot_be_met_is_refused_before_training(config, separable, tmp_path):
     with pytest.raises(SettingsError, match="[Ll]east|smallest|feasible"):
         trainer(config(rule="auglocal", depth=2, memory_budget="1KiB"), separable)
-    assert trainer(config(rule="auglocal", depth=2, memory_budget="8GiB"), separable).plan().count("\n") >= 1
+    run = trainer(config(rule="auglocal", depth=2, memory_budget="8GiB"), separable)
+    assert run.memory_plan.budget_bytes == 2**33 and run.predicted_peak() == run.memory_plan.predicted_bytes
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_predicted_peak_is_the_planners_and_touches_nothing(config, separable, rule):
+    settings = config(amp="bf16", channels_last=True, **rule)
+    run = trainer(settings, separable)
+    weights = {name: value.clone() for name, value in run.network.state_dict().items()}
+    random = torch.get_rng_state()
+    found = run.predicted_peak()
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, weights[name]) for name, value in run.network.state_dict().items())
+    if rule["rule"] == "bp":
+        parameters = 4 * sum(p.numel() for p in run.network.parameters())
+        assert found > 3 * parameters  # with gradients and momentum
+        assert trainer(config(**rule), separable).predicted_peak() > found  # half of the activations' bytes
+    else:
+        plan = plan_memory(
+            run.network, 8, lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True), autocast=torch.bfloat16
+        )
+        assert found == plan.predicted_bytes
+
+
+def test_the_prediction_is_for_the_batches_there_are(config, separable):
+    whole, more = (trainer(config(batch_size=size), separable).predicted_peak() for size in (30, 1024))
+    assert whole == more  # the data set has 30 images
 
 
 def test_resume_with_other_data_is_refused(config, separable):
@@ -277,7 +316,7 @@ def test_a_local_rules_steps_are_those_of_its_network_and_one_optimizer(config, 
 
     plain.network.train()
     for epoch in (1, 2):
-        optimizer.param_groups[0]["lr"] = learning_rate(epoch, 2, 0.05, run.config.warmup)
+        optimizer.param_groups[0]["lr"] = learning_rate(epoch, 2, 0.05, run.config.warmup, "short")
         for images, labels in plain._batches.train(epoch):
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):
@@ -290,12 +329,35 @@ def test_a_local_rules_steps_are_those_of_its_network_and_one_optimizer(config, 
         assert torch.equal(expected, found), name
 
 
-def test_learning_rate_follows_the_schedule(config, separable):
-    settings = config(epochs=8, lr=0.1)
-    trainer(settings, separable).fit()
-    rates = [float(row["lr"]) for row in log(settings)]
+@pytest.mark.parametrize("rule", RULES)
+def test_rates_are_those_of_the_schedule(config, separable, tmp_path, rule):
+    settings = config(epochs=8, lr=0.1, schedule="published", **rule)
+    run = trainer(settings, separable)
+    run._train = lambda epoch: run._sums.read()  # rates alone
+    rates = []
+    for _ in range(8):
+        run._sums.seconds, run._sums.images = 1, 1
+        rates.append(run._epoch().lr)
+        assert {group["lr"] for group in run._learner.optimizer.param_groups} == {rates[-1]}
     assert rates[0] == pytest.approx(0.01) and rates[7] == pytest.approx(0.0)
     assert rates[3] == pytest.approx(0.05)  # the cosine's middle, after two epochs of warm-up
+
+
+def test_every_epoch_of_a_short_run_trains(config, separable):
+    settings = config(epochs=2, lr=0.1)
+    run = trainer(settings, separable)
+    weights, train = [], run._train
+
+    def watched(epoch):
+        weights.append(next(run.network.parameters()).detach().clone())
+        return train(epoch)
+
+    run._train = watched
+    run.fit()
+    assert not torch.equal(weights[1], next(run.network.parameters()))
+    rates = [float(row["lr"]) for row in log(settings)]
+    assert rates == pytest.approx([0.0853553, 0.0146447], rel=1e-5)
+    assert run.config.schedule == "short" and trainer(config(epochs=100), separable).config.schedule == "published"
 
 
 def test_images_too_small_for_the_recipe_are_refused(config, separable):
@@ -311,10 +373,62 @@ def test_images_too_small_for_the_recipe_are_refused(config, separable):
         trainer(config(), tiny)
 
 
-def test_a_diverging_loss_stops_the_run(config, separable):
+def test_a_diverging_loss_stops_the_run(config, separable, tmp_path):
     run = trainer(config(lr=1e30), separable)
-    with pytest.raises(DivergedError, match="lower --lr"):
+    with pytest.raises(DivergedError, match=r"lower --lr, lengthen --warmup \(nothing was saved\)"):
         run.fit()
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def wreck(run, epoch, weight=math.inf):
+    """Has the last step of an epoch leave a weight that is not finite."""
+    step, last, count = run._learner.step, epoch * run.steps, 0
+
+    def wrecking(*arguments):
+        nonlocal count
+        result, count = step(*arguments), count + 1
+        if count == last:
+            with torch.no_grad():
+                next(run.network.parameters()).view(-1)[0] = weight
+        return result
+
+    run._learner.step = wrecking
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3], ids=["first", "middle", "last"])
+def test_a_run_that_diverges_in_an_epochs_last_step_keeps_the_checkpoint_before(config, separable, tmp_path, epoch):
+    settings = config(epochs=3, rule="auglocal", depth=2, amp="bf16")
+    run = trainer(settings, separable)
+    wreck(run, epoch)
+    file = tmp_path / "run" / "checkpoint.pt"
+    with pytest.raises(DivergedError) as stopped:
+        run.fit()
+    said, ways = str(stopped.value), "lower --lr, lengthen --warmup or turn off --amp"
+    assert re.match(rf"the test loss is (nan|inf) after epoch {epoch}: ", said)
+    if epoch == 1:
+        assert said.endswith(f": {ways} (nothing was saved)")
+    else:
+        assert said.endswith(f"another --output and {ways} ({file} holds the run after epoch {epoch - 1})")
+    assert len(log(settings)) == epoch - 1
+    assert file.exists() == (tmp_path / "run" / "curves.png").exists() == (epoch > 1)
+    if epoch > 1:
+        state = checkpoint.load(file)
+        assert state["progress"]["epochs"] == epoch - 1
+        assert all(value.isfinite().all() for value in state["network"].values())
+        again = trainer(settings, separable)
+        again.resume()
+        again.fit()
+
+
+def test_ctrl_c_saves_no_wrecked_weights(config, separable, tmp_path):
+    run = trainer(config(epochs=2), separable)
+    wreck(run, 1)
+    interrupt_after(run, 4)
+    evaluate = run.evaluate
+    run.evaluate = lambda: evaluate() and run._sums.read()  # a test loss that hides it
+    with pytest.raises(DivergedError, match="is not finite after 4 of 4 steps of epoch 1"):
+        run.fit()
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 def test_a_last_batch_of_one_image_is_left_out(config, separable):
@@ -433,7 +547,7 @@ def test_a_step_on_cuda_never_waits_for_the_device(config, separable, rule):
 def test_on_cuda_the_steps_run_as_one_graph_and_the_run_says_so(config, separable, rule):
     said = []
     run = Trainer(config(device="cuda", batch_size=10, **rule), separable, bars=False, say=said.append)
-    assert run.plan() == "steps: one CUDA graph each, captured after the first few"
+    assert run.launch() == "one CUDA graph each, captured after the first few"
     run.fit()
     assert said[0].startswith("steps: 0 of 3 as one CUDA graph (captured after")
     assert run._learner.outcome() == "steps: 9 of 12 as one CUDA graph"
@@ -446,5 +560,5 @@ def test_on_cuda_graph_and_overlap_train_as_eager_steps_do(config, separable, tm
     for name, how in (("eager", {"graph": "off", "overlap": False}), ("graph", {"graph": "on", "overlap": True})):
         settings = config(device="cuda", batch_size=10, output=str(tmp_path / name), **how, **rule)
         trainer(settings, separable).fit()
-        losses.append([float(row["train_loss"]) for row in log(settings)])
+        losses.append([float(row["local_loss_sum"]) for row in log(settings)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -42,6 +42,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "momentum": float,
         "weight_decay": float,
         "warmup": int,
+        "schedule": str,
         "seed": int,
     },
     "augmentation": {

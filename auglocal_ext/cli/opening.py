@@ -1,0 +1,104 @@
+"""What a training run says before its first epoch and after its last."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+import torch
+
+from ..local_sequential import LocalSequential
+from ..training import Summary, Trainer
+from ..training.rule_options import RULE_OPTIONS
+from ..training.trainer import CHECKPOINT, CURVES, LOG
+from ..training.values import write
+
+_WIDTH = 80
+
+
+def opening(trainer: Trainer) -> str:
+    """The run in one block: network, rule, data, predicted memory, device, epochs, rates and where it goes."""
+    config, facts = trainer.config, trainer.describe()["data"]
+    trained = sum(p.numel() for p in trainer.network.parameters())
+    network = trainer.network
+    deployed = network.primary if isinstance(network, LocalSequential) else network
+    size = " x ".join(map(str, facts["input_shape"][1:]))
+    where = f"kept on {trainer.device}" if facts["in_memory"] else "read from disk"
+    device = str(trainer.device)
+    if trainer.device.type == "cuda":
+        device += f" ({torch.cuda.get_device_name(trainer.device)})"
+    else:
+        device += f" (threads: {torch.get_num_threads()})"
+    epochs, done = config.epochs or 0, trainer.finished_epochs
+    went = f", goes on after epoch {done}" if done else ""
+    rates = [trainer.learning_rate(epoch) for epoch in range(1, epochs + 1)]
+    return _aligned(
+        [
+            ("network", f"{config.network}: {trained:,} parameters trained, {_count(deployed):,} deployed"),
+            ("rule", _rule(trainer)),
+            ("data", f"{facts['train_images']:,} train and {facts['test_images']:,} test images of {size}, "
+             f"{len(facts['classes'])} classes, {where}"),
+            ("memory", f"{_size(trainer.predicted_peak())} at the peak of a step, predicted (tensors alone)"),
+            ("device", f"{device}; steps: {trainer.launch()}"),
+            ("epochs", f"{epochs} of {trainer.steps:,} steps, batch size {config.batch_size}{went}"),
+            ("lr", f"{config.lr:g}; {config.schedule} cosine, {rates[0]:.3g} first, {rates[-1]:.3g} last; "
+             f"warm-up {config.warmup} epochs"),
+            ("output", str(trainer.output)),
+        ]
+    )  # fmt: skip
+
+
+def ending(trainer: Trainer, summary: Summary) -> str:
+    """What the run came to, and where its files are."""
+    whose = "allocated on the GPU" if trainer.device.type == "cuda" else "of the process"
+    return _aligned(
+        [
+            ("accuracy", f"{summary.last_accuracy:.2%} on the test images, best {summary.best_accuracy:.2%} "
+             f"(epoch {summary.best_epoch}, chosen on them)"),
+            ("time", f"{summary.train_seconds:,.1f} s of training, {summary.waiting:.1%} of it waiting for images"),
+            ("memory", f"{_size(summary.peak_bytes)} at the peak {whose}"),
+            *files(trainer),
+        ]
+    )  # fmt: skip
+
+
+def files(trainer: Trainer) -> list[tuple[str, str]]:
+    """Name and path of each of the run's files that is there."""
+    named = (("log", LOG), ("tensorboard", "tensorboard"), ("curves", CURVES), ("checkpoint", CHECKPOINT))
+    return [(name, str(trainer.output / file)) for name, file in named if (trainer.output / file).exists()]
+
+
+def _rule(trainer: Trainer) -> str:
+    config, modules = trainer.config, trainer.describe()["data"]["local_modules"]
+    if config.rule == "bp":
+        return "bp: backpropagation of the whole network, no local modules"
+    options = [
+        f"{name.replace('_', '-')} {write(value)}"
+        for name in RULE_OPTIONS[config.rule]
+        if name != "modules" and (value := getattr(config, name)) is not None
+    ]
+    return f"{config.rule}: {modules} local modules" + (f"; {', '.join(options)}" if options else "")
+
+
+def _count(network: torch.nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def _size(count: int) -> str:
+    """Bytes for a person."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def _aligned(lines: Sequence[tuple[str, str]]) -> str:
+    width = 2 + max(len(name) for name, _ in lines)
+    return "\n".join(
+        textwrap.fill(
+            text,
+            _WIDTH,
+            initial_indent=name.ljust(width),
+            subsequent_indent=" " * width,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for name, text in lines
+    )

@@ -1,0 +1,143 @@
+"""Learning curves of a run: what its ``log.csv`` says, and ``curves.png``."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import pictures as style
+from .errors import CheckpointError
+from .logs import EpochRow
+
+_TRAIN, _TEST = "#2f6f9f", "#d1495b"
+_FEW = 12  # epochs, of which each has a tick and a point
+_SMALL = {"fontsize": 9, "color": style.QUIET}
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """A run's ``log.csv``: E epochs of K local modules, float64 on the CPU; accuracies are fractions.
+
+    ``train_loss`` and ``test_loss`` are the network's own, ``local_loss_sum`` is the sum of the local losses, those of
+    the rule, and so not comparable from rule to rule. ``module_accuracies`` are those of each module's own classifier
+    on the training images, as they were during the epoch: augmented, in training mode, nan where it has none.
+    """
+
+    epochs: Tensor
+    train_loss: Tensor
+    test_loss: Tensor
+    train_accuracy: Tensor
+    test_accuracy: Tensor
+    local_loss_sum: Tensor
+    module_losses: Tensor
+    module_accuracies: Tensor
+
+
+def read_curves(folder: str | Path) -> Curves:
+    """The curves in the ``log.csv`` of a run folder, of a run that goes on or is over.
+
+    Raises CheckpointError if there is no such file, if it holds no epoch, or none of this version's columns.
+    """
+    path = Path(folder).expanduser() / "log.csv"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; expected the folder of a run, as `train --output` makes it")
+    text = path.read_text()
+    lines = text[: text.rfind("\n") + 1].splitlines()  # the last row may be cut short
+    rows = list(csv.DictReader(lines))
+    names = [field.name for field in fields(EpochRow)]
+    if missing := [name for name in names if lines and name not in lines[0].split(",")]:
+        raise CheckpointError(f"{path}: no column {', '.join(missing)}: another version wrote it, train the run again")
+    if not rows:
+        raise CheckpointError(f"{path}: no finished epoch yet; go on with `train --resume` first")
+    columns = {
+        name: torch.tensor([[float(value) for value in row[name].split()] for row in rows], dtype=torch.float64)
+        for name in [field.name for field in fields(Curves) if field.name != "epochs"]
+    }
+    single = {name: values[:, 0] for name, values in columns.items() if not name.startswith("module_")}
+    epochs = torch.tensor([float(row["epoch"]) for row in rows], dtype=torch.float64)
+    return Curves(epochs, **single, **{name: columns[name] for name in ("module_losses", "module_accuracies")})
+
+
+def draw_run(path: Path, curves: Curves, title: str, subtitle: str) -> Path:
+    """The network's loss and accuracy, training and test; below them those of each local module, if it has several.
+
+    Local modules are told by colour, from light, the first, to dark, the last. Their own classifiers' accuracies are
+    beside the network's on the test images, a dashed line. A loss that spans more than a factor of 20 has a logarithmic
+    axis.
+    """
+    modules = curves.module_losses.shape[1]
+    rows = 2 if modules > 1 else 1
+    figure, charts = style.new_figure(rows, 2, (11.0, 1.0 + 3.2 * rows))
+    loss, accuracy = charts[0]
+    for axes, unit, name in ((loss, 1, "loss"), (accuracy, 100, "accuracy")):
+        for split, color in (("train", _TRAIN), ("test", _TEST)):
+            values = getattr(curves, f"{split}_{name}") * unit
+            label = "training" if split == "train" else "test"
+            axes.plot(curves.epochs.tolist(), values.tolist(), color=color, label=label, **_line(curves, 1.8))
+        axes.legend(loc="best", frameon=False, fontsize=9, labelcolor=style.INK)
+    _loss_scale(loss, torch.cat([curves.train_loss, curves.test_loss]))
+    loss.set_title("the network", **_HEADING)
+    loss.set_ylabel("loss", **_SMALL)
+    accuracy.set_ylabel("accuracy, %", **_SMALL)
+    if modules > 1:
+        below_loss, below_accuracy = charts[1]
+        draw_modules_over_epochs(figure, below_loss, below_accuracy, curves)
+        below_loss.set_title(f"its {modules} local modules", **_HEADING)
+    for axes in charts.flat:
+        _epoch_axis(axes, curves)
+    return style.write(figure, path, title, subtitle)
+
+
+_HEADING: dict[str, Any] = {"loc": "left", "fontsize": 11, "fontweight": "bold", "color": style.INK}
+
+
+def draw_modules_over_epochs(figure: Any, loss: Any, accuracy: Any, curves: Curves) -> None:
+    """Training loss and accuracy of each local module, on two axes, with the network's test accuracy in the second."""
+    modules = curves.module_losses.shape[1]
+    colors, epochs = style.depth_colors(modules), curves.epochs.tolist()
+    for k in range(modules):
+        look = {"color": colors(k), **_line(curves, 1.2 if modules <= 20 else 0.9)}
+        loss.plot(epochs, curves.module_losses[:, k].tolist(), **look)
+        accuracy.plot(epochs, (100 * curves.module_accuracies[:, k]).tolist(), **look)
+    _loss_scale(loss, curves.module_losses)
+    tested = {"color": _TEST, "linewidth": 1.6, "linestyle": (0, (4, 2)), "label": "the network on test images"}
+    accuracy.plot(epochs, (100 * curves.test_accuracy).tolist(), **tested)
+    accuracy.legend(loc="best", frameon=False, fontsize=8.5, labelcolor=style.QUIET)
+    loss.set_ylabel("local loss, training", **_SMALL)
+    accuracy.set_ylabel("accuracy, training, %", **_SMALL)
+    for axes in (loss, accuracy):
+        _epoch_axis(axes, curves)
+    if modules > 1:
+        style.depth_bar(figure, accuracy, modules)
+
+
+def _line(curves: Curves, width: float) -> Mapping[str, Any]:
+    """Few epochs are points on the line: one alone would not be seen."""
+    return {"linewidth": width, **({"marker": "o", "markersize": 3} if len(curves.epochs) <= _FEW else {})}
+
+
+def _loss_scale(axes: Any, losses: Tensor) -> None:
+    """Logarithmic where the largest loss would press all others flat: BatchNorm's test loss early in a run does."""
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    losses = losses[losses.isfinite()]
+    if len(losses) and losses.min() > 0 and losses.max() > 20 * losses.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(which="minor", color=style.GRID)
+
+
+def _epoch_axis(axes: Any, curves: Curves) -> None:
+    if len(curves.epochs) <= _FEW:
+        axes.set_xticks(curves.epochs.tolist())
+    else:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("epoch", **_SMALL)
+    style.plain(axes, "y")
