@@ -76,7 +76,10 @@ def test_train(images, tmp_path, capsys, rule):
     block = entries(opening)
     assert list(block) == ["network", "rule", "data", "memory", "device", "epochs", "lr", "output"]
     assert len(opening.splitlines()) <= 10 and max(map(len, opening.splitlines()[:-1])) <= 80
-    trained, deployed = re.search(r"resnet8: ([\d,]+) parameters trained, ([\d,]+) deployed", block["network"]).groups()
+    net = Trainer(TrainConfig(**json.loads((output / "config.json").read_text())["settings"])).network
+    deployed = sum(p.numel() for p in (net.export() if hasattr(net, "export") else net).parameters())
+    trained = sum(p.numel() for p in net.parameters())
+    assert block["network"] == f"resnet8: {trained:,} parameters trained, {deployed:,} deployed"
     assert (trained == deployed) == ("bp" in rule)
     modules = {"bp": "no local modules", "auglocal": "3 local modules; depth 2", "contsup": "2 local modules"}
     assert block["rule"].startswith(rule[1]) and modules[rule[1]] in block["rule"]
@@ -85,7 +88,7 @@ def test_train(images, tmp_path, capsys, rule):
     assert "steps: eager" in block["device"] and ("CUDA graphs need a CUDA device" in block["device"]) == (
         "bp" not in rule
     )
-    assert block["epochs"] == "2 of 8 steps, batch size 8" and block["output"] == str(output)
+    assert block["epochs"] == "2, each of 8 steps, batch size 8" and block["output"] == str(output)
     assert block["lr"] == "0.05; short cosine, 0.0427 first, 0.00732 last; warm-up 0 epochs"
     assert [line.split()[0] for line in table.splitlines()[-2:]] == ["1/2", "2/2"]
     assert ("sum of local" in table) == ("bp" not in rule)
@@ -270,7 +273,7 @@ def test_a_diverged_run_ends_with_status_1_and_its_curves(images, tmp_path, caps
 
     def wrecked(self):
         reading = evaluate(self)
-        return replace(reading, loss=float("nan")) if self.finished_epochs == 1 else reading
+        return replace(reading, loss=float("nan")) if self._done.epochs == 1 else reading
 
     monkeypatch.setattr(Trainer, "evaluate", wrecked)
     output = tmp_path / "run"
@@ -337,7 +340,7 @@ def test_ctrl_c_then_resume_equals_an_uninterrupted_run(images, tmp_path):
     resumed = start(stopped, "--resume")
     output, error = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, error
-    assert "\n12/12 " in output and "goes on after epoch" in output
+    assert "\n12/12 " in output and "; resumes after " in output
     assert f"learning curves so far: {stopped / 'curves.png'}" in stop_said
 
     _, error = whole.communicate(timeout=240)

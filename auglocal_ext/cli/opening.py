@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..local_sequential import LocalSequential
+from ..cost import count_parameters
 from ..training import Summary, Trainer
 from ..training.rule_options import RULE_OPTIONS
 from ..training.trainer import CHECKPOINT, CURVES, LOG
@@ -19,9 +19,7 @@ _WIDTH = 80
 def opening(trainer: Trainer) -> str:
     """The run in one block: network, rule, data, predicted memory, device, epochs, rates and where it goes."""
     config, facts = trainer.config, trainer.describe()["data"]
-    trained = sum(p.numel() for p in trainer.network.parameters())
-    network = trainer.network
-    deployed = network.primary if isinstance(network, LocalSequential) else network
+    trained, deployed = count_parameters(trainer.network), count_parameters(trainer.network, inference=True)
     size = " x ".join(map(str, facts["input_shape"][1:]))
     where = f"kept on {trainer.device}" if facts["in_memory"] else "read from disk"
     device = str(trainer.device)
@@ -29,18 +27,18 @@ def opening(trainer: Trainer) -> str:
         device += f" ({torch.cuda.get_device_name(trainer.device)})"
     else:
         device += f" (threads: {torch.get_num_threads()})"
-    epochs, done = config.epochs or 0, trainer.finished_epochs
-    went = f", goes on after epoch {done}" if done else ""
+    epochs, before = config.epochs or 0, trainer.resumed_after
+    went = f"; resumes after {before}" if before else ""
     rates = [trainer.learning_rate(epoch) for epoch in range(1, epochs + 1)]
     return _aligned(
         [
-            ("network", f"{config.network}: {trained:,} parameters trained, {_count(deployed):,} deployed"),
+            ("network", f"{config.network}: {trained:,} parameters trained, {deployed:,} deployed"),
             ("rule", _rule(trainer)),
             ("data", f"{facts['train_images']:,} train and {facts['test_images']:,} test images of {size}, "
              f"{len(facts['classes'])} classes, {where}"),
             ("memory", f"{_size(trainer.predicted_peak())} at the peak of a step, predicted (tensors alone)"),
             ("device", f"{device}; steps: {trainer.launch()}"),
-            ("epochs", f"{epochs} of {trainer.steps:,} steps, batch size {config.batch_size}{went}"),
+            ("epochs", f"{epochs}, each of {trainer.steps:,} steps, batch size {config.batch_size}{went}"),
             ("lr", f"{config.lr:g}; {config.schedule} cosine, {rates[0]:.3g} first, {rates[-1]:.3g} last; "
              f"warm-up {config.warmup} epochs"),
             ("output", str(trainer.output)),
@@ -78,10 +76,6 @@ def _rule(trainer: Trainer) -> str:
         if name != "modules" and (value := getattr(config, name)) is not None
     ]
     return f"{config.rule}: {modules} local modules" + (f"; {', '.join(options)}" if options else "")
-
-
-def _count(network: torch.nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
 
 
 def _size(count: int) -> str:

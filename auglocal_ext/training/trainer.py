@@ -284,7 +284,9 @@ class Trainer:
                 raise self._diverged(f"{name} is not finite after {self._where()}")
 
     def _diverged(self, what: str) -> DivergedError:
-        ways = "lower --lr, lengthen --warmup" + ("" if self.config.amp == "none" else " or turn off --amp")
+        ways = "lower --lr or lengthen --warmup"
+        if self.config.amp != "none":
+            ways = "lower --lr, lengthen --warmup or turn off --amp"
         if self._saved is None:
             return DivergedError(f"{what}: {ways} (nothing was saved)")
         return DivergedError(
@@ -363,9 +365,9 @@ class Trainer:
         self._saved = f"the run after {self._where()}"
 
     @property
-    def finished_epochs(self) -> int:
-        """Epochs that are done, those before a resumption too."""
-        return self._done.epochs
+    def resumed_after(self) -> str | None:
+        """Where a resumed run goes on, for the terminal; None for a new one."""
+        return self._where() if self._resumed else None
 
     @property
     def memory_plan(self) -> MemoryPlan | None:

@@ -50,7 +50,8 @@ def curves(modules, epochs=20, silent=()):
     losses = torch.stack([2 / time + 0.01 * k for k in range(modules)], 1)
     accuracies = 1 - losses / 3
     accuracies[:, list(silent)] = math.nan
-    return Curves(time, losses.sum(1), losses[:, -1], accuracies[:, -1], 0.9 * accuracies[:, -1], losses, accuracies)
+    own = losses[:, -1], 1.1 * losses[:, -1], accuracies[:, -1], 0.9 * accuracies[:, -1]
+    return Curves(time, *own, losses.sum(1), losses, accuracies)
 
 
 def scores(names, last):

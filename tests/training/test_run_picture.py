@@ -89,7 +89,7 @@ def test_every_run_that_finished_an_epoch_has_the_picture(config, separable, tmp
         step = run._learner.step
 
         def wreck(*arguments):
-            if run.finished_epochs == 1:
+            if run._done.epochs == 1:
                 for parameter in run.network.parameters():
                     parameter.data.fill_(math.nan)
             return step(*arguments)

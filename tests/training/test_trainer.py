@@ -375,7 +375,7 @@ def test_images_too_small_for_the_recipe_are_refused(config, separable):
 
 def test_a_diverging_loss_stops_the_run(config, separable, tmp_path):
     run = trainer(config(lr=1e30), separable)
-    with pytest.raises(DivergedError, match=r"lower --lr, lengthen --warmup \(nothing was saved\)"):
+    with pytest.raises(DivergedError, match=r"lower --lr or lengthen --warmup \(nothing was saved\)"):
         run.fit()
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
