@@ -11,9 +11,10 @@ from __future__ import annotations
 from .config import TrainConfig
 from .data import ImageArrays, ImageFiles, load_data
 from .errors import CheckpointError, DataError, DivergedError, Interrupted, SettingsError, TrainingError
+from .progress import Summary
 from .recipes import RECIPES, Recipe
 from .saved_run import SavedRun, load_run
-from .trainer import Summary, Trainer
+from .trainer import Trainer
 
 __all__ = [
     "RECIPES",

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from .data import ImageArrays, ImageFiles, default_workers, load_data
 from .errors import CheckpointError, DivergedError, Interrupted, SettingsError
 from .interrupt import InterruptRequest
 from .learner import autocast, make_learner
-from .logs import CsvLog, EpochRow, EpochTable, TensorBoardLog, peak_bytes, progress_bar
+from .logs import CsvLog, EpochRow, EpochTable, TensorBoardLog, peak_bytes
 from .metrics import EpochSums, Reading, StepResult
 from .mixing import MixedBatches
 from .prefetch import make_feed
+from .progress import Progress, Summary, bar_text, image_bar
 from .schedule import learning_rate
 from .versions import versions
 
@@ -37,37 +38,6 @@ DRAW_EVERY = 30.0
 """Seconds between two drawings of the learning curves while a run goes on; one takes about half a second."""
 
 CHECKPOINT, LOG, CURVES = "checkpoint.pt", "log.csv", "curves.png"
-
-# A bar as long as there is room, the rate, and what is left of it; the trainer adds what is left of the run.
-_BAR = "{desc} |{bar}| {rate_noinv_fmt}, {remaining} left{postfix}"
-_WIDE = 110  # columns in which the bar has room for more figures
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a finished run comes to; the best accuracy is chosen on the test set, as AugLocal's code does.
-
-    ``waiting`` is the fraction of ``train_seconds`` in which steps waited for their batch.
-    """
-
-    last_accuracy: float
-    best_accuracy: float
-    best_epoch: int
-    train_seconds: float
-    waiting: float
-    peak_bytes: int
-
-
-@dataclass
-class _Progress:
-    """The part of a run's state that is plain numbers."""
-
-    epochs: int = 0
-    last_accuracy: float = 0.0
-    best_accuracy: float = 0.0
-    best_epoch: int = 0
-    train_seconds: float = 0.0
-    waiting_seconds: float = 0.0
 
 
 class Trainer:
@@ -120,7 +90,7 @@ class Trainer:
         self._learner = make_learner(self.config, self.data.input_shape, self._task, self.device)
         self.network = self._learner.network
         self._sums = EpochSums(self._learner.modules, self.device)
-        self._done = _Progress()
+        self._done = Progress()
         self._resumed = False
         self._interrupt = InterruptRequest()
         self._saved: str | None = None  # what the checkpoint holds
@@ -158,15 +128,7 @@ class Trainer:
         finally:
             board.close()
         self.draw()
-        done = self._done
-        return Summary(
-            done.last_accuracy,
-            done.best_accuracy,
-            done.best_epoch,
-            done.train_seconds,
-            done.waiting_seconds / done.train_seconds,
-            peak_bytes(self.device),
-        )
+        return self._done.summary(self.device)
 
     def _epochs(self, table: CsvLog, board: TensorBoardLog) -> None:
         """The epochs that are still to do."""
@@ -202,12 +164,8 @@ class Trainer:
         self._stop_if_asked()
         self._check_weights()
 
-        done, sums = self._done, self._sums
-        done.epochs, done.last_accuracy = epoch, test.accuracy
-        done.train_seconds += sums.seconds
-        done.waiting_seconds += sums.waiting
-        if test.accuracy > done.best_accuracy or done.best_epoch == 0:
-            done.best_accuracy, done.best_epoch = test.accuracy, epoch
+        sums = self._sums
+        self._done.finish_epoch(sums, test.accuracy)
         self._sums = EpochSums(self._learner.modules, self.device)
         return EpochRow(
             epoch=epoch,
@@ -248,7 +206,9 @@ class Trainer:
                     reading = self._read(epoch)
                     if not bar.disable:
                         per_image = (time.perf_counter() - started) / (sums.images - skipped)
-                        bar.set_postfix_str(self._progress(bar, reading, epoch, per_image), refresh=False)
+                        left, loss = self._seconds_left(epoch, per_image), self._own_loss(reading)
+                        text = bar_text(bar, left, loss, reading, self._task.metric, self.device)
+                        bar.set_postfix_str(text, refresh=False)
                 bar.update(len(labels))
                 if self._interrupt.requested:
                     break
@@ -257,17 +217,10 @@ class Trainer:
         self._stop_if_asked()
         return reading
 
-    def _progress(self, bar: Any, reading: Reading, epoch: int, per_image: float) -> str:
-        """What the bar says of the run: its time left, loss and accuracy of the epoch so far."""
-        # Until an epoch is over, the test images are taken to cost what training images do.
-        epoch_seconds = self._epoch_seconds or per_image * (self.data.train_count + self.data.test_count)
-        left = per_image * (self.data.train_count - self._sums.images)
-        left += epoch_seconds * (self._recipe.epochs - epoch)
-        parts = [f"run {bar.format_interval(left)}", f"loss {self._own_loss(reading):.3f}"]
-        if (bar.ncols or 0) < _WIDE:
-            return ", ".join([*parts, f"{reading.accuracy:.1%}"])
-        parts += [f"{self._task.metric} {reading.accuracy:.1%}", f"peak {peak_bytes(self.device) / 1e6:,.0f} MB"]
-        return ", ".join(parts)
+    def _seconds_left(self, epoch: int, per_image: float) -> float:
+        """Of the run. Until an epoch is over, the test images are taken to cost what training images do."""
+        whole = self._epoch_seconds or per_image * (self.data.train_count + self.data.test_count)
+        return per_image * (self.data.train_count - self._sums.images) + whole * (self._recipe.epochs - epoch)
 
     def _read(self, epoch: int) -> Reading:
         """Losses and waits so far; on CUDA the host waits for the device here and nowhere else."""
@@ -332,14 +285,16 @@ class Trainer:
         return f"{self._sums.steps} of {self._batches.steps} steps of epoch {self._done.epochs + 1}"
 
     def draw(self) -> None:
-        """Write curves.png, if an epoch is done."""
-        if self._done.epochs == 0:
+        """Write curves.png, if an epoch is in the log."""
+        try:
+            curves = read_curves(self.output)
+        except CheckpointError:  # no epoch is done, or the log of those that are was moved away
             return
         config, done, modules = self.config, self._done, self._learner.modules
         rule = "backpropagation" if config.rule == "bp" else f"{config.rule}, {modules} local modules"
         draw_run(
             self.output / CURVES,
-            read_curves(self.output),
+            curves,
             f"{config.network}, {rule}",
             f"epoch {done.epochs} of {self._recipe.epochs}; test {self._task.metric} {done.last_accuracy:.2%}, "
             f"best {done.best_accuracy:.2%} in epoch {done.best_epoch}",
@@ -357,7 +312,7 @@ class Trainer:
             raise CheckpointError(f"{path} belongs to a run with other settings:\n  " + "\n  ".join(changed))
         self.network.load_state_dict(state["network"])
         self._learner.load_state_dict(state["learner"])
-        self._done = _Progress(**state["progress"])
+        self._done = Progress(**state["progress"])
         self._sums.load_state_dict(state["epoch_sums"])
         self._batches.load_state_dict(state["batches"])
         checkpoint.restore_random_state(state["random"], self.device)
@@ -407,7 +362,7 @@ class Trainer:
             )
 
     def _bar(self, description: str, total: int, initial: int = 0) -> Any:
-        return progress_bar(total, description, " images", self._bars, initial, _BAR)
+        return image_bar(total, description, self._bars, initial)
 
 
 def load_images(config: TrainConfig, bars: bool) -> ImageArrays | ImageFiles:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -171,8 +172,12 @@ def test_resuming_a_finished_run_trains_nothing(config, separable):
     summary = trainer(settings, separable).fit()
     again = trainer(settings, separable)
     again.resume()
-    assert again.fit().last_accuracy == summary.last_accuracy
+    assert again.fit() == replace(summary, peak_bytes=again.fit().peak_bytes)
     assert len(log(settings)) == 2
+    (again.output / "log.csv").unlink()  # there is nothing to draw then
+    (again.output / "curves.png").unlink()
+    again.fit()
+    assert log(settings) == [] and not (again.output / "curves.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -218,7 +223,7 @@ def test_a_memory_budget_that_cannot_be_met_is_refused_before_training(config, s
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RULES[:2])
 def test_the_predicted_peak_is_the_planners_and_touches_nothing(config, separable, rule):
     settings = config(amp="bf16", channels_last=True, **rule)
     run = trainer(settings, separable)
@@ -236,6 +241,8 @@ def test_the_predicted_peak_is_the_planners_and_touches_nothing(config, separabl
             run.network, 8, lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True), autocast=torch.bfloat16
         )
         assert found == plan.predicted_bytes
+        run._learner._config = replace(run.config, overlap=True)  # two modules' activations
+        assert run.predicted_peak() > found
 
 
 def test_the_prediction_is_for_the_batches_there_are(config, separable):
