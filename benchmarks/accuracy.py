@@ -52,7 +52,11 @@ class Defaults:
 # On CUDA the recipe of the data set (CIFAR-10: batch 1024, lr 0.8); on a CPU what shows an order in minutes.
 DEFAULTS = {
     "cuda": Defaults("resnet32", 400, "--amp bf16 --channels-last"),
-    "cpu": Defaults("resnet8", 10, "--width 8 --train-images 5000 --batch-size 64 --lr 0.1 --channels-last"),
+    "cpu": Defaults(
+        "resnet8",
+        10,
+        "--width 8 --train-images 5000 --batch-size 64 --lr 0.1 --channels-last --schedule published",
+    ),
 }
 
 
