@@ -94,16 +94,19 @@ def test_questions():
         for name in ("backpropagation", "one_backward_at_the_end", "a_backward_per_module")
     }
     summed = peaks["one_backward_at_the_end"] / peaks["backpropagation"]
-    assert 0.99 < summed < 1.01  # "The first two need the same."
+    assert 0.99 < summed < 1.01  # "The first two have the same peak."
     assert peaks["a_backward_per_module"] < 0.5 * peaks["backpropagation"]
 
 
-def test_training_command_and_what_it_leaves(monkeypatch, tmp_path):
+def test_training_command_and_what_it_leaves(monkeypatch, tmp_path, capsys):
     """The first run of get-started.md, for an epoch; then the Python of training.md, which reads it."""
     monkeypatch.chdir(tmp_path)
     photos(tmp_path)
     first = next(words for words in commands(page("get-started")) if words[0] == "train")
     assert main([*first, "--epochs", "1", "--workers", "0"]) == 0
+    shown = next(block for block in blocks(page("get-started"), "text") if block.startswith("network "))
+    printed = capsys.readouterr().out.split("\n\n")[0]
+    assert re.findall(r"^\w+", shown, flags=re.M) == re.findall(r"^\w+", printed, flags=re.M)
     files = {path.name for path in Path("runs/first").iterdir()}
     drawn = re.search(r"^runs/first/\n(.*?)^```", page("get-started"), flags=re.S | re.M)
     assert drawn is not None and files == set(re.findall(r"── ([\w.]+)", drawn[1]))
