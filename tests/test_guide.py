@@ -37,7 +37,9 @@ def blocks(text: str, language: str) -> list[str]:
 def commands(text: str) -> list[list[str]]:
     """Every ``python -m auglocal_ext`` of the bash blocks, split as a shell does, redirections left out."""
     lines = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
-    found = [shlex.split(line.split(" > ")[0]) for line in lines if line.startswith("python -m auglocal_ext ")]
+    found = [
+        shlex.split(line.split(" > ")[0], comments=True) for line in lines if line.startswith("python -m auglocal_ext ")
+    ]
     return [words[3:] for words in found]
 
 
@@ -175,3 +177,16 @@ def test_the_extras_that_pages_name_exist():
     extras = set(re.findall(r"^(\w+) = \[", text.split("[project.optional-dependencies]")[1], flags=re.M))
     for name in PAGES:
         assert set(re.findall(r"pip install '\.\[(\w+)\]'", page(name))) <= extras
+
+
+@pytest.mark.parametrize(
+    "name", ["index", "kernels", *(pytest.param(n, marks=pytest.mark.slow) for n in ("memory", "analyses"))]
+)
+def test_the_python_of_other_pages_runs(name):
+    assert run(name, {})
+
+
+def test_commands_of_other_pages_parse():
+    parser, _ = make_parser()
+    for words in commands(page("memory")) + commands((DOCS.parent / "README.md").read_text()):
+        parser.parse_args(words)
