@@ -21,7 +21,7 @@ from .optimizers import ModuleOptimizers, OptimizerFactory, held, listed
 from .overlap import TwoStreams
 from .plan import MemoryBudget, StepRecompute, plan_memory
 from .processes import Processes
-from .updates import Clip, Updates, updating_pass
+from .updates import Clip, Updates, guard_steps_by_hand, updating_pass
 
 Switch = Literal[True, False, "auto"]
 
@@ -177,6 +177,7 @@ class LocalStep:
         options = {"autocast": str(autocast), "grad_scaler": grad_scaler is not None, "accumulate": accumulate}
         self._processes.meet(net, self._optimizers.whole, {**options, "clip_norm": clip_norm, "clip": clip})
         self._updates = Updates(self._optimizers, grad_scaler, clip_norm, clip, accumulate, self._processes.replicas)
+        guard_steps_by_hand(self._updates)
         if self.plan is not None:
             net.recompute = self.plan.recompute
         elif recompute is not None:
@@ -191,8 +192,17 @@ class LocalStep:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """One ordinary optimizer of your class, for schedulers and checkpoints. Do not step it by hand."""
+        """One ordinary optimizer of your class, for schedulers and checkpoints.
+
+        Its ``step()`` does nothing after a call that has :attr:`updated` the parameters, so a framework may call it to
+        count steps; within an accumulation it raises RuntimeError.
+        """
         return self._optimizers.whole
+
+    @property
+    def updated(self) -> bool:
+        """Whether the last call updated the parameters: each does, with ``accumulate`` above 1 the last of as many."""
+        return self._updates.updated
 
     @property
     def graphed(self) -> bool:

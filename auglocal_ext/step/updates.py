@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import weakref
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +57,7 @@ class Updates:
         self.accumulate = accumulate
         self.replicas = replicas
         self.calls = 0
+        self.updated = False  # by the last call
         self._begun = False
         self._averaging: list[tuple[LocalModule, Average]] = []
         self._shares: dict[torch.device, Tensor] = {}
@@ -119,11 +122,13 @@ class Updates:
         """Forget all gradients and start counting calls anew."""
         self.calls = 0
         self._averaging.clear()
+        self.updated = False
         self.optimizers.whole.zero_grad(set_to_none=True)
 
     def count(self) -> None:
         """One more call is done."""
-        if self.due:
+        self.updated = self.due
+        if self.updated:
             self.optimizers.finish()
         self.calls = (self.calls + 1) % self.accumulate
 
@@ -156,6 +161,38 @@ class Updates:
                 parameter.grad = None
         else:  # the buffers are used again, by a captured step at the same address
             torch._foreach_zero_([p.grad for p in trained])
+
+
+def guard_steps_by_hand(updates: Updates) -> None:
+    """Make ``step()`` of the whole optimizer do nothing after a call that has updated the parameters.
+
+    Frameworks count optimizer steps by it. Without gradients most optimizers do nothing anyway, but some count steps,
+    and the zeros that an accumulation keeps would move the parameters by momentum and weight decay. Gradients of
+    another pass are applied as usual.
+    """
+    # No references to either: a cycle would keep the optimizer's state until the garbage collector runs.
+    updates_ref, whole_ref = weakref.ref(updates), weakref.ref(updates.optimizers.whole)
+    plain = type(updates.optimizers.whole).step
+
+    @functools.wraps(plain)
+    def step(closure: Callable[[], Any] | None = None) -> Any:
+        updates, whole = updates_ref(), whole_ref()
+        assert whole is not None
+        with torch.enable_grad():
+            result = None if closure is None else closure()
+        if updates is not None and updates.calls > 0:
+            raise RuntimeError(
+                f"step.optimizer.step() after {updates.calls} of the {updates.accumulate} calls of an accumulation: "
+                "LocalStep steps the optimizer itself, in the last of them. A framework that counts steps by it is to "
+                "call it only where step.updated is true"
+            )
+        ours = updates is not None and updates.accumulate > 1 and updates.updated  # the zeros
+        if not ours and any(p.grad is not None for group in whole.param_groups for p in group["params"]):
+            plain(whole)
+        return result
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # a scheduler wraps bound methods alone
+    updates.optimizers.whole.step = step  # type: ignore[method-assign]
 
 
 def updating_pass(
