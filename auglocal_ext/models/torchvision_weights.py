@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from .resnet import resnet18, resnet34, resnet50, resnet101
 from .vgg import _CONFIGS as _VGG_CONFIGS
+from .vgg import vgg13, vgg19
 
-_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+_RESNETS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50, "resnet101": resnet101}
 _VGGS = {"vgg13": 13, "vgg19": 19}
+_NETWORKS = {**_RESNETS, "vgg13": vgg13, "vgg19": vgg19}
 
 
 def _resnet_key(key: str) -> str:
@@ -21,7 +26,7 @@ def _resnet_key(key: str) -> str:
     return key
 
 
-def _vgg_prefixes(depth: int) -> dict[str, str]:
+def _vgg_key(depth: int) -> Callable[[str], str]:
     prefixes = {"classifier.0.": "classifier.fc1.", "classifier.3.": "classifier.fc2."}
     prefixes["classifier.6."] = "classifier.fc3."
     index = 0
@@ -31,37 +36,89 @@ def _vgg_prefixes(depth: int) -> dict[str, str]:
             prefixes[f"features.{index + 1}."] = f"layer{stage + 1}_{i}.bn."
             index += 3  # convolution, BatchNorm, ReLU
         index += 1  # max pooling
-    return prefixes
+
+    def rename(key: str) -> str:
+        prefix, _, field = key.rpartition(".")
+        return prefixes.get(f"{prefix}.", f"{prefix}.") + field
+
+    return rename
 
 
-def from_torchvision(name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_torchvision(name: str, state_dict: Mapping[str, Tensor], num_classes: int | None = None) -> dict[str, Tensor]:
     """State dict of torchvision's network ``name`` with this package's keys; the tensors are shared, not copied.
 
     Args:
         name: ``resnet18``, ``resnet34``, ``resnet50``, ``resnet101``, ``vgg13`` or ``vgg19`` (the two VGGs are
             torchvision's ``vgg13_bn`` and ``vgg19_bn``).
-        state_dict: what ``torchvision.models.<name>(weights=...).state_dict()`` returns.
+        state_dict: what ``torchvision.models.<name>(weights=...).state_dict()`` returns, or ``torch.load`` of a file
+            that holds it; keys may begin with the ``module.`` of DataParallel.
+        num_classes: classes of the network that is to be fine-tuned: the last linear layer is then a new one of as many
+            outputs, with torch's default initialization. None keeps the layer of ``state_dict``.
 
     Raises:
-        ValueError: if there is no key map for ``name``, or a key is not one of that network's.
+        TypeError: if ``state_dict`` is no mapping of names to tensors.
+        ValueError: if there is no key map for ``name``, if keys or shapes are not those of that network, or if
+            ``num_classes`` is less than 1.
 
     Example:
-        >>> net = resnet34()
-        >>> net.load_state_dict(from_torchvision("resnet34", torchvision.models.resnet34().state_dict()))
+        >>> net = resnet34(num_classes=5)
+        >>> weights = torch.load("resnet34.pth", weights_only=True)
+        >>> net.load_state_dict(from_torchvision("resnet34", weights, num_classes=5))
     """
-    if name in _RESNETS:
-        return {_resnet_key(key): value for key, value in state_dict.items()}
-    if name not in _VGGS:
+    if name not in _RESNETS and name not in _VGGS:
         known = ", ".join((*_RESNETS, *_VGGS))
         raise ValueError(f"torchvision weights can be loaded into {known}; got {name!r}")
-    prefixes = _vgg_prefixes(_VGGS[name])
-    result = {}
-    for key, value in state_dict.items():
-        prefix, _, field = key.rpartition(".")
-        ours = prefixes.get(prefix + ".")
-        if ours is None:
-            raise ValueError(
-                f"unexpected key {key!r}: expected the state dict of torchvision's {name}_bn (with BatchNorm)"
-            )
-        result[ours + field] = value
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"num_classes is at least 1, or None to keep the classifier; got {num_classes}")
+    _check_tensors(state_dict)
+    if all(key.startswith("module.") for key in state_dict):
+        state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    rename = _resnet_key if name in _RESNETS else _vgg_key(_VGGS[name])
+    result = {rename(key): value for key, value in state_dict.items()}
+    last = "classifier.fc" if name in _RESNETS else "classifier.fc3"
+    _check_network(name, state_dict, result, last)
+    if num_classes is not None:
+        weight = result[f"{last}.weight"]
+        fresh = nn.Linear(weight.shape[1], num_classes, device=weight.device, dtype=weight.dtype)
+        result |= {f"{last}.{key}": value for key, value in fresh.state_dict().items()}
     return result
+
+
+def _check_tensors(state_dict: object) -> None:
+    """TypeError unless it is a mapping of names to tensors."""
+    expected = "state_dict must be a mapping of names to tensors"
+    if isinstance(state_dict, (str, os.PathLike)):
+        raise TypeError(
+            f'{expected}, got a path; load the file first: torch.load("{os.fspath(state_dict)}", map_location="cpu", '
+            "weights_only=True)"
+        )
+    if isinstance(state_dict, nn.Module):
+        raise TypeError(f"{expected}, got a network; pass its .state_dict()")
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"{expected}, got {type(state_dict).__name__}")
+    nested = [key for key, value in state_dict.items() if isinstance(value, Mapping)]
+    if nested:
+        names = ", ".join(repr(key) for key in nested)
+        raise TypeError(f"{expected}, got a checkpoint that holds mappings under {names}; pass the one of the network")
+    for key, value in state_dict.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{expected}, but {key!r} holds {type(value).__name__}")
+
+
+def _check_network(name: str, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], last: str) -> None:
+    """ValueError unless keys and shapes are those of the network ``name``, with any number of classes."""
+    with torch.device("meta"):
+        expected = _NETWORKS[name]().state_dict()
+    # Files of old torch releases have no counts of batches; a load needs none.
+    missing = [key for key in expected if key not in ours and not key.endswith("num_batches_tracked")]
+    what = f"expected the state dict of torchvision's {name}{'_bn (with BatchNorm)' if name in _VGGS else ''}"
+    for key, (renamed, value) in zip(theirs, ours.items(), strict=True):
+        if renamed not in expected:
+            raise ValueError(f"unexpected key {key!r}: {what}")
+        shape, found = tuple(expected[renamed].shape), tuple(value.shape)
+        if renamed.startswith(f"{last}."):
+            shape, found = shape[1:], found[1:]
+        if shape != found:
+            raise ValueError(f"{key!r} has shape {tuple(value.shape)}, not {tuple(expected[renamed].shape)}: {what}")
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(expected)} keys are missing, the first is {missing[0]!r}: {what}")
