@@ -280,7 +280,8 @@ class LocalSequential(nn.Module):
             ValueError: if a shape is wrong, the batch is empty, a target is not valid (on CUDA raised by a later
                 call, without a synchronisation; such labels count as ignored), ``x`` requires a gradient, or
                 a BatchNorm layer would see a single value per channel.
-            RuntimeError: for parameters that are sharded, or held by another process.
+            RuntimeError: for parameters that are sharded, or held by another process, and for ``net(x, y)`` in
+                ``nn.DataParallel``.
         """
         if self._held is not None:
             raise RuntimeError(
@@ -292,6 +293,12 @@ class LocalSequential(nn.Module):
             out = self.primary(x) if len(self.context) == 0 else run_forward(self.local_modules, x)
             self._warn_of_backpropagation(out)
             return out
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "net(x, y) in nn.DataParallel, whose replicas have no parameters of their own to train: use "
+                "DistributedDataParallel with a process per GPU (torchrun), or show this process one GPU "
+                "(CUDA_VISIBLE_DEVICES=0)"
+            )
         self.check_batch(x, y)
         scale = None
         if grad_scaler is not None:

@@ -647,6 +647,16 @@ def test_a_step_around_ddp_is_refused_with_the_way_out(tmp_path):
     mp.spawn(_in_ddp, (str(tmp_path / "meeting"),), nprocs=1)
 
 
+def test_data_parallel_is_refused_with_the_way_out():
+    net = network(Greedy())
+    replica = net._replicate_for_data_parallel()  # what DataParallel calls on each of several GPUs
+    with pytest.raises(RuntimeError, match="no parameters of their own.*DistributedDataParallel"):
+        replica(*batch())
+    assert replica.eval()(batch()[0]).shape == (6, 10)
+    with pytest.raises(TypeError, match="got DataParallel; hand the step the network itself"):
+        LocalStep(nn.DataParallel(net), sgd)
+
+
 # Words that misled
 
 

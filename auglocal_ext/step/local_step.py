@@ -368,6 +368,8 @@ def _name_of(net: Any) -> str:
 def _way_for(net: Any) -> str:
     if isinstance(net, torch.nn.parallel.DistributedDataParallel):
         return "hand the step the network itself, and mesh= for its replicas: the step averages their gradients"
+    if isinstance(net, torch.nn.DataParallel):
+        return "hand the step the network itself, .module; several GPUs are several processes, with mesh="
     return "wrap the network first"
 
 
