@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import auglocal_ext
 from auglocal_ext import AugLocal, ContSup, Greedy, LocalSequential, LocalStep, models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -218,6 +221,34 @@ def test_accelerate(run, accelerate, precision):
     restored = [state["momentum_buffer"] for state in names["optimizer"].state.values()]
     assert all(torch.equal(a, b) for a, b in zip(momenta, restored, strict=True))
     assert (names["out"].logits.dtype == torch.float32) and accelerator.mixed_precision == precision
+
+
+TWO_PROCESSES = """
+import runpy, sys, torch
+from auglocal_ext import LocalStep
+names = runpy.run_path(sys.argv.pop(1))
+accelerator, net = names["accelerator"], names["net"]
+weights = torch.cat([p.detach().flatten() for p in net.parameters()])
+first, second = accelerator.gather(weights[None])
+assert accelerator.num_processes == 2 and torch.equal(first, second) and names["scheduler"].scheduler.last_epoch == 4
+try:
+    LocalStep(accelerator.unwrap_model(net), lambda params: torch.optim.SGD(params, lr=0.1))
+except RuntimeError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.slow
+def test_accelerate_in_two_processes(accelerate, tmp_path):
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "two.py"]
+    options = [str(EXAMPLES / "accelerate_loop.py"), "--images", "256", "--epochs", "2"]
+    source = Path(auglocal_ext.__file__).resolve().parents[1]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *options], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(done.stdout)) == 2  # printed by one of the processes
+    assert done.stdout.count("refused: LocalStep runs in one process, and this is one of 2") == 2
 
 
 def test_local_step_in_accelerate(accelerate):
