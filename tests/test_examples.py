@@ -225,16 +225,24 @@ def test_accelerate(run, accelerate, precision):
 
 TWO_PROCESSES = """
 import runpy, sys, torch
+from torch.distributed.device_mesh import init_device_mesh
 from auglocal_ext import LocalStep
 names = runpy.run_path(sys.argv.pop(1))
 accelerator, net = names["accelerator"], names["net"]
-weights = torch.cat([p.detach().flatten() for p in net.parameters()])
-first, second = accelerator.gather(weights[None])
-assert accelerator.num_processes == 2 and torch.equal(first, second) and names["scheduler"].scheduler.last_epoch == 4
+def weights():
+    first, second = accelerator.gather(torch.cat([p.detach().flatten() for p in net.parameters()])[None])
+    assert torch.equal(first, second)
+    return first
+before = weights()
+assert accelerator.num_processes == 2 and names["scheduler"].scheduler.last_epoch == 4
+net = accelerator.unwrap_model(net).train()
 try:
-    LocalStep(accelerator.unwrap_model(net), lambda params: torch.optim.SGD(params, lr=0.1))
+    LocalStep(net, lambda params: torch.optim.SGD(params, lr=0.1))
 except RuntimeError as error:
     print("refused:", error)
+mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("replica",))
+LocalStep(net, lambda params: torch.optim.SGD(params, lr=0.1), mesh=mesh)(*next(iter(names["loader"])))
+assert not torch.equal(before, weights())
 """
 
 
@@ -248,7 +256,7 @@ def test_accelerate_in_two_processes(accelerate, tmp_path):
     done = subprocess.run([*launch, *options], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(losses(done.stdout)) == 2  # printed by one of the processes
-    assert done.stdout.count("refused: LocalStep runs in one process, and this is one of 2") == 2
+    assert done.stdout.count("refused: this is one of 2 processes, and without mesh=") == 2
 
 
 def test_local_step_in_accelerate(accelerate):
