@@ -224,7 +224,7 @@ def test_accelerate(run, accelerate, precision):
 
 
 TWO_PROCESSES = """
-import runpy, sys, torch
+import os, runpy, sys, torch
 from torch.distributed.device_mesh import init_device_mesh
 from auglocal_ext import LocalStep
 names = runpy.run_path(sys.argv.pop(1))
@@ -239,10 +239,14 @@ net = accelerator.unwrap_model(net).train()
 try:
     LocalStep(net, lambda params: torch.optim.SGD(params, lr=0.1))
 except RuntimeError as error:
-    print("refused:", error)
+    assert "this is one of 2 processes, and without mesh=" in str(error)
+else:
+    raise AssertionError("not refused")
 mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("replica",))
 LocalStep(net, lambda params: torch.optim.SGD(params, lr=0.1), mesh=mesh)(*next(iter(names["loader"])))
 assert not torch.equal(before, weights())
+sys.stdout.flush()
+os._exit(0)  # gloo's threads sometimes abort a process that tears them down on a busy machine
 """
 
 
@@ -256,7 +260,6 @@ def test_accelerate_in_two_processes(accelerate, tmp_path):
     done = subprocess.run([*launch, *options], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(losses(done.stdout)) == 2  # printed by one of the processes
-    assert done.stdout.count("refused: this is one of 2 processes, and without mesh=") == 2
 
 
 def test_local_step_in_accelerate(accelerate):
