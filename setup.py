@@ -11,11 +11,9 @@ import importlib.util
 import os
 import pprint
 import re
-import shutil
-import subprocess
+import shlex
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = "0x020b000000000000"  # stable ABI of torch 2.11, one hexadecimal byte per number
-DEFAULT_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 SOURCES = {
     "cpu": [
         "csrc/cpu/batch_norm_act.cpp",
@@ -46,92 +43,60 @@ SOURCES = {
 }
 
 
-class NotBuilt(Exception):
-    """Why a provider cannot be built here, in words for the user."""
-
-
-def package_file(*parts: str) -> Any:
-    """A module of the package, without importing the package (which needs its libraries)."""
-    path = ROOT.joinpath("auglocal_ext", *parts)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+def load(path: str) -> Any:
+    """A module by its file, without importing the package (which needs its libraries)."""
+    name = "auglocal_build_" + Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def output(*command: str) -> str:
-    """What a command prints, on either stream; nothing where it cannot be run."""
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    except OSError:
-        return ""
-    return done.stdout
+toolkit, objects, progress = (load(f"csrc/build_support/{name}.py") for name in ("toolkit", "objects", "progress"))
+NotBuilt, output = toolkit.NotBuilt, toolkit.output
 
 
-def find_toolkit() -> Path:
-    """Root of the CUDA toolkit: CUDA_HOME, else that of the nvcc on PATH, else /usr/local/cuda."""
-    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if named:
-        root = toolkit_of(Path(named) / "bin" / "nvcc")
-        if root is None:
-            raise NotBuilt(f"CUDA_HOME={named} holds no CUDA toolkit (no working bin/nvcc with its headers)")
-        return root
-    on_path = shutil.which("nvcc")
-    for nvcc in (on_path, "/usr/local/cuda/bin/nvcc"):
-        root = toolkit_of(Path(nvcc)) if nvcc else None
-        if root is not None:
-            return root
-    raise NotBuilt(
-        "no CUDA toolkit found (no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda); "
-        "set CUDA_HOME to a toolkit and run `pip install .` again"
-    )
+class Recorded:
+    """As a context: collects what compilers print in ``lines``, and prints it at the end; ``say`` prints at once."""
+
+    def __enter__(self) -> Recorded:
+        self.lines: list[str] = []
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._saved = os.dup(1), os.dup(2)
+        self._log = tempfile.TemporaryFile()
+        os.dup2(self._log.fileno(), 1)
+        os.dup2(self._log.fileno(), 2)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for stream, copy in zip((1, 2), self._saved, strict=True):
+            os.dup2(copy, stream)
+            os.close(copy)
+        self._log.seek(0)
+        text = relative(self._log.read().decode(errors="replace"))
+        self._log.close()
+        self.lines += text.splitlines()
+        print(text, flush=True)
+
+    def say(self, line: str) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._saved[0], f"{line}\n".encode())
 
 
-def toolkit_of(nvcc: Path) -> Path | None:
-    """The toolkit which an nvcc belongs to; the file itself may be a wrapper that lies elsewhere, so it is asked."""
-    if not nvcc.is_file():
-        return None
-    top = re.search(r"^#\$ TOP=(.+)$", output(str(nvcc), "--dryrun", "-x", "cu", os.devnull), re.MULTILINE)
-    if top is None:
-        return None
-    root = Path(top.group(1).strip()).resolve()
-    headers = [root / "include", *root.glob("targets/*/include")]
-    complete = (root / "bin" / "nvcc").is_file() and any((h / "cuda_runtime.h").is_file() for h in headers)
-    return root if complete else None
+def relative(text: str) -> str:
+    """``text`` with files of this source folder named from the folder on."""
+    return text.replace(f"{ROOT}{os.sep}", "")
 
 
-def default_architectures(nvcc: Path) -> str:
-    """Our list as far as this nvcc knows it, the newest also as PTX so that later GPUs can run it."""
-    known = set(re.findall(r"compute_(\d+)", output(str(nvcc), "--list-gpu-arch")))
-    usable = [arch for arch in DEFAULT_ARCHITECTURES if arch.replace(".", "") in known]
-    if not usable:
-        raise NotBuilt(f"{nvcc} knows none of the architectures {', '.join(DEFAULT_ARCHITECTURES)}")
-    return ";".join(usable) + "+PTX"
-
-
-@contextlib.contextmanager
-def recorded() -> Iterator[list[str]]:
-    """Collects what compilers print into the list, and prints it afterwards."""
-    lines: list[str] = []
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
-    with tempfile.TemporaryFile() as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        try:
-            yield lines
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for stream, copy in zip((1, 2), saved, strict=True):
-                os.dup2(copy, stream)
-                os.close(copy)
-            log.seek(0)
-            text = log.read().decode(errors="replace")
-            lines += text.splitlines()
-            print(text, flush=True)
+def complaints(printed: list[str]) -> list[str]:
+    """The first lines in which a compiler says what is wrong."""
+    lines = [line.strip() for line in printed]
+    errors = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)]
+    return (errors or [line for line in lines if re.search("not found|failed", line, re.IGNORECASE)])[:3]
 
 
 class BuildLibraries(build_ext):
@@ -139,6 +104,8 @@ class BuildLibraries(build_ext):
 
     def run(self) -> None:
         libraries, built = {}, []
+        self._objects = objects.Objects(Path(self.get_finalized_command("build").build_base, "objects").resolve())
+        self._lock = self._objects.lock()  # held until this process ends, after the wheel is written
         for name, extension in zip(SOURCES, self.extensions, strict=True):
             library = Path(self.get_ext_fullpath(extension.name))
             for stale in {library, Path(self.build_lib) / self.get_ext_filename(extension.name)}:
@@ -153,6 +120,7 @@ class BuildLibraries(build_ext):
                 record.update(built=False, reason=str(error))
             libraries[name] = record
         self.extensions = built
+        self._objects.prune()
         self._write_info(libraries)
 
     def _build(self, name: str, extension: Extension, record: dict[str, Any]) -> None:
@@ -164,37 +132,53 @@ class BuildLibraries(build_ext):
 
         extension.include_dirs = cpp_extension.include_paths()
         extension.library_dirs = cpp_extension.library_paths()
-        common = ["-O3", "-g0", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+        headers = extension.include_dirs[0]
+        # The message of a failed check names its file, which is the same wherever the library was built.
+        places = {f"{ROOT}{os.sep}": "source", f"{headers}{os.sep}": "torch"}
+        shared = ["-fvisibility=hidden", *(f"-ffile-prefix-map={place}=" for place in places)]
+        target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"
         # Nobody reads floating-point exception flags, and keeping them forbids vectorising a choice between two values.
-        extension.extra_compile_args = {"cxx": [*common, "-fvisibility=hidden", "-fno-trapping-math"]}
+        extension.extra_compile_args = {"cxx": ["-O3", "-g0", target, "-fno-trapping-math", *shared]}
+        compilers, architectures = [os.environ.get("CXX", "c++")], ""
         if name == "cuda":
-            toolkit = find_toolkit()
-            nvcc = toolkit / "bin" / "nvcc"
-            if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-                os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures(nvcc)
-            # torch would make the same flags by itself; passed by us they are those that the record is made of.
-            architectures = cpp_extension._get_cuda_arch_flags()
-            extension.extra_compile_args["nvcc"] = [
-                common[0],
-                common[2],
-                "-DUSE_CUDA",
-                "-Xcompiler=-fvisibility=hidden",
-                *architectures,
-            ]
-            self._link_runtime(toolkit, extension, record)
-            record["nvcc"] = "".join(re.findall(r"release ([\d.]+)", output(str(nvcc), "--version")))
-            record["targets"] = package_file("native", "architectures.py").targets(architectures)
+            home = toolkit.find_toolkit()
+            nvcc = str(home / "bin" / "nvcc")
+            architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+            if architectures:
+                # torch would make the same flags by itself; passed by us they are those that the record is made of.
+                code = cpp_extension._get_cuda_arch_flags()
+            else:
+                architectures = toolkit.architectures(nvcc)
+                code = toolkit.gencode(architectures)
+            host = [f"-Xcompiler={flag}" for flag in shared]
+            extension.extra_compile_args["nvcc"] = ["-O3", target, "-DUSE_CUDA", *host, *code]
+            compilers += [shlex.quote(nvcc), os.environ.get("CC", "gcc")]
+            self._link_runtime(home, extension, record)
+            record["nvcc"] = "".join(re.findall(r"release ([\d.]+)", output(nvcc, "--version")))
+            record["targets"] = load("auglocal_ext/native/architectures.py").targets(code)
+            record["every_architecture"] = toolkit.every_architecture(nvcc)
             # The stable ABI needs no agreement between nvcc and the CUDA version of the torch at hand, which may have
             # none: its check is for extensions linked against it.
             torch.version.cuda = None
-            cpp_extension.CUDA_HOME = str(toolkit)
+            cpp_extension.CUDA_HOME = str(home)
 
-        command = cpp_extension.BuildExtension(self.distribution)
-        command.build_lib, command.build_temp, command.inplace = self.build_lib, self.build_temp, self.inplace
-        command.force = True
+        made_with = [
+            *(torch.__version__, torch.version.git_version, objects.headers_digest(Path(headers))),
+            *(output(*shlex.split(compiler), "--version") for compiler in compilers),
+            objects.environment(),
+        ]
+
+        def key(source: str, flags: Any) -> str:
+            return objects.key(ROOT / source, ROOT / "csrc", objects.placeless([*made_with, flags], places))
+
+        command = load("csrc/build_support/compile.py").ReusingBuild(self.distribution)
+        command.build_lib, command.inplace, command.force = self.build_lib, self.inplace, True
+        command.build_temp = os.path.join(self.build_temp, f"auglocal_ext_{name}")
         command.ensure_finalized()
         command.extensions = [extension]
-        with recorded() as lines:
+        with Recorded() as printed:
+            command.objects, command.key, command.say = self._objects, key, printed.say
+            command.progress = lambda sources: progress.Progress(sources, architectures, printed.say)
             try:
                 command.run()
             except (Exception, SystemExit) as error:
@@ -202,14 +186,13 @@ class BuildLibraries(build_ext):
             else:
                 failure = None
         if failure is not None:
-            told = [line.strip() for line in lines if re.search(r"\berror\b|not found|failed", line, re.IGNORECASE)]
-            raise NotBuilt("; ".join([f"the build failed ({failure})", *told[:3]])) from failure
+            raise NotBuilt("; ".join([f"the build failed ({failure})", *complaints(printed.lines)])) from failure
 
     @staticmethod
-    def _link_runtime(toolkit: Path, extension: Extension, record: dict[str, Any]) -> None:
+    def _link_runtime(home: Path, extension: Extension, record: dict[str, Any]) -> None:
         # The CUDA runtime goes into the library: one that asked for libcudart.so.13 would not load beside a torch of
         # CUDA 12. Its symbols are kept inside, where they cannot meet those of torch's own runtime.
-        folders = [toolkit / "lib64", *toolkit.glob("targets/*/lib"), toolkit / "lib"]
+        folders = [home / "lib64", *home.glob("targets/*/lib"), home / "lib"]
         static = [folder for folder in folders if (folder / "libcudart_static.a").is_file()]
         record["runtime"] = "static" if static else "shared"
         extension.library_dirs += [str(folder) for folder in static or folders]
@@ -220,8 +203,8 @@ class BuildLibraries(build_ext):
         package = ROOT / "auglocal_ext"
         torch = sys.modules.get("torch")
         build = {
-            "version": package_file("_version.py").__version__,
-            "sources": package_file("native", "sources.py").sources_hash(ROOT / "csrc"),
+            "version": load("auglocal_ext/_version.py").__version__,
+            "sources": load("auglocal_ext/native/sources.py").sources_hash(ROOT / "csrc"),
             "torch": str(torch.__version__) if torch else None,
             "compiler": (output(os.environ.get("CXX", "c++"), "--version").splitlines() or [""])[0],
             "libraries": libraries,

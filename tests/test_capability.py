@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from auglocal_ext import native
 from auglocal_ext.cli import info
-from auglocal_ext.native.architectures import misfit, runs, targets
+from auglocal_ext.native.architectures import from_ptx, misfit, runs, targets
 from auglocal_ext.ops import pooled_cross_entropy, providers, registry
 
 OP = "pooled_cross_entropy"
@@ -98,6 +98,12 @@ def test_reasons_tell_what_to_do() -> None:
     assert old is not None and "driver for CUDA 13.2" in old and "up to 13.0; update the driver" in old
 
 
+def test_ptx_runs_where_no_machine_code_does() -> None:
+    built_for = ["sm_80", "sm_90", "compute_90"]
+    assert from_ptx(built_for, (10, 0))
+    assert not any(from_ptx(built_for, capability) for capability in ((7, 5), (8, 6), (9, 0)))
+
+
 def test_each_gpu_has_its_own_choice(machine: None) -> None:
     chosen = [providers.choose(OP, torch.device("cuda", index), torch.float32) for index in range(len(GPUS))]
     assert chosen == ["cuda", "triton", "triton"]
@@ -153,6 +159,25 @@ def test_info_tells_the_gpus_apart(machine: None, monkeypatch: pytest.MonkeyPatc
     heading, row = (next(line for line in text.splitlines() if start in line) for start in ("op (float32)", f"  {OP} "))
     for device, provider in found["ops"][OP].items():
         assert row[heading.index(f"on {device}") :].split()[0] == provider
+
+
+def test_info_says_how_to_build_for_more_gpus(machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = [{"name": "B200", "capability": "10.0", "memory_gib": 180}, {"name": "L4", "capability": "8.9"}]
+    gpus[1]["memory_gib"] = 24
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((10, 0), (8, 9))[index])
+    monkeypatch.setattr(info, "_gpus", lambda: gpus)
+    library = native.build().info["libraries"]["cuda"]
+    library |= {"targets": ["sm_80", "sm_90", "compute_90"], "every_architecture": "8.0;9.0;10.0+PTX"}
+    found = json.loads(json.dumps(info.report()))
+    assert found["providers"]["cuda"]["from_ptx"] == ["cuda:0"]
+    text = info.as_text(found)
+    assert "on cuda:0 from PTX, which the driver compiles at first use" in text
+    assert "TORCH_CUDA_ARCH_LIST='8.9;10.0' pip install ." in text
+    assert "for more GPUs, in the source folder: TORCH_CUDA_ARCH_LIST='8.0;9.0;10.0+PTX' pip install ." in text
+    library["targets"] = ["sm_80", "sm_90", "sm_100", "compute_100"]
+    found = info.report()
+    assert found["providers"]["cuda"]["from_ptx"] == [] and "pip install" not in info.as_text(found)
 
 
 def test_info_where_no_gpu_fits(machine: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from .. import native
 from .._version import __version__
+from ..native.architectures import from_ptx
 from ..ops import providers
 
 
@@ -52,7 +53,7 @@ def report() -> dict[str, Any]:
         "gpus": gpus,
         "driver": _driver(),
         "build": {key: recorded[key] for key in ("torch", "compiler", "sources") if key in recorded},
-        "providers": {name: _provider(name, recorded, devices) for name in providers.NAMES},
+        "providers": {name: _provider(name, recorded, devices, gpus) for name in providers.NAMES},
         "ops": {
             op: {device: providers.choose(op, device, torch.float32) for device in devices} for op in providers.TABLES
         },
@@ -78,6 +79,7 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(f"  {name:12} {state}" + (f" ({', '.join(details)})" if details else ""))
         if provider["available"]:
             lines += [f"{'':15}not on {reason}" for reason in provider.get("devices", {}).values() if reason]
+        lines += [f"{'':15}{line}" for line in _better_builds(provider, found["gpus"])]
     width = 2 + max(map(len, found["ops"]))
     columns = _columns(found["ops"])
     headings = [f"on {heading}" for heading in columns]
@@ -95,12 +97,39 @@ def _columns(ops: dict[str, dict[str, str]]) -> dict[str, str]:
     return {"cpu": "cpu", **({"cuda": devices[0]} if alike else {device: device for device in devices})}
 
 
-def _provider(name: str, recorded: dict[str, Any], devices: list[str]) -> dict[str, Any]:
+def _better_builds(provider: dict[str, Any], gpus: list[dict[str, Any]]) -> list[str]:
+    """How the cuda library is built for GPUs that it has no machine code for."""
+    lines = []
+    if provider.get("from_ptx"):
+        own = ";".join(sorted({gpu["capability"] for gpu in gpus}, key=_number))
+        lines.append(
+            f"on {', '.join(provider['from_ptx'])} from PTX, which the driver compiles at first use; for machine code, "
+            f"in the source folder: TORCH_CUDA_ARCH_LIST='{own}' pip install ."
+        )
+    every = provider.get("every_architecture", "")
+    wanted = {f"sm_{name.replace('.', '')}" for name in every.removesuffix("+PTX").split(";") if name}
+    if not wanted.issubset(provider.get("targets", ())):
+        lines.append(f"for more GPUs, in the source folder: TORCH_CUDA_ARCH_LIST='{every}' pip install .")
+    return lines
+
+
+def _number(capability: str) -> tuple[int, int]:
+    major, minor = capability.split(".")
+    return int(major), int(minor)
+
+
+def _provider(name: str, recorded: dict[str, Any], devices: list[str], gpus: list[dict[str, Any]]) -> dict[str, Any]:
     reason = providers.missing(name)
     entry: dict[str, Any] = {"available": reason is None, "reason": reason}
     if name == "cuda" and reason is None:
         on = {device: providers.missing(name, device) for device in devices if ":" in device}
         entry["devices"] = on
+        targets = recorded.get("libraries", {}).get(name, {}).get("targets", [])
+        entry["from_ptx"] = [
+            device
+            for device, gpu in zip(on, gpus, strict=True)
+            if on[device] is None and from_ptx(targets, _number(gpu["capability"]))
+        ]
         if on and all(on.values()):
             entry |= {"available": False, "reason": "; ".join(filter(None, on.values()))}
     if name in native.LIBRARIES:

@@ -37,6 +37,12 @@ def runs(target: str, capability: tuple[int, int]) -> bool:
     return capability[0] == built[0] and capability[1] >= built[1]
 
 
+def from_ptx(built_for: Iterable[str], capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability runs PTX of the library, because no machine code in it fits."""
+    fitting = [target for target in built_for if runs(target, capability)]
+    return bool(fitting) and all(target.startswith("compute_") for target in fitting)
+
+
 def misfit(built_for: Iterable[str], capability: tuple[int, int], ptx_needs: int, driver: int) -> str | None:
     """Why a library built for these targets does not run on a GPU of this compute capability, or None where it does.
 
@@ -50,7 +56,7 @@ def misfit(built_for: Iterable[str], capability: tuple[int, int], ptx_needs: int
             f"its compute capability is {capability[0]}.{capability[1]}, the library was built for "
             f"{', '.join(built_for)}; build with {own}"
         )
-    if driver < ptx_needs and all(target.startswith("compute_") for target in fitting):
+    if driver < ptx_needs and from_ptx(fitting, capability):
         return (
             f"for its compute capability {capability[0]}.{capability[1]} the library has {fitting[-1]} alone, which "
             f"takes a driver for CUDA {dotted(ptx_needs)}, and this one goes up to {dotted(driver)}; "
