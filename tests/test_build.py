@@ -51,6 +51,16 @@ def test_library_needs_nothing_of_the_unstable_abi(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", native.LIBRARIES)
+def test_library_names_no_folder_of_the_machine(name: str) -> None:
+    path = native.path(name)
+    if path is None:
+        pytest.skip(str(native.reason(name)))
+    content = path.read_bytes()
+    assert b"\0csrc/" in content and b"\0torch/csrc/stable/" in content  # files that checks name
+    assert not re.findall(rb"/[^\0]*/(?:csrc/c|torch/include/)[^\0]*", content)
+
+
+@pytest.mark.parametrize("name", native.LIBRARIES)
 def test_reason_is_there_where_the_library_is_not(name: str) -> None:
     reason = native.reason(name)
     assert reason is None or (len(reason) > 10 and "\n" not in reason.strip())
@@ -63,13 +73,12 @@ def executable(path: Path, script: str) -> Path:
     return path
 
 
-def fake_toolkit(root: Path, architectures: str = "compute_75 compute_90 compute_100") -> Path:
+def fake_toolkit(root: Path) -> Path:
     (root / "include").mkdir(parents=True)
     (root / "include" / "cuda_runtime.h").touch()
     return executable(
         root / "bin" / "nvcc",
-        f'[ "$1" = --dryrun ] && echo "#\\$ TOP={root}/bin/.." >&2\n'
-        f'[ "$1" = --list-gpu-arch ] && printf "%s\\n" {architectures}\nexit 0\n',
+        f'[ "$1" = --dryrun ] && echo "#\\$ TOP={root}/bin/.." >&2\nexit 0\n',
     )
 
 
@@ -88,25 +97,19 @@ def test_toolkit_of_cuda_home_wins(setup_py: ModuleType, bare: Path, monkeypatch
     fake_toolkit(tmp_path / "one")
     shutil.copy(fake_toolkit(tmp_path / "two"), bare / "nvcc")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "one"))
-    assert setup_py.find_toolkit() == (tmp_path / "one").resolve()
+    assert setup_py.toolkit.find_toolkit() == (tmp_path / "one").resolve()
 
 
 def test_nvcc_on_path_may_be_a_wrapper(setup_py: ModuleType, bare: Path, tmp_path: Path) -> None:
     real = fake_toolkit(tmp_path / "toolkit")
     executable(bare / "nvcc", f'exec {real} "$@"\n')
-    assert setup_py.find_toolkit() == (tmp_path / "toolkit").resolve()
+    assert setup_py.toolkit.find_toolkit() == (tmp_path / "toolkit").resolve()
 
 
 def test_wrong_cuda_home_is_explained(setup_py: ModuleType, bare: Path, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "absent"))
     with pytest.raises(setup_py.NotBuilt, match="absent holds no CUDA toolkit"):
-        setup_py.find_toolkit()
-
-
-def test_default_architectures_are_those_nvcc_knows(setup_py: ModuleType, tmp_path: Path) -> None:
-    assert setup_py.default_architectures(fake_toolkit(tmp_path / "new")) == "9.0;10.0+PTX"
-    with pytest.raises(setup_py.NotBuilt, match="knows none"):
-        setup_py.default_architectures(fake_toolkit(tmp_path / "old", "compute_35"))
+        setup_py.toolkit.find_toolkit()
 
 
 def test_hash_follows_names_and_contents_alone(tmp_path: Path) -> None:
@@ -247,6 +250,110 @@ def test_compiler_message_is_kept(copy: Path) -> None:
     assert build(copy, CUDA_HOME=str(copy / "absent")).returncode == 0
     (info,) = copy.glob("build/lib*/auglocal_ext/_build_info.py")
     assert "no such luck" in native._read_info(info)["libraries"]["cpu"]["reason"]
+
+
+# Compilers that note what they compile. The second stands for nvcc and makes host code of it.
+CXX = """#!/bin/sh
+for last; do case "$last" in *.cpp) echo "${last##*csrc/}" >>"$COMPILED" ;; esac; done
+exec c++ "$@"
+"""
+NVCC = """#!{python}
+import os, subprocess, sys
+arguments = sys.argv[1:]
+if "--dryrun" in arguments:
+    print("#$ TOP={root}", file=sys.stderr)
+elif "--version" in arguments:
+    print("release 13.0, build", os.environ["NVCC_BUILD"])
+elif "--list-gpu-arch" in arguments:
+    print("compute_80", "compute_90", "compute_100", sep=chr(10))
+else:
+    (source,) = [argument for argument in arguments if argument.endswith(".cu")]
+    open(os.environ["COMPILED"], "a").write(source.split("csrc/")[-1] + chr(10))
+    host = [argument.removeprefix("-Xcompiler=") for argument in arguments if argument.startswith("-Xcompiler=")]
+    command = ["c++", "-fPIC", *host, "-x", "c++", "-c", source, "-o", arguments[arguments.index("-o") + 1]]
+    sys.exit(subprocess.call(command))
+"""
+
+
+@pytest.fixture
+def small(copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source folder with a line for each source, two of which include a header, and compilers that keep a log."""
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    for header in copy.glob("csrc/**/*.h"):
+        header.unlink()
+    (copy / "csrc" / "near.h").write_text("inline const char* near() { return __FILE__; }\n")
+    for source in (*copy.glob("csrc/cpu/*.cpp"), *copy.glob("csrc/cuda/*.cu")):
+        near = source.stem == "similarity_loss"
+        include, value = ('#include "../near.h"\n', "near()") if near else ("", f'"{source.name}" __FILE__')
+        source.write_text(f"{include}const char* {source.stem}() {{ return {value}; }}\n")
+    tools = tmp_path_factory.mktemp("tools")
+    (tools / "include").mkdir()
+    (tools / "include" / "cuda_runtime.h").touch()
+    (tools / "lib64").mkdir()
+    (tools / "lib64" / "libcudart_static.a").write_text("!<arch>\n")
+    for name, text in (("cxx", CXX), ("nvcc", NVCC.format(python=sys.executable, root=tools))):
+        executable(tools / "bin" / name, "").write_text(text)
+    monkeypatch.setenv("CUDA_HOME", str(tools))
+    monkeypatch.setenv("CXX", str(tools / "bin" / "cxx"))
+    monkeypatch.setenv("COMPILED", str(tools / "compiled"))
+    monkeypatch.setenv("NVCC_BUILD", "1")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    return copy
+
+
+def compiled() -> set[str]:
+    """What was compiled since this was asked last."""
+    log = Path(os.environ["COMPILED"])
+    names = log.read_text().split() if log.exists() else []
+    log.unlink(missing_ok=True)
+    assert len(names) == len(set(names))
+    return set(names)
+
+
+def libraries_of(folder: Path) -> dict[str, Any]:
+    (info,) = folder.glob("build/lib*/auglocal_ext/_build_info.py")
+    return native._read_info(info)["libraries"]
+
+
+@pytest.mark.slow
+def test_what_has_not_changed_is_not_compiled_again(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = {f"cpu/{path.name}" for path in small.glob("csrc/cpu/*.cpp")}
+    cuda = {f"cuda/{path.name}" for path in small.glob("csrc/cuda/*.cu")}
+    done = build(small)
+    assert compiled() == cpu | cuda, done.stdout + done.stderr
+    assert "auglocal_ext: compiling 7 CUDA files for " in done.stdout and "(6 of 7 done)" in done.stdout
+    first = libraries_of(small)
+    assert first["cuda"]["built"] and first["cuda"]["nvcc"] == "13.0"
+    for library in small.glob("build/lib*/auglocal_ext/*.so"):
+        content = library.read_bytes()
+        assert b"csrc/cpu/../near.h" in content or b"csrc/cuda/../near.h" in content
+        assert str(small).encode() not in content
+
+    # Elsewhere, with a header changed that two include, and an object damaged.
+    elsewhere = small.rename(small.parent / "else where")
+    (elsewhere / "csrc" / "near.h").write_text("inline const char* near() { return __FILE__ __FILE__; }\n")
+    (damaged,) = [p for p in elsewhere.glob("build/objects/*") if b"versions.cu" in p.read_bytes()]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    done = build(elsewhere)
+    assert compiled() == {"cpu/similarity_loss.cpp", "cuda/similarity_loss.cu", "cuda/versions.cu"}, done.stdout
+    assert libraries_of(elsewhere) == first
+    assert len(list(elsewhere.glob("build/lib*/auglocal_ext/*.so"))) == 2
+
+    source = elsewhere / "csrc" / "cuda" / "versions.cu"
+    right = source.read_text()
+    source.write_text("#error no such luck\n")
+    assert build(elsewhere).returncode == 0 and compiled() == {"cuda/versions.cu"}
+    failed = libraries_of(elsewhere)
+    assert failed["cpu"]["built"] and not failed["cuda"]["built"]
+    assert "csrc/cuda/versions.cu:1:2: error: #error no such luck" in failed["cuda"]["reason"]
+    assert str(elsewhere) not in failed["cuda"]["reason"]
+    assert [path.name for path in elsewhere.glob("build/lib*/auglocal_ext/*.so")] == ["_C_cpu.abi3.so"]
+
+    source.write_text(right)
+    monkeypatch.setenv("NVCC_BUILD", "2")
+    build(elsewhere)
+    assert compiled() == cuda and libraries_of(elsewhere) == first
 
 
 def test_headers_define_each_name_once():
