@@ -135,10 +135,12 @@ class BuildLibraries(build_ext):
         headers = extension.include_dirs[0]
         # The message of a failed check names its file, which is the same wherever the library was built.
         places = {f"{ROOT}{os.sep}": "source", f"{headers}{os.sep}": "torch"}
-        shared = ["-fvisibility=hidden", *(f"-ffile-prefix-map={place}=" for place in places)]
+        host = ["-fvisibility=hidden"]
+        if os.name != "nt":  # and no shell would take an apostrophe in what nvcc passes on
+            host += [f"-ffile-prefix-map={place}=" for place in places if "'" not in place]
         target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"
         # Nobody reads floating-point exception flags, and keeping them forbids vectorising a choice between two values.
-        extension.extra_compile_args = {"cxx": ["-O3", "-g0", target, "-fno-trapping-math", *shared]}
+        extension.extra_compile_args = {"cxx": ["-O3", "-g0", target, "-fno-trapping-math", *host]}
         compilers, architectures = [os.environ.get("CXX", "c++")], ""
         if name == "cuda":
             home = toolkit.find_toolkit()
@@ -150,8 +152,8 @@ class BuildLibraries(build_ext):
             else:
                 architectures = toolkit.architectures(nvcc)
                 code = toolkit.gencode(architectures)
-            host = [f"-Xcompiler={flag}" for flag in shared]
-            extension.extra_compile_args["nvcc"] = ["-O3", target, "-DUSE_CUDA", *host, *code]
+            through_nvcc = [toolkit.for_host(flag) for flag in host]
+            extension.extra_compile_args["nvcc"] = ["-O3", target, "-DUSE_CUDA", *through_nvcc, *code]
             compilers += [shlex.quote(nvcc), os.environ.get("CC", "gcc")]
             self._link_runtime(home, extension, record)
             record["nvcc"] = "".join(re.findall(r"release ([\d.]+)", output(nvcc, "--version")))

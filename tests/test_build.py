@@ -258,7 +258,7 @@ for last; do case "$last" in *.cpp) echo "${last##*csrc/}" >>"$COMPILED" ;; esac
 exec c++ "$@"
 """
 NVCC = """#!{python}
-import os, subprocess, sys
+import os, shlex, subprocess, sys
 arguments = sys.argv[1:]
 if "--dryrun" in arguments:
     print("#$ TOP={root}", file=sys.stderr)
@@ -270,7 +270,8 @@ else:
     (source,) = [argument for argument in arguments if argument.endswith(".cu")]
     open(os.environ["COMPILED"], "a").write(source.split("csrc/")[-1] + chr(10))
     host = [argument.removeprefix("-Xcompiler=") for argument in arguments if argument.startswith("-Xcompiler=")]
-    command = ["c++", "-fPIC", *host, "-x", "c++", "-c", source, "-o", arguments[arguments.index("-o") + 1]]
+    target = arguments[arguments.index("-o") + 1]
+    command = ["c++", "-fPIC", *shlex.split(" ".join(host)), "-x", "c++", "-c", source, "-o", target]
     sys.exit(subprocess.call(command))
 """
 

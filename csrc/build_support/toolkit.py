@@ -102,6 +102,13 @@ def gencode(names: str) -> list[str]:
     return [*flags, f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
 
 
+def for_host(flag: str) -> str:
+    """A flag of the C++ compiler as one of nvcc, which splits it at commas and leaves the rest to a shell."""
+    if os.name == "nt":
+        return f"-Xcompiler={flag}"
+    return "-Xcompiler='{}'".format(flag.replace(",", "\\,"))
+
+
 def _for_gpus(known: set[str], present: Iterable[str]) -> set[str]:
     """For each GPU its own architecture, or the newest before it, whose PTX the driver compiles."""
     older = [[name for name in known if _number(name) <= _number(gpu)] for gpu in present]
