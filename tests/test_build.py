@@ -252,6 +252,24 @@ def test_compiler_message_is_kept(copy: Path) -> None:
     assert "no such luck" in native._read_info(info)["libraries"]["cpu"]["reason"]
 
 
+@pytest.mark.slow
+def test_source_distribution_is_complete(copy: Path) -> None:
+    for name in ("MANIFEST.in", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    run = {"cwd": copy, "capture_output": True, "text": True, "check": False}
+    done = subprocess.run([sys.executable, "setup.py", "-q", "sdist"], **run)
+    assert done.returncode == 0, done.stderr
+    (archive,) = copy.glob("dist/*.tar.gz")
+    shutil.unpack_archive(archive, copy / "unpacked")
+    (unpacked,) = (copy / "unpacked").iterdir()
+    for folder in ("auglocal_ext", "csrc"):
+        files = {path.relative_to(copy) for path in (copy / folder).rglob("*") if path.is_file()}
+        wanted = {path for path in files if "__pycache__" not in path.parts}
+        assert wanted and all((unpacked / path).is_file() for path in wanted)
+    done = subprocess.run([sys.executable, "setup.py", "-q", "--name"], **{**run, "cwd": unpacked})
+    assert done.stdout.split() == ["auglocal_ext"], done.stderr
+
+
 # Compilers that note what they compile. The second stands for nvcc and makes host code of it.
 CXX = """#!/bin/sh
 for last; do case "$last" in *.cpp) echo "${last##*csrc/}" >>"$COMPILED" ;; esac; done
