@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -256,18 +257,15 @@ def test_compiler_message_is_kept(copy: Path) -> None:
 def test_source_distribution_is_complete(copy: Path) -> None:
     for name in ("MANIFEST.in", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
-    run = {"cwd": copy, "capture_output": True, "text": True, "check": False}
-    done = subprocess.run([sys.executable, "setup.py", "-q", "sdist"], **run)
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "setup.py", "-q", "sdist"]
+    subprocess.run(command, cwd=copy, capture_output=True, check=True)
     (archive,) = copy.glob("dist/*.tar.gz")
-    shutil.unpack_archive(archive, copy / "unpacked")
-    (unpacked,) = (copy / "unpacked").iterdir()
+    with tarfile.open(archive) as tar:
+        packed = {Path(*Path(name).parts[1:]) for name in tar.getnames()}
     for folder in ("auglocal_ext", "csrc"):
         files = {path.relative_to(copy) for path in (copy / folder).rglob("*") if path.is_file()}
         wanted = {path for path in files if "__pycache__" not in path.parts}
-        assert wanted and all((unpacked / path).is_file() for path in wanted)
-    done = subprocess.run([sys.executable, "setup.py", "-q", "--name"], **{**run, "cwd": unpacked})
-    assert done.stdout.split() == ["auglocal_ext"], done.stderr
+        assert wanted and wanted <= packed
 
 
 # Compilers that note what they compile. The second stands for nvcc and makes host code of it.
