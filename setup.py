@@ -144,21 +144,11 @@ class BuildLibraries(build_ext):
         compilers, architectures = [os.environ.get("CXX", "c++")], ""
         if name == "cuda":
             home = toolkit.find_toolkit()
-            nvcc = str(home / "bin" / "nvcc")
-            architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-            if architectures:
-                # torch would make the same flags by itself; passed by us they are those that the record is made of.
-                code = cpp_extension._get_cuda_arch_flags()
-            else:
-                architectures = toolkit.architectures(nvcc)
-                code = toolkit.gencode(architectures)
+            compilers += [shlex.quote(str(home / "bin" / "nvcc")), os.environ.get("CC", "gcc")]
+            architectures, code = self._architectures(home, record)
             through_nvcc = [toolkit.for_host(flag) for flag in host]
             extension.extra_compile_args["nvcc"] = ["-O3", target, "-DUSE_CUDA", *through_nvcc, *code]
-            compilers += [shlex.quote(nvcc), os.environ.get("CC", "gcc")]
             self._link_runtime(home, extension, record)
-            record["nvcc"] = "".join(re.findall(r"release ([\d.]+)", output(nvcc, "--version")))
-            record["targets"] = load("auglocal_ext/native/architectures.py").targets(code)
-            record["every_architecture"] = toolkit.every_architecture(nvcc)
             # The stable ABI needs no agreement between nvcc and the CUDA version of the torch at hand, which may have
             # none: its check is for extensions linked against it.
             torch.version.cuda = None
@@ -189,6 +179,24 @@ class BuildLibraries(build_ext):
                 failure = None
         if failure is not None:
             raise NotBuilt("; ".join([f"the build failed ({failure})", *complaints(printed.lines)])) from failure
+
+    @staticmethod
+    def _architectures(home: Path, record: dict[str, Any]) -> tuple[str, list[str]]:
+        """The architectures to compile for, as a list for people and as flags of nvcc."""
+        from torch.utils import cpp_extension
+
+        nvcc = str(home / "bin" / "nvcc")
+        listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        if listed:
+            # torch would make the same flags by itself; passed by us they are those that the record is made of.
+            code = cpp_extension._get_cuda_arch_flags()
+        else:
+            listed = toolkit.architectures(nvcc)
+            code = toolkit.gencode(listed)
+        record["nvcc"] = "".join(re.findall(r"release ([\d.]+)", output(nvcc, "--version")))
+        record["targets"] = load("auglocal_ext/native/architectures.py").targets(code)
+        record["every_architecture"] = toolkit.every_architecture(nvcc)
+        return listed, code
 
     @staticmethod
     def _link_runtime(home: Path, extension: Extension, record: dict[str, Any]) -> None:

@@ -322,3 +322,36 @@ def test_a_line_for_the_person_at_the_terminal(where: str, environment: dict[str
         read += os.read(ours, 100)
     assert read == shown + b"end"
     os.close(ours), os.close(theirs)
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_an_object_of_a_source_that_was_edited_meanwhile_is_not_kept(
+    csrc: Path, tmp_path: Path, edited: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_module = load("compile")
+    source = csrc / "cpu" / "a.cpp"
+
+    class Compiler:
+        compiler_so = ["c++"]
+
+        def object_filenames(self, sources: list[str], output_dir: str) -> list[str]:
+            return [f"{output_dir}/a.o"]
+
+        def compile(self, sources: list[str], output_dir: str, **options: object) -> list[str]:
+            (tmp_path / "temp").mkdir()
+            (tmp_path / "temp" / "a.o").write_text("object")
+            if edited:
+                source.write_text("int edited;\n")
+            return [f"{output_dir}/a.o"]
+
+    command = compile_module.ReusingBuild.__new__(compile_module.ReusingBuild)
+    command.compiler, command.objects = Compiler(), objects.Objects(tmp_path / "objects")
+    command.key, command.say = lambda path, flags: objects.key(Path(path), csrc, flags), print
+    command.progress = lambda sources: progress.Progress(sources, "", print)
+    monkeypatch.setattr(
+        compile_module.BuildExtension,
+        "build_extension",
+        lambda self, ext: self.compiler.compile([str(source)], output_dir=str(tmp_path / "temp")),
+    )
+    command.build_extension(None)
+    assert len(list(tmp_path.glob("objects/*"))) == (0 if edited else 1)

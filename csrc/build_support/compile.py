@@ -36,17 +36,19 @@ class ReusingBuild(BuildExtension):  # type: ignore[misc]
             if len(missing) < len(sources):
                 self.say(f"auglocal_ext: {len(sources) - len(missing)} of {len(sources)} files are compiled already")
             if missing:
-                key_of = {str(files[source]): keys[source] for source in missing}
+                made_from = {str(files[source]): source for source in missing}
 
                 def finished(file: str) -> None:
-                    if file in key_of:
-                        self.objects.keep(key_of.pop(file), Path(file))
+                    source = made_from.pop(file, None)
+                    # Not if it was edited meanwhile: nobody knows which of the two texts the compiler has read.
+                    if source is not None and self.key(source, flags) == keys[source]:
+                        self.objects.keep(keys[source], Path(file))
 
                 progress = self.progress(missing)
                 progress.start()
                 with progress.watched(Path(folder, ".ninja_log"), finished):
                     compile_with_torch(missing, output_dir=output_dir, **options)
-                for file in list(key_of):  # without ninja
+                for file in list(made_from):  # without ninja
                     finished(file)
             return [str(file) for file in files.values()]
 
