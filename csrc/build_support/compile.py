@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Callable
@@ -30,7 +31,8 @@ class ReusingBuild(BuildExtension):  # type: ignore[misc]
             # What ninja left there was made by unknown compilers from unknown headers; it looks at times alone.
             shutil.rmtree(folder, ignore_errors=True)
             files = dict(zip(sources, map(Path, compiler.object_filenames(sources, output_dir=folder)), strict=True))
-            flags = [compiler.compiler_so, options.get("macros"), options.get("extra_postargs")]
+            # A copy, because torch adds to the flags that it is given.
+            flags = copy.deepcopy([compiler.compiler_so, options.get("macros"), options.get("extra_postargs")])
             keys = {source: self.key(source, flags) for source in sources}
             missing = [source for source in sources if not self.objects.take(keys[source], files[source])]
             if len(missing) < len(sources):
