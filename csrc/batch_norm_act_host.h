@@ -17,14 +17,22 @@ namespace auglocal {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+using OptionalTensor = std::optional<Tensor>;
 using TwoTensors = std::tuple<Tensor, Tensor>;
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 inline ScalarType accumulation(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor per_channel(const Tensor& x) {
-  return torch::stable::new_empty(x, {x.size(1)}, accumulation(x));
+inline Tensor per_channel(const Tensor& x, bool needed = true) {
+  return memory::new_empty(x, {needed ? x.size(1) : 0}, accumulation(x));
+}
+
+// Memory for a map like x; without elements where it is not needed.
+inline Tensor needed_map(const Tensor& x, bool needed) {
+  return needed ? empty_map(x) : memory::new_empty(x, {0});
 }
 
 // Whether a kernel runs along the channels, which lie together in channels-last maps and are all there is in
@@ -41,14 +49,14 @@ inline FeatureMap checked_map(const Tensor& x) {
 }
 
 // A running statistic, which is written to.
-inline void check_running(const std::optional<Tensor>& running, const Tensor& x) {
+inline void check_running(const OptionalTensor& running, const Tensor& x) {
   STD_TORCH_CHECK(!running || (running->dim() == 1 && running->size(0) == x.size(1) &&
                                running->scalar_type() == accumulation(x) && running->is_contiguous()),
                   "expected running statistics (C,) in the accumulation dtype for ", x.size(1), " channels");
 }
 
 // BatchNorm's count of the batches it has seen, which is written to.
-inline int64_t* batch_count(const std::optional<Tensor>& count) {
+inline int64_t* batch_count(const OptionalTensor& count) {
   STD_TORCH_CHECK(!count || (count->scalar_type() == ScalarType::Long && count->numel() == 1),
                   "expected num_batches_tracked, one number in int64");
   return count ? count->mutable_data_ptr<int64_t>() : nullptr;
@@ -73,7 +81,7 @@ inline FeatureMap matching_map(const Tensor& tensor, const Tensor& x, const char
   return map;
 }
 
-inline Tensor vector(const std::optional<Tensor>& tensor, const Tensor& x, const char* name) {
+inline Tensor vector(const OptionalTensor& tensor, const Tensor& x, const char* name) {
   if (!tensor) return Tensor();
   STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == x.size(1), "expected ", name, " (C,) for ",
                   x.size(1), " channels");
@@ -81,9 +89,9 @@ inline Tensor vector(const std::optional<Tensor>& tensor, const Tensor& x, const
   return torch::stable::contiguous(torch::stable::to(*tensor, accumulation(x)));
 }
 
-inline BatchNormProblem make_problem(const std::optional<Tensor>& grad, const Tensor& x, const Tensor& mean,
-                                     const Tensor& rstd, const std::optional<Tensor>& weight,
-                                     const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+inline BatchNormProblem make_problem(const OptionalTensor& grad, const Tensor& x, const Tensor& mean,
+                                     const Tensor& rstd, const OptionalTensor& weight,
+                                     const OptionalTensor& bias, const OptionalTensor& residual,
                                      double slope) {
   BatchNormProblem problem{checked_map(x),
                            {},
@@ -97,6 +105,20 @@ inline BatchNormProblem make_problem(const std::optional<Tensor>& grad, const Te
   // Backward reads the residual for the mask alone.
   if (residual && !(grad && slope == 1)) problem.residual = matching_map(*residual, x, "residual");
   return problem;
+}
+
+// What backward makes, of a provider's passes reduce() and input_grad(sum_g, sum_g_xhat, need_residual).
+template <typename Reduce, typename InputGrad>
+FourTensors make_gradients(const Tensor& x, bool training, bool need_x, bool need_vectors, bool need_residual,
+                           const Reduce& reduce, const InputGrad& input_grad) {
+  const bool through_statistics = training && need_x, sums = through_statistics || need_vectors;
+  const auto [sum_g, sum_g_xhat] = sums ? reduce() : TwoTensors(per_channel(x, false), per_channel(x, false));
+  if (!need_x && !need_residual) return {needed_map(x, false), needed_map(x, false), sum_g, sum_g_xhat};
+  // Where the residual's gradient alone is needed, that of x is made the cheapest way.
+  const OptionalTensor none;
+  const auto [grad_x, grad_residual] = through_statistics ? input_grad(sum_g, sum_g_xhat, need_residual)
+                                                          : input_grad(none, none, need_residual);
+  return {grad_x, grad_residual, sum_g, sum_g_xhat};
 }
 
 }  // namespace auglocal

@@ -36,9 +36,8 @@ struct MaxPoolProblem {
   int64_t count() const { return images * height * width; }
 
   Tensor empty_pooled(ScalarType dtype) const {
-    if (!channels_last)
-      return torch::stable::new_empty(x, {images, channels, pooled_height, pooled_width}, dtype);
-    Tensor map = torch::stable::new_empty(x, {images, pooled_height, pooled_width, channels}, dtype);
+    if (!channels_last) return memory::new_empty(x, {images, channels, pooled_height, pooled_width}, dtype);
+    Tensor map = memory::new_empty(x, {images, pooled_height, pooled_width, channels}, dtype);
     return torch::stable::transpose(torch::stable::transpose(map, 2, 3), 1, 2);
   }
 

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "memory.h"
+
 namespace auglocal {
 
 struct FeatureMap {
@@ -46,15 +48,27 @@ inline bool is_channels_last(const torch::stable::Tensor& x) {
   return true;
 }
 
+// Whether x lies in memory as a new tensor of its shape does, to the strides of dimensions of one element.
+inline bool is_new(const torch::stable::Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  int64_t expected = 1;
+  for (int64_t i = x.dim() - 1; i >= 0; --i) {
+    if (strides[i] != expected) return false;
+    expected *= sizes[i];
+  }
+  return true;
+}
+
 // Memory for a map of x's shape and dtype: channels-last where the channels of x lie together, else
 // contiguous. The rule is that of auglocal_ext/ops/layout.py.
 inline torch::stable::Tensor empty_map(const torch::stable::Tensor& x) {
+  if (is_new(x)) return memory::new_empty(x, x.sizes());
   if (x.is_contiguous() || is_channels_last(x)) return torch::stable::empty_like(x);
   std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
-  if (x.dim() == 2 || x.stride(1) != 1) return torch::stable::new_empty(x, size);
+  if (x.dim() == 2 || x.stride(1) != 1) return memory::new_empty(x, size);
   size.erase(size.begin() + 1);
   size.push_back(x.size(1));
-  torch::stable::Tensor map = torch::stable::new_empty(x, size);
+  torch::stable::Tensor map = memory::new_empty(x, size);
   for (int64_t dim = x.dim() - 2; dim > 0; --dim) map = torch::stable::transpose(map, dim, dim + 1);
   return map;
 }

@@ -23,11 +23,10 @@ def norm_act_call(run: Passes, x: Tensor, norm: NormCall, slope: float, residual
     """
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"expected residual {tuple(x.shape)} as x, got {tuple(residual.shape)}")
-    mean, rstd = factors(run, x, norm)
-    return _NormAct.apply(x, norm[0], norm[1], residual, mean, rstd, (run, slope, norm[5]))
+    return _NormAct.apply(x, norm[0], norm[1], residual, (run, slope, norm))
 
 
-#: What the passes of ``batch_norm_act`` are told besides tensors, after the passes: slope, and training.
+#: What the passes of ``batch_norm_act`` are told in backward besides tensors, after the passes: slope, and training.
 Norm = tuple[Passes, float, bool]
 
 
@@ -36,14 +35,22 @@ def count_as_updated(norms: Iterable[NormCall]) -> None:
     count_as_written(*[tensor for norm in norms if norm[5] for tensor in norm[2:5]])
 
 
+def normalised(
+    run: Passes, x: Tensor, norm: NormCall, slope: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """act(bn(x) + residual), and the mean and rstd of x; no gradients, and otherwise as :func:`factors`."""
+    weight, bias, *vectors, training, momentum, eps, fit = norm
+    if fit is not None and training and x.size(1) == fit.channels and x.device == fit.device:
+        if momentum is not None and fit.dtype is run.wide and x.numel() > fit.channels:
+            return run.forward_(x, *vectors, weight, bias, residual, momentum, eps, slope)
+    mean, rstd = factors(run, x, norm)
+    return run.apply(x, mean, rstd, weight, bias, residual, slope), mean, rstd
+
+
 def factors(run: Passes, x: Tensor, norm: NormCall) -> tuple[Tensor, Tensor]:
     """mean and rstd of x, and the running statistics updated; ValueError for vectors that do not fit x."""
-    *vectors, batches, training, momentum, eps, fit = norm
-    if fit is None or x.size(1) != fit.channels or x.device != fit.device:
-        _check(x, vectors)
-    elif training and momentum is not None and fit.dtype is run.wide and x.numel() > fit.channels:
-        return run.factors_(x.detach(), norm[2], norm[3], batches, momentum, eps)
-    return run.factors(x.detach(), *counted(norm)[2:8])
+    _check(x, norm[:4])
+    return run.factors(x, *counted(norm)[2:8])
 
 
 def _check(x: Tensor, vectors: Iterable[Any]) -> None:
@@ -64,24 +71,20 @@ def input_grads(
     """
     need_x, need_weight, need_bias, need_residual = needed
     run, slope, training = norm
-    grad_x = grad_weight = grad_bias = grad_residual = sum_g = sum_g_xhat = None
-    if (need_x and training) or need_weight or need_bias:
-        sum_g, sum_g_xhat = run.reduce(grad, *factors, slope)
-        if need_weight:
-            dtype = factors[3].dtype
-            grad_weight = sum_g_xhat if sum_g_xhat.dtype is dtype else sum_g_xhat.to(dtype)
-        if need_bias:
-            dtype = factors[4].dtype
-            grad_bias = sum_g if sum_g.dtype is dtype else sum_g.to(dtype)
-    if need_residual and slope == 1:
-        grad_residual, need_residual = grad, False
-    if need_x or need_residual:
-        if not (training and need_x):  # where the residual's alone is needed, x's is made the cheapest way, and dropped
-            sum_g = sum_g_xhat = None
-        grad_x, made = run.input_grad(grad, *factors, slope, sum_g, sum_g_xhat, need_residual)
-        if need_residual:
-            grad_residual = made
-    return grad_x if need_x else None, grad_weight, grad_bias, grad_residual
+    needs = need_x, need_weight or need_bias, need_residual and slope != 1
+    grad_x, grad_residual, sum_g, sum_g_xhat = run.backward(grad, *factors, slope, training, *needs)
+    if need_weight and sum_g_xhat.dtype is not factors[3].dtype:
+        sum_g_xhat = sum_g_xhat.to(factors[3].dtype)
+    if need_bias and sum_g.dtype is not factors[4].dtype:
+        sum_g = sum_g.to(factors[4].dtype)
+    if slope == 1:
+        grad_residual = grad
+    return (
+        grad_x if need_x else None,
+        sum_g_xhat if need_weight else None,
+        sum_g if need_bias else None,
+        grad_residual if need_residual else None,
+    )
 
 
 class _NormAct(torch.autograd.Function):
@@ -92,20 +95,20 @@ class _NormAct(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        mean: Tensor,
-        rstd: Tensor,
-        norm: Norm,
+        options: tuple[Passes, float, NormCall],
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.norm = run, slope, _ = norm
+        run, slope, norm = options
+        ctx.norm = run, slope, norm[5]
+        y, mean, rstd = normalised(run, x, norm, slope, residual)
         # The residual is kept for the activation's mask alone.
         ctx.save_for_backward(x, mean, rstd, weight, bias, None if slope == 1 else residual)
-        return run.apply(x, mean, rstd, weight, bias, residual, slope)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             refuse_create_graph("batch_norm_act", PLAIN)
         if grad is None:
-            return (None,) * 7
-        return *input_grads(grad, ctx.saved_tensors, ctx.norm, ctx.needs_input_grad[:4]), None, None, None
+            return (None,) * 5
+        return *input_grads(grad, ctx.saved_tensors, ctx.norm, ctx.needs_input_grad[:4]), None

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops.batch_norm_act import Passes, check_map, passes, slope_of
 from ..ops.registry import refuse_create_graph
 from .fusable import ConvCall, NormCall
-from .norm_act import PLAIN, Norm, count_as_updated, factors, input_grads
+from .norm_act import PLAIN, count_as_updated, input_grads, normalised
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
@@ -69,14 +69,13 @@ def norm_act_conv_call(
     residual: Tensor | None = None,
 ) -> Tensor:
     """:func:`norm_act_conv` of an x with elements, as modules call it, which have called ``count_as_updated``."""
-    mean, rstd = factors(run, x, norm)
     weight, bias, how = conv
-    options = (run, slope, norm[5]), how, autocast, weight.dtype, None if bias is None else bias.dtype
-    return _NormActConv.apply(x, norm[0], norm[1], residual, weight, bias, mean, rstd, options)
+    return _NormActConv.apply(x, norm[0], norm[1], residual, weight, bias, (run, slope, norm, how, autocast))
 
 
-#: The normalisation, the arguments of the convolution after its tensors, autocast's dtype, those of weight and bias.
-_Options = tuple[Norm, tuple[Any, ...], torch.dtype | None, torch.dtype, torch.dtype | None]
+#: The passes, the activation's slope, the normalisation, the convolution's arguments after its tensors, autocast's
+#: dtype.
+_Options = tuple[Passes, float, NormCall, tuple[Any, ...], torch.dtype | None]
 
 
 class _NormActConv(torch.autograd.Function):
@@ -89,13 +88,12 @@ class _NormActConv(torch.autograd.Function):
         residual: Tensor | None,
         conv_weight: Tensor,
         conv_bias: Tensor | None,
-        mean: Tensor,
-        rstd: Tensor,
         options: _Options,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.options = (run, slope, _), how, autocast, _, _ = options
-        a = run.apply(x, mean, rstd, weight, bias, residual, slope)
+        run, slope, norm, how, autocast = options
+        ctx.options = (run, slope, norm[5]), how, conv_weight.dtype, None if conv_bias is None else conv_bias.dtype
+        a, mean, rstd = normalised(run, x, norm, slope, residual)
         if autocast is not None:
             # By hand: autocast's own casts would go into its weight cache, made here without a graph.
             a, conv_weight = a.to(autocast), conv_weight.to(autocast)
@@ -108,8 +106,8 @@ class _NormActConv(torch.autograd.Function):
         if torch.is_grad_enabled():
             refuse_create_graph("norm_act_conv", PLAIN)
         if grad is None:
-            return (None,) * 9
-        norm, how, _, weight_dtype, bias_dtype = ctx.options
+            return (None,) * 7
+        norm, how, weight_dtype, bias_dtype = ctx.options
         *factors, conv_weight = ctx.saved_tensors  # once: hooks on saved tensors may fetch them from elsewhere
         x, dtype = factors[0], conv_weight.dtype
         *needed, need_conv_weight, need_conv_bias = ctx.needs_input_grad[:6]
@@ -132,4 +130,4 @@ class _NormActConv(torch.autograd.Function):
         grads: tuple[Tensor | None, ...] = (None,) * 4
         if grad is not None:
             grads = input_grads(grad if grad.dtype is x.dtype else grad.to(x.dtype), factors, norm, needed)
-        return *grads, grad_conv_weight, grad_conv_bias, None, None, None
+        return *grads, grad_conv_weight, grad_conv_bias, None

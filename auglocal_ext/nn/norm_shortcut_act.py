@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops.batch_norm_act import Passes, check_map, passes, slope_of
 from ..ops.registry import refuse_create_graph
 from .fusable import NormCall
-from .norm_act import PLAIN, count_as_updated, factors, input_grads
+from .norm_act import PLAIN, count_as_updated, factors, input_grads, normalised
 
 
 class Branch(NamedTuple):
@@ -64,34 +64,43 @@ def norm_shortcut_act_call(
     run: Passes, x: Tensor, norm: NormCall, shortcut: Tensor, shortcut_norm: NormCall, slope: float
 ) -> Tensor:
     """:func:`norm_shortcut_act` of maps of one shape and dtype with elements, as modules call it."""
-    main_factors, shortcut_factors = factors(run, x, norm), factors(run, shortcut, shortcut_norm)
-    return _NormShortcutAct.apply(
-        *(x, *main_factors, *norm[:2], shortcut, *shortcut_factors, *shortcut_norm[:2]),
-        *((run, slope, norm[5]), (run, 1.0, shortcut_norm[5])),
-    )
+    return _NormShortcutAct.apply(x, *norm[:2], shortcut, *shortcut_norm[:2], run, slope, norm, shortcut_norm)
 
 
 class _NormShortcutAct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, ctx.main, ctx.shortcut = arguments
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        shortcut: Tensor,
+        shortcut_weight: Tensor | None,
+        shortcut_bias: Tensor | None,
+        run: Passes,
+        slope: float,
+        norm: NormCall,
+        shortcut_norm: NormCall,
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        run, slope, _ = ctx.main
-        return run.apply(*tensors[:5], run.apply(*tensors[5:], None, 1.0), slope)
+        ctx.main, ctx.shortcut = (run, slope, norm[5]), (run, 1.0, shortcut_norm[5])
+        main = x, *factors(run, x, norm), weight, bias
+        residual, *shortcut_factors = normalised(run, shortcut, shortcut_norm, 1.0, None)
+        ctx.save_for_backward(*main, shortcut, *shortcut_factors, shortcut_weight, shortcut_bias)
+        return run.apply(*main, residual, slope)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_create_graph("norm_shortcut_act", PLAIN)
-        grads: list[Tensor | None] = [None] * 12
+        grads: list[Tensor | None] = [None] * 10
         if grad is None:
             return tuple(grads)
         saved = ctx.saved_tensors
         main, shortcut = saved[:5], (*saved[5:], None)
-        need = [(ctx.needs_input_grad[at], *ctx.needs_input_grad[at + 3 : at + 5]) for at in (0, 5)]
+        need = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:6]
         residual = ctx.main[0].apply(*shortcut, 1.0)
-        grads[0], grads[3], grads[4], grad = input_grads(grad, (*main, residual), ctx.main, (*need[0], any(need[1])))
+        *grads[:3], grad = input_grads(grad, (*main, residual), ctx.main, (*need[0], any(need[1])))
         del residual
         if grad is not None:
-            grads[5], grads[8], grads[9], _ = input_grads(grad, shortcut, ctx.shortcut, (*need[1], False))
+            *grads[3:6], _ = input_grads(grad, shortcut, ctx.shortcut, (*need[1], False))
         return tuple(grads)

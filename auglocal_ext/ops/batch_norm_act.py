@@ -96,7 +96,7 @@ def batch_norm_factors(
 
 
 def count_as_written(*tensors: Tensor | None) -> None:
-    """Tell autograd that ``batch_norm_factors_`` writes to tensors, which an op defined by a library leaves undone."""
+    """Tell autograd that ops will write to tensors, which those that a library defines leave undone."""
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
 
@@ -189,8 +189,8 @@ class Passes(NamedTuple):
     factors_: Any
     stats: Any
     apply: Any
-    reduce: Any
-    input_grad: Any
+    forward_: Any
+    backward: Any
     dtype: torch.dtype
     wide: torch.dtype
     autocasts: str | None
@@ -289,8 +289,8 @@ def _choose(x: Tensor, provider: str | None) -> Passes:
         op("batch_norm_factors_"),
         op("batch_norm_stats"),
         op("batch_norm_act_apply"),
-        op("batch_norm_act_reduce"),
-        op("batch_norm_act_input_grad"),
+        op("batch_norm_act_forward_"),
+        op("batch_norm_act_backward"),
         x.dtype,
         _wide(x),
         device if may_cast and x.dtype != torch.float64 else None,
@@ -361,6 +361,51 @@ def _fake_input_grad(grad: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Ten
     return empty_like(x), empty_like(x) if others[-1] else x.new_empty(0)
 
 
+def _fake_forward_(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_like(x), *_fake_stats(x)
+
+
+def _fake_backward(grad: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *_, training, need_x, need_vectors, need_residual = others
+    grads = _fake_input_grad(grad, x, need_residual) if need_x or need_residual else _nothing(x)
+    return *grads, *(_fake_stats(x) if need_vectors or (training and need_x) else _nothing(x, _wide(x)))
+
+
+def _nothing(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
+
+
+def _forward_(
+    provider: str,
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    momentum: float,
+    eps: float,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    factors_ = registry.overload("batch_norm_factors_", provider)
+    mean, rstd = factors_(x, running_mean, running_var, num_batches_tracked, momentum, eps)
+    return _forward(provider, x, mean, rstd, weight, bias, residual, slope, True), mean, rstd
+
+
+def _gradients(provider: str, *arguments: Any) -> tuple[Tensor, ...]:
+    *tensors, training, need_x, need_vectors, need_residual = arguments
+    x = tensors[1]
+    through_statistics = training and need_x
+    sums, grads = _nothing(x, _wide(x)), _nothing(x)
+    if through_statistics or need_vectors:
+        sums = registry.overload("batch_norm_act_reduce", provider)(*tensors)
+    if need_x or need_residual:  # where the residual's alone is needed, x's is made the cheapest way
+        kept = sums if through_statistics else (None, None)
+        grads = registry.overload("batch_norm_act_input_grad", provider)(*tensors, *kept, need_residual)
+    return *grads, *sums
+
+
 def _forward(provider: str, *arguments: Any) -> Tensor:
     return registry.overload("batch_norm_act_apply", provider)(*arguments[:-1])
 
@@ -375,26 +420,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(provider: str, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 8
     if grad is None:
-        return tuple(grads)
+        return (None,) * 8
     need_x, _, _, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
-    arguments = (grad, *ctx.saved_tensors, ctx.slope)
-    sums: tuple[Any, Any] = (None, None)
-    if (need_x and ctx.training) or need_weight or need_bias:
-        sums = registry.overload("batch_norm_act_reduce", provider)(*arguments)
-        for index, wanted, total, dtype in zip((4, 3), (need_bias, need_weight), sums, ctx.dtypes[::-1], strict=True):
-            if wanted:
-                grads[index] = total.to(dtype)
-    if need_residual and ctx.slope == 1:
-        grads[5] = grad
-        need_residual = False
-    if need_x or need_residual:
-        kept = sums if ctx.training and need_x else (None, None)
-        made = registry.overload("batch_norm_act_input_grad", provider)(*arguments, *kept, need_residual)
-        grads[0] = made[0] if need_x else None
-        grads[5] = made[1] if need_residual else grads[5]
-    return tuple(grads)
+    needs = need_x, need_weight or need_bias, need_residual and ctx.slope != 1
+    backward = registry.overload("batch_norm_act_backward", provider)
+    grad_x, grad_residual, sum_g, sum_g_xhat = backward(grad, *ctx.saved_tensors, ctx.slope, ctx.training, *needs)
+    return (
+        *(grad_x if need_x else None, None, None),
+        sum_g_xhat.to(ctx.dtypes[0]) if need_weight else None,
+        sum_g.to(ctx.dtypes[1]) if need_bias else None,
+        None if not need_residual else grad if ctx.slope == 1 else grad_residual,
+        *(None, None),
+    )
 
 
 TABLE = registry.table(NAME)
@@ -426,5 +464,22 @@ registry.primitive(
     _fake_input_grad,
     "input_grad",
 )
-registry.composite(TABLE, f"(Tensor x, {_FACTORS}, bool training) -> Tensor", _fake_forward, _forward)
+registry.composite(
+    TABLE,
+    "batch_norm_act_forward_",
+    "(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
+    "Tensor? weight, Tensor? bias, Tensor? residual, float momentum, float eps, float slope) "
+    "-> (Tensor y, Tensor mean, Tensor rstd)",
+    _fake_forward_,
+    _forward_,
+)
+registry.composite(
+    TABLE,
+    "batch_norm_act_backward",
+    f"(Tensor grad, Tensor x, {_FACTORS}, bool training, bool need_x, bool need_vectors, bool need_residual) "
+    "-> (Tensor grad_x, Tensor grad_residual, Tensor sum_g, Tensor sum_g_xhat)",
+    _fake_backward,
+    _gradients,
+)
+registry.composite(TABLE, NAME, f"(Tensor x, {_FACTORS}, bool training) -> Tensor", _fake_forward, _forward)
 registry.autograd(TABLE, _backward, _setup_context, instead="F.batch_norm")

@@ -250,6 +250,6 @@ registry.primitive(
     "input_grad",
 )
 registry.composite(
-    TABLE, f"({_FACTORS}, {_WINDOW}, bool training) -> (Tensor y, Tensor indices)", _fake_apply, _forward
+    TABLE, NAME, f"({_FACTORS}, {_WINDOW}, bool training) -> (Tensor y, Tensor indices)", _fake_apply, _forward
 )
 registry.autograd(TABLE, _backward, _setup_context, instead="F.batch_norm and F.max_pool2d")

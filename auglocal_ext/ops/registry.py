@@ -57,10 +57,15 @@ def primitive(table: providers.Table, name: str, signature: str, fake: Callable[
         _library.impl(f"{name}.triton", partial(_triton, table.op, function), device.upper())
 
 
-def composite(table: providers.Table, signature: str, fake: Callable[..., Any], forward: Callable[..., Any]) -> None:
-    """Define the op itself over its primitives, by ``forward(provider, *arguments)``."""
+def composite(
+    table: providers.Table, name: str, signature: str, fake: Callable[..., Any], forward: Callable[..., Any]
+) -> None:
+    """Define ``name`` over the op's primitives, by ``forward(provider, *arguments)``.
+
+    The compiled libraries may have a kernel of it, which then runs in its place.
+    """
     for provider in table.providers:
-        overload_name = f"{table.op}.{provider.name}"
+        overload_name = f"{name}.{provider.name}"
         _define(overload_name, signature, fake)
         _library.impl(overload_name, partial(forward, provider.name), "CompositeExplicitAutograd")
 

@@ -358,15 +358,15 @@ void dispatch(const Tensor& x, const F& f) {
                   ScalarType::Float, ScalarType::Half, ScalarType::BFloat16);
 }
 
-TwoTensors batch_norm_stats(Tensor x) {
+TwoTensors batch_norm_stats(const Tensor& x) {
   const FeatureMap map = checked_map(x);
   Tensor mean = per_channel(x), var = per_channel(x);
   dispatch(x, [&](auto element) { stats<decltype(element)>(map, mean, var); });
   return {mean, var};
 }
 
-TwoTensors batch_norm_factors_(Tensor x, std::optional<Tensor> running_mean,
-                               std::optional<Tensor> running_var, std::optional<Tensor> num_batches_tracked,
+TwoTensors batch_norm_factors_(const Tensor& x, const OptionalTensor& running_mean,
+                               const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
                                double momentum, double eps) {
   check_running(running_mean, x);
   check_running(running_var, x);
@@ -391,39 +391,64 @@ TwoTensors batch_norm_factors_(Tensor x, std::optional<Tensor> running_mean,
   return {mean, rstd};
 }
 
-Tensor batch_norm_act_apply(Tensor x, Tensor mean, Tensor rstd, std::optional<Tensor> weight,
-                            std::optional<Tensor> bias, std::optional<Tensor> residual, double slope) {
+Tensor batch_norm_act_apply(const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                            const OptionalTensor& weight, const OptionalTensor& bias,
+                            const OptionalTensor& residual, double slope) {
   const BatchNormProblem problem = make_problem({}, x, mean, rstd, weight, bias, residual, slope);
   Tensor y = empty_map(x);
   dispatch(x, [&](auto element) { apply<decltype(element)>(problem, feature_map(y)); });
   return y;
 }
 
-TwoTensors batch_norm_act_reduce(Tensor grad, Tensor x, Tensor mean, Tensor rstd,
-                                 std::optional<Tensor> weight, std::optional<Tensor> bias,
-                                 std::optional<Tensor> residual, double slope) {
-  const BatchNormProblem problem = make_problem(grad, x, mean, rstd, weight, bias, residual, slope);
+TwoTensors sums_of(const Tensor& x, const BatchNormProblem& problem) {
   Tensor sum_g = per_channel(x), sum_g_xhat = per_channel(x);
   dispatch(x, [&](auto element) { reduce<decltype(element)>(problem, sum_g, sum_g_xhat); });
   return {sum_g, sum_g_xhat};
 }
 
-TwoTensors batch_norm_act_input_grad(Tensor grad, Tensor x, Tensor mean, Tensor rstd,
-                                     std::optional<Tensor> weight, std::optional<Tensor> bias,
-                                     std::optional<Tensor> residual, double slope,
-                                     std::optional<Tensor> sum_g, std::optional<Tensor> sum_g_xhat,
-                                     bool need_residual) {
-  const BatchNormProblem problem = make_problem(grad, x, mean, rstd, weight, bias, residual, slope);
-  if (sum_g) sum_g = vector(sum_g, x, "sum_g");
-  if (sum_g_xhat) sum_g_xhat = vector(sum_g_xhat, x, "sum_g_xhat");
-  Tensor grad_x = empty_map(x),
-         grad_residual = need_residual ? empty_map(x) : torch::stable::new_empty(x, {0});
+TwoTensors gradients_of(const Tensor& x, const BatchNormProblem& problem, const OptionalTensor& sum_g,
+                        const OptionalTensor& sum_g_xhat, bool need_residual) {
+  Tensor grad_x = empty_map(x), grad_residual = needed_map(x, need_residual);
   std::optional<FeatureMap> output_residual;
   if (need_residual) output_residual = feature_map(grad_residual);
   dispatch(x, [&](auto element) {
     input_grad<decltype(element)>(problem, sum_g, sum_g_xhat, feature_map(grad_x), output_residual);
   });
   return {grad_x, grad_residual};
+}
+
+TwoTensors batch_norm_act_reduce(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                                 const OptionalTensor& weight, const OptionalTensor& bias,
+                                 const OptionalTensor& residual, double slope) {
+  return sums_of(x, make_problem(grad, x, mean, rstd, weight, bias, residual, slope));
+}
+
+TwoTensors batch_norm_act_input_grad(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                                     const Tensor& rstd, const OptionalTensor& weight,
+                                     const OptionalTensor& bias, const OptionalTensor& residual, double slope,
+                                     OptionalTensor sum_g, OptionalTensor sum_g_xhat, bool need_residual) {
+  if (sum_g) sum_g = vector(sum_g, x, "sum_g");
+  if (sum_g_xhat) sum_g_xhat = vector(sum_g_xhat, x, "sum_g_xhat");
+  return gradients_of(x, make_problem(grad, x, mean, rstd, weight, bias, residual, slope), sum_g, sum_g_xhat,
+                      need_residual);
+}
+ThreeTensors batch_norm_act_forward_(const Tensor& x, const OptionalTensor& running_mean,
+                                     const OptionalTensor& running_var,
+                                     const OptionalTensor& num_batches_tracked, const OptionalTensor& weight,
+                                     const OptionalTensor& bias, const OptionalTensor& residual,
+                                     double momentum, double eps, double slope) {
+  auto [mean, rstd] = batch_norm_factors_(x, running_mean, running_var, num_batches_tracked, momentum, eps);
+  return {batch_norm_act_apply(x, mean, rstd, weight, bias, residual, slope), mean, rstd};
+}
+
+FourTensors batch_norm_act_backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                                    const Tensor& rstd, const OptionalTensor& weight,
+                                    const OptionalTensor& bias, const OptionalTensor& residual, double slope,
+                                    bool training, bool need_x, bool need_vectors, bool need_residual) {
+  const BatchNormProblem problem = make_problem(grad, x, mean, rstd, weight, bias, residual, slope);
+  return make_gradients(
+      x, training, need_x, need_vectors, need_residual, [&] { return sums_of(x, problem); },
+      [&](const auto&... arguments) { return gradients_of(x, problem, arguments...); });
 }
 
 }  // namespace
@@ -434,6 +459,8 @@ STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CPU, m) {
   m.impl("batch_norm_act_apply.cpu", TORCH_BOX(&batch_norm_act_apply));
   m.impl("batch_norm_act_reduce.cpu", TORCH_BOX(&batch_norm_act_reduce));
   m.impl("batch_norm_act_input_grad.cpu", TORCH_BOX(&batch_norm_act_input_grad));
+  m.impl("batch_norm_act_forward_.cpu", TORCH_BOX(&batch_norm_act_forward_));
+  m.impl("batch_norm_act_backward.cpu", TORCH_BOX(&batch_norm_act_backward));
 }
 
 }  // namespace auglocal

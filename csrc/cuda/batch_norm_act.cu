@@ -267,8 +267,7 @@ void run(Params& params, bool channels, const Tensor& like, cudaStream_t stream)
         (kPass == Pass::kStats ? sizeof(Moments<float>) : sizeof(Sums)) / sizeof(float);
     Partials& partials = params.partials;
     partials = partials_of(params.walk.tiles, params.walk.splits, params.walk.channels, stream);
-    found = torch::stable::new_empty(like,
-                                     {(partials.splits + partials.groups) * params.walk.channels * kFloats});
+    found = memory::new_empty(like, {(partials.splits + partials.groups) * params.walk.channels * kFloats});
     partials.found = found.mutable_data_ptr<float>();
   }
   // A gradient of the residual without the residual is written by the general kernels.
@@ -321,12 +320,39 @@ TwoTensors statistics(const Tensor& x, Params params) {
   return {first, second};
 }
 
-TwoTensors batch_norm_stats(Tensor x) {
+TwoTensors sums_of(const Tensor& x, BatchNormProblem& problem, cudaStream_t stream) {
+  Tensor sum_g = per_channel(x), sum_g_xhat = per_channel(x);
+  Params params = make_params(problem, std::nullopt);
+  params.first = sum_g.mutable_data_ptr<float>();
+  params.second = sum_g_xhat.mutable_data_ptr<float>();
+  dispatch(x, [&](auto element) {
+    run<Pass::kReduce, decltype(element)>(params, along_channels(problem.x), sum_g, stream);
+  });
+  return {sum_g, sum_g_xhat};
+}
+
+TwoTensors gradients_of(const Tensor& x, BatchNormProblem& problem, const OptionalTensor& sum_g,
+                        const OptionalTensor& sum_g_xhat, bool need_residual, cudaStream_t stream) {
+  Tensor sum = vector(sum_g, x, "sum_g"), sum_xhat = vector(sum_g_xhat, x, "sum_g_xhat");
+  Tensor grad_x = empty_map(x), grad_residual = needed_map(x, need_residual);
+  Params params = make_params(problem, feature_map(grad_x));
+  if (need_residual) params.out_residual = map_of(feature_map(grad_residual), along_channels(problem.x));
+  if (sum.defined() && sum_xhat.defined()) {
+    params.vectors.sum_g = on_16_bytes(sum);
+    params.vectors.sum_g_xhat = on_16_bytes(sum_xhat);
+  }
+  dispatch(x, [&](auto element) {
+    run<Pass::kInputGrad, decltype(element)>(params, along_channels(problem.x), problem.mean, stream);
+  });
+  return {grad_x, grad_residual};
+}
+
+TwoTensors batch_norm_stats(const Tensor& x) {
   return statistics(x, Params{});
 }
 
-TwoTensors batch_norm_factors_(Tensor x, std::optional<Tensor> running_mean,
-                               std::optional<Tensor> running_var, std::optional<Tensor> num_batches_tracked,
+TwoTensors batch_norm_factors_(const Tensor& x, const OptionalTensor& running_mean,
+                               const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
                                double momentum, double eps) {
   check_running(running_mean, x);
   check_running(running_var, x);
@@ -339,8 +365,9 @@ TwoTensors batch_norm_factors_(Tensor x, std::optional<Tensor> running_mean,
   return statistics(x, params);
 }
 
-Tensor batch_norm_act_apply(Tensor x, Tensor mean, Tensor rstd, std::optional<Tensor> weight,
-                            std::optional<Tensor> bias, std::optional<Tensor> residual, double slope) {
+Tensor batch_norm_act_apply(const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                            const OptionalTensor& weight, const OptionalTensor& bias,
+                            const OptionalTensor& residual, double slope) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device());
   const cudaStream_t stream = current_stream(x);
   BatchNormProblem problem = make_problem({}, x, mean, rstd, weight, bias, residual, slope);
@@ -352,43 +379,43 @@ Tensor batch_norm_act_apply(Tensor x, Tensor mean, Tensor rstd, std::optional<Te
   return y;
 }
 
-TwoTensors batch_norm_act_reduce(Tensor grad, Tensor x, Tensor mean, Tensor rstd,
-                                 std::optional<Tensor> weight, std::optional<Tensor> bias,
-                                 std::optional<Tensor> residual, double slope) {
+TwoTensors batch_norm_act_reduce(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                                 const OptionalTensor& weight, const OptionalTensor& bias,
+                                 const OptionalTensor& residual, double slope) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device());
-  const cudaStream_t stream = current_stream(x);
   BatchNormProblem problem = make_problem(grad, x, mean, rstd, weight, bias, residual, slope);
-  Tensor sum_g = per_channel(x), sum_g_xhat = per_channel(x);
-  Params params = make_params(problem, std::nullopt);
-  params.first = sum_g.mutable_data_ptr<float>();
-  params.second = sum_g_xhat.mutable_data_ptr<float>();
-  dispatch(x, [&](auto element) {
-    run<Pass::kReduce, decltype(element)>(params, along_channels(problem.x), sum_g, stream);
-  });
-  return {sum_g, sum_g_xhat};
+  return sums_of(x, problem, current_stream(x));
 }
 
-TwoTensors batch_norm_act_input_grad(Tensor grad, Tensor x, Tensor mean, Tensor rstd,
-                                     std::optional<Tensor> weight, std::optional<Tensor> bias,
-                                     std::optional<Tensor> residual, double slope,
-                                     std::optional<Tensor> sum_g, std::optional<Tensor> sum_g_xhat,
+TwoTensors batch_norm_act_input_grad(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                                     const Tensor& rstd, const OptionalTensor& weight,
+                                     const OptionalTensor& bias, const OptionalTensor& residual, double slope,
+                                     const OptionalTensor& sum_g, const OptionalTensor& sum_g_xhat,
                                      bool need_residual) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  BatchNormProblem problem = make_problem(grad, x, mean, rstd, weight, bias, residual, slope);
+  return gradients_of(x, problem, sum_g, sum_g_xhat, need_residual, current_stream(x));
+}
+
+ThreeTensors batch_norm_act_forward_(const Tensor& x, const OptionalTensor& running_mean,
+                                     const OptionalTensor& running_var,
+                                     const OptionalTensor& num_batches_tracked, const OptionalTensor& weight,
+                                     const OptionalTensor& bias, const OptionalTensor& residual,
+                                     double momentum, double eps, double slope) {
+  auto [mean, rstd] = batch_norm_factors_(x, running_mean, running_var, num_batches_tracked, momentum, eps);
+  return {batch_norm_act_apply(x, mean, rstd, weight, bias, residual, slope), mean, rstd};
+}
+
+FourTensors batch_norm_act_backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                                    const Tensor& rstd, const OptionalTensor& weight,
+                                    const OptionalTensor& bias, const OptionalTensor& residual, double slope,
+                                    bool training, bool need_x, bool need_vectors, bool need_residual) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device());
   const cudaStream_t stream = current_stream(x);
   BatchNormProblem problem = make_problem(grad, x, mean, rstd, weight, bias, residual, slope);
-  Tensor sum = vector(sum_g, x, "sum_g"), sum_xhat = vector(sum_g_xhat, x, "sum_g_xhat");
-  Tensor grad_x = empty_map(x),
-         grad_residual = need_residual ? empty_map(x) : torch::stable::new_empty(x, {0});
-  Params params = make_params(problem, feature_map(grad_x));
-  if (need_residual) params.out_residual = map_of(feature_map(grad_residual), along_channels(problem.x));
-  if (sum.defined() && sum_xhat.defined()) {
-    params.vectors.sum_g = on_16_bytes(sum);
-    params.vectors.sum_g_xhat = on_16_bytes(sum_xhat);
-  }
-  dispatch(x, [&](auto element) {
-    run<Pass::kInputGrad, decltype(element)>(params, along_channels(problem.x), mean, stream);
-  });
-  return {grad_x, grad_residual};
+  return make_gradients(
+      x, training, need_x, need_vectors, need_residual, [&] { return sums_of(x, problem, stream); },
+      [&](const auto&... arguments) { return gradients_of(x, problem, arguments..., stream); });
 }
 
 }  // namespace
@@ -399,6 +426,8 @@ STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CUDA, m) {
   m.impl("batch_norm_act_apply.cuda", TORCH_BOX(&batch_norm_act_apply));
   m.impl("batch_norm_act_reduce.cuda", TORCH_BOX(&batch_norm_act_reduce));
   m.impl("batch_norm_act_input_grad.cuda", TORCH_BOX(&batch_norm_act_input_grad));
+  m.impl("batch_norm_act_forward_.cuda", TORCH_BOX(&batch_norm_act_forward_));
+  m.impl("batch_norm_act_backward.cuda", TORCH_BOX(&batch_norm_act_backward));
 }
 
 }  // namespace auglocal

@@ -404,7 +404,7 @@ TwoTensors batch_norm_act_max_pool_reduce(Tensor grad, Tensor indices, Tensor x,
   params.sum_g = sum_g.mutable_data_ptr<float>();
   params.sum_g_xhat = sum_g_xhat.mutable_data_ptr<float>();
   params.partials = partials_of(params.tiles, splits, problem.channels, stream);
-  Tensor found = torch::stable::new_empty(sum_g, {splits + params.partials.groups, problem.channels, 2});
+  Tensor found = memory::new_empty(sum_g, {splits + params.partials.groups, problem.channels, 2});
   params.partials.found = found.mutable_data_ptr<float>();
   const unsigned grid = blocks(params.tiles * splits);
   dispatch(problem, {grad, indices}, [&](auto element, auto form) {

@@ -86,7 +86,19 @@ def test_python_calls_of_a_unit():
     if not providers.available("cpu"):
         pytest.skip("passes of the reference are functions of this package too")
     short, long = (python_calls(step(fused(chain(length)), image())) for length in (2, 10))
-    assert (long - short) / 8 <= 24
+    assert (long - short) / 8 <= 19
+
+
+def test_a_unit_crosses_into_its_ops_three_times():
+    """Each crossing costs the host microseconds: forward, the map made again, backward."""
+    with Operators() as operators:
+        step(fused(chain()), image())()
+    ours = {name: count for name, count in operators.found.items() if str(name).startswith("auglocal_ext.")}
+    assert {name.split(".")[1]: count for name, count in ours.items()} == {
+        "batch_norm_act_forward_": LENGTH,
+        "batch_norm_act_apply": LENGTH - 1,  # the last unit has no convolution, whose backward reads the map
+        "batch_norm_act_backward": LENGTH,
+    }
 
 
 @pytest.mark.slow
@@ -101,7 +113,7 @@ def test_time_of_a_unit():
             start = time.process_time()
             run()
             least[name] = min(least[name], time.process_time() - start)
-    assert least["fused"] <= 1.8 * least["torch"]
+    assert least["fused"] <= 1.5 * least["torch"]
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"track_running_stats": False}], ids=str)
@@ -141,7 +153,7 @@ def test_counting_batches_launches_nothing():
     net = fused(models.BasicBlock(4, 4))
     with Operators() as operators:
         net(image())
-    assert operators.found["batch_norm_factors_", (2, 4, 4, 4)] == 2
+    assert operators.found["batch_norm_act_forward_", (2, 4, 4, 4)] == 2
     assert not any(name[0] == "add_" for name in operators.found if isinstance(name, tuple))
     assert int(net.bn1.num_batches_tracked) == int(net.bn2.num_batches_tracked) == 1
 
@@ -167,7 +179,7 @@ def test_the_provider_is_looked_up_at_every_call(monkeypatch):
             monkeypatch.setenv(providers.ENVIRONMENT, name)
         with Operators() as operators:
             net(image())
-        found.append(operators.found["auglocal_ext.batch_norm_act_apply.reference"])
+        found.append(operators.found["auglocal_ext.batch_norm_act_forward_.reference"])
     assert found == [2, 2 if automatic == "reference" else 0, 2]
     monkeypatch.setenv(providers.ENVIRONMENT, "fastest")
     with pytest.raises(ValueError, match="fastest"):

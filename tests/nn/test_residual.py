@@ -200,7 +200,7 @@ def test_a_gradient_constant_over_positions_is_never_a_map():
         loss.backward()
     assert strides[0][2:] == (0, 0)
     # gradient of conv2's output, conv2's input made again, its gradient, and that of conv1's output: no other map
-    assert made == ["batch_norm_act_input_grad", "batch_norm_act_apply", "convolution_backward"] + made[:1]
+    assert made == ["batch_norm_act_backward", "batch_norm_act_apply", "convolution_backward"] + made[:1]
 
 
 def hook_on(child):

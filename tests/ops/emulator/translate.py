@@ -28,7 +28,7 @@ def host_source(text: str, name: str) -> str:
 
     text = re.sub(r"(\w+(?:<[^<>;]*>)?)<<<(.*?), (\w+), 0, stream>>>\(([^()]*)\)", launch, text, flags=re.DOTALL)
     text = re.sub(r"(?:alignas\(\d+\) )?__shared__ ([\w:]+(?:<[^;]*>)?) (\w+)(\[[^\]]+\])?;", shared, text)
-    text = re.sub(r"torch::stable::(new_empty|empty_like)\(", r"emulator::\1(", text)
+    text = re.sub(r"(?:torch::stable|memory)::(new_empty|empty_like)\(", r"emulator::\1(", text)
     text = re.sub(
         r"m\.impl\((\"[\w.]+\"), TORCH_BOX\(&(\w+)\)\)", r"m.impl(\1, TORCH_BOX((&emulator::Op<\1, &\2>::call)))", text
     )
