@@ -154,19 +154,40 @@ def _synced_passes(run: Passes, group: Any) -> Passes:
             batches.add_(1)
         return mean.to(run.wide), (squares / total + eps).rsqrt().to(run.wide)
 
-    def input_grad(grad: Tensor, x: Tensor, *others: Any) -> Any:
-        *factors, sum_g, sum_g_xhat, need_residual = others
-        if sum_g is None:
-            return run.input_grad(grad, x, *others)
+    def forward_(
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        batches: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        momentum: float,
+        eps: float,
+        slope: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, rstd = factors_(x, running_mean, running_var, batches, momentum, eps)
+        return run.apply(x, mean, rstd, weight, bias, residual, slope), mean, rstd
+
+    def backward(grad: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        *tensors, training, need_x, need_vectors, need_residual = others
+        if not training:
+            return run.backward(grad, x, *others)
+        none = x.new_empty(0)
+        sum_g, sum_g_xhat = run.reduce(grad, x, *tensors) if need_x or need_vectors else (none, none)
+        if not need_x:  # the sums of this process are the gradients of its weight and bias
+            grads = run.input_grad(grad, x, *tensors, None, None, True) if need_residual else (none, none)
+            return *grads, sum_g, sum_g_xhat
         count = x.numel() // x.shape[1]
         sums = torch.cat([sum_g, sum_g_xhat, sum_g.new_full((1,), count)]).double()
         torch.distributed.all_reduce(sums, group=group)
         # The pass divides by this process's count.
-        scaled = sums[:-1] * (count / sums[-1])
-        sum_g, sum_g_xhat = scaled.to(run.wide).chunk(2)
-        return run.input_grad(grad, x, *factors, sum_g, sum_g_xhat, need_residual)
+        whole = (sums[:-1] * (count / sums[-1])).to(run.wide).chunk(2)
+        return *run.input_grad(grad, x, *tensors, *whole, need_residual), sum_g, sum_g_xhat
 
-    return SyncedPasses(**{**run._asdict(), "factors_": factors_, "stats": stats, "input_grad": input_grad})
+    return SyncedPasses(
+        **{**run._asdict(), "factors_": factors_, "stats": stats, "forward_": forward_, "backward": backward}
+    )
 
 
 class SyncedPasses(Passes):

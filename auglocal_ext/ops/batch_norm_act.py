@@ -189,6 +189,8 @@ class Passes(NamedTuple):
     factors_: Any
     stats: Any
     apply: Any
+    reduce: Any
+    input_grad: Any
     forward_: Any
     backward: Any
     dtype: torch.dtype
@@ -267,15 +269,13 @@ def refuse_stand_in(op: str) -> None:
 
 def passes(x: Tensor, provider: str | None = None) -> Passes:
     """The passes over maps as x; the choice is made once for each device, dtype and provider asked for."""
-    if _stand_in is not None:
-        return _stand_in(_choose(x, provider))
     if torch.compiler.is_compiling():
         return _choose(x, provider)
     key = x.device, x.dtype, provider, os.environ.get(providers.ENVIRONMENT)
     found = _chosen.get(key)
     if found is None:
         found = _chosen[key] = _choose(x, provider)
-    return found
+    return found if _stand_in is None else _stand_in(found)
 
 
 def _choose(x: Tensor, provider: str | None) -> Passes:
@@ -289,6 +289,8 @@ def _choose(x: Tensor, provider: str | None) -> Passes:
         op("batch_norm_factors_"),
         op("batch_norm_stats"),
         op("batch_norm_act_apply"),
+        op("batch_norm_act_reduce"),
+        op("batch_norm_act_input_grad"),
         op("batch_norm_act_forward_"),
         op("batch_norm_act_backward"),
         x.dtype,
