@@ -10,10 +10,11 @@ input and its raw convolution outputs: one tensor per convolution.
   hooks or its own forward. A stack of ``conv, bn, relu`` blocks then also stores one tensor per convolution.
   ``LocalModule`` runs its layers the same way.
 - **The host's work is limited.** A unit of convolution, BatchNorm and ReLU takes at most 19 calls of this package's
-  Python functions and three crossings into its ops, forward and backward (``tests/nn/test_host_work.py``). The provider is chosen once for each
-  device, dtype and value of ``AUGLOCAL_PROVIDER``, which is read once per run of units; backward uses that of
-  forward. The nodes replace the autograd of ``batch_norm_act``, which torch also builds for tracers.
-  ``num_batches_tracked`` is counted inside the op that makes the statistics, so it costs no launch and is right at any time.
+  Python functions and three crossings into its ops, forward and backward (``tests/nn/test_host_work.py``). The
+  provider is chosen once for each device, dtype and value of ``AUGLOCAL_PROVIDER``, which is read once per run of
+  units; backward uses that of forward. The nodes replace the autograd of ``batch_norm_act``, which torch also builds
+  for tracers. ``num_batches_tracked`` is counted inside the op that makes the statistics, so it costs no launch and is
+  right at any time.
 - **Casts under autocast are made inside the node.** Autocast's weight cache would keep a cast that was made without a
   graph. A weight is cast once and the cast is kept from forward to backward: two bytes per parameter of the local
   module that runs, where its maps are megabytes.
