@@ -173,7 +173,7 @@ def _within(costs: Costs, budget: int, overlap: bool | Literal["auto"], batch_si
     if alone is not None:
         return alone
     least = costs.bytes(lowest_peak(costs, overlap is True))
-    hint = 'recompute="peak"' + (" and overlap=True" if overlap is True else ", overlap off,")
+    hint = 'recompute="peak"' + (" and overlap=True" if overlap is True else " and overlap off")
     if overlap is True:
         without = costs.bytes(lowest_peak(costs, False))
         hint += f"; with overlap off {amount(without)}"
