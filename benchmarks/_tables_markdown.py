@@ -172,6 +172,11 @@ def _analysis(words: Sequence[str]) -> str:
     return markdown(["layer", *(RUNS[run] for run in runs)], lines)
 
 
+def _scale(words: Sequence[str]) -> str:
+    expect(words, "")
+    return first_table("scale/scale.md")
+
+
 def _label(name: str) -> str:
     return LABELS.get(name, name.replace("d=", "d = "))
 
@@ -186,4 +191,5 @@ TABLES: dict[str, Callable[[Sequence[str]], str]] = {
     "kernels": _kernels,
     "accuracy": _accuracy,
     "analysis": _analysis,
+    "scale": _scale,
 }

@@ -28,6 +28,7 @@ SOURCES = {
     "accuracy": "accuracy/cpu/accuracy.json",
     "analysis": "analysis/analysis.json",
     "probes": "analysis/probes/analysis.json",
+    "scale": "scale/scale.json",
 }
 #: Files of the same benchmark, for networks that one of them has.
 MEMORY = {"fp32": ("memory", "memory-imagenet"), "bf16": ("memory-bf16",)}
