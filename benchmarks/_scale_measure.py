@@ -75,7 +75,7 @@ def _enter(rank: int, world: int, meeting: str, result: str, settings: Settings,
 
 def _measure(rank: int, world: int, settings: Settings, largest: int) -> dict[str, Any]:
     net, batch = _start(settings)
-    rounds = settings.repeats * settings.batches
+    rounds = settings.batches
     whole = _in_turn([0], rank, lambda: _alone(net, 0, len(net.local_modules), batch, rounds)[0])
     told = [balanced_cuts(whole, world) if whole else None]
     torch.distributed.broadcast_object_list(told, 0)

@@ -1,7 +1,7 @@
 """Time, traffic and memory of one training step on several ranks, on paper, for ``benchmarks/scale.py``.
 
-All methods run on the same devices and links. A device makes the same FLOP/s whatever the size of a batch or a layer,
-and links do not disturb each other. Optimizers and memory-bound layers take no time. The slow rank is where it costs
+All methods run on the same devices and links. A device reaches the same FLOP/s for every batch and every layer. Links
+do not disturb each other. Only convolutions, matrix products and messages take time. The slow rank is where it costs
 most.
 """
 
@@ -31,14 +31,22 @@ class Machine:
     slow: float = 1.0
 
     def all_reduce(self, nbytes: float, ranks: int) -> float:
-        """By recursive halving and doubling, which no algorithm beats in both terms."""
+        """Seconds by recursive halving and doubling."""
         if ranks == 1:
             return 0.0
         return 2 * math.ceil(math.log2(ranks)) * self.latency + 2 * (ranks - 1) / ranks * nbytes / self.bandwidth
 
 
 class Local(NamedTuple):
-    """A local module in one step of a replica: FLOPs (``forward``: until its output can be sent) and bytes."""
+    """A local module in one step of a replica.
+
+    Attributes:
+        work: FLOPs.
+        forward: those until its output can be sent.
+        peak: bytes of activations and gradients while it runs.
+        sends: bytes of its output, and of what later modules are supplied with.
+        gradients: bytes that replicas average.
+    """
 
     work: float
     forward: float
@@ -48,7 +56,15 @@ class Local(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A layer in backpropagation: FLOPs of forward and of both gradients; bytes kept, and more during its backward."""
+    """A layer in backpropagation, per image but for ``gradients``.
+
+    Attributes:
+        forward, inputs, weights: FLOPs of the forward pass, of the gradients of inputs and of weights.
+        kept: bytes kept for the backward pass, output included.
+        extra: bytes beyond them at the peak of its backward pass.
+        sends: bytes of its output.
+        gradients: bytes that replicas average.
+    """
 
     forward: float
     inputs: float
@@ -64,9 +80,15 @@ class Layer(NamedTuple):
 
 
 class Run(NamedTuple):
-    """``seconds`` per batch; of them ``idle``, as a share, on the busiest rank; ``fill`` seconds before the first batch
-    reaches the last stage; bytes of ``traffic`` on all links per batch; bytes of activations and gradients at a rank's
-    ``peak``."""
+    """A method in a steady state.
+
+    Attributes:
+        seconds: per batch.
+        idle: share of them in which the busiest rank waits.
+        fill: seconds until the first batch, or microbatch, reaches the last stage.
+        traffic: bytes on all links per batch.
+        peak: bytes of activations and gradients, on the rank with most of them.
+    """
 
     method: str
     microbatches: int
@@ -152,9 +174,9 @@ def _backward(layers: Sequence[Layer]) -> float:
 def pipelined(
     layers: Sequence[Layer], stages: int, replicas: int, images: int, micro: int, machine: Machine, zero: bool
 ) -> Run:
-    """Backpropagation over stages, with ``images`` per replica in ``micro`` microbatches: 1F1B, or zero bubble (ZB-H1).
+    """Backpropagation over stages, with ``images`` per replica in ``micro`` microbatches: 1F1B or zero bubble.
 
-    The schedules are those of Narayanan et al. (SOSP 2019) and of Qi et al. (ICLR 2024).
+    The schedules are PipeDream-Flush (Narayanan et al., ICML 2021) and ZB-H1 (Qi et al., ICLR 2024).
     """
     size = images / micro
     parts = split(layers, [layer.work for layer in layers], stages)

@@ -102,33 +102,44 @@ def _table(settings: dict[str, Any], found: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(path: Path, report: dict[str, Any]) -> Path:
+    """Images/s per rank for each bandwidth, and the peak per rank, over the number of ranks."""
     settings, found = report["settings"], report["rows"]
-    methods = list(dict.fromkeys(row["method"] for row in found))
+    ranks = sorted({row["ranks"] for row in found})
+    methods = dict.fromkeys(row["method"] for row in found if row["ranks"] == ranks[-1])
     ours = [method for method in methods if method not in COLORS and not method.endswith(ACCUMULATED)]
     colors = COLORS | dict(zip(ours, itertools.cycle(LOCAL_COLORS), strict=False))
-    figure, ((*speeds, peaks),) = style.new_figure(1, len(settings["bandwidth"]) + 1, (13.5, 4.9))
+    figure, ((*speeds, peaks),) = style.new_figure(1, len(settings["bandwidth"]) + 1, (13.5, 5.2))
     for axes, bandwidth in zip([*speeds, peaks], [*settings["bandwidth"], settings["bandwidth"][0]], strict=True):
         for method in methods:
             line = [row for row in found if row["method"] == method and row["bandwidth"] == bandwidth]
-            values = [row["peak"] / GB if axes is peaks else row["images_per_second"] for row in line]
+            values = [row["peak"] / GB if axes is peaks else row["images_per_second"] / row["ranks"] for row in line]
             look = {"color": colors[method.removesuffix(ACCUMULATED)], "marker": "o", "markersize": 4}
             dash = "--" if method.endswith(ACCUMULATED) else "-"
-            axes.loglog([row["ranks"] for row in line], values, dash, label=method, **look)
-        title = "peak of activations and gradients, GB per rank" if axes is peaks else f"images/s at {bandwidth:g} GB/s"
+            axes.plot([row["ranks"] for row in line], values, dash, label=method, **look)
+        title = (
+            "GB per rank, activations and gradients" if axes is peaks else f"images/s per rank at {bandwidth:g} GB/s"
+        )
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=style.INK)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ranks[::2], [f"{n:,}" for n in ranks[::2]])
         axes.set_xlabel("ranks", fontsize=9, color=style.QUIET)
         style.plain(axes, "y")
-    speeds[0].legend(loc="upper left", frameon=False, fontsize=9, labelcolor=style.INK)
-    return style.write(
-        figure, path, f"{settings['network']} over many ranks, on paper", report["note"].split(". Pipelines")[0]
-    )
+        if axes is speeds[0]:
+            axes.set_ylim(bottom=0)
+        else:
+            axes.set_yscale("log")
+    legend = {"frameon": False, "fontsize": 9, "labelcolor": style.INK}
+    figure.legend(*peaks.get_legend_handles_labels(), loc="outside lower center", ncols=4, **legend)
+    subtitle = report["note"].split(". Pipelines")[0]
+    return style.write(figure, path, f"{settings['network']} over many ranks, on paper", subtitle)
 
 
 def note(options: argparse.Namespace) -> str:
+    slow = "" if options.slow == 1 else f", one rank {options.slow:g} times slower"
     return (
         f"A model; nothing is measured. {options.network}, batch {options.batch:,}, fp32, devices of {options.flops:g} "
         f"TFLOP/s at {100 * options.utilisation:g} % utilisation, links of {options.bandwidth[0]:g} GB/s each way and "
-        f"{options.latency:g} µs, one rank {options.slow:g}x slower. Pipelines take at most {options.microbatches} "
+        f"{options.latency:g} µs{slow}. Pipelines take at most {options.microbatches} "
         "microbatches of at least two images; accumulated steps take as many calls. Efficiency: images/s, over "
         "those of as many ranks that train alone by the same method. Idle: share of the time in which the busiest rank "
         "waits. Peak: activations and gradients."
@@ -145,8 +156,8 @@ def measured_page(report: dict[str, Any]) -> str:
         ratios = [f"{found['ideal'] / seconds:.2f}", f"{100 * (found['predicted'] / seconds - 1):+.1f}%"]
         where = f"{found['ranks']} on {found['cores']} cores{'' if found['pinned'] else ', not pinned'}"
         lines.append([where, *(f"{cell:.1f}" for cell in cells), f"{batch / seconds:.1f} ({spread})", *ratios])
-    heads = ["ranks", "one process", "slowest stage alone", "slowest stage, all at work", "model", "measured"]
-    return f"# Stages on gloo\n\n{report['note']}\n\n{markdown([*heads, 'of slowest alone', 'from model'], lines)}\n"
+    heads = ["ranks", "one process", "ideal", "slowest stage, all at work", "model", "measured"]
+    return f"# Stages on gloo\n\n{report['note']}\n\n{markdown([*heads, 'of ideal', 'from model'], lines)}\n"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -207,7 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         network = options.network, options.rule, options.modules[0] or None
         settings = Settings(*network, options.batch, options.batches, options.repeats)
         what = f"{options.network}, {options.rule}, batch {options.batch}"
-        say = f"Images/s measured on a CPU, one thread per rank: {what}. In parentheses the least and the most."
+        say = f"Images/s measured on a CPU, one thread per rank: {what}. In parentheses the least and the most. "
+        say += "The ideal is the slowest stage alone; where ranks share cores, the work of all stages over the cores."
         head = {"benchmark": "scale", "kind": "measured", "note": say}
         found = {"runs": [measure(settings, ranks) for ranks in options.measure or (2, 3)]}
         text, stem = measured_page, options.output / "scale-measured"
