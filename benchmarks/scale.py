@@ -87,14 +87,14 @@ def page(report: dict[str, Any]) -> str:
 
 def _table(settings: dict[str, Any], found: Sequence[dict[str, Any]]) -> str:
     first, *others = settings["bandwidth"]
-    heads = ["ms per batch", "images/s", "efficiency", "idle", "traffic, GB per batch", "peak, GB per rank"]
+    heads = ["ms per batch", "images/s", "efficiency", "idle", "traffic, GB per batch", "peak, MB per rank"]
     lines = []
     for row in (row for row in found if row["bandwidth"] == first):
         place = row["ranks"], row["stages"], row["method"]
         also = [o for o in found if (o["ranks"], o["stages"], o["method"]) == place and o["bandwidth"] != first]
         cells = [f"{1e3 * row['seconds']:.2f}", f"{row['images_per_second']:,.0f}"]
         cells += [f"{100 * row['efficiency']:.0f}%", f"{100 * row['idle']:.0f}%"]
-        cells += [f"{row['traffic'] / GB:.2f}", f"{row['peak'] / GB:.2f}"]
+        cells += [f"{row['traffic'] / GB:.2f}", f"{row['peak'] / 1e6:,.0f}"]
         cells += [f"{other['images_per_second']:,.0f}" for other in also]
         lines.append([f"{row['ranks']:,} = {row['stages']} × {row['replicas']}", row["method"], *cells])
     slower = [f"images/s at {bandwidth:g} GB/s" for bandwidth in others]
