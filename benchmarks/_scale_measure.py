@@ -42,6 +42,8 @@ class Settings:
 def measure(settings: Settings, stages: int) -> dict[str, Any]:
     """What ``stages`` processes measure, and what the model says with their times: seconds per batch, bytes."""
     counted = local_modules(settings.network, settings.rule, settings.modules, settings.batch)
+    if stages > len(counted):
+        raise ValueError(f"{stages} stages need as many modules, and there are {len(counted)}")
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(Path(folder) / name) for name in ("meeting", "result")]
         largest = int(max(module.sends for module in counted))

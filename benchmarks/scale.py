@@ -146,6 +146,14 @@ def note(options: argparse.Namespace) -> str:
     )
 
 
+def measured_note(options: argparse.Namespace) -> str:
+    return (
+        f"Images/s measured on a CPU, one thread per rank: {options.network}, {options.rule}, batch {options.batch}. "
+        "In parentheses the least and the most. The ideal is the slowest stage alone; where ranks share cores, the "
+        "work of all stages over the cores. The model adds the link."
+    )
+
+
 def measured_page(report: dict[str, Any]) -> str:
     batch, lines = report["settings"]["batch"], []
     for found in report["runs"]:
@@ -205,25 +213,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
     check(options, parser)
-    names = ("network", "rule", "modules", "batch")
-    if options.measure is None:
-        names += ("stages", "replicas", "microbatches", "bandwidth", "latency", "flops", "utilisation", "slow")
-        head = {"benchmark": "scale", "kind": "model", "note": note(options)}
-        try:
-            found, text, stem = {"rows": rows(options)}, page, options.output / "scale"
-        except ValueError as error:  # of a network or a rule that does not go with the other options
-            parser.error(str(error))
-    else:
-        names += ("batches", "repeats")
-        network = options.network, options.rule, options.modules[0] or None
-        settings = Settings(*network, options.batch, options.batches, options.repeats)
-        what = f"{options.network}, {options.rule}, batch {options.batch}"
-        say = f"Images/s measured on a CPU, one thread per rank: {what}. In parentheses the least and the most. "
-        say += "The ideal is the slowest stage alone; where ranks share cores, the work of all stages over the cores."
-        head = {"benchmark": "scale", "kind": "measured", "note": say}
-        found = {"runs": [measure(settings, ranks) for ranks in options.measure or (2, 3)]}
-        text, stem = measured_page, options.output / "scale-measured"
-    report = {**head, "settings": {name: getattr(options, name) for name in names}, **environment(), **found}
+    names = ["network", "rule", "modules", "batch"]
+    try:
+        if options.measure is None:
+            names += ["stages", "replicas", "microbatches", "bandwidth", "latency", "flops", "utilisation", "slow"]
+            head, found = {"kind": "model", "note": note(options)}, {"rows": rows(options)}
+            text, stem = page, options.output / "scale"
+        else:
+            names += ["batches", "repeats"]
+            network = options.network, options.rule, options.modules[0] or None
+            run = Settings(*network, options.batch, options.batches, options.repeats)
+            head = {"kind": "measured", "note": measured_note(options)}
+            found = {"runs": [measure(run, ranks) for ranks in options.measure or (2, 3)]}
+            text, stem = measured_page, options.output / "scale-measured"
+    except ValueError as error:  # of a network or a rule that does not go with the other options
+        parser.error(str(error))
+    settings = {name: getattr(options, name) for name in names}
+    report = {"benchmark": "scale", **head, "settings": settings, **environment(), **found}
     write_text(stem.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
     write_text(stem.with_suffix(".md"), text(report))
     print(text(report))
