@@ -66,7 +66,9 @@ def test_local_stages_take_the_time_of_the_slowest(model, ideal, stages):
     # A slow link sets the pace instead, and only where it takes longer than the slowest stage.
     fast, slow = (model.Machine(1.0, bandwidth, 0.5) for bandwidth in (6.0, 0.1))
     assert model.local(equal, stages, 1, 1, fast).seconds == 24 / stages
-    assert model.local(equal, stages, 1, 1, slow).seconds == pytest.approx(60.5)
+    linked = model.local(equal, stages, 1, 1, slow)
+    assert linked.seconds == pytest.approx(60.5) and linked.idle == pytest.approx(1 - 24 / stages / 60.5)
+    assert linked.fill == pytest.approx((stages - 1) * (24 / stages + 60.5))
     assert found.traffic == (stages - 1) * 6
 
 
@@ -89,8 +91,9 @@ def test_a_link_stands_twice_between_forward_and_backward(model):
     machine = model.Machine(1.0, 1.0, 4.0)
     found = model.pipelined(layers(model, 2, sends=1.0), 2, 1, 1, 1, machine, False)
     assert found.seconds == 6 + 2 * (1 + 4) and found.traffic == 2
-    busy = model.pipelined(layers(model, 2, sends=100.0), 2, 1, 8, 8, machine, False)
-    assert busy.seconds > 8 * 100  # messages follow one another
+    busy = model.pipelined(layers(model, 2, sends=100.0), 2, 1, 2, 2, machine, False)
+    # Two messages follow one another: they leave at 1 and 101, the second gradient at 208.
+    assert busy.seconds == 205 + 1 + 2 + 104 + 2
 
 
 def test_gradients_travel_beside_the_next_module(model):
