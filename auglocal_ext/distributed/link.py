@@ -31,6 +31,10 @@ class Form:
             order = list(range(tensor.dim()))
         return Form(tuple(tensor.shape[1:]), tuple(order), tensor.dtype)
 
+    def fits(self, first: Form) -> bool:
+        """Whether such a tensor can travel as ``first``; the order of few samples, or positions, is arbitrary."""
+        return self.shape == first.shape and self.dtype == first.dtype
+
     def empty(self, batch: int, device: torch.device) -> Tensor:
         """A message of ``batch`` samples, contiguous; :meth:`as_features` shows it as features."""
         shape = (batch, *self.shape)
@@ -43,6 +47,10 @@ class Form:
         return message.permute([self.order.index(axis) for axis in range(len(self.order))])
 
 
+#: In place of a batch's size: none comes any more.
+_END = -1
+
+
 class Link:
     """What leaves one stage and arrives at the next.
 
@@ -50,15 +58,19 @@ class Link:
     size. From then on the receiver has always asked for the next batch before it works on this one, and the sender
     waits before it sends a batch until the one before has arrived. So at most two batches are in flight.
 
+    A number goes before the features: how many samples they are of, or that the run ends.
+
     Args:
         group: process group of the stages.
         sender, receiver: ranks of both ends within the group.
         names: of the tensors that travel, for messages.
+        reads: whether the receiver reads that number where it is not on the CPU, which waits for the device.
     """
 
-    def __init__(self, group: Any, sender: int, receiver: int, names: Sequence[str]) -> None:
+    def __init__(self, group: Any, sender: int, receiver: int, names: Sequence[str], reads: bool) -> None:
         self._group = group
         self._names = tuple(names)
+        self._reads = reads
         self._ends = sender, receiver
         self._batch = 0
         self._sender = torch.distributed.get_global_rank(group, sender)
@@ -82,23 +94,26 @@ class Link:
         if self._forms is None:
             self._forms, self._largest = forms, batch
             torch.distributed.send_object_list([(forms, batch)], self._receiver, group=self._group)
-        elif forms != self._forms:
-            changed = next(i for i, form in enumerate(forms) if form != self._forms[i])
+        changed = next((i for i, form in enumerate(forms) if not form.fits(self._forms[i])), None)
+        if changed is not None:
             raise ValueError(
                 f"{self._names[changed]} had the form {self._forms[changed]} in the first batch and has "
                 f"{forms[changed]} now: what stages hand on must not change during a run"
             )
         self.finish()
-        for form, tensor in zip(forms, tensors, strict=True):
+        self._send(_number(batch, tensors[0].device))
+        for form, tensor in zip(self._forms, tensors, strict=True):
             message = form.as_message(tensor.detach())
             if batch < self._largest:
                 whole = form.empty(self._largest, tensor.device)
                 whole[:batch] = message
                 whole[batch:] = 0
                 message = whole
-            work = torch.distributed.isend(message, self._receiver, group=self._group)
-            self._sending.append((work, message))
+            self._send(message)
         self._batch += 1
+
+    def _send(self, message: Tensor) -> None:
+        self._sending.append((torch.distributed.isend(message, self._receiver, group=self._group), message))
 
     def finish(self) -> None:
         """Wait until what was sent has arrived."""
@@ -123,27 +138,37 @@ class Link:
         if self._forms is None:
             told: list[Any] = [None]
             torch.distributed.recv_object_list(told, self._sender, group=self._group)
-            self._forms, self._largest = told[0]
-            if batch != self._largest:
-                raise ValueError(
-                    f"this stage was given a first batch of {batch} samples and the one before it {self._largest}: "
-                    "every stage must be given the same batches"
-                )
+            forms, largest = told[0]
+            self._same(largest, batch)
+            self._forms, self._largest = forms, largest
             self._ask(device)
         assert self._forms is not None
         self._wait([work for work, _ in self._asked], "did not send")
+        (_, number), *features = self._asked
+        sent = int(number) if number.is_cpu or self._reads else batch
+        if sent == _END:
+            self._forget()
+            raise RuntimeError(
+                f"stage {self._ends[0]} has ended its run (step.close(), or it failed), and this stage is called with "
+                "a further batch: give every stage the same batches"
+            )
+        self._same(sent, batch)
         self._batch += 1
-        arrived = [
-            form.as_features(message)[:batch] for (_, message), form in zip(self._asked, self._forms, strict=True)
-        ]
+        arrived = [form.as_features(message)[:batch] for (_, message), form in zip(features, self._forms, strict=True)]
         self._ask(device)
         return arrived
+
+    def _same(self, theirs: int, ours: int) -> None:
+        if ours != theirs:
+            raise ValueError(
+                f"this stage was given {ours} samples in batch {self._batch} and the one before it {theirs}: every "
+                "stage must be given the same batches"
+            )
 
     def _ask(self, device: torch.device) -> None:
         assert self._forms is not None
         self._asked = []
-        for form in self._forms:
-            message = form.empty(self._largest, device)
+        for message in (_number(0, device), *(form.empty(self._largest, device) for form in self._forms)):
             work = torch.distributed.irecv(message, self._sender, group=self._group)
             self._asked.append((work, message))
 
@@ -153,12 +178,25 @@ class Link:
             return
         if torch.distributed.get_rank() == self._sender:
             self.finish()
+            self._send(_number(_END, device))
             for form in self._forms:
-                message = form.empty(self._largest, device).zero_()
-                torch.distributed.send(message, self._receiver, group=self._group)
+                self._send(form.empty(self._largest, device).zero_())
+            self.finish()
         else:
             self._wait([work for work, _ in self._asked], "did not close")
+            if int(self._asked[0][1]) != _END:
+                raise RuntimeError(
+                    f"stage {self._ends[0]} has sent batch {self._batch}, which this stage was not called with: give "
+                    "every stage the same batches"
+                )
+        self._forget()
+
+    def _forget(self) -> None:
         self._asked, self._forms, self._batch = [], None, 0
+
+
+def _number(value: int, device: torch.device) -> Tensor:
+    return torch.full((1,), value, dtype=torch.int64, device=device)
 
 
 def send_now(tensors: Sequence[Tensor], group: Any, to: int) -> None:

@@ -64,15 +64,17 @@ class Stage:
         self._supplies = [i for i in range(1, self.last + 1) if i in kept[self.last]]
         self._check_batches = check_batches
         self._digest: Tensor | None = None
-        # Inference has messages of its own: the next training batch has been asked for already.
-        ranks = torch.distributed.get_process_group_ranks(group)
-        self._inference = torch.distributed.new_group(ranks, use_local_synchronization=True)
+        # Messages of its own, as the next training batch has been asked for already: what else is sent among these
+        # processes, by inference or by another network's step, must not be taken for it.
+        training, self._inference = _group_like(group), _group_like(group)
         self._from: Link | None = None
         self._to: Link | None = None
         if self.index > 0:
-            self._from = Link(group, self.index - 1, self.index, _names(self.first - 1, self._supplied))
+            names = _names(self.first - 1, self._supplied)
+            self._from = Link(training, self.index - 1, self.index, names, check_batches)
         if self.index < self.count - 1:
-            self._to = Link(group, self.index, self.index + 1, _names(self.last, self._supplies))
+            names = _names(self.last, self._supplies)
+            self._to = Link(training, self.index, self.index + 1, names, check_batches)
 
     def check(self, batch: int) -> None:
         """ValueError for a batch larger than the first one."""
@@ -116,7 +118,7 @@ class Stage:
             self._to.send(tensors if self._digest is None else [*tensors, self._digest])
 
     def _compare(self, theirs: Tensor, ours: Tensor) -> None:
-        differ = ((theirs != ours) & ~(theirs.isnan() & ours.isnan())).nonzero().flatten().tolist()
+        differ = (theirs != ours).nonzero().flatten().tolist()
         if differ:
             raise ValueError(
                 f"stages {self.index - 1} and {self.index} were given other samples at {len(differ)} of {len(ours)} "
@@ -130,13 +132,29 @@ class Stage:
                 link.close(device)
 
 
+def _group_like(group: Any) -> Any:
+    """Another process group of the same processes, with the same time-out."""
+    ranks = torch.distributed.get_process_group_ranks(group)
+    device = group._device_types[0]
+    timeout = group._get_backend(device).options._timeout
+    return torch.distributed.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+
+
 def _names(module: int, supplied: Sequence[int]) -> list[str]:
     inputs = (f"the input of local module {index}" for index in supplied)
     return [f"the output of local module {module}", *inputs, "the digest of the batch"]
 
 
 def _digest(samples: Tensor) -> Tensor:
-    """A number for each sample that also depends on where its elements are, in float64."""
-    flat = samples.detach().flatten(1).double() if samples.dim() > 1 else samples.detach().double().unsqueeze(1)
-    places = torch.arange(1, flat.shape[1] + 1, dtype=torch.float64, device=flat.device)
-    return (flat * places.sqrt()).sum(1)
+    """An int64 for each sample, of its bits and of where its elements are: no order of summing changes it."""
+    flat = samples.detach().flatten(1) if samples.dim() > 1 else samples.detach().unsqueeze(1)
+    if flat.is_floating_point():
+        flat = flat.contiguous().view(_BITS[flat.element_size()])
+    # A factor for each place, as good as drawn (two steps of splitmix64); products and sums wrap around.
+    factors = torch.arange(1, flat.shape[1] + 1, dtype=torch.int64, device=flat.device) * -7046029254386353131
+    factors = (factors ^ (factors >> 30)) * -4658895280553007687
+    factors = (factors ^ (factors >> 27)) | 1
+    return (flat.long() * factors).sum(1)
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
