@@ -13,12 +13,13 @@ class DisagreementError(RuntimeError):
     """Processes that are to train one network differ in something; raised in all of them."""
 
 
-def agree(facts: Mapping[str, Any], group: Any) -> None:
+def agree(facts: Mapping[str, Any], group: Any, whose: str = "replicas") -> None:
     """Compare what each process of a group says; a collective call.
 
     Args:
         facts: plain values by name, such as options and versions.
         group: the process group.
+        whose: what its processes are, for the message.
 
     Raises:
         DisagreementError: naming what differs first, with both values and ranks. In all processes, so none waits.
@@ -31,7 +32,7 @@ def agree(facts: Mapping[str, Any], group: Any) -> None:
             here, there = first.get(name, "nothing"), theirs.get(name, "nothing")
             if here != there:
                 raise DisagreementError(
-                    f"replicas 0 and {rank} differ in {name}: {here} and {there}. Start every process with the same "
+                    f"{whose} 0 and {rank} differ in {name}: {here} and {there}. Start every process with the same "
                     "code, network and options"
                 )
 

@@ -14,7 +14,8 @@ from .agreement import DisagreementError, agree, shapes_of
 class Average:
     """An average over the replicas that is under way; :meth:`wait` puts it in place."""
 
-    def __init__(self, works: Sequence[Any], buckets: Sequence[_Bucket], replicas: int) -> None:
+    def __init__(self, module: int, works: Sequence[Any], buckets: Sequence[_Bucket], replicas: int) -> None:
+        self._module = module
         self._works = works
         self._buckets = buckets
         self._replicas = replicas
@@ -25,7 +26,14 @@ class Average:
         The current stream waits, not the host; with gloo the host does.
         """
         for work, bucket in zip(self._works, self._buckets, strict=True):
-            work.wait()
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"the gradients of local module {self._module} were not averaged (this is rank "
+                    f"{torch.distributed.get_rank()}): another replica has ended, or is in another step for longer "
+                    f"than the time-out of the process group. {error}"
+                ) from error
             bucket.put_back(self._replicas)
 
 
@@ -38,6 +46,8 @@ class _Bucket:
         like = gradients[0] if gradients else buffers[0]
         self._trained = sum(g.numel() for g in gradients)
         self.memory = like.new_empty(self._trained + sum(b.numel() for b in buffers))
+        # Bytes of one process and zeros have a sum in every library of communication, whatever the dtype.
+        self.message = self.memory if gradients else self.memory.view(torch.uint8)
         self._gradients, at = [], 0
         for gradient in gradients:
             place = _place(self.memory, at, gradient)
@@ -103,7 +113,7 @@ class Replicas:
         for _, tensor in named:
             # Strided or expanded tensors do not travel as they are.
             whole = tensor.detach().clone(memory_format=torch.contiguous_format)
-            torch.distributed.broadcast(whole, source, group=group)
+            torch.distributed.broadcast(whole.view(-1).view(torch.uint8), source, group=group)
             if not self._first:
                 tensor.detach().copy_(whole)
 
@@ -113,7 +123,7 @@ class Replicas:
         Args:
             module: its index.
             parameters: whose ``.grad`` is averaged. Which of them have one must not change from step to step.
-            buffers: floating-point ones are set to the first replica's.
+            buffers: set to the first replica's.
 
         Raises:
             DisagreementError: if other parameters have a gradient than in the other replicas or in an earlier step.
@@ -123,14 +133,18 @@ class Replicas:
         by_kind: dict[tuple[torch.device, torch.dtype], tuple[list[nn.Parameter], list[Tensor]]] = {}
         for p in trained:
             assert p.grad is not None
+            if p.grad.layout != torch.strided:
+                raise TypeError(
+                    f"{self._names.get(id(p), 'a parameter')} has a gradient of layout {p.grad.layout}, which is not "
+                    "averaged over replicas: make the layer with sparse=False"
+                )
             by_kind.setdefault((p.grad.device, p.grad.dtype), ([], []))[0].append(p)
         for buffer in buffers:
-            if buffer.is_floating_point():
-                by_kind.setdefault((buffer.device, buffer.dtype), ([], []))[1].append(buffer)
+            by_kind.setdefault((buffer.device, buffer.dtype), ([], []))[1].append(buffer)
         with torch.no_grad():
             buckets = [_Bucket(*kind, self._first) for kind in by_kind.values()]
-        works = [torch.distributed.all_reduce(b.memory, group=self._group, async_op=True) for b in buckets]
-        return Average(works, buckets, self.size)
+        works = [torch.distributed.all_reduce(b.message, group=self._group, async_op=True) for b in buckets]
+        return Average(module, works, buckets, self.size)
 
     def _check(self, module: int, trained: tuple[str, ...]) -> None:
         known = self._trained.get(module)
@@ -141,6 +155,6 @@ class Replicas:
             changed = sorted(set(known) ^ set(trained))
             raise DisagreementError(
                 f"local module {module} trains other parameters than in its first step: {', '.join(changed)} "
-                "changed. Replicas must all train the same ones in every step: give layers that are skipped now and "
-                "then a gradient of zero"
+                "changed. Replicas must all train the same ones in every step: make a new LocalStep after freezing "
+                "or unfreezing, and give layers that are skipped now and then a gradient of zero"
             )

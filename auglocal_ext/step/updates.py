@@ -17,6 +17,9 @@ from .optimizers import ModuleOptimizers
 
 Clip = Literal["module", "global"]
 
+#: BatchNorm's, which is the same in all replicas and would need a message of its own.
+_COUNTER = "num_batches_tracked"
+
 
 class Updates:
     """Steps each local module's optimizer as soon as its gradients are there, and drops them.
@@ -87,10 +90,11 @@ class Updates:
     def take(self, module: LocalModule, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
         """The finished gradients of ``module``: with the last call of a step its parameters are updated at once.
 
-        Among replicas they are updated when the next module's gradients are there.
+        Gradients of parameters that the optimizer does not hold are dropped. Among replicas parameters are updated
+        when the next module's gradients are there.
         """
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is None:
+            if gradient is None or parameter not in self.optimizers.trained:
                 continue
             if parameter.grad is None:
                 parameter.grad = gradient
@@ -98,7 +102,7 @@ class Updates:
                 parameter.grad.add_(gradient)
         if self.due and self.replicas is not None:
             owned = [p for group in self.optimizers.view(module.index).param_groups for p in group["params"]]
-            buffers = [buffer for part in module.parts() for buffer in part.buffers()]
+            buffers = [b for part in module.parts() for name, b in part.named_buffers() if not name.endswith(_COUNTER)]
             self._averaging.append((module, self.replicas.average(module.index, owned, buffers)))
             if not self.all_at_once:
                 self._finish(self._averaging[:-1])
