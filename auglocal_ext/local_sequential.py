@@ -20,7 +20,7 @@ from .auxiliary.context import ContextSupply
 from .auxiliary.heads import Head
 from .layers import LayoutChoice, describe, evaluating, group_children, nesting_hint, probe_input
 from .local_modules import RECOMPUTE, LocalModule, LocalOutput, Recompute, local_pass, run_forward
-from .nn import FusedSequential, fuse, must_be_eager, refuse_sharding, unfuse
+from .nn import FusedSequential, fuse, must_be_eager, refuse_sharding, unfuse, unsync_batch_norm
 from .partition import Balanced
 from .rules.balance import balanced_ends
 from .rules.base import Network, Rule, made_like
@@ -245,6 +245,11 @@ class LocalSequential(nn.Module):
             first = end + 1
         return tuple(modules)
 
+    @property
+    def held(self) -> tuple[int, int] | None:
+        """First and last local module that this process holds, see :meth:`hold`; None if it holds all."""
+        return self._held
+
     def hold(self, first: int, last: int) -> None:
         """Keep local modules ``first`` .. ``last``; the parameters and buffers of all others go to the meta device.
 
@@ -289,7 +294,7 @@ class LocalSequential(nn.Module):
                 "step(x, y) and infer by step.predict(x), in all stages"
             )
         if y is None:
-            self._check_input(x, training_pass=False)
+            self.check_input(x)
             out = self.primary(x) if len(self.context) == 0 else run_forward(self.local_modules, x)
             self._warn_of_backpropagation(out)
             return out
@@ -332,7 +337,8 @@ class LocalSequential(nn.Module):
                 "zero. Pass net(x, y, grad_scaler=scaler), or use bfloat16",
             )
 
-    def _check_input(self, x: Tensor, training_pass: bool) -> None:
+    def check_input(self, x: Tensor, *, training_pass: bool = False) -> None:
+        """Raise TypeError or ValueError for inputs that the network was not wrapped for."""
         wanted = self.network.input_dtype
         if wanted is not None and (x.is_floating_point() or x.is_complex()):
             raise TypeError(f"x must be integers, as the {wanted} this network was wrapped for; got {x.dtype}")
@@ -354,12 +360,13 @@ class LocalSequential(nn.Module):
                 f"for; got {tuple(x.shape)}"
             )
 
-    def check_batch(self, x: Tensor, y: Tensor, *, values: bool = True) -> None:
+    def check_batch(self, x: Tensor, y: Tensor, *, values: bool = True, merged: bool = False) -> None:
         """Raise for a batch that no training pass can run on, as :meth:`forward` does.
 
-        ``values=False`` leaves out the values of ``y``, whose check on CUDA is a handful of kernels.
+        ``values=False`` leaves out the values of ``y``, whose check on CUDA is a handful of kernels. ``merged``:
+        BatchNorm takes its statistics over the batches of several processes, so one image is enough in each.
         """
-        self._check_input(x, training_pass=True)
+        self.check_input(x, training_pass=True)
         if len(x) == 0:
             raise ValueError("the batch is empty (N = 0); drop it before the training pass")
         self.check_target(y, len(x), values=values)
@@ -373,7 +380,7 @@ class LocalSequential(nn.Module):
                 "a layer was put in the place of another since the network was wrapped, but auxiliary networks follow "
                 f"the layers of then ({self.rule!r}): wrap the network again"
             )
-        if len(x) == 1 and self.training and self._one_image_norms:
+        if len(x) == 1 and not merged and self.training and self._one_image_norms:
             active = [n for n in self._one_image_norms if self.get_submodule(n).training]
             if active:
                 raise ValueError(
@@ -388,13 +395,21 @@ class LocalSequential(nn.Module):
         :class:`InferenceNetwork`. Both can be given to ``torch.export.export`` and ``torch.onnx.export``.
 
         Raises:
-            RuntimeError: if the network was built under a fake tensor mode and so has no weights to copy.
+            RuntimeError: if the network was built under a fake tensor mode and so has no weights to copy, or if other
+                processes hold some of them.
         """
+        if self._held is not None:
+            raise RuntimeError(
+                f"export() copies all weights, and this process holds those of local modules {self._held[0]} to "
+                f"{self._held[1]} of {self.num_modules} alone: load the state dicts of all stages into a network "
+                "wrapped anew, and export that"
+            )
         if any(isinstance(p, FakeTensor) for p in self.primary.parameters()):
             raise RuntimeError("export() copies weights, but this network was built of fake tensors, which have none")
         primary, context = copy.deepcopy(self.primary), copy.deepcopy(self.context)
-        unfuse(primary)
-        unfuse(context)
+        for part in (primary, context):
+            unfuse(part)
+            unsync_batch_norm(part)
         if len(self.context) == 0:
             return primary.eval()
         return InferenceNetwork(primary, self.local_modules, context).eval()

@@ -13,7 +13,7 @@ from .pooling import global_average_pool
 from .recompute import recomputed
 from .residual import FusedResidual
 from .sharding import in_process_group, refuse_sharding, sharded
-from .synced_norm import sync_batch_norm, synced_statistics
+from .synced_norm import sync_batch_norm, synced_statistics, unsync_batch_norm
 
 __all__ = [
     "BatchNormAct1d",
@@ -37,4 +37,5 @@ __all__ = [
     "sync_batch_norm",
     "synced_statistics",
     "unfuse",
+    "unsync_batch_norm",
 ]

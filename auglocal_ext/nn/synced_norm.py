@@ -90,6 +90,13 @@ def sync_batch_norm(module: nn.Module) -> int:
     return len(layers)
 
 
+def unsync_batch_norm(module: nn.Module) -> None:
+    """Take :func:`sync_batch_norm` back, in place."""
+    plain = {synced: kind for kind, synced in _SYNCED.items()}
+    for layer in module.modules():
+        layer.__class__ = plain.get(type(layer), type(layer))
+
+
 @contextmanager
 def synced_statistics(group: Any) -> Iterator[None]:
     """Within it layers changed by :func:`sync_batch_norm` use the statistics of all processes of ``group``.

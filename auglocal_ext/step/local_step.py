@@ -88,7 +88,8 @@ class LocalStep:
             ``graph=True``, ``overlap=True``, ``recompute="peak"`` and ``memory_budget`` raise. Over stages so do fp16,
             ``clip="global"``, parameters that stages share, and MAN, whose average reads the next module's parameters.
         stage_cuts: the first local module of every stage but the first; None for stages of about equal FLOPs.
-        check_batches: stages compare the samples they are given, which costs a read of a value per batch.
+        check_batches: stages compare the samples they are given, which costs a read of a value per batch. Without it
+            they compare the number of samples, on the CPU alone.
 
     Attributes:
         net: the network.
@@ -152,9 +153,10 @@ class LocalStep:
             | {"sync_batch_norm": sync_batch_norm, "check_batches": check_batches},
         )
         params = list(net.parameters()) if params is None else listed(params)
+        everywhere = {id(p) for p in net.parameters()}
         self._modules = self._processes.place(net, stage_cuts, lambda: module_flops(net, optimizer))
         if self._processes.stage is not None:
-            params = held(params, net)
+            params = held(params, net, everywhere)
         self._parameters = [p for p in net.parameters() if not p.is_meta]
         self._network_state = NetworkState(list(net.modules()), self._parameters, gradients=accumulate > 1)
         if recompute == "peak" or memory_budget is not None:
@@ -229,8 +231,10 @@ class LocalStep:
         Raises:
             TypeError, ValueError: for a bad batch, as ``net(x, y)`` does, before anything is changed.
             GraphCaptureError: with ``graph=True`` if the step cannot be captured; nothing is changed.
+            RuntimeError: if another process fails, or after a step of several processes that broke off in this one.
         """
         self._refuse_processes()
+        self._processes.refuse_broken()
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             way = self._way(x, y)
             if isinstance(way, GraphedStep):
@@ -260,6 +264,7 @@ class LocalStep:
         if self._processes.stage is None:
             with torch.no_grad():
                 return cast("Tensor", self.net(x))
+        self.net.check_input(x)
         return self._processes.predict(self._local_modules(), x)
 
     def close(self) -> None:
@@ -292,7 +297,7 @@ class LocalStep:
         if self._processes.stage is not None:
             self._processes.stage.check(len(x))
         if self._graphs is None:
-            self.net.check_batch(x, y)
+            self.net.check_batch(x, y, merged=self._processes.synced)
             return Way.EAGER
         recomputes = any(choice != "none" for choice in self.net.recompute)
         obstacle = "recomputed modules draw random numbers (dropout)" if recomputes and self._draws else None
@@ -332,7 +337,8 @@ class LocalStep:
         before = _random_position(x.device)
         try:
             out = self._run(x, y)
-        except BaseException:
+        except BaseException as error:
+            self._processes.broken_by = f"{type(error).__name__}: {error}"
             self._updates.drop()
             self._optimizers.forget_views()
             raise

@@ -28,7 +28,7 @@ class ModuleOptimizers:
 
     A view is an optimizer of the same class that shares ``whole``'s state and options but holds one module's
     parameters; a parameter which several modules train belongs to the last of them. So schedulers, ``param_groups``
-    and ``state_dict`` are those of one ordinary optimizer, and its checkpoints are too.
+    and ``state_dict`` are those of one ordinary optimizer, and its checkpoints are too. ``trained`` are its parameters.
 
     Args:
         modules: the local modules in order.
@@ -161,6 +161,7 @@ class ModuleOptimizers:
                 )
             _fit_to_device(group, self.whole.defaults)
         self._groups, self._layout = list(groups), layout
+        self.trained = {p for group in groups for p in group["params"]}
         self._pushed = [{} for _ in groups]
         self._state_to_device()
         self._views = {module: self._new_view(module) for module in self._modules}
@@ -208,16 +209,21 @@ def listed(params: Iterable[Any]) -> list[Any]:
     return [{**item, "params": _as_list(item["params"])} if isinstance(item, dict) else item for item in params]
 
 
-def held(params: list[Any], net: nn.Module) -> list[Any]:
-    """Parameters, or groups of them, without those that ``net`` does not hold: other processes train them."""
-    ours = {id(p) for p in net.parameters() if not p.is_meta}
+def held(params: list[Any], net: nn.Module, others: set[int]) -> list[Any]:
+    """Parameters, or groups of them, without those of ``others``, by ``id``, which ``net`` does not hold.
+
+    An optimizer takes a group of no parameters, but not a list of none: a process that trains nothing has such a group.
+    """
+    elsewhere = others.difference(id(p) for p in net.parameters() if not p.is_meta)
     kept = []
     for item in params:
         if isinstance(item, dict):
-            kept.append({**item, "params": [p for p in _as_list(item["params"]) if id(_parameter(p)) in ours]})
-        elif id(_parameter(item)) in ours:
+            group = item["params"]
+            group = [group] if isinstance(group, Tensor) else list(group)
+            kept.append({**item, "params": [p for p in group if id(_parameter(p)) not in elsewhere]})
+        elif id(_parameter(item)) not in elsewhere:
             kept.append(item)
-    return kept
+    return kept or [{"params": []}]
 
 
 def _parameter(item: Any) -> Any:

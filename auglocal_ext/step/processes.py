@@ -29,6 +29,8 @@ class Processes:
         alone: whether no other process takes part.
         stage: this process's local modules; None where it has all.
         replicas: over which gradients are averaged, once :meth:`meet` has run; None where there is one.
+        synced: whether BatchNorm takes its statistics over all replicas.
+        broken_by: what a step of this process broke off with.
     """
 
     def __init__(self, mesh: Mesh | None, options: dict[str, Any]) -> None:
@@ -36,8 +38,9 @@ class Processes:
         self.alone = self._stages is None and self._group is None
         self.stage: Stage | None = None
         self.replicas: Replicas | None = None
-        self._synced, self._check_batches = options.pop("sync_batch_norm"), options.pop("check_batches")
-        if self._synced and self._group is None:
+        self.broken_by: str | None = None
+        self.synced, self._check_batches = options.pop("sync_batch_norm"), options.pop("check_batches")
+        if self.synced and self._group is None:
             raise ValueError("sync_batch_norm=True is for several replicas: pass mesh=, or leave it out")
         if self._stages is None and options["stage_cuts"] is not None:
             raise ValueError('stage_cuts is for several stages: pass a mesh with a dimension "stage", or leave it out')
@@ -67,6 +70,11 @@ class Processes:
             cuts: the first local module of every stage but the first; None for stages whose ``costs`` are balanced.
         """
         modules = net.local_modules
+        if net.held is not None:
+            raise RuntimeError(
+                f"this process holds local modules {net.held[0]} to {net.held[1]} of the network, which another "
+                "LocalStep has spread over stages: go on with that step, or wrap the network anew"
+            )
         if self._stages is None:
             return modules
         count = torch.distributed.get_world_size(self._stages)
@@ -81,7 +89,11 @@ class Processes:
                 f"increasing numbers within 1 .. {len(modules) - 1}; got {cuts}"
             )
         _refuse_edges(modules, cuts)
-        agree({**_facts(net), "stage_cuts": cuts, "the initial weights (another seed?)": _checksum(net)}, self._stages)
+        agree(
+            {**_facts(net), "stage_cuts": cuts, "the initial weights (another seed?)": _checksum(net)},
+            self._stages,
+            "stages",
+        )
         kept = [module.kept for module in modules]
         self.stage = Stage(self._stages, cuts, len(modules), kept, self._check_batches)
         net.hold(self.stage.first, self.stage.last)
@@ -93,14 +105,22 @@ class Processes:
             return
         held = [(name, p) for name, p in net.named_parameters() if not p.is_meta]
         buffers = [(name, b) for name, b in net.named_buffers() if not b.is_meta]
-        facts = {**_facts(net), "the optimizer": _options_of(optimizer), **options, "sync_batch_norm": self._synced}
+        facts = {**_facts(net), "the optimizer": _options_of(optimizer), **options, "sync_batch_norm": self.synced}
         self.replicas = Replicas(self._group, held, buffers, facts)
-        if self._synced:
+        if self.synced:
             sync_batch_norm(net)
+
+    def refuse_broken(self) -> None:
+        """RuntimeError after a step that broke off here: what the other processes wait for no longer comes in order."""
+        if self.broken_by is not None and not self.alone:
+            raise RuntimeError(
+                f"a step of this process broke off with {self.broken_by}, and the other processes have gone on or wait "
+                "for it: end all of them, and resume from a checkpoint"
+            )
 
     def region(self) -> AbstractContextManager[Any]:
         """Entered for the whole of a step."""
-        return synced_statistics(self._group) if self._synced else nullcontext()
+        return synced_statistics(self._group) if self.synced else nullcontext()
 
     def begin(self, modules: Sequence[LocalModule], x: Tensor, y: Tensor) -> tuple[Relay, OneStream]:
         """What the first of this stage's modules takes in, and how what the last puts out is handed on."""
@@ -147,12 +167,14 @@ def _refuse_edges(modules: Sequence[LocalModule], cuts: Sequence[int]) -> None:
     owner: dict[int, int] = {}
     for module in modules:
         stage = sum(cut <= module.index for cut in cuts)
-        for parameter in module.parameters():
-            if owner.setdefault(id(parameter), stage) != stage:
-                raise ValueError(
-                    f"local module {module.index} shares a parameter of shape {tuple(parameter.shape)} with one of "
-                    "another stage: choose stage_cuts that keep them together"
-                )
+        buffers = (buffer for part in module.parts() for buffer in part.buffers())
+        for what, tensors in (("parameter", module.parameters()), ("buffer", buffers)):
+            for tensor in tensors:
+                if owner.setdefault(id(tensor), stage) != stage:
+                    raise ValueError(
+                        f"local module {module.index} shares a {what} of shape {tuple(tensor.shape)} with one of "
+                        "another stage: choose stage_cuts that keep them together"
+                    )
     for module in modules:
         stage = sum(cut <= module.index for cut in cuts)
         for part in [] if module.auxiliary is None else parts_of(module.auxiliary):
