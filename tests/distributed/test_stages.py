@@ -110,7 +110,7 @@ def _refusals(rank):
     ):
         with pytest.raises(ValueError, match=message):
             LocalStep(net, sgd, mesh=mesh(2), **options)
-    with pytest.raises(DisagreementError, match="replicas 0 and 1 differ in the initial weights .another seed"):
+    with pytest.raises(DisagreementError, match="stages 0 and 1 differ in the initial weights .another seed"):
         LocalStep(network("auglocal", seed=rank), sgd, mesh=mesh(2))
     with pytest.raises(DisagreementError, match="differ in stage_cuts"):
         LocalStep(network("auglocal"), sgd, mesh=mesh(2), stage_cuts=(1 + rank,))
