@@ -135,8 +135,8 @@ class Stage:
 def _group_like(group: Any) -> Any:
     """Another process group of the same processes, with the same time-out."""
     ranks = torch.distributed.get_process_group_ranks(group)
-    device = group._device_types[0]
-    timeout = group._get_backend(device).options._timeout
+    options = group._get_backend(group._device_types[0]).options
+    timeout = None if options is None else options._timeout  # torch's "fake" backend has none
     return torch.distributed.new_group(ranks, timeout=timeout, use_local_synchronization=True)
 
 
