@@ -107,11 +107,15 @@ class Trainer:
 
         Raises Interrupted after Ctrl-C, with the state of that moment in the checkpoint; DivergedError if a loss, on
         training or on test images, or a weight is no longer finite, with the checkpoint as it was before; SettingsError
-        if the output folder already holds another run.
+        if the output folder already holds another run or cannot be made.
         """
         if not self._resumed and (self.output / CHECKPOINT).exists():
             raise SettingsError(f"{self.output} holds a run: continue it with --resume, or choose another --output")
-        self.output.mkdir(parents=True, exist_ok=True)
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            message = f"--output {self.output}: this folder cannot be made: {error.strerror}; choose another"
+            raise SettingsError(message) from error
         table = CsvLog(self.output / LOG, self._done.epochs)
         (self.output / "config.json").write_text(json.dumps(self.describe(), indent=2) + "\n")
         board = TensorBoardLog(self.output / "tensorboard", self._done.epochs)

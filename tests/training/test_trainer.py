@@ -273,6 +273,13 @@ def test_a_folder_with_a_run_is_not_overwritten(config, separable):
         trainer(config(epochs=1), separable).fit()
 
 
+def test_an_output_folder_that_cannot_be_made_is_named(config, separable, tmp_path):
+    (tmp_path / "file").write_text("")
+    for taken in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(SettingsError, match=f"--output {taken}: this folder cannot be made: .*; choose another"):
+            trainer(config(output=str(taken), epochs=1), separable).fit()
+
+
 def test_same_seed_same_run(config, separable, tmp_path):
     logs = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
