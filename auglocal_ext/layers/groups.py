@@ -51,10 +51,14 @@ def starts_layer(module: nn.Module) -> bool:
 def _first_children(layers: nn.Sequential) -> list[int]:
     """Positions of the children that start a layer, then that of the classifier if it is a child of its own."""
     if not isinstance(layers, nn.Sequential):
-        way = "nn.Sequential(*layers) makes one" if isinstance(layers, list | tuple) else "wrap the network's stages"
+        way = (
+            "nn.Sequential(*layers) makes one"
+            if isinstance(layers, list | tuple | nn.ModuleList)
+            else "write its stages as nn.Sequential(stem, *blocks, classifier). What its forward does between them, "
+            "such as flattening, must be a child too or go into a block; docs/questions.md shows a ResNet"
+        )
         raise TypeError(
-            f"layers must be an nn.Sequential whose children are the layers, got {type(layers).__name__}; "
-            f"{way}: nn.Sequential(stem, *blocks, classifier)"
+            f"layers must be an nn.Sequential whose children are the layers, got {type(layers).__name__}; {way}"
         )
     starts = [i for i, child in enumerate(layers) if starts_layer(child)]
     if not starts:

@@ -202,9 +202,9 @@ def _refusal(layers: nn.Sequential, example: Tensor, index: int, h: Tensor, erro
     child = layers[index]
     shape = tuple(h.shape[1:])
     found = f"layers[{index}] ({type(child).__name__}) does not accept an input of shape {_batched(shape)}"
-    linear = next((part for part in child.modules() if has_parameters(part) and not list(part.children())), None)
+    leaf = next((part for part in child.modules() if has_parameters(part) and not list(part.children())), None)
     flat = torch.Size(shape).numel()
-    if index > 0 and isinstance(linear, nn.Linear) and linear.in_features == flat != shape[-1]:
+    if index > 0 and isinstance(leaf, nn.Linear) and leaf.in_features == flat != shape[-1]:
         why = (
             f"; its linear layer takes vectors of {flat} features, which is that shape flattened: it looks like a "
             f"missing nn.Flatten() before layers[{index}] (a model's forward often flattens where its children do not)"
@@ -223,7 +223,10 @@ def _refusal(layers: nn.Sequential, example: Tensor, index: int, h: Tensor, erro
         )
     else:
         given = tuple(example.shape[1:])
-        why = f", which is input_shape={given}; pass the shape of one input without the batch dimension"
+        way = "pass the shape of one input without the batch dimension"
+        if len(given) == 3 and isinstance(leaf, nn.Conv2d) and given[-1] == leaf.in_channels != given[0]:
+            way = f"the channels come first: input_shape={(given[-1], *given[:-1])}"
+        why = f", which is input_shape={given}; {way}"
     return ValueError(f"{found}{why}. torch says: {error}")
 
 

@@ -396,6 +396,18 @@ def test_what_a_module_returns():
         described(nn.Sequential(Transposed(4, 4), nn.Linear(1, 2)), (4,))
 
 
-def test_lists_are_told_from_sequentials():
-    with pytest.raises(TypeError, match=r"got list; nn.Sequential\(\*layers\) makes one"):
-        group_children([nn.Linear(3, 3)])
+def test_an_input_shape_with_the_channels_last_is_told_from_one_with_a_batch():
+    layers = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 3))
+    with pytest.raises(ValueError, match=r"the channels come first: input_shape=\(3, 8, 9\)"):
+        described(layers, (8, 9, 3))
+    with pytest.raises(ValueError, match="the shape of one input without the batch dimension"):
+        described(layers, (1, 3, 8, 9))
+
+
+def test_what_is_no_sequential_is_told_how_to_become_one():
+    linear = nn.Linear(3, 3)
+    for children in ([linear], (linear,), nn.ModuleList([linear])):
+        with pytest.raises(TypeError, match=rf"got {type(children).__name__}; nn.Sequential\(\*layers\) makes one$"):
+            group_children(children)
+    with pytest.raises(TypeError, match=r"got Linear; write its stages as nn.Sequential\(stem, .* must be a child too"):
+        group_children(linear)
