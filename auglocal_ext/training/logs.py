@@ -93,7 +93,7 @@ class TensorBoardLog:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except Exception as error:  # a half-installed tensorboard fails in many ways, none worth losing a run for
-            self.note = f"no TensorBoard log ({error}); pip install 'auglocal_ext[train]'"
+            self.note = f"no TensorBoard log ({error}): pip install tensorboard"
             return
         self._writer = SummaryWriter(str(folder), purge_step=epoch + 1)
 

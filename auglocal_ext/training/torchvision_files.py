@@ -25,9 +25,10 @@ def import_torchvision() -> ModuleType:
         import torchvision
         import torchvision.datasets
     except Exception as error:  # a torchvision built for another torch fails with RuntimeError or OSError
+        version = torch.__version__.split("+")[0]
         raise DataError(
             f"this data needs torchvision, which did not import ({type(error).__name__}: {error}); "
-            "install the one that belongs to your torch: pip install 'auglocal_ext[train]'"
+            f"install the one that belongs to your torch: pip install torchvision torch=={version}"
         ) from error
     return torchvision
 
