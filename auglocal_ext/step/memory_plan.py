@@ -75,7 +75,7 @@ class MemoryPlan:
         budget = "" if self.budget_bytes is None else f" of a budget of {amount(self.budget_bytes)}"
         return (
             f"predicted {amount(self.predicted_bytes)}{budget} at batch size {self.batch_size}, without library "
-            f"workspaces: {amount(self.base_bytes)} between steps; recomputation adds {self.recomputed_share:.1%} of "
+            f"workspaces\nbetween steps {amount(self.base_bytes)}; recomputation adds {self.recomputed_share:.1%} of "
             f"the step's FLOPs; overlap {'on' if self.overlap else 'off'}"
         )
 

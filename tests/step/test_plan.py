@@ -386,12 +386,14 @@ def test_wrong_options(options, message):
 def test_the_table():
     plan = plan_memory(wrap(AugLocal(2), depth=14), BATCH, sgd, recompute="peak")
     text = str(plan)
-    _, header, *rows, summary = text.splitlines()
+    _, header, *rows, peak, between = text.splitlines()
     assert header.split() == ["modules", *WAYS, "chosen", "FLOPs", "added"]
     assert any("-" in row.split()[0] for row in rows)  # modules that look alike share a line
     first, last = rows[0].split()[0].split("-")[0], rows[-1].split()[0].split("-")[-1]
     assert (first, int(last)) == ("0", len(plan.recompute) - 1)
-    assert f"{plan.predicted_bytes:,} bytes" in summary and "overlap off" in summary
+    assert f"{plan.predicted_bytes:,} bytes" in peak
+    assert f"{plan.base_bytes:,} bytes" in between and "overlap off" in between
+    assert max(map(len, (peak, between))) <= 120  # a terminal's width, nearly
 
 
 def test_flops_are_counted_as_torch_counts_them():
