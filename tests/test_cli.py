@@ -100,7 +100,8 @@ def test_train(images, tmp_path, capsys, rule):
     assert len(rows(output)) == 2
 
     assert main(arguments) == 1
-    assert "holds a run: continue it with --resume" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "holds a run: continue it with --resume" in said.err and not said.out
     assert main(["train", "--output", str(output), "--resume"]) == 0
     assert main([*arguments, "--resume", "--recipe", "auto"]) == 0
     assert main(["train", "--output", str(output), "--resume", "--lr", "0.5"]) == 1
@@ -112,7 +113,8 @@ def test_train(images, tmp_path, capsys, rule):
 
 def test_output_is_named_after_network_and_rule(images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "--data", "images", "--epochs", "1", *SMALL, "--depth", "2"]) == 0
+    assert main(["train", "--data", "images", "--epochs", "1", *SMALL, "--depth", "2", "--batch-size", "64"]) == 0
+    assert "each of 1 step, batch size 64" in capsys.readouterr().out
     assert (tmp_path / "runs" / "resnet8-auglocal" / "checkpoint.pt").exists()
     assert main(["train", "--resume", "--network", "resnet8"]) == 0
 

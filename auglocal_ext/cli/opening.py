@@ -28,6 +28,7 @@ def opening(trainer: Trainer) -> str:
     else:
         device += f" (threads: {torch.get_num_threads()})"
     epochs, before = config.epochs or 0, trainer.resumed_after
+    steps = "1 step" if trainer.steps == 1 else f"{trainer.steps:,} steps"
     went = f"; resumes after {before}" if before else ""
     rates = [trainer.learning_rate(epoch) for epoch in range(1, epochs + 1)]
     return _aligned(
@@ -38,7 +39,7 @@ def opening(trainer: Trainer) -> str:
              f"{len(facts['classes'])} classes, {where}"),
             ("memory", f"{_size(trainer.predicted_peak())} at the peak of a step, predicted (tensors alone)"),
             ("device", f"{device}; steps: {trainer.launch()}"),
-            ("epochs", f"{epochs}, each of {trainer.steps:,} steps, batch size {config.batch_size}{went}"),
+            ("epochs", f"{epochs}, each of {steps}, batch size {config.batch_size}{went}"),
             ("lr", f"{config.lr:g}; {config.schedule} cosine, {rates[0]:.3g} first, {rates[-1]:.3g} last; "
              f"warm-up {config.warmup} epochs"),
             ("output", str(trainer.output)),

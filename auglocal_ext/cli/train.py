@@ -24,7 +24,7 @@ from ..training.config import AMP, GRAPH, RECOMPUTE_CHOICES, differences, from_d
 from ..training.data import DATASETS, ImageFiles, detect, load_data
 from ..training.rule_options import RULE_OPTIONS
 from ..training.schedule import SCHEDULES
-from ..training.trainer import CHECKPOINT, CURVES
+from ..training.trainer import CHECKPOINT, CURVES, refuse_earlier_run
 from .network_options import add_network_options
 from .opening import ending, opening
 
@@ -222,4 +222,5 @@ def _config(settings: dict[str, Any], given: dict[str, Any], resume: bool) -> Tr
         return from_dict(stored | given)
     if "data" not in settings:
         raise SettingsError("--data DIR is missing: the folder with the images")
+    refuse_earlier_run(Path(given["output"]).expanduser())  # Trainer.fit would, after the images are loaded
     return from_dict(settings)

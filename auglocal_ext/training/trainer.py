@@ -40,6 +40,12 @@ DRAW_EVERY = 30.0
 CHECKPOINT, LOG, CURVES = "checkpoint.pt", "log.csv", "curves.png"
 
 
+def refuse_earlier_run(output: Path) -> None:
+    """SettingsError if ``output`` holds a run, which a new one would overwrite."""
+    if (output / CHECKPOINT).exists():
+        raise SettingsError(f"{output} holds a run: continue it with --resume, or choose another --output")
+
+
 class Trainer:
     """Trains ``config.network`` by ``config.rule`` on the images in ``config.data``.
 
@@ -109,8 +115,8 @@ class Trainer:
         training or on test images, or a weight is no longer finite, with the checkpoint as it was before; SettingsError
         if the output folder already holds another run or cannot be made.
         """
-        if not self._resumed and (self.output / CHECKPOINT).exists():
-            raise SettingsError(f"{self.output} holds a run: continue it with --resume, or choose another --output")
+        if not self._resumed:
+            refuse_earlier_run(self.output)
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
