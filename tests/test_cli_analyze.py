@@ -143,12 +143,15 @@ def test_everything(analyze, made, tmp_path, capsys):
         "I(h, x)",
     ):
         assert part in said.out, part
-    assert "local module" in said.out and f"see {out}" in said.out
+    assert "each local module" in said.out and f"see {out}" in said.out
     assert not said.err  # no bars where there is no terminal
 
 
-def test_facts(analyze, tmp_path):
+def test_facts(analyze, tmp_path, capsys):
     assert analyze("--checkpoint", "auglocal", "--against", "bp", "--analyses", "cka", "curves") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^run +module +last layer +training loss +accuracy +test loss +accuracy$", said, flags=re.M)
+    assert re.search(r"^auglocal +0 +stem +\d\.\d{3} +[\d.]+% +\d\.\d{3} +[\d.]+%$", said, flags=re.M)
     assert files(tmp_path / "out") == {
         "analysis.json", "cka.csv", "cka-auglocal.png", "cka-matched.png", "curves.csv", "curves.png", "modules.csv",
         "modules.png",

@@ -25,7 +25,7 @@ from .curves import ModuleScore, module_scores
 from .information import Information, information
 from .probes import LayerProbe, linear_probes
 from .selection import Selection, Settings
-from .tables import Table, aligned, layer_table, thinned
+from .tables import Table, aligned, layer_table, number, thinned
 
 IMAGES = 10_000
 PROBE_EPOCHS = 30
@@ -214,7 +214,7 @@ class Report:
             )
         plots.draw_curves(self._figure("curves"), curves)
         scores = Table(self.output / "modules.csv", ("run", "module", "layers", "loss", "accuracy"))
-        lines = [["local module", "last layer", "training loss", "accuracy", "test loss", "accuracy"]]
+        lines = [["run", "module", "last layer", "training loss", "accuracy", "test loss", "accuracy"]]
         for name, run in self._each("curves"):
             found[name] = module_scores(run.network, self._selection.source(name).test(), bars=self._bars)
             scores.add((name, s.index, " ".join(s.layers), s.loss, s.accuracy) for s in found[name])
@@ -222,14 +222,14 @@ class Report:
             last = curves[name]
             for k in thinned(len(found[name])):
                 score = found[name][k]
-                numbers = (
-                    last.module_losses[-1, k],
-                    100 * last.module_accuracies[-1, k],
-                    score.loss,
-                    100 * score.accuracy,
-                )
-                lines.append([f"{name} {k}", score.layers[-1], *(f"{float(number):.3f}" for number in numbers)])
-        return "loss and accuracy of the local modules, of the last epoch and on test images\n" + aligned(lines)
+                training = float(last.module_losses[-1, k]), float(last.module_accuracies[-1, k])
+                cells = [
+                    text
+                    for loss, accuracy in (training, (score.loss, score.accuracy))
+                    for text in (number(loss, "{:.3f}"), number(accuracy, "{:.2%}"))
+                ]
+                lines.append([name, str(k), score.layers[-1], *cells])
+        return "loss and accuracy of each local module, in training (last epoch) and on test images\n" + aligned(lines)
 
     def _figure(self, name: str) -> Path:
         return self.output / f"{name.replace('/', '-')}.png"

@@ -53,7 +53,7 @@ def layer_table(names: Mapping[str, Sequence[str]], values: Mapping[str, Sequenc
         runs = [run for run in values if tuple(names[run]) == layers]
         lines = [["layer", *runs]]
         for i in thinned(len(layers)):
-            lines.append([layers[i], *(_number(values[run][i], form) for run in runs)])
+            lines.append([layers[i], *(number(values[run][i], form) for run in runs)])
         tables.append(aligned(lines))
     return "\n\n".join(tables)
 
@@ -67,5 +67,6 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _number(value: float, form: str) -> str:
+def number(value: float, form: str) -> str:
+    """``value`` in ``form``, such as ``"{:.3f}"``; a dash for nan."""
     return "-" if math.isnan(value) else form.format(value)
