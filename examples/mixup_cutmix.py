@@ -26,7 +26,10 @@ def main():
     normalize = v2.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
     tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize]
     augment = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), *tensor])
-    train = ImageFolder(f"{args.data}/train", augment)
+    try:
+        train = ImageFolder(f"{args.data}/train", augment)
+    except FileNotFoundError as error:
+        parser.error(f"--data {args.data}: {error}")
     classes = len(train.classes)
     mix = v2.RandomChoice([v2.MixUp(alpha=0.2, num_classes=classes), v2.CutMix(alpha=1.0, num_classes=classes)])
     batches = DataLoader(train, args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers)

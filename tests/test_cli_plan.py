@@ -39,6 +39,16 @@ def test_options_reach_the_step(capsys):
     assert main(["plan", "--network", "resnet8", "--rule", "contsup", "--context", "E", "--batch-size", "8"]) == 0
 
 
+def test_backpropagation_is_one_eager_module(capsys):
+    assert main([*SMALL[:5], "--rule", "bp", "--batch-size", "8"]) == 0
+    bp = predicted(capsys.readouterr().out)
+    assert main([*SMALL, "--modules", "1", "--eager"]) == 0
+    assert bp == predicted(capsys.readouterr().out)
+    for options in (["--recompute", "peak"], ["--memory-budget", "1GB"], ["--overlap", "on"]):
+        assert main([*SMALL[:5], "--rule", "bp", "--batch-size", "8", *options]) == 1
+        assert "to the local rules, not to bp" in capsys.readouterr().err
+
+
 def test_budget(capsys):
     assert main([*SMALL, "--memory-budget", "1GB"]) == 0
     said = capsys.readouterr().out
@@ -64,7 +74,7 @@ def test_wrong_input_is_one_message_and_status_1(capsys, arguments, said):
     assert error.startswith("error: ") and said in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize("arguments", [["plan"], ["plan", "--batch-size", "8", "--rule", "bp"]])
+@pytest.mark.parametrize("arguments", [["plan"], ["plan", "--batch-size", "8", "--rule", "nonsense"]])
 def test_wrong_call_is_explained(capsys, arguments):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)

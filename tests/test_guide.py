@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from auglocal_ext.cli import info, main, plan, train
+from auglocal_ext.cli import analyze, info, main, plan, train
 from auglocal_ext.models import NAMES
 from auglocal_ext.rules import RULES
 from auglocal_ext.training import recipes
@@ -46,7 +46,7 @@ def commands(text: str) -> list[list[str]]:
 def make_parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     parser = argparse.ArgumentParser()
     subparsers = parser.add_subparsers(dest="command", required=True)
-    for command in (info, plan, train):
+    for command in (analyze, info, plan, train):
         command.add_parser(subparsers)
     return parser, subparsers
 

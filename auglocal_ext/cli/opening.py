@@ -49,7 +49,7 @@ def opening(trainer: Trainer) -> str:
 
 def ending(trainer: Trainer, summary: Summary) -> str:
     """What the run came to, and where its files are."""
-    whose = "allocated on the GPU" if trainer.device.type == "cuda" else "of the process"
+    whose = "allocated on the GPU" if trainer.device.type == "cuda" else "of the process, with torch and the images"
     return _aligned(
         [
             ("accuracy", f"{summary.last_accuracy:.2%} on the test images, best {summary.best_accuracy:.2%} "

@@ -12,6 +12,7 @@ import torch
 from ..local_modules import RECOMPUTE
 from ..local_sequential import LocalSequential
 from ..models import build, input_shape
+from ..rules import Greedy
 from ..step import MemoryPlan, plan_memory
 from ..training import SettingsError, TrainConfig
 from ..training.config import AMP, RULE_OPTIONS, make_rule
@@ -19,7 +20,7 @@ from .network_options import add_network_options
 
 _EPILOG = """
 The step is that of the command train: SGD with Nesterov momentum and weight decay, each module stepped as soon as its
-gradients are there. Bytes of tensors are predicted, without a GPU and without images, and without library workspaces.
+gradients are there. Only bytes of tensors are predicted, without library workspaces. It needs neither a GPU nor images.
 """
 
 
@@ -33,8 +34,7 @@ def add_parser(subparsers: Any) -> None:
         "so that the step's peak is lowest, or within a budget.",
         epilog=_EPILOG,
     )
-    rules = tuple(rule for rule in RULE_OPTIONS if rule != "bp")
-    add_network_options(parser.add_argument_group("network and rule"), rules)
+    add_network_options(parser.add_argument_group("network and rule"), tuple(RULE_OPTIONS))
     add = parser.add_argument_group("step").add_argument
     add("--batch-size", type=int, metavar="N", required=True)
     add("--image-size", type=int, metavar="N", help="images of N x N (default: what the network was designed for)")
@@ -69,17 +69,22 @@ def _plan(arguments: argparse.Namespace) -> MemoryPlan:
     given = {
         field.name: value
         for field in fields(TrainConfig)
-        if field.name != "recompute" and (value := getattr(arguments, field.name, None)) is not None
+        if field.name not in ("recompute", "overlap") and (value := getattr(arguments, field.name, None)) is not None
     }
     config = TrainConfig(data="", output="", **given)
     rule = make_rule(config)
-    assert rule is not None  # there is no plan for backpropagation
+    recomputes = arguments.recompute not in (None, "none") or arguments.memory_budget is not None
+    if rule is None and (recomputes or arguments.overlap == "on"):
+        raise SettingsError("--recompute, --memory-budget and --overlap belong to the local rules, not to bp")
     layers = build(config.network, num_classes=arguments.classes, width=config.width)
     shape = input_shape(config.network)
     if config.image_size is not None:
         shape = (shape[0], config.image_size, config.image_size)
     classes = next(p for p in reversed(list(layers.parameters()))).shape[0]
-    net = LocalSequential(layers, rule, classes, shape, config.modules, fused=config.fused)
+    if rule is None:  # one module, which is backpropagation, on torch's own layers as train runs it
+        net = LocalSequential(layers, Greedy(), classes, shape, 1, fused=False)
+    else:
+        net = LocalSequential(layers, rule, classes, shape, config.modules, fused=config.fused)
     if config.channels_last:
         net.to(memory_format=torch.channels_last)
     budgeted = arguments.memory_budget is not None

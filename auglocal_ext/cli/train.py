@@ -34,12 +34,12 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells expect it (128 + SIGINT)."""
 
 _EPILOG = """
-Options left out take the value of the recipe, else of the data set's own one (SGD with Nesterov momentum 0.9, weight
-decay 1e-4, cosine per epoch; cifar10 and svhn: batch 1024, lr 0.8, 400 epochs, 10 of them warm-up; stl10: the same with
-batch 128, lr 0.1; imagenet: batch 1024, lr 0.4, 200 epochs, no warm-up), else of the rule. --epochs rescales the
-schedule; the warm-up is at most a quarter of the run. From 100 epochs on the schedule is the published one, whose last
-epoch has the rate 0; shorter runs take each rate in the middle of its epoch, so that every epoch trains. With --resume,
-options left out take the value of the interrupted run.
+Options left out take the value of the recipe, otherwise of the data set's own recipe (SGD with Nesterov momentum 0.9,
+weight decay 1e-4, cosine per epoch; cifar10 and svhn: batch 1024, lr 0.8, 400 epochs, 10 of them warm-up; stl10: the
+same with batch 128, lr 0.1; imagenet: batch 1024, lr 0.4, 200 epochs, no warm-up), else of the rule. --epochs rescales
+the schedule; the warm-up is at most a quarter of the run. From 100 epochs on the schedule is the published one, whose
+last epoch has the rate 0; shorter runs take each rate in the middle of its epoch, so that every epoch trains. With
+--resume, options left out take the value of the interrupted run.
 """
 
 

@@ -35,7 +35,7 @@ class PredSim(Rule):
     name = "predsim"
 
     beta: float = option(0.99, "weight of the similarity loss, 0..1")
-    limit: int | None = option(None, "most features that the prediction layer takes (default 2048)", kind=int)
+    limit: int | None = option(None, "largest number of features the prediction layer takes (default 2048)", kind=int)
     head: Head | None = head_option(None, "its own prediction layer, a head or a rule")
     scale_classifier: bool = option(True, "the last module's cross-entropy has weight 1 - beta too, not 1")
 
