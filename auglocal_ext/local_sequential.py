@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,16 @@ from .auxiliary.context import ContextSupply
 from .auxiliary.heads import Head
 from .layers import LayoutChoice, describe, evaluating, group_children, nesting_hint, probe_input
 from .local_modules import RECOMPUTE, LocalModule, LocalOutput, Recompute, local_pass, run_forward
-from .nn import FusedSequential, fuse, must_be_eager, refuse_sharding, unfuse, unsync_batch_norm
+from .nn import (
+    Deferred,
+    FusedSequential,
+    fuse,
+    give_memory,
+    must_be_eager,
+    refuse_sharding,
+    unfuse,
+    unsync_batch_norm,
+)
 from .partition import Balanced
 from .rules.balance import balanced_ends
 from .rules.base import Network, Rule, made_like
@@ -81,6 +90,7 @@ class LocalSequential(nn.Module):
         context: context encoders of modules 1 .. K-1 where the rule has them, keys under ``context.``.
         network: what the rule was given: layers with kinds, features and widths, the task, and module ends.
         task: what is learned.
+        empty: whether parameters are allocated but have no values yet, see :meth:`materialise`.
 
     Raises:
         TypeError: if ``layers`` is no ``nn.Sequential``, ``rule`` no rule or ``task`` no task.
@@ -171,6 +181,8 @@ class LocalSequential(nn.Module):
         self._followed = tuple(layers) if follow else ()
         self._warned: set[str] = set()
         self._held: tuple[int, int] | None = None
+        self._deferred = Deferred.active
+        self.empty = False
 
     def _warn_of_shared_parameters(self) -> None:
         owner: dict[int, int] = {}
@@ -262,6 +274,46 @@ class LocalSequential(nn.Module):
                     part.to("meta")
         self._held = first, last
 
+    def materialise(self, device: torch.device | str) -> None:
+        """Allocate parameters and buffers that are on the meta device; after :meth:`hold`, those of the held modules.
+
+        A network built inside :func:`auglocal_ext.nn.deferred` gets its initial values. Any other is ``empty``: it
+        raises until a state dict or a checkpoint is loaded. Parameters stay the same objects.
+
+        Raises:
+            RuntimeError: if a tensor was created outside ``deferred``, or if a buffer could not be loaded because it is
+                in no state dict.
+        """
+        first, last = self._held or (0, self.num_modules - 1)
+        held = [self.task, *(part for module in self.local_modules[first : last + 1] for part in module.parts())]
+        ours = {id(tensor) for part in held for tensor in (*part.parameters(), *part.buffers())}
+        named = [each for each in (*self.named_parameters(), *self.named_buffers()) if id(each[1]) in ours]
+        if all(not tensor.is_meta for _, tensor in named):
+            return
+        if self._deferred is None:
+            loaded = self.state_dict()
+            for name, tensor in named:
+                if tensor.is_meta and name not in loaded:
+                    raise RuntimeError(
+                        f"{name} is on the meta device and in no state dict, so it could not be loaded: build the "
+                        "network inside auglocal_ext.nn.deferred"
+                    )
+        give_memory(named, torch.empty(0, device=device).device, self._deferred)
+        self.empty, self._deferred = self._deferred is None, None
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        keys = super().load_state_dict(state_dict, strict, assign)
+        self.empty = self.empty and bool(keys.missing_keys)
+        return keys
+
+    def refuse_empty(self) -> None:
+        """RuntimeError if the network is :attr:`empty`."""
+        if self.empty:
+            raise RuntimeError(
+                "the network was built on the meta device and has no values yet: load a checkpoint, or build it inside "
+                "auglocal_ext.nn.deferred"
+            )
+
     def forward(
         self, x: Tensor, y: Tensor | None = None, *, grad_scaler: torch.amp.GradScaler | None = None
     ) -> LocalOutput | Tensor:
@@ -294,6 +346,7 @@ class LocalSequential(nn.Module):
                 "step(x, y) and infer by step.predict(x), in all stages"
             )
         if y is None:
+            self.refuse_empty()
             self.check_input(x)
             out = self.primary(x) if len(self.context) == 0 else run_forward(self.local_modules, x)
             self._warn_of_backpropagation(out)
@@ -366,6 +419,7 @@ class LocalSequential(nn.Module):
         ``values=False`` leaves out the values of ``y``, whose check on CUDA is a handful of kernels. ``merged``:
         BatchNorm takes its statistics over the batches of several processes, so one image is enough in each.
         """
+        self.refuse_empty()
         self.check_input(x, training_pass=True)
         if len(x) == 0:
             raise ValueError("the batch is empty (N = 0); drop it before the training pass")

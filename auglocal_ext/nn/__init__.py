@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .batch_norm_act import BatchNormAct1d, BatchNormAct2d
 from .chain import FusedSequential, run_chain
+from .deferred import Deferred, deferred, give_memory
 from .fusable import must_be_eager
 from .fuse import FusionReport, eager_type, fuse, unfuse
 from .norm_act_conv import norm_act_conv
@@ -19,12 +20,15 @@ __all__ = [
     "BatchNormAct1d",
     "BatchNormAct2d",
     "Branch",
+    "Deferred",
     "FusedResidual",
     "FusedSequential",
     "FusionReport",
     "PooledLinear",
+    "deferred",
     "eager_type",
     "fuse",
+    "give_memory",
     "global_average_pool",
     "in_process_group",
     "must_be_eager",
