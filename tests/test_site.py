@@ -27,8 +27,20 @@ INTERNAL = {
         "probe_input",
         "starts_layer",
     },
-    "distributed": {"Average", "Mesh", "Replicas", "Stage", "agree", "balanced_cuts", "mesh_groups"},
-    "nn": {"in_process_group", "must_be_eager", "refuse_sharding", "sharded"},
+    "distributed": {
+        "Average",
+        "Mesh",
+        "Replicas",
+        "Stage",
+        "Stored",
+        "agree",
+        "balanced_cuts",
+        "everyone",
+        "mesh_groups",
+        "together",
+        "write",
+    },
+    "nn": {"Deferred", "give_memory", "in_process_group", "must_be_eager", "refuse_sharding", "sharded"},
 }
 PACKAGES = (
     "analysis",

@@ -1,8 +1,23 @@
 """Several processes that train one network, on torch.distributed."""
 
 from .agreement import DisagreementError, agree
+from .checkpoint import CheckpointError, Stored, everyone, together, write
 from .mesh import Mesh, mesh_groups
 from .replicas import Average, Replicas
 from .stages import Stage, balanced_cuts
 
-__all__ = ["Average", "DisagreementError", "Mesh", "Replicas", "Stage", "agree", "balanced_cuts", "mesh_groups"]
+__all__ = [
+    "Average",
+    "CheckpointError",
+    "DisagreementError",
+    "Mesh",
+    "Replicas",
+    "Stage",
+    "Stored",
+    "agree",
+    "balanced_cuts",
+    "everyone",
+    "mesh_groups",
+    "together",
+    "write",
+]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any, Literal, cast
 
@@ -13,6 +14,7 @@ from ..distributed import Mesh
 from ..local_modules import LocalModule, LocalOutput, OneStream, Recompute
 from ..local_sequential import LocalSequential
 from ..nn import eager_type, in_process_group
+from . import checkpoint
 from .built_in import NetworkState
 from .graph import Form, GraphedStep, Graphs, NotForGraphs, Way
 from .memory_plan import MemoryPlan
@@ -142,8 +144,16 @@ class LocalStep:
             raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast}")
         self.net = net
         self.plan: MemoryPlan | None = None
+        device = next(net.parameters()).device.type
+        if device == "meta":
+            if mesh is None:
+                raise ValueError(
+                    "the network is on the meta device: call net.materialise(device) first, or pass mesh= "
+                    "among several processes"
+                )
+            device = mesh.device_type
         if autocast == torch.float16 and grad_scaler is None:
-            grad_scaler = torch.amp.GradScaler(next(net.parameters()).device.type)
+            grad_scaler = torch.amp.GradScaler(device)
         self.grad_scaler = grad_scaler
         shared = {"grad_scaler": grad_scaler, "clip_norm": clip_norm, "clip": clip}
         planned = {"recompute": recompute, "memory_budget": memory_budget}
@@ -191,6 +201,7 @@ class LocalStep:
         self._streams = OneStream()
         self._second: torch.cuda.Stream | None = None
         self._draws = False  # random numbers in a step, as dropout does
+        self._batches = 0  # calls so far
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -243,6 +254,7 @@ class LocalStep:
                 with nullcontext() if self._graphs is None else self._graphs.around(way, self._running):
                     out = self._eagerly(x, y)
         self._updates.count()
+        self._batches += 1
         return out
 
     def _refuse_processes(self) -> None:
@@ -261,6 +273,7 @@ class LocalStep:
         Returns:
             ``(N, outputs)``; None in all stages but the last.
         """
+        self.net.refuse_empty()
         if self._processes.stage is None:
             with torch.no_grad():
                 return cast("Tensor", self.net(x))
@@ -281,7 +294,10 @@ class LocalStep:
         return modules if stage is None else modules[stage.first : stage.last + 1]
 
     def state_dict(self) -> dict[str, Any]:
-        """State of optimizer and scaler; gradients of an unfinished accumulation are not part of it."""
+        """State of optimizer and scaler; gradients of an unfinished accumulation are not part of it.
+
+        Among stages this is the state of one stage: :meth:`save` writes that of all.
+        """
         scaler = None if self.grad_scaler is None else self.grad_scaler.state_dict()
         return {"optimizer": self.optimizer.state_dict(), "grad_scaler": scaler}
 
@@ -291,6 +307,50 @@ class LocalStep:
         if self.grad_scaler is not None and state.get("grad_scaler") is not None:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
         self._updates.drop()
+
+    def save(self, folder: str | os.PathLike[str], extra: Mapping[str, Any] | None = None) -> None:
+        """Save network, optimizer and scaler; call it in all processes, after the same batch.
+
+        Names do not depend on stages and replicas: :meth:`load` works with any number of processes. Each tensor is
+        written once, by torch.distributed.checkpoint. The state of random number generators is not saved.
+
+        Args:
+            folder: on a file system that all processes share. A checkpoint that exists there is replaced once the new
+                one is complete, and left intact until then.
+            extra: anything else to save, such as an epoch and a scheduler's state: numbers, strings, tensors, lists,
+                tuples and dicts. That of the first process is saved.
+
+        Raises:
+            CheckpointError: in all processes, if one of them fails.
+            RuntimeError: within an accumulation, whose gradients would be lost.
+        """
+        if self._updates.calls:
+            raise RuntimeError(
+                f"{self._updates.calls} of {self._updates.accumulate} calls of an optimizer step are done, and their "
+                "gradients are not saved: save after the last"
+            )
+        rest = {"grad_scaler": self.state_dict()["grad_scaler"], "extra": dict(extra or {})}
+        where = {"the number of batches": self._batches}
+        checkpoint.save(folder, self.net, self.optimizer, rest, where, self._processes.everyone())
+
+    def load(self, folder: str | os.PathLike[str]) -> dict[str, Any]:
+        """Load this process's part of a checkpoint written by :meth:`save`; call it in all processes.
+
+        Without a scaler in the checkpoint, this step's keeps its state. torch.distributed.checkpoint unpickles its list
+        of tensors: load only checkpoints that you trust.
+
+        Returns:
+            The ``extra`` of :meth:`save`.
+
+        Raises:
+            CheckpointError: in all processes, if one does not find the checkpoint, or if it is of another network,
+                rule, task or optimizer. Nothing is changed then. Also if a file is damaged; the network may then be
+                partly loaded.
+        """
+        optimizer, rest = checkpoint.load(folder, self.net, self.optimizer, self._processes.everyone())
+        self.load_state_dict({"optimizer": optimizer, "grad_scaler": rest["grad_scaler"]})
+        self.net.empty = False
+        return cast("dict[str, Any]", rest["extra"])
 
     def _way(self, x: Tensor, y: Tensor) -> GraphedStep | Way:
         """The captured step for this batch, or how to run it without one; the batch is checked for it."""

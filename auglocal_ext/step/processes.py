@@ -34,11 +34,13 @@ class Processes:
     """
 
     def __init__(self, mesh: Mesh | None, options: dict[str, Any]) -> None:
+        self._mesh = mesh
         self._stages, self._group = (None, None) if mesh is None else mesh_groups(mesh)
         self.alone = self._stages is None and self._group is None
         self.stage: Stage | None = None
         self.replicas: Replicas | None = None
         self.broken_by: str | None = None
+        self._everyone: Any | None = None
         self.synced, self._check_batches = options.pop("sync_batch_norm"), options.pop("check_batches")
         if self.synced and self._group is None:
             raise ValueError("sync_batch_norm=True is for several replicas: pass mesh=, or leave it out")
@@ -66,6 +68,8 @@ class Processes:
     ) -> tuple[LocalModule, ...]:
         """The local modules of this process; all others are moved to the meta device.
 
+        Its own get memory on the mesh's device, where they are on the meta device.
+
         Args:
             cuts: the first local module of every stage but the first; None for stages whose ``costs`` are balanced.
         """
@@ -76,6 +80,8 @@ class Processes:
                 "LocalStep has spread over stages: go on with that step, or wrap the network anew"
             )
         if self._stages is None:
+            if self._mesh is not None:
+                net.materialise(self._mesh.device_type)
             return modules
         count = torch.distributed.get_world_size(self._stages)
         if len(modules) < count:
@@ -97,6 +103,8 @@ class Processes:
         kept = [module.kept for module in modules]
         self.stage = Stage(self._stages, cuts, len(modules), kept, self._check_batches)
         net.hold(self.stage.first, self.stage.last)
+        assert self._mesh is not None
+        net.materialise(self._mesh.device_type)
         return net.local_modules[self.stage.first : self.stage.last + 1]
 
     def meet(self, net: LocalSequential, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> None:
@@ -117,6 +125,15 @@ class Processes:
                 f"a step of this process broke off with {self.broken_by}, and the other processes have gone on or wait "
                 "for it: end all of them, and resume from a checkpoint"
             )
+
+    def everyone(self) -> Any | None:
+        """A process group of all processes of the mesh, on their hosts; None where there is one. Collective once."""
+        if self._everyone is None and not self.alone:
+            assert self._mesh is not None
+            backend = "gloo" if torch.distributed.is_gloo_available() else None
+            ranks = self._mesh.mesh.flatten().tolist()
+            self._everyone = torch.distributed.new_group(ranks, backend=backend, use_local_synchronization=True)
+        return self._everyone
 
     def region(self) -> AbstractContextManager[Any]:
         """Entered for the whole of a step."""
@@ -201,6 +218,8 @@ def _checksum(net: nn.Module) -> int:
     """Of all parameters and buffers that hold data."""
     total = 0
     for name, tensor in net.state_dict().items():
+        if tensor.is_meta:
+            continue
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         total = zlib.crc32(data.tobytes(), zlib.crc32(name.encode(), total))
     return total
