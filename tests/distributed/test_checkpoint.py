@@ -14,6 +14,7 @@ from test_replicas import mesh as replicas
 from test_replicas import network, parts, sgd
 from test_stages import mesh
 from torch import nn
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
@@ -109,7 +110,6 @@ def _failing(here):
     """No tensor can be written here."""
     with pytest.MonkeyPatch.context() as patch:
         if here:
-            from torch.distributed.checkpoint import FileSystemWriter
 
             def fail(self, plan, planner):
                 raise OSError("a disk is full")
@@ -321,9 +321,9 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch, f
     def interrupted(number):
         with monkeypatch.context() as patch:
             if failing == "mkdir":
-                patch.setattr(torch.distributed.checkpoint.FileSystemWriter, "prepare_local_plan", stop)
+                patch.setattr(FileSystemWriter, "prepare_local_plan", stop)
             elif failing == "write":
-                patch.setattr(torch.distributed.checkpoint.FileSystemWriter, "finish", stop)
+                patch.setattr(FileSystemWriter, "finish", stop)
             else:
                 patch.setattr(checkpoint.os, "replace", stop)
             with pytest.raises(CheckpointError, match="OSError: stopped"):
