@@ -292,7 +292,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match="1 of 2 calls of an optimizer step are done"):
         step.save(tmp_path / "saved")
     step(*_point())
-    with pytest.raises(CheckpointError, match="holds numbers, strings, .*; got a test_checkpoint.Strange"):
+    with pytest.raises(CheckpointError, match="holds numbers, strings, .*; got a test_step_checkpoint.Strange"):
         step.save(tmp_path / "saved", {"strange": Strange()})
     assert not list(tmp_path.iterdir())
     (tmp_path / "mine").mkdir()
