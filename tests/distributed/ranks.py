@@ -25,5 +25,4 @@ def _enter(rank: int, world: int, meeting: str, work: Callable[..., None], args:
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     work(rank, *args)
-    torch.distributed.barrier()
     os._exit(0)  # gloo's threads sometimes abort a process that tears them down on a busy machine
