@@ -173,8 +173,10 @@ def _analysis(words: Sequence[str]) -> str:
 
 
 def _scale(words: Sequence[str]) -> str:
-    expect(words, "")
-    return first_table("scale/scale.md")
+    if not words:
+        return first_table("scale/scale.md")
+    expect(words, "measured")
+    return first_table("scale/scale-measured.md")
 
 
 def _label(name: str) -> str:

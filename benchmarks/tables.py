@@ -21,7 +21,7 @@ A name is words, quoted where one has a space. Tables::
     kernels cpu, kernels static       each op beside eager PyTorch; what machine code tells of the CUDA kernels
     accuracy                          the table of benchmarks/accuracy.py
     analysis cka, probes, information   five runs, a row for each layer
-    scale                             the first table of benchmarks/scale.py
+    scale, scale measured             the first table of benchmarks/scale.py, and of it with --measure
 
 Figures, with the names of rows, runs and layers that the result files have::
 
