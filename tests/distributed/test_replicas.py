@@ -168,6 +168,7 @@ def _train_synced(rank, names, world, options):
         assert torch.equal(net.eval()(x), copy.deepcopy(net)(x))  # outside a step it needs no other process
 
 
+@pytest.mark.slow
 def test_synchronised_batch_norm_sees_the_whole_batch():
     run(2, _train_synced, ["auglocal", "odd layers"], 2, {"recompute": "all"})
 
@@ -295,6 +296,7 @@ def _all_of(rank, works):
         work(rank)
 
 
+@pytest.mark.slow
 def test_two_replicas_in_odd_cases():
     run(2, _all_of, [_overflow, _memory_formats, _resume, _disagreements])
 

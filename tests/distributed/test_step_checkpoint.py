@@ -147,7 +147,8 @@ def _meta(rank, folder, name, expected):
     step.close()
 
 
-@pytest.mark.parametrize("name", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_a_run_goes_on_among_other_processes(tmp_path, name):
     rule, optimizer = OPTIMIZERS[name]
     step = one_process(name, BATCHES[:3])
