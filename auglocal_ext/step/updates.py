@@ -192,6 +192,11 @@ def guard_steps_by_hand(updates: Updates) -> None:
             )
         ours = updates is not None and updates.accumulate > 1 and updates.updated  # the zeros
         if not ours and any(p.grad is not None for group in whole.param_groups for p in group["params"]):
+            if updates is not None and updates.replicas is not None:
+                raise RuntimeError(
+                    "step.optimizer.step() with gradients of a pass of your own: they are this replica's alone, and "
+                    "its weights would drift from the others'. Train by step(x, y), which averages them"
+                )
             plain(whole)
         return result
 

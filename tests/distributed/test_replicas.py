@@ -211,6 +211,9 @@ def _overflow(rank):
     everyone_agrees(net)
     if handle is not None:
         handle.remove()
+    net(x, y).loss.backward()
+    with pytest.raises(RuntimeError, match="this replica's alone"):
+        step.optimizer.step()
     step(x, y)
     assert any(not torch.equal(p, q) for p, q in zip(net.local_modules[1].parameters(), before[1], strict=True))
     everyone_agrees(net)
