@@ -36,11 +36,12 @@ INTERNAL = {
         "agree",
         "balanced_cuts",
         "everyone",
+        "group_like",
         "mesh_groups",
         "together",
         "write",
     },
-    "nn": {"Deferred", "give_memory", "in_process_group", "must_be_eager", "refuse_sharding", "sharded"},
+    "nn": {"Deferred", "give_memory", "gathering", "in_process_group", "must_be_eager", "refuse_sharding", "sharded"},
 }
 PACKAGES = (
     "analysis",

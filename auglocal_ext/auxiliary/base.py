@@ -53,10 +53,13 @@ class Part(nn.Module):
 
     Attributes:
         can_recompute: whether the part runs its blocks through :meth:`run`, or has none.
+        compares_samples: whether its loss compares the samples of a batch, which it then passes through
+            :func:`auglocal_ext.nn.gathered`.
         settings: those of the run.
     """
 
     can_recompute: bool = False
+    compares_samples: bool = False
 
     def __init__(self, settings: LossSettings) -> None:
         super().__init__()

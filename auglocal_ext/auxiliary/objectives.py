@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..layers import Features
 from ..models.blocks import initialise
+from ..nn import gathered, gathering
 from ..ops.reconstruction_loss import reconstruction_loss
-from ..ops.similarity_loss import similarity_loss
+from ..ops.similarity_loss import channel_std, similarity_loss
 from ..tasks import Scored
 from ..tasks.classification import check_indices, classes_of
 from .base import Auxiliary, LossContext, LossSettings, Part
@@ -86,6 +87,9 @@ class SimilarityLoss(Term):
     label, or without a label, are left out. Smoothed labels have the similarities of plain ones, so label smoothing
     changes nothing here.
 
+    Replicas compare the samples of their own part of a batch, unless ``LocalStep(gather_features=True)`` gathers the
+    standard deviations ``(N, C)`` of all parts.
+
     Args:
         features: those of ``h``.
         settings: of a classification with class indices.
@@ -97,6 +101,7 @@ class SimilarityLoss(Term):
     """
 
     can_recompute = True
+    compares_samples = True
 
     def __init__(self, features: Features, settings: LossSettings) -> None:
         super().__init__(settings)
@@ -125,6 +130,8 @@ class SimilarityLoss(Term):
             z = self.encoder(self.features.channels_first(h))
         if z.dim() > 2 and z.shape[2:].numel() == 1:
             z = z.flatten(1)
+        if gathering():
+            z, target = gathered(channel_std(z) if z.dim() > 2 else z, target)
         task = classes_of(self.settings.task, "PredSim's similarity loss")
         return similarity_loss(z, target, task.num_classes, ignore_index=task.ignore_index, check_labels=False)
 

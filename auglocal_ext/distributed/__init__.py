@@ -2,7 +2,7 @@
 
 from .agreement import DisagreementError, agree
 from .checkpoint import CheckpointError, Stored, everyone, together, write
-from .mesh import Mesh, mesh_groups
+from .mesh import Mesh, group_like, mesh_groups
 from .replicas import Average, Replicas
 from .stages import Stage, balanced_cuts
 
@@ -17,6 +17,7 @@ __all__ = [
     "agree",
     "balanced_cuts",
     "everyone",
+    "group_like",
     "mesh_groups",
     "together",
     "write",

@@ -42,3 +42,15 @@ def mesh_groups(mesh: Mesh) -> tuple[Any | None, Any | None]:
     sizes = dict(zip(names, mesh.shape, strict=True))
     stages, replicas = (mesh.get_group(name) if sizes.get(name, 1) > 1 else None for name in (STAGE, REPLICA))
     return stages, replicas
+
+
+def group_like(group: Any, *, on_hosts: bool = False) -> Any:
+    """Another process group of the same processes, with the same time-out; collective.
+
+    ``on_hosts``: for tensors on the CPU, by gloo where this torch has it.
+    """
+    ranks = torch.distributed.get_process_group_ranks(group)
+    options = group._get_backend(group._device_types[0]).options
+    timeout = None if options is None else options._timeout  # torch's "fake" backend has none
+    backend = "gloo" if on_hosts and torch.distributed.is_gloo_available() else None
+    return torch.distributed.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)

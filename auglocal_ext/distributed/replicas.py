@@ -14,8 +14,11 @@ from .agreement import DisagreementError, agree, shapes_of
 class Average:
     """An average over the replicas that is under way; :meth:`wait` puts it in place."""
 
-    def __init__(self, module: int, works: Sequence[Any], buckets: Sequence[_Bucket], replicas: int) -> None:
+    def __init__(
+        self, module: int, works: Sequence[Any], buckets: Sequence[_Bucket], replicas: int, where: str
+    ) -> None:
         self._module = module
+        self._where = where
         self._works = works
         self._buckets = buckets
         self._replicas = replicas
@@ -30,9 +33,9 @@ class Average:
                 work.wait()
             except RuntimeError as error:
                 raise RuntimeError(
-                    f"the gradients of local module {self._module} were not averaged (this is rank "
-                    f"{torch.distributed.get_rank()}): another replica has ended, or is in another step for longer "
-                    f"than the time-out of the process group. {error}"
+                    f"the gradients of local module {self._module} were not averaged (this is {self._where}): another "
+                    "replica has ended, or works on another step for longer than the time-out of the process group. "
+                    f"{error}"
                 ) from error
             bucket.put_back(self._replicas)
 
@@ -91,6 +94,10 @@ class Replicas:
         parameters, buffers: of the whole network, by name.
         facts: what else must be equal in all processes, as plain values by name.
 
+    Attributes:
+        size: how many replicas there are.
+        where: this process and its batch, for messages.
+
     Raises:
         DisagreementError: in all processes, if parameters, buffers, ``facts`` or torch's version differ.
     """
@@ -105,6 +112,7 @@ class Replicas:
         self._group = group
         self._first = torch.distributed.get_rank(group) == 0
         self.size = torch.distributed.get_world_size(group)
+        self.where = f"rank {torch.distributed.get_rank()}"
         named = [*parameters, *buffers]
         agree({"torch": torch.__version__, **facts, **shapes_of(named)}, group)
         self._names = {id(tensor): name for name, tensor in named}
@@ -144,7 +152,7 @@ class Replicas:
         with torch.no_grad():
             buckets = [_Bucket(*kind, self._first) for kind in by_kind.values()]
         works = [torch.distributed.all_reduce(b.message, group=self._group, async_op=True) for b in buckets]
-        return Average(module, works, buckets, self.size)
+        return Average(module, works, buckets, self.size, self.where)
 
     def _check(self, module: int, trained: tuple[str, ...]) -> None:
         known = self._trained.get(module)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .link import Link, receive_now, send_now
+from .mesh import group_like
 
 
 def balanced_cuts(costs: Sequence[float], stages: int) -> tuple[int, ...]:
@@ -66,7 +67,7 @@ class Stage:
         self._digest: Tensor | None = None
         # Messages of its own, as the next training batch has been asked for already: what else is sent among these
         # processes, by inference or by another network's step, must not be taken for it.
-        training, self._inference = _group_like(group), _group_like(group)
+        training, self._inference = group_like(group), group_like(group)
         self._from: Link | None = None
         self._to: Link | None = None
         if self.index > 0:
@@ -130,14 +131,6 @@ class Stage:
         for link in (self._from, self._to):
             if link is not None:
                 link.close(device)
-
-
-def _group_like(group: Any) -> Any:
-    """Another process group of the same processes, with the same time-out."""
-    ranks = torch.distributed.get_process_group_ranks(group)
-    options = group._get_backend(group._device_types[0]).options
-    timeout = None if options is None else options._timeout  # torch's "fake" backend has none
-    return torch.distributed.new_group(ranks, timeout=timeout, use_local_synchronization=True)
 
 
 def _names(module: int, supplied: Sequence[int]) -> list[str]:

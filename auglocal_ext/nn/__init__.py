@@ -7,6 +7,7 @@ from .chain import FusedSequential, run_chain
 from .deferred import Deferred, deferred, give_memory
 from .fusable import must_be_eager
 from .fuse import FusionReport, eager_type, fuse, unfuse
+from .gathered import gathered, gathered_features, gathering
 from .norm_act_conv import norm_act_conv
 from .norm_shortcut_act import Branch, norm_shortcut_act
 from .pooled_linear import PooledLinear
@@ -28,6 +29,9 @@ __all__ = [
     "deferred",
     "eager_type",
     "fuse",
+    "gathered",
+    "gathered_features",
+    "gathering",
     "give_memory",
     "global_average_pool",
     "in_process_group",

@@ -14,6 +14,7 @@ from ..ops.batch_norm_act import Passes, passes, slope_of, stand_in, standing_in
 from .batch_norm_act import BatchNormAct1d, BatchNormAct2d
 from .fusable import FUSABLE_NORMS, must_be_eager, norm_call
 from .norm_act import count_as_updated, norm_act_call
+from .waiting import waiting_for
 
 
 class _Synced:
@@ -98,17 +99,17 @@ def unsync_batch_norm(module: nn.Module) -> None:
 
 
 @contextmanager
-def synced_statistics(group: Any) -> Iterator[None]:
+def synced_statistics(group: Any, where: str = "") -> Iterator[None]:
     """Within it layers changed by :func:`sync_batch_norm` use the statistics of all processes of ``group``.
 
     Every process of the group must run the same layers in the same order, backward passes included. ``F.batch_norm``
-    called by itself in training raises NotImplementedError.
+    called by itself in training raises NotImplementedError. ``where`` names this process in messages.
     """
     made: dict[Passes, Passes] = {}
 
     def synced(run: Passes) -> Passes:
         if run not in made:
-            made[run] = _synced_passes(run, group)
+            made[run] = _synced_passes(run, group, where)
         return made[run]
 
     with standing_in(synced), _NoFunctional():
@@ -126,7 +127,7 @@ class _NoFunctional(torch.overrides.TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _synced_passes(run: Passes, group: Any) -> Passes:
+def _synced_passes(run: Passes, group: Any, where: str) -> Passes:
     processes = torch.distributed.get_world_size(group)
 
     def merged(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +136,8 @@ def _synced_passes(run: Passes, group: Any) -> Passes:
         channels, count = x.shape[1], x.numel() // x.shape[1]
         own = torch.cat([mean, var * count, mean.new_full((1,), count)]).double()
         everyone = [torch.empty_like(own) for _ in range(processes)]
-        torch.distributed.all_gather(everyone, own, group=group)
+        with waiting_for("the statistics of a BatchNorm layer were not merged", where):
+            torch.distributed.all_gather(everyone, own, group=group)
         means, squares, counts = torch.stack(everyone).split([channels, channels, 1], dim=1)
         total = counts.sum(0)
         mean = (counts * means).sum(0) / total
@@ -187,7 +189,8 @@ def _synced_passes(run: Passes, group: Any) -> Passes:
             return *grads, sum_g, sum_g_xhat
         count = x.numel() // x.shape[1]
         sums = torch.cat([sum_g, sum_g_xhat, sum_g.new_full((1,), count)]).double()
-        torch.distributed.all_reduce(sums, group=group)
+        with waiting_for("the gradients of a BatchNorm layer's statistics were not summed", where):
+            torch.distributed.all_reduce(sums, group=group)
         # The pass divides by this process's count.
         whole = (sums[:-1] * (count / sums[-1])).to(run.wide).chunk(2)
         return *run.input_grad(grad, x, *tensors, *whole, need_residual), sum_g, sum_g_xhat

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import labels, providers, registry
 from .layout import empty_like
-from .reference.similarity_loss import Outputs
+from .reference.similarity_loss import Outputs, statistics
 
 NAME = "similarity_loss"
 
@@ -66,6 +67,30 @@ def similarity_loss(
         with torch.autocast(device, enabled=False):
             return op(*arguments)[0]
     return op(*arguments)[0]
+
+
+def channel_std(z: Tensor) -> Tensor:
+    """std_p(z) as :func:`similarity_loss` takes it, ``(N, C, *positions) -> (N, C)``, where it is gathered first.
+
+    In float32, float64 for a double z. For backward z is stored, and two ``(N, C)`` tensors.
+    """
+    return _ChannelStd.apply(z)
+
+
+class _ChannelStd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        mean, std = statistics(z)
+        ctx.save_for_backward(z, mean, std)
+        return std
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        z, mean, std = ctx.saved_tensors
+        factor = torch.where(std > 0, grad / (std * (z.shape[2:].numel() - 1)), 0)
+        input_grad = registry.chosen(NAME, z, None, f"{NAME}_input_grad")
+        return input_grad(z, mean, factor, factor.new_ones(()))
 
 
 def _check(z: Tensor, target: Tensor, num_classes: int) -> None:

@@ -19,7 +19,8 @@ class InfoPro(Rule):
     """``lambda1(k) mean(BCE(decoder(h), image)) + lambda2(k) L_task(h, y)``, the weights linear over the local modules.
 
     L_task is the cross-entropy of the head's logits, or the supervised contrastive loss of its features. The last
-    module is trained by the cross-entropy of the network's own classifier alone.
+    module is trained by the cross-entropy of the network's own classifier alone. With ``loss="contrast"`` replicas
+    compare the samples of their own part of a batch, unless ``LocalStep(gather_features=True)``.
 
     Args:
         first: ``(lambda1, lambda2)`` of the first local module.

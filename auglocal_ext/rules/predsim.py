@@ -15,7 +15,8 @@ from .options import head_option, option
 class PredSim(Rule):
     """``(1 - beta) CE(pred(h), y) + beta mean((S(std_p(conv(h))) - S(onehot(y)))^2)``.
 
-    The last module's cross-entropy, through the network's own classifier, is weighted by 1 - beta too.
+    The last module's cross-entropy, through the network's own classifier, is weighted by 1 - beta too. Replicas compare
+    the samples of their own part of a batch, unless ``LocalStep(gather_features=True)``.
 
     Args:
         beta: weight of the similarity loss, within 0 .. 1.

@@ -54,7 +54,8 @@ class LocalStep:
     *Replicas* run the step on parts of a batch. The first one's weights are taken by all. A module's gradients are
     averaged over the replicas while the next module runs, each replica counting the same, as in
     DistributedDataParallel; clipping and the loss scaler go by the averaged gradients. BatchNorm sees a replica's part
-    of the batch alone unless ``sync_batch_norm``; losses that compare samples (PredSim, contrast) always do.
+    of the batch alone unless ``sync_batch_norm``, losses that compare samples (PredSim, InfoPro's contrast) unless
+    ``gather_features``.
 
     *Stages* hold a run of local modules each; ``net`` keeps the parameters of its own, and those of others move to the
     meta device. Every stage is called with the same batches, the first of which is the largest. Features go forward
@@ -92,6 +93,8 @@ class LocalStep:
         stage_cuts: the first local module of every stage but the first; None for stages of about equal FLOPs.
         check_batches: stages compare the samples they are given, which costs a read of a value per batch. Without it
             they compare the number of samples, on the CPU alone.
+        gather_features: losses that compare samples see those of all replicas: each gathers what is compared, N rows
+            of C or D numbers per module and pass, and computes the loss of the whole batch. Parts may differ in size.
 
     Attributes:
         net: the network.
@@ -127,6 +130,7 @@ class LocalStep:
         sync_batch_norm: bool = False,
         stage_cuts: Sequence[int] | None = None,
         check_batches: bool = False,
+        gather_features: bool = False,
     ) -> None:
         if not isinstance(net, LocalSequential):
             raise TypeError(f"net must be a LocalSequential, got {_name_of(net)}; {_way_for(net)}")
@@ -160,7 +164,8 @@ class LocalStep:
         self._processes = Processes(
             mesh,
             {**shared, **planned, "graph": graph, "overlap": overlap, "stage_cuts": stage_cuts}
-            | {"sync_batch_norm": sync_batch_norm, "check_batches": check_batches},
+            | {"sync_batch_norm": sync_batch_norm, "check_batches": check_batches}
+            | {"gather_features": gather_features},
         )
         params = list(net.parameters()) if params is None else listed(params)
         everywhere = {id(p) for p in net.parameters()}
@@ -417,7 +422,7 @@ class LocalStep:
         if self._processes.stage is not None:
             relay, self._streams = self._processes.begin(modules, x, y)
         try:
-            with self._processes.region():
+            with self._processes.region(len(x), self._batches):
                 out = updating_pass(modules, x, y, self._updates, self._autocast_dtype, self._streams, relay)
         except BaseException:
             # A capture ends with its first stream alone. One that CUDA has broken off does not let them join.

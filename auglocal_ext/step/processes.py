@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..auxiliary.base import Auxiliary, parts_of
-from ..distributed import Mesh, Replicas, Stage, agree, balanced_cuts, mesh_groups
+from ..distributed import Mesh, Replicas, Stage, agree, balanced_cuts, group_like, mesh_groups
 from ..local_modules import LocalModule, OneStream, Relay
 from ..local_sequential import LocalSequential
-from ..nn import sync_batch_norm, synced_statistics
+from ..nn import gathered_features, sync_batch_norm, synced_statistics
 
 
 class Processes:
@@ -42,8 +42,10 @@ class Processes:
         self.broken_by: str | None = None
         self._everyone: Any | None = None
         self.synced, self._check_batches = options.pop("sync_batch_norm"), options.pop("check_batches")
-        if self.synced and self._group is None:
-            raise ValueError("sync_batch_norm=True is for several replicas: pass mesh=, or leave it out")
+        self._gathers, self._hosts = options.pop("gather_features"), None
+        for name, asked in (("sync_batch_norm", self.synced), ("gather_features", self._gathers)):
+            if asked and self._group is None:
+                raise ValueError(f"{name}=True is for several replicas: pass mesh=, or leave it out")
         if self._stages is None and options["stage_cuts"] is not None:
             raise ValueError('stage_cuts is for several stages: pass a mesh with a dimension "stage", or leave it out')
         if self._stages is None and self._check_batches:
@@ -113,10 +115,14 @@ class Processes:
             return
         held = [(name, p) for name, p in net.named_parameters() if not p.is_meta]
         buffers = [(name, b) for name, b in net.named_buffers() if not b.is_meta]
-        facts = {**_facts(net), "the optimizer": _options_of(optimizer), **options, "sync_batch_norm": self.synced}
+        options = {**options, "sync_batch_norm": self.synced, "gather_features": self._gathers}
+        facts = {**_facts(net), "the optimizer": _options_of(optimizer), **options}
         self.replicas = Replicas(self._group, held, buffers, facts)
         if self.synced:
             sync_batch_norm(net)
+        if self._gathers:
+            _refuse_nothing_to_gather(net)
+            self._hosts = group_like(self._group, on_hosts=True)
 
     def refuse_broken(self) -> None:
         """RuntimeError after a step that broke off here: what the other processes wait for no longer comes in order."""
@@ -135,9 +141,20 @@ class Processes:
             self._everyone = torch.distributed.new_group(ranks, backend=backend, use_local_synchronization=True)
         return self._everyone
 
-    def region(self) -> AbstractContextManager[Any]:
-        """Entered for the whole of a step."""
-        return synced_statistics(self._group) if self.synced else nullcontext()
+    @contextmanager
+    def region(self, samples: int, batch: int) -> Iterator[None]:
+        """Entered for the whole of a step, on batch number ``batch`` with so many samples in this process."""
+        if self.replicas is None:
+            yield
+            return
+        stage = "" if self.stage is None else f", stage {self.stage.index}"
+        self.replicas.where = where = f"rank {torch.distributed.get_rank()}{stage}, batch {batch}"
+        with ExitStack() as entered:
+            if self.synced:
+                entered.enter_context(synced_statistics(self._group, where))
+            if self._gathers:
+                entered.enter_context(gathered_features(self._group, samples, self._hosts, where))
+            yield
 
     def begin(self, modules: Sequence[LocalModule], x: Tensor, y: Tensor) -> tuple[Relay, OneStream]:
         """What the first of this stage's modules takes in, and how what the last puts out is handed on."""
@@ -177,6 +194,15 @@ def _refuse(options: dict[str, Any], *names: str, what: str) -> None:
     for name in names:
         if options[name] not in (None, False, "auto"):
             raise ValueError(f"{name}={options[name]!r} cannot be honoured among {what}; leave it out")
+
+
+def _refuse_nothing_to_gather(net: LocalSequential) -> None:
+    parts = parts_of(net.auxiliary)
+    if not any(part.compares_samples or part.settings.task.compares_samples for part in parts):
+        raise ValueError(
+            f"gather_features=True is for losses that compare the samples of a batch, and {net.rule!r} has none: leave "
+            "it out"
+        )
 
 
 def _refuse_edges(modules: Sequence[LocalModule], cuts: Sequence[int]) -> None:

@@ -41,9 +41,12 @@ class Task(nn.Module, ABC):
     Attributes:
         outputs: outputs of a head per sample.
         metric: name in logs of :meth:`count` over :meth:`counted`, such as ``"accuracy"``; empty if nothing is counted.
+        compares_samples: whether the loss compares the samples of a batch, which it then passes through
+            :func:`auglocal_ext.nn.gathered`.
     """
 
     metric: str = ""
+    compares_samples: bool = False
     outputs: int
 
     def __init__(self, outputs: int) -> None:

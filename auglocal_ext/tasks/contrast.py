@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..nn import gathered
 from ..ops import labels
 from ..ops.supervised_contrast import supervised_contrast
 from .base import Task
@@ -16,7 +17,8 @@ _NAME = "the supervised contrastive loss"
 class SupervisedContrast(Task):
     """``supervised_contrast(output, y)`` of an output ``(N, features)``: what InfoPro's contrastive heads learn.
 
-    It is a task for heads only, never for a whole network. Nothing is counted.
+    It is a task for heads only, never for a whole network. Nothing is counted. Replicas compare the samples of their
+    own part of a batch, unless ``LocalStep(gather_features=True)`` gathers the outputs of all.
 
     Args:
         features: outputs of a head per sample.
@@ -26,6 +28,8 @@ class SupervisedContrast(Task):
     Raises:
         ValueError: for another task, and for label smoothing, which has no meaning in this loss.
     """
+
+    compares_samples = True
 
     def __init__(self, features: int, classes: Task, temperature: float = 0.07) -> None:
         super().__init__(features)
@@ -43,6 +47,7 @@ class SupervisedContrast(Task):
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         num_classes, ignore_index = self._classes
+        output, target = gathered(output, target)
         target = labels.ignoring_bad_labels(target, num_classes, ignore_index)
         return supervised_contrast(output, target, self.temperature, ignore_index)
 

@@ -38,13 +38,14 @@ def network(rule="auglocal", seed=7, **options):
     return LocalSequential(models.resnet_cifar(8, width=4), rule, 10, (3, 16, 16), **options).double()
 
 
-def parts(world, steps=STEPS):
+def parts(world, steps=STEPS, sizes=None):
     """For each step the parts of a batch, one per replica."""
+    sizes = [PART] * world if sizes is None else sizes
     generator = torch.Generator().manual_seed(11)
     for _ in range(steps):
-        x = torch.randn(world * PART, 3, 16, 16, generator=generator, dtype=torch.float64)
-        y = torch.randint(0, 10, (world * PART,), generator=generator)
-        yield [(x[i * PART :][:PART], y[i * PART :][:PART]) for i in range(world)]
+        x = torch.randn(sum(sizes), 3, 16, 16, generator=generator, dtype=torch.float64)
+        y = torch.randint(0, 10, (sum(sizes),), generator=generator)
+        yield list(zip(x.split(sizes), y.split(sizes), strict=True))
 
 
 def sgd(params):
@@ -117,10 +118,10 @@ def test_every_rule(world, options):
     run(world, _train_all, list(RULES), world, options)
 
 
-def whole_batch(net, world):
+def whole_batch(net, world, sizes=None):
     """One process that trains on all parts at once."""
     optimizer = sgd(net.parameters())
-    for batch in parts(world):
+    for batch in parts(world, sizes=sizes):
         net(*(torch.cat(tensors) for tensors in zip(*batch, strict=True))).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -148,20 +149,28 @@ def odd_layers():
     return LocalSequential(layers, Greedy(), 10, (3, 16, 16)).double()
 
 
+#: Rules whose losses compare samples, and the options with which replicas equal one process with the whole batch.
+COMPARING = {
+    "predsim": PredSim(),
+    "predsim alone": PredSim(1.0),
+    "contrast": InfoPro((0.5, 1.0), (1.0, 0.5), loss="contrast"),
+    "man contrast": MAN(head=InfoPro((0.5, 1.0), (1.0, 0.5), loss="contrast", head=DGL())),
+}
 SYNCED = {
     **{name: lambda name=name, **options: network(name, **options) for name in ("auglocal", "contsup", "dgl", "man")},
+    **{name: lambda name=name, **options: network(COMPARING[name], **options) for name in COMPARING},
     "odd layers": lambda **_: odd_layers(),
 }
 
 
-def _train_synced(rank, names, world, options):
+def _train_synced(rank, names, world, options, sizes=None):
     for name in names:
         net = SYNCED[name]()
         step = LocalStep(net, sgd, mesh=mesh(world), sync_batch_norm=True, **options)
-        for batch in parts(world):
+        for batch in parts(world, sizes=sizes):
             step(*batch[rank])
         everyone_agrees(net)
-        expected = whole_batch(SYNCED[name](), world)
+        expected = whole_batch(SYNCED[name](), world, sizes)
         for (key, value), theirs in zip(net.state_dict().items(), expected.state_dict().values(), strict=True):
             torch.testing.assert_close(value, theirs, rtol=1e-8, atol=1e-8, msg=lambda m, key=key: f"{key}: {m}")
         x = next(parts(world))[0][0]
@@ -175,12 +184,41 @@ def test_synchronised_batch_norm_sees_the_whole_batch():
 
 @pytest.mark.slow
 def test_every_rule_with_synchronised_batch_norm():
-    run(3, _train_synced, list(SYNCED), 3, {})
+    run(3, _train_synced, [name for name in SYNCED if name not in COMPARING], 3, {})
+
+
+@pytest.mark.slow
+def test_losses_that_compare_samples_see_the_whole_batch():
+    run(2, _train_gathered)
+
+
+def _train_gathered(rank):
+    gather = {"gather_features": True}
+    _train_synced(rank, list(COMPARING), 2, gather)
+    _train_synced(rank, ["predsim", "contrast"], 2, gather | {"recompute": "all"})
+    _train_synced(rank, ["predsim alone"], 2, gather, sizes=[5, 2])  # other losses count replicas alike
+    net = network("predsim")
+    step = LocalStep(net, sgd, mesh=mesh(2))
+    losses = step(*next(parts(2))[rank]).module_losses.clone()
+    torch.distributed.broadcast(losses, 0)
+    alone = network("predsim")(*next(parts(2))[0]).module_losses
+    torch.testing.assert_close(losses, alone)  # without the request a part is compared by itself
+    with pytest.raises(ValueError, match="gather_features=True is for losses that compare .*AugLocal.* has none"):
+        LocalStep(network("auglocal"), sgd, mesh=mesh(2), gather_features=True)
+    if rank == 0:
+        step = LocalStep(network("predsim"), sgd, mesh=mesh(2), gather_features=True)
+        with pytest.raises(RuntimeError, match=r"were not exchanged \(this is rank 0, batch 1\)"):
+            for _ in range(2):
+                step(*next(parts(2))[rank])
+    else:
+        LocalStep(network("predsim"), sgd, mesh=mesh(2), gather_features=True)(*next(parts(2))[rank])
 
 
 def test_synchronised_batch_norm_is_refused_where_it_cannot_be():
     with pytest.raises(ValueError, match="sync_batch_norm=True is for several replicas"):
         LocalStep(network(), sgd, sync_batch_norm=True)
+    with pytest.raises(ValueError, match="gather_features=True is for several replicas"):
+        LocalStep(network(), sgd, gather_features=True)
     with pytest.raises(ValueError, match="1 is of type SyncBatchNorm, .*cannot be merged"):
         sync_batch_norm(nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2)))
     layers = nn.Sequential(nn.BatchNorm2d(3), nn.Identity())

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from auglocal_ext.ops import providers, similarity_loss
 from auglocal_ext.ops.layout import empty_like
 from auglocal_ext.ops.reference import similarity_loss as reference
+from auglocal_ext.ops.similarity_loss import channel_std
 
 OP = "similarity_loss"
 IGNORE = -100
@@ -459,3 +460,17 @@ def test_more_than_two_billion_elements(device: str, provider: str) -> None:
         (grad,) = torch.autograd.grad(loss, leaf)
         assert bool((grad[-2].flatten(1) != 0).any(1).all())
         del grad, leaf, loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_deviation_alone_has_the_gradient_of_the_op(dtype):
+    """Replicas gather deviations: the loss of these vectors is the loss of the maps."""
+    z = torch.randn(6, 4, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    z[1, 2] = 0.5  # a constant channel
+    y, maps = torch.tensor([0, 1, 0, 2, 1, 0]), [z.clone().requires_grad_() for _ in range(2)]
+    losses = similarity_loss(maps[0], y, 3), similarity_loss(channel_std(maps[1]), y, 3)
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(maps[1].grad, maps[0].grad)
+    assert maps[1].grad.dtype == dtype and not maps[1].grad[1, 2].any()

@@ -57,7 +57,7 @@ def forward(
     looked at, and their factors are 0. Without ``need_grad`` neither mean nor factor has elements.
     """
     is_map = z.dim() > 2
-    mean, features = _statistics(z) if is_map else (z.new_empty(0, dtype=_wide(z)), z.to(_wide(z)))
+    mean, features = statistics(z) if is_map else (z.new_empty(0, dtype=_wide(z)), z.to(_wide(z)))
     counts = (target >= 0) & (target < classes) & (target != ignore_index)
     unit, norm = _normalised(features, counts)
     same, different = wanted(classes)
@@ -102,7 +102,7 @@ def _normalised(features: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(counts.unsqueeze(1), centred / (norm + EPS), 0), norm
 
 
-def _statistics(z: Tensor) -> tuple[Tensor, Tensor]:
+def statistics(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased std (N, C) over the positions."""
     dims = tuple(range(2, z.dim()))
     positions = z.shape[2:].numel()

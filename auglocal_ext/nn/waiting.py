@@ -1,0 +1,26 @@
+"""What a process says whose exchange with others fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def waiting_for(failed: str, where: str) -> Iterator[None]:
+    """Name a failed exchange with other replicas: torch's own error names neither what failed nor when.
+
+    Args:
+        failed: what has not happened, a clause.
+        where: this process, as in ``"rank 1, batch 7"``; its rank if empty.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        where = where or f"rank {torch.distributed.get_rank()}"
+        raise RuntimeError(
+            f"{failed} (this is {where}): another replica has ended, or works on another step for longer than the "
+            f"time-out of the process group. {error}"
+        ) from error
