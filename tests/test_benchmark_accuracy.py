@@ -469,6 +469,7 @@ def command(data, output, *arguments):
     return [sys.executable, str(SCRIPT), *options, *arguments]
 
 
+@pytest.mark.slow
 def test_the_real_command(data, tmp_path):
     """From another folder, without an installed package."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

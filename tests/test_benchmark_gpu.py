@@ -83,6 +83,7 @@ def test_a_failure_ends_no_other_task(make, tmp_path):
     assert statuses(again) == {"fails": "failed", "dies": "failed", "passes": "done", "cannot": "done"}
 
 
+@pytest.mark.slow
 def test_a_task_that_would_go_on_has_its_turn_again(make, tmp_path):
     order = f"open({str(tmp_path / 'order')!r}, 'a').write({{}});"
     gradual = order.format("'g'") + "n = len(open('n').read()) if os.path.exists('n') else 0; "
@@ -98,6 +99,7 @@ def test_a_task_that_would_go_on_has_its_turn_again(make, tmp_path):
     assert [sitting["slice"] for sitting in found.entry(found.tasks[0])["sittings"]] == [1, 2, 2, 2, 2]
 
 
+@pytest.mark.slow
 def test_limits_hold(make, tmp_path):
     stubborn = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
     start = time.monotonic()
@@ -127,6 +129,7 @@ def test_limits_hold(make, tmp_path):
     assert [task.name for task in found.left] == ["sleeps", "stubborn", "grandchild", "long"]
 
 
+@pytest.mark.slow
 def test_what_is_stopped_comes_last_and_is_given_up(make, tmp_path):
     stubborn = {"seconds": 1.5, "code": "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"}
     note = f"open({str(tmp_path / 'order')!r}, 'a').write"

@@ -129,6 +129,7 @@ def test_wrong_options_end_with_a_message(benchmark, arguments, capsys):
     assert arguments[0] in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_runs_from_another_folder_without_an_installed_package(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [

@@ -179,6 +179,7 @@ def test_table_json_and_picture(benchmark, tmp_path, capsys):
     assert (tmp_path / "step-cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_scaling_over_depth_and_batch(benchmark, tmp_path, monkeypatch):
     import _step_scaling
 

@@ -308,6 +308,7 @@ def test_help_names_every_option_group(capsys):
         assert word in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c_then_resume_equals_an_uninterrupted_run(images, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 
 import pytest
@@ -55,12 +56,14 @@ def estimate(kind: str, **options):
     return information(network(kind), source(), 3, (3, 8, 8), MEAN, STD, **{"epochs": 16, "probe_blocks": 1, **options})
 
 
-@pytest.fixture(scope="module")
-def estimates():
-    return {kind: estimate(kind) for kind in ("identity", "narrow", "nothing")}
+@functools.cache
+def estimated(kind: str):
+    return estimate(kind)
 
 
-def test_an_identity_tells_more_than_a_narrowed_layer_and_that_more_than_none(estimates):
+@pytest.mark.slow
+def test_an_identity_tells_more_than_a_narrowed_layer_and_that_more_than_none():
+    estimates = {kind: estimated(kind) for kind in ("identity", "narrow", "nothing")}
     whole, narrow, nothing = (estimates[kind].layers[0] for kind in ("identity", "narrow", "nothing"))
     most = estimates["identity"].blank_error - estimates["identity"].perfect_error
     assert whole.image_information > 0.8 * most
@@ -77,14 +80,14 @@ def test_an_identity_tells_more_than_a_narrowed_layer_and_that_more_than_none(es
             assert layer.reconstruction_error >= found.perfect_error
 
 
-def test_the_scale_by_direct_computation(estimates):
+def test_the_scale_by_direct_computation():
     torch.manual_seed(0)
     network("identity")  # draws what estimate() has drawn before its data
     data = source()
     mean, std = (torch.tensor(value).view(-1, 1, 1).double() for value in (MEAN, STD))
     train, test = (torch.cat([x for x, _ in part]).double() for part in (data.train_loader, data.test_loader))
     train, test = ((x * std + mean).div(255).clamp(0, 1) for x in (train, test))
-    found = estimates["identity"]
+    found = estimated("identity")
     guess = train.mean(0).expand_as(test)
     assert found.blank_error == pytest.approx(float(F.binary_cross_entropy(guess, test)), rel=1e-6)
     assert found.perfect_error == pytest.approx(float(F.binary_cross_entropy(test, test)), rel=1e-6)

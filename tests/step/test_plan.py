@@ -66,10 +66,18 @@ def metered(step, batch=BATCH, calls=1, x=None):
     return meter.peak_bytes
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-def test_the_meters_reading_on_real_tensors(rule, autocast):
-    net = wrap(rule)
+@pytest.mark.parametrize(
+    ("name", "autocast"),
+    [
+        ("AugLocal d=2", None),
+        ("ContSup R1E", torch.bfloat16),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("AugLocal d=6", None), ("ContSup R1E", None)]),
+        *(pytest.param(f"AugLocal d={d}", torch.bfloat16, marks=pytest.mark.slow) for d in (2, 6)),
+    ],
+    ids=str,
+)
+def test_the_meters_reading_on_real_tensors(name, autocast):
+    net = wrap(RULES[name])
     step = LocalStep(net, sgd, autocast=autocast, recompute="peak", batch_size=BATCH)
     assert metered(step) == step.plan.predicted_bytes
     for way in WAYS:
@@ -106,7 +114,9 @@ def test_channels_last_and_double():
         assert metered(LocalStep(net, sgd), x=x) == pytest.approx(plan.predicted_bytes, rel=0.02)
 
 
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize(
+    "rule", [pytest.param(r, marks=[] if n == "AugLocal d=2" else pytest.mark.slow, id=n) for n, r in RULES.items()]
+)
 def test_the_plans_figure_is_that_of_a_run_with_its_choice(rule):
     """Every module runs in it, and each recomputes what the plan says."""
     net = wrap(rule)
