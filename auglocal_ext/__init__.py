@@ -13,7 +13,7 @@ from .nn import FusionReport, fuse, unfuse
 from .partition import Balanced
 from .rules import DGL, MAN, AugLocal, ContSup, ConvHead, Greedy, InfoPro, PredSim, Rule
 from .step import LocalStep
-from .tasks import Binary, Classification, Criterion, MultiLabel, Regression, Task
+from .tasks import Binary, Classification, Criterion, MultiLabel, Regression, Segmentation, Task
 
 __all__ = [
     "DGL",
@@ -37,6 +37,7 @@ __all__ = [
     "PredSim",
     "Regression",
     "Rule",
+    "Segmentation",
     "Task",
     "__version__",
     "fuse",

@@ -62,7 +62,11 @@ def count_training_macs(net: nn.Module, input_shape: Sequence[int]) -> int:
     Raises:
         ValueError: a size in ``input_shape`` is not positive.
     """
-    return _macs(net, input_shape, lambda image: net(image, cast(Any, net.task).example(1, image.device)))
+    return _macs(
+        net,
+        input_shape,
+        lambda image: net(image, cast(Any, net.task).example_for(cast(Any, net.network).input, 1, image.device)),
+    )
 
 
 def _macs(module: nn.Module, input_shape: Sequence[int], run: Callable[[Tensor], Any]) -> int:

@@ -58,7 +58,7 @@ def losses(out):
 def test_every_example_is_short_and_shown():
     page = (ROOT / "docs" / "examples.md").read_text()
     shown = re.findall(r'^--8<-- "examples/(\w+)\.py"$', page, flags=re.M)
-    assert sorted(shown) == sorted(path.stem for path in EXAMPLES.glob("*.py")) and len(shown) == 8
+    assert sorted(shown) == sorted(path.stem for path in EXAMPLES.glob("*.py")) and len(shown) == 9
     for name in shown:
         text = (EXAMPLES / f"{name}.py").read_text()
         assert len(text.splitlines()) <= 60 and text.startswith('"""'), name
@@ -108,6 +108,13 @@ def test_a_rule_of_ones_own(run):
         names["FixedHeads"](gain=0)
     one, two = (LocalSequential(models.resnet8(), names["FixedHeads"](gain), 10, (3, 32, 32)) for gain in (1.0, 3.0))
     assert two.auxiliary[0].head.linear.weight.std() > 2 * one.auxiliary[0].head.linear.weight.std()
+
+
+def test_segmentation(run):
+    names, out = run("segmentation", "--steps", 50)
+    found = [float(score) for score in out.split("local module: ")[1].split()]
+    background = (names["y"] == 0).sum() / (names["y"] != 255).sum() / 3  # the mIoU of a network that sees no shape
+    assert len(found) == names["net"].num_modules == 3 and min(found) > 1.5 * background
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def module_scores(
 def _result(network: LocalSequential | nn.Sequential, images: Tensor, labels: Tensor) -> StepResult:
     if isinstance(network, LocalSequential):
         out, task = network(images, labels), network.task
-        counts = out.module_counts if task.metric == "accuracy" else torch.full_like(out.module_counts, -1)
+        counts = out.module_counts if task.metric == "accuracy" else torch.full_like(out.module_losses, -1)
         return StepResult(out.loss, out.module_losses, counts, task.counted(labels))
     logits = network(images)
     return StepResult.of_one_module(Classification(logits.shape[1]).score(logits, labels), len(labels))

@@ -41,10 +41,11 @@ class LocalOutput(NamedTuple):
     Attributes:
         loss: scalar, the sum of the local losses. After ``net(x, y)`` its ``backward()`` hands the gradients to
             ``.grad``, once. After a :class:`auglocal_ext.LocalStep` it is detached.
-        output: ``(N, outputs)``, the output of the last module, detached.
+        output: ``(N, outputs)``, or ``(N, outputs, H, W)`` of a segmentation: that of the last module, detached.
         module_losses: ``(K,)``, detached.
         module_counts: ``(K,)``, what the task counts in each module's output, summed over the batch: top-1 hits for
-            classification. -1 if nothing is counted.
+            classification; ``(K, 2, C)`` for segmentation. -1 if nothing is counted. ``task.measure`` makes the metric
+            of it.
     """
 
     loss: Tensor

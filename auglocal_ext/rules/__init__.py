@@ -3,6 +3,7 @@
 from .auglocal import SAMPLING, AugLocal
 from .base import HEADS, Head, Network, Rule, resolved
 from .contsup import ContSup
+from .fcn_head import FCNHead
 from .greedy import DGL, Greedy
 from .heads import CONV_HEADS, DGL_HEADS, ConvHead, DGLHead, LinearHead, PredictionHead, VGGHead
 from .infopro import INFOPRO_WEIGHTS, InfoPro
@@ -26,6 +27,7 @@ __all__ = [
     "ContSup",
     "ConvHead",
     "DGLHead",
+    "FCNHead",
     "Greedy",
     "Head",
     "InfoPro",

@@ -34,6 +34,15 @@ def widened(width: int, factor: float) -> int:
     return int(width * factor)
 
 
+def refuse_pooling(network: Network, head: str) -> None:
+    """ValueError if the task's outputs have positions, which ``head`` pools."""
+    if network.task.dense:
+        raise ValueError(
+            f"{head} pools features to one vector, but {network.task} has an output for every position; take a head "
+            f"that keeps positions: 'linear', 'fcn', {', '.join(map(repr, CONV_HEADS))}, or AugLocal"
+        )
+
+
 def _alone(head: Head) -> AuxiliaryNetwork:
     return AuxiliaryNetwork(nn.Sequential(), head)
 
@@ -42,8 +51,10 @@ def _alone(head: Head) -> AuxiliaryNetwork:
 class LinearHead(Rule):
     """``W mean_p(h) + b``: pooled over the positions (of a class token, it alone), then a linear layer.
 
+    For a task whose outputs have positions nothing is pooled, and the linear layer is at every position.
+
     Args:
-        norm: a BatchNorm between the two.
+        norm: a BatchNorm before the linear layer.
     """
 
     norm: bool = False
@@ -55,13 +66,23 @@ class LinearHead(Rule):
 class _Linear(Head):
     def __init__(self, features: Features, settings: LossSettings, norm: bool) -> None:
         super().__init__(settings)
-        self.read = vectors(features.channels) if norm else features
+        self.read = _read(features, features.channels, settings) if norm else features
         self._pooled = features
         self.norm = nn.BatchNorm1d(features.channels) if norm else None
         self.linear = nn.Linear(features.channels, settings.task.outputs)
 
     def features(self, h: Tensor) -> Tensor:
-        return h if self.norm is None else self.norm(self._pooled.pooled(h))
+        if self.norm is None:
+            return h
+        if not self.settings.task.dense:
+            return self.norm(self._pooled.pooled(h))
+        h = self._pooled.channels_first(h)
+        return self.norm(h.flatten(2)).reshape(h.shape) if h.dim() > 2 else self.norm(h)
+
+
+def _read(features: Features, width: int, settings: LossSettings) -> Features:
+    """What the last layer receives from a head of ``features`` and hidden layers of ``width``."""
+    return Features((width, *features.positions)) if settings.task.dense else vectors(width)
 
 
 @dataclass(frozen=True)
@@ -70,7 +91,8 @@ class ConvHead(Rule):
 
     The first convolution (3x3, no bias, BatchNorm, ReLU) doubles the width with stride 2, or keeps the width of the
     network's last stage with stride 1; hidden linear layers have ``feature_dim`` features and ReLU. ``widen``
-    multiplies both.
+    multiplies both. For a task whose outputs have positions nothing is pooled, and the linear layers are at every
+    position.
 
     Args:
         kind: one of ``0c1f`` (greedy local learning), ``0c2f``, ``1c1f``, ``1c2f`` (the default of both papers),
@@ -121,7 +143,7 @@ class ConvHead(Rule):
             if i == 0:
                 base = min(2 * width, max(width, network.last_width))
                 out, stride = widened(base, self.widen), 2 if base > width else 1
-                blocks.append(_to_channels_first(features, conv_bn_relu(width, out, stride=stride)))
+                blocks.append(to_channels_first(features, conv_bn_relu(width, out, stride=stride)))
                 width = out
             else:
                 blocks.append(conv_bn_relu(width, width))
@@ -146,10 +168,12 @@ class _Hidden(Head):
             parts += [nn.Linear(width, hidden), nn.ReLU(inplace=True)]
             width = hidden
         self.hidden = nn.Sequential(*parts)
-        self.read = vectors(width)
+        self.read = _read(features, width, settings)
         self.linear = nn.Linear(width, settings.task.outputs)
 
     def features(self, h: Tensor) -> Tensor:
+        if self.settings.task.dense:
+            return self.hidden(self._pooled.channels_first(h).movedim(1, -1)).movedim(-1, 1)
         return self.hidden(self._pooled.pooled(h))
 
 
@@ -160,7 +184,7 @@ class _ChannelsFirst(nn.Module):
         return h.movedim(-1, 1)
 
 
-def _to_channels_first(features: Features, block: nn.Module) -> nn.Module:
+def to_channels_first(features: Features, block: nn.Module) -> nn.Module:
     """``block`` on features of any layout."""
     return block if features.layout == "channels_first" else nn.Sequential(_ChannelsFirst(), block)
 
@@ -171,10 +195,14 @@ class VGGHead(Rule):
 
     The pooling runs along the flattened ``C*H*W`` vector.
 
+    Raises:
+        ValueError: when wrapped, for a task whose outputs have positions.
+
     Source: AugLocal's released ImageNet VGG networks.
     """
 
     def build_auxiliary(self, network: Network, module: int) -> AuxiliaryNetwork:
+        refuse_pooling(network, "head 'vgg'")
         return _alone(_VGG(network.features(module), network.settings(module)))
 
 
@@ -212,7 +240,8 @@ class DGLHead(Rule):
         kind: one of ``DGL_HEADS``.
 
     Raises:
-        ValueError: for another kind; when wrapped, for a module that puts out anything but maps.
+        ValueError: for another kind; when wrapped, for a module that puts out anything but maps, and for a task whose
+            outputs have positions.
 
     Source: Belilovsky, Eickenberg and Oyallon, Decoupled Greedy Learning of CNNs, ICML 2020.
     """
@@ -224,6 +253,7 @@ class DGLHead(Rule):
             raise ValueError(f"unknown auxiliary head {self.kind!r}; choose one of {', '.join(DGL_HEADS)}")
 
     def build_auxiliary(self, network: Network, module: int) -> AuxiliaryNetwork:
+        refuse_pooling(network, f"DGL's head {self.kind!r}")
         features = network.features(module)
         if not features.is_2d:
             raise ValueError(
@@ -276,7 +306,8 @@ class PredictionHead(Rule):
         limit: largest number of features (``dim_in_decoder`` in the released code); channels are never pooled.
 
     Raises:
-        ValueError: for a limit below 1; when wrapped, for features of more than three position axes.
+        ValueError: for a limit below 1; when wrapped, for features of more than three position axes, and for a task
+            whose outputs have positions.
 
     Source: Noekland and Eidnes, Training Neural Networks with Local Error Signals, ICML 2019.
     """
@@ -288,6 +319,7 @@ class PredictionHead(Rule):
             raise ValueError(f"limit is a number of features, at least 1; got {self.limit!r}")
 
     def build_auxiliary(self, network: Network, module: int) -> AuxiliaryNetwork:
+        refuse_pooling(network, "PredSim's prediction layer")
         return _alone(_Prediction(network.features(module), self.limit, network.settings(module)))
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..auxiliary.objectives import Objectives, SimilarityLoss
+from ..tasks.classification import classes_of
 from .base import Head, Network, Rule, resolved
 from .heads import PredictionHead
 from .options import head_option, option
@@ -69,6 +70,7 @@ class PredSim(Rule):
         return 1 - self.beta if self.scale_classifier else 1.0
 
     def build_auxiliary(self, network: Network, module: int) -> Objectives:
+        classes_of(network.task, "PredSim's similarity loss")
         head = self.head_rule.build_auxiliary(network, module)
         similarity = SimilarityLoss(network.features(module), network.settings(module))
         return Objectives(head, 1 - self.beta, [(self.beta, similarity)])

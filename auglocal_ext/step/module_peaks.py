@@ -202,7 +202,7 @@ def _batch(net: LocalSequential, batch_size: int) -> tuple[Tensor, Tensor]:
     x = torch.empty(batch_size, *net.network.input_shape, dtype=dtype)
     if channels_last and x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-    return x, net.task.example(batch_size)
+    return x, net.task.example_for(net.network.input, batch_size)
 
 
 def module_flops(net: LocalSequential, optimizer: OptimizerFactory) -> list[int]:

@@ -6,6 +6,7 @@ from .classification import Classification
 from .contrast import SupervisedContrast
 from .criterion import Criterion
 from .regression import Regression
+from .segmentation import Segmentation
 
 __all__ = [
     "Binary",
@@ -14,6 +15,7 @@ __all__ = [
     "MultiLabel",
     "Regression",
     "Scored",
+    "Segmentation",
     "SupervisedContrast",
     "Task",
 ]

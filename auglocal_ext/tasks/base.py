@@ -20,7 +20,7 @@ class Scored(NamedTuple):
     Attributes:
         loss: scalar, with graph.
         output: detached.
-        tally: what the task counts, summed over the batch; -1 if nothing is counted.
+        tally: what the task counts, summed over the batch, see :meth:`Task.count`; -1 if nothing is counted.
     """
 
     loss: Tensor
@@ -31,22 +31,25 @@ class Scored(NamedTuple):
 class Task(nn.Module, ABC):
     """What is learned; every local module learns the same task.
 
-    An output is ``(N, outputs)``, unless a subclass overrides :meth:`readout` and :meth:`check_output`. A task is an
-    ``nn.Module``, so its buffers move with the network. It has no trainable parameters, since all local losses share
-    it.
+    An output is ``(N, outputs)``, unless a subclass overrides :meth:`readout` and :meth:`check_output`; it is then
+    :attr:`dense` if outputs have positions. A task is an ``nn.Module``, so its buffers move with the network. It has no
+    trainable parameters, since all local losses share it.
 
     A subclass sets the number of ``outputs``, checks targets (:meth:`check_form`, :meth:`invalid`, :meth:`complaint`),
     makes the loss and an example of a target, and may count a metric.
 
     Attributes:
         outputs: outputs of a head per sample.
-        metric: name in logs of :meth:`count` over :meth:`counted`, such as ``"accuracy"``; empty if nothing is counted.
+        metric: name in logs of :meth:`measure`, such as ``"accuracy"``; empty if nothing is counted.
         compares_samples: whether the loss compares the samples of a batch, which it then passes through
             :func:`auglocal_ext.nn.gathered`.
+        dense: whether outputs have positions. Heads then keep the positions of their features, and those that cannot
+            raise ValueError when they are built.
     """
 
     metric: str = ""
     compares_samples: bool = False
+    dense: bool = False
     outputs: int
 
     def __init__(self, outputs: int) -> None:
@@ -84,16 +87,33 @@ class Task(nn.Module, ABC):
         """
 
     def count(self, output: Tensor, target: Tensor) -> Tensor:
-        """What is counted, summed over the batch: a scalar on the device, without a host read."""
+        """What is counted, summed over the batch: a tensor on the device, most often a scalar, without a host read."""
         return torch.full((), -1, device=output.device)
 
     def counted(self, target: Tensor) -> Tensor | int:
         """Number of targets that :meth:`count` considered."""
         return len(target)
 
+    def measure(self, counts: Tensor, counted: Tensor | float) -> Tensor:
+        """:attr:`metric` of ``counts`` and ``counted``, each summed over batches.
+
+        Args:
+            counts: one :meth:`count`, or those of K modules with K in front, as ``LocalOutput.module_counts``.
+            counted: :meth:`counted`.
+
+        Returns:
+            float64, a scalar or ``(K,)``; nan where nothing is counted.
+        """
+        shares = counts.double() / torch.as_tensor(counted, device=counts.device).clamp(min=1)
+        return torch.where(counts < 0, torch.nan, shares)
+
     @abstractmethod
     def example(self, samples: int, device: torch.device | None = None) -> Tensor:
         """Valid targets of ``samples`` samples, for predictions of memory and cost."""
+
+    def example_for(self, inputs: Features | None, samples: int, device: torch.device | None = None) -> Tensor:
+        """:meth:`example` for a network whose inputs are ``inputs``, for targets whose shape follows from them."""
+        return self.example(samples, device)
 
     def check(self, target: Tensor, samples: int, *, values: bool = True) -> None:
         """Raise unless ``target`` is valid for ``samples`` samples.

@@ -34,17 +34,12 @@ class Classification(Task):
 
     def __init__(self, num_classes: int, *, label_smoothing: float = 0.0, ignore_index: int = -100) -> None:
         super().__init__(num_classes)
-        if self.outputs < 2:
-            raise ValueError(
-                "cross-entropy over one class is 0 whatever the network does; for yes-or-no labels use task=Binary(), "
-                "for one number task=Regression(1)"
-            )
-        if not isinstance(label_smoothing, int | float) or not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"label_smoothing must be within 0 .. 1, got {label_smoothing!r}")
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            raise ValueError(
-                f"ignore_index must be an integer, got {ignore_index!r}; without an ignored label leave it at -100"
-            )
+        check_options(
+            self.outputs,
+            label_smoothing,
+            ignore_index,
+            "for yes-or-no labels use task=Binary(), for one number task=Regression(1)",
+        )
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
 
@@ -156,6 +151,16 @@ class Classification(Task):
 
     def extra_repr(self) -> str:
         return f"num_classes={self.outputs}, label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}"
+
+
+def check_options(num_classes: int, label_smoothing: float, ignore_index: int, of_one_class: str) -> None:
+    """ValueError for options of a cross-entropy that cannot be; ``of_one_class`` is what to do instead of one class."""
+    if num_classes < 2:
+        raise ValueError(f"cross-entropy over one class is 0 whatever the network does; {of_one_class}")
+    if not isinstance(label_smoothing, int | float) or not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be within 0 .. 1, got {label_smoothing!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise ValueError(f"ignore_index must be an integer, got {ignore_index!r}; without an ignored label take -100")
 
 
 def classes_of(task: Task, who: str) -> Classification:
