@@ -62,7 +62,7 @@ class LocalSequential(nn.Module):
         input_shape: shape of one input, ``(channels, height, width)`` or ``(features,)``.
         modules: None for one local module per layer (AugLocal joins its last layers, see there); K for K contiguous
             modules of equal counts; explicit cut points (index of the last layer of each module but the last); or
-            :class:`auglocal_ext.Balanced` for K modules of balanced memory. One module is ordinary
+            :class:`auglocal_ext.Balanced` for K modules of balanced memory or FLOPs. One module is ordinary
             backpropagation.
         task: what is learned (:mod:`auglocal_ext.tasks`): :class:`auglocal_ext.Classification`,
             :class:`auglocal_ext.Binary`, :class:`auglocal_ext.MultiLabel`, :class:`auglocal_ext.Regression`, or your
@@ -142,7 +142,7 @@ class LocalSequential(nn.Module):
         )
         try:
             if isinstance(modules, Balanced):
-                ends = balanced_ends(network, rule, example, modules.modules)
+                ends = balanced_ends(network, rule, example, modules.modules, modules.by)
             else:
                 ends = rule.ends(len(described.layers), modules)
         except ValueError as error:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast, get_args
+
+#: What the parts of a balanced cut have equally much of.
+Balance = Literal["memory", "flops", "time"]
 
 
 def equal_sizes(num_layers: int, num_modules: int) -> list[int]:
@@ -81,13 +84,30 @@ CONTSUP_BALANCED: dict[tuple[int, int], tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class Balanced:
-    """``modules=Balanced(K)``: K local modules cut so that the largest module's saved activations are smallest.
+    """Cuts whose costliest part is cheapest: of layers into local modules, or of local modules into stages.
 
-    The bytes that autograd saves for each layer, head and context encoder are counted when the wrapper is built, on a
-    batch of the example twice; a module's cost is the sum over its layers, its head and its context.
+    ``LocalSequential(modules=Balanced(K))`` makes K local modules whose largest saves the fewest bytes for its backward
+    pass; with ``by="flops"``, whose costliest takes the fewest FLOPs in a training step. Both are counted when the
+    wrapper is built, on a batch of the example twice. A module's cost is the sum over its layers, its head and its
+    context.
+
+    ``LocalStep(stage_cuts=Balanced(by="flops"))`` balances the counted FLOPs of stages, ``Balanced(by="time")`` the
+    measured time of each local module's part of a step. See :class:`auglocal_ext.LocalStep`.
+
+    Args:
+        modules: number of parts. May be left out for stages, of which there are as many as the mesh has.
+        by: what is balanced: ``"memory"`` or ``"flops"`` for local modules, ``"flops"`` or ``"time"`` for stages.
+
+    Raises:
+        ValueError: for an unknown ``by``. Where it is used, for one that cannot be balanced there.
     """
 
-    modules: int
+    modules: int | None = None
+    by: Balance = "memory"
+
+    def __post_init__(self) -> None:
+        if self.by not in get_args(Balance):
+            raise ValueError(f"by is one of {', '.join(get_args(Balance))}; got {self.by!r}")
 
 
 def balance(
@@ -102,9 +122,10 @@ def balance(
     Args:
         num_layers: L.
         num_modules: K.
-        cost: bytes of each layer, length L.
-        head_cost: bytes of the auxiliary network of a module that ends in layer i (0 for the last layer).
-        context_cost: bytes of the context encoders of a module that starts with layer i (0 for the first).
+        cost: of each layer, length L.
+        head_cost: of the auxiliary network of a module that ends in layer i (0 for the last layer).
+        context_cost: of the context encoders of a module that starts with layer i (0 for the first). Negative where a
+            module's first layer costs less than it would inside.
 
     Returns:
         Index of the last layer of each module, as :func:`cut_points`.
@@ -118,6 +139,7 @@ def balance(
     def module_cost(first: int, last: int) -> int:
         return prefix[last + 1] - prefix[first] + head_cost[last] + context_cost[first]
 
+    beyond = sum(cost) + sum(head_cost) + sum(map(abs, context_cost)) + 1
     # best[j] = (smallest maximum, start of the last module) for layers 0..j cut into the current number of modules
     best = [(module_cost(0, j), 0) for j in range(num_layers)]
     history = [best]
@@ -125,7 +147,7 @@ def balance(
         step: list[tuple[int, int]] = []
         for j in range(num_layers):
             options = [(max(best[i - 1][0], module_cost(i, j)), i) for i in range(count - 1, j + 1) if i >= 1]
-            step.append(min(options) if options else (sum(cost) + sum(head_cost) + sum(context_cost) + 1, 0))
+            step.append(min(options) if options else (beyond, 0))
         best = step
         history.append(best)
     ends, j = [], num_layers - 1

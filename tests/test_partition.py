@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
 import torch
 
-from auglocal_ext import Balanced, ContSup, LocalSequential, models
+from auglocal_ext import Balanced, ContSup, Greedy, LocalSequential, PredSim, models
 from auglocal_ext.partition import CONTSUP_BALANCED, balance, cut_points
+from auglocal_ext.step.module_peaks import module_flops
 
 # [stage, block] after which a module ends, ContSup's "equal layers" partitions; a stage has 5 or 18 blocks.
 EQUAL_RESNET32 = {
@@ -114,3 +116,39 @@ def test_balanced_modules_touch_no_weight_and_flatten_the_peak():
     assert sizes[0] < sizes[-1]
     for key, value in layers.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("rule", [ContSup("R1E"), PredSim()], ids=repr)
+def test_balanced_flops_are_those_of_a_training_step(rule):
+    """No other cuts have a costliest module that computes less, by the count of the step itself."""
+
+    def costliest(modules):
+        net = LocalSequential(models.resnet_cifar(14, width=4), rule, 10, (3, 16, 16), modules=modules)
+        return max(module_flops(net, lambda params: torch.optim.SGD(params, lr=0.1))), net.network.ends
+
+    layers = models.resnet_cifar(14, width=4)
+    before = copy.deepcopy(layers.state_dict())
+    found, ends = costliest(Balanced(2, by="flops"))
+    assert len(ends) == 2
+    best = min(costliest(cuts)[0] for cuts in itertools.combinations(range(ends[-1]), 1))
+    # Which inputs ContSup's context encodes depends on the other cuts.
+    assert found == best or isinstance(rule, ContSup) and found < 1.01 * best
+    net = LocalSequential(layers, rule, 10, (3, 16, 16), modules=Balanced(2, by="flops"))
+    assert net.network.ends == ends
+    for key, value in layers.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_balanced_says_what_it_cannot_balance():
+    with pytest.raises(ValueError, match="by is one of memory, flops, time; got 'bytes'"):
+        Balanced(3, by="bytes")
+
+    def ends(balanced):
+        layers = models.resnet_cifar(14, width=4)
+        return LocalSequential(layers, Greedy(), 10, (3, 16, 16), modules=balanced).network.ends
+
+    assert ends(Balanced(3)) == ends(Balanced(3, by="memory")) != ends(Balanced(3, by="flops"))
+    with pytest.raises(ValueError, match="needs the number of local modules"):
+        ends(Balanced(by="flops"))
+    with pytest.raises(ValueError, match="time.* is for stages, .*Take by=.flops"):
+        ends(Balanced(2, by="time"))
