@@ -402,7 +402,9 @@ def test_gradcheck(provider: str, activation: str, training: bool) -> None:
 
 
 @column.cases
-@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "row-slice"])
+@pytest.mark.parametrize(
+    "layout", [*(pytest.param(each, marks=pytest.mark.slow) for each in ("contiguous", "channels-last")), "row-slice"]
+)
 def test_opcheck(device: str, provider: str, layout: str) -> None:
     x, weight, bias, mean, var, residual = inputs((4, 6, 3, 2), torch.float32, device)
     x = column.LAYOUTS[layout](x)

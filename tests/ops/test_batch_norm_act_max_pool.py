@@ -361,7 +361,9 @@ def test_nan_and_inf_pass_through(device: str, provider: str, value: float, trai
 
 
 @column.cases
-@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "row-slice"])
+@pytest.mark.parametrize(
+    "layout", [*(pytest.param(each, marks=pytest.mark.slow) for each in ("contiguous", "channels-last")), "row-slice"]
+)
 def test_opcheck(device: str, provider: str, layout: str) -> None:
     x, weight, bias, mean, var = inputs((2, 6, 5, 4), torch.float32, device)
     x = column.LAYOUTS[layout](x)
