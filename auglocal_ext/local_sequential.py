@@ -301,6 +301,11 @@ class LocalSequential(nn.Module):
         give_memory(named, torch.empty(0, device=device).device, self._deferred)
         self.empty, self._deferred = self._deferred is None, None
 
+    @property
+    def deferred(self) -> Deferred | None:
+        """What gives the network its initial values, until :meth:`materialise` has; None if nothing is deferred."""
+        return self._deferred
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         keys = super().load_state_dict(state_dict, strict, assign)
         self.empty = self.empty and bool(keys.missing_keys)

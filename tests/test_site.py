@@ -38,6 +38,7 @@ INTERNAL = {
         "everyone",
         "group_like",
         "mesh_groups",
+        "shapes_of",
         "together",
         "write",
     },

@@ -1,6 +1,6 @@
 """Several processes that train one network, on torch.distributed."""
 
-from .agreement import DisagreementError, agree
+from .agreement import DisagreementError, agree, shapes_of
 from .checkpoint import CheckpointError, Stored, everyone, together, write
 from .mesh import Mesh, group_like, mesh_groups
 from .replicas import Average, Replicas
@@ -19,6 +19,7 @@ __all__ = [
     "everyone",
     "group_like",
     "mesh_groups",
+    "shapes_of",
     "together",
     "write",
 ]

@@ -13,27 +13,29 @@ class DisagreementError(RuntimeError):
     """Processes that are to train one network differ in something; raised in all of them."""
 
 
-def agree(facts: Mapping[str, Any], group: Any, whose: str = "replicas") -> None:
+def agree(facts: Mapping[str, Any], group: Any, whose: str = "replicas", among: Any = None) -> None:
     """Compare what each process of a group says; a collective call.
 
     Args:
         facts: plain values by name, such as options and versions.
         group: the process group.
         whose: what its processes are, for the message.
+        among: a plain value; processes are compared with those that have the same.
 
     Raises:
         DisagreementError: naming what differs first, with both values and ranks. In all processes, so none waits.
     """
     everyone: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(everyone, dict(facts), group=group)
-    first = everyone[0]
-    for rank, theirs in enumerate(everyone):
+    torch.distributed.all_gather_object(everyone, (among, dict(facts)), group=group)
+    firsts: dict[Any, tuple[int, dict[str, Any]]] = {}
+    for rank, (kind, theirs) in enumerate(everyone):
+        first_rank, first = firsts.setdefault(kind, (rank, theirs))
         for name in [*first, *(name for name in theirs if name not in first)]:
             here, there = first.get(name, "nothing"), theirs.get(name, "nothing")
             if here != there:
                 raise DisagreementError(
-                    f"{whose} 0 and {rank} differ in {name}: {here} and {there}. Start every process with the same "
-                    "code, network and options"
+                    f"{whose} {first_rank} and {rank} differ in {name}: {here} and {there}. Start every process with "
+                    "the same code, network and options"
                 )
 
 

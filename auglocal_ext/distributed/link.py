@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,8 @@ class Link:
         forms, batch = [Form.of(tensor) for tensor in tensors], len(tensors[0])
         if self._forms is None:
             self._forms, self._largest = forms, batch
-            torch.distributed.send_object_list([(forms, batch)], self._receiver, group=self._group)
+            with self._named("did not take"):
+                torch.distributed.send_object_list([(forms, batch)], self._receiver, group=self._group)
         changed = next((i for i, form in enumerate(forms) if not form.fits(self._forms[i])), None)
         if changed is not None:
             raise ValueError(
@@ -113,7 +115,8 @@ class Link:
         self._batch += 1
 
     def _send(self, message: Tensor) -> None:
-        self._sending.append((torch.distributed.isend(message, self._receiver, group=self._group), message))
+        with self._named("did not take"):
+            self._sending.append((torch.distributed.isend(message, self._receiver, group=self._group), message))
 
     def finish(self) -> None:
         """Wait until what was sent has arrived."""
@@ -121,9 +124,15 @@ class Link:
         self._sending.clear()
 
     def _wait(self, works: Sequence[Any], failed: str) -> None:
-        try:
+        with self._named(failed):
             for work in works:
                 work.wait()
+
+    @contextmanager
+    def _named(self, failed: str) -> Iterator[None]:
+        """Name the stage that was waited for, this one and the batch, where torch's error does not."""
+        try:
+            yield
         except RuntimeError as error:
             sender, receiver = self._ends
             ours, theirs = (sender, receiver) if failed == "did not take" else (receiver, sender)
@@ -137,7 +146,8 @@ class Link:
         """The features of one batch; those of the next one are asked for."""
         if self._forms is None:
             told: list[Any] = [None]
-            torch.distributed.recv_object_list(told, self._sender, group=self._group)
+            with self._named("did not send"):
+                torch.distributed.recv_object_list(told, self._sender, group=self._group)
             forms, largest = told[0]
             self._same(largest, batch)
             self._forms, self._largest = forms, largest
@@ -169,7 +179,8 @@ class Link:
         assert self._forms is not None
         self._asked = []
         for message in (_number(0, device), *(form.empty(self._largest, device) for form in self._forms)):
-            work = torch.distributed.irecv(message, self._sender, group=self._group)
+            with self._named("did not send"):
+                work = torch.distributed.irecv(message, self._sender, group=self._group)
             self._asked.append((work, message))
 
     def close(self, device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,12 +45,15 @@ def mesh_groups(mesh: Mesh) -> tuple[Any | None, Any | None]:
     return stages, replicas
 
 
-def group_like(group: Any, *, on_hosts: bool = False) -> Any:
-    """Another process group of the same processes, with the same time-out; collective.
+def group_like(group: Any, ranks: Sequence[int] | None = None, *, on_hosts: bool = False) -> Any:
+    """Another process group with the same time-out; collective.
 
-    ``on_hosts``: for tensors on the CPU, by gloo where this torch has it.
+    Args:
+        group: the group.
+        ranks: its processes; None for those of ``group``.
+        on_hosts: for tensors on the CPU, by gloo where this torch has it.
     """
-    ranks = torch.distributed.get_process_group_ranks(group)
+    ranks = torch.distributed.get_process_group_ranks(group) if ranks is None else list(ranks)
     options = group._get_backend(group._device_types[0]).options
     timeout = None if options is None else options._timeout  # torch's "fake" backend has none
     backend = "gloo" if on_hosts and torch.distributed.is_gloo_available() else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,15 +30,23 @@ class Average:
         The current stream waits, not the host; with gloo the host does.
         """
         for work, bucket in zip(self._works, self._buckets, strict=True):
-            try:
+            with _waiting(self._module, self._where):
                 work.wait()
-            except RuntimeError as error:
-                raise RuntimeError(
-                    f"the gradients of local module {self._module} were not averaged (this is {self._where}): another "
-                    "replica has ended, or works on another step for longer than the time-out of the process group. "
-                    f"{error}"
-                ) from error
             bucket.put_back(self._replicas)
+
+
+@contextmanager
+def _waiting(module: int, where: str) -> Iterator[None]:
+    """Name what was waited for, where torch's error does not."""
+    try:
+        yield
+    except DisagreementError:
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the gradients of local module {module} were not averaged (this is {where}): another replica has ended, "
+            f"or works on another step for longer than the time-out of the process group. {error}"
+        ) from error
 
 
 class _Bucket:
@@ -157,7 +166,8 @@ class Replicas:
     def _check(self, module: int, trained: tuple[str, ...]) -> None:
         known = self._trained.get(module)
         if known is None:
-            agree({f"the parameters of local module {module} that have a gradient": trained}, self._group)
+            with _waiting(module, self.where):
+                agree({f"the parameters of local module {module} that have a gradient": trained}, self._group)
             self._trained[module] = trained
         elif known != trained:
             changed = sorted(set(known) ^ set(trained))

@@ -72,6 +72,11 @@ class Deferred(TorchDispatchMode):
         self._writers: dict[int, list[int]] = {}
         self._alive: list[torch.UntypedStorage] = []  # so that no other gets the same address
 
+    @property
+    def origin(self) -> tuple[int, int]:
+        """What all values depend on: equal for two that were given the same seed and the same number of draws."""
+        return self._seed, self._draws
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Deferred:
         return self
 

@@ -1,12 +1,12 @@
-"""A copy of a network without its data: fake CPU tensors of the same shapes, on which a step can be tried out.
+"""A copy of a network on which a step can be tried out: of fake CPU tensors of the same shapes, or with its data.
 
-It is a deepcopy with a memo that maps every parameter and buffer to a fake tensor of the same form.
+It is a deepcopy with a memo that maps every parameter and buffer to a tensor of the same form.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,19 +22,18 @@ def fake_mode_of(net: nn.Module) -> FakeTensorMode:
     return detect_fake_mode(list(net.parameters())) or FakeTensorMode(allow_non_fake_inputs=True)
 
 
-class FakeCopy:
-    """``net`` on fake CPU tensors, in training mode; to be made and used under :func:`fake_mode_of`.
+class _Copy:
+    """``net`` in training mode, on tensors of its own; nothing that runs on the copy changes ``net``.
 
-    Shapes, strides, dtypes, ``requires_grad`` and sharing are those of ``net``, whatever its device. No data is
-    copied, and nothing that runs on the copy changes ``net``.
+    Shapes, strides, dtypes, ``requires_grad`` and sharing are those of ``net``.
 
     Attributes:
         net: the copy.
     """
 
-    def __init__(self, net: LocalSequential) -> None:
-        self._fakes: dict[int, Tensor] = {id(tensor): _fake(tensor) for tensor in _tensors(net)}
-        self.net = copy.deepcopy(net, dict(self._fakes))
+    def __init__(self, net: LocalSequential, made: Callable[[Tensor], Tensor]) -> None:
+        self._made: dict[int, Tensor] = {id(tensor): made(tensor) for tensor in _tensors(net)}
+        self.net = copy.deepcopy(net, dict(self._made))
         if not net.training:
             self.net.train()
 
@@ -44,12 +43,26 @@ class FakeCopy:
 
     def _group(self, item: Any) -> Any:
         if isinstance(item, Tensor):
-            return self._fakes.get(id(item), item)
+            return self._made.get(id(item), item)
         if isinstance(item, dict):
             return {**item, "params": self._group(item["params"])}
         if isinstance(item, tuple):  # (name, parameter)
             return tuple(self._group(part) for part in item)
         return [self._group(part) for part in item] if isinstance(item, list) else item
+
+
+class FakeCopy(_Copy):
+    """``net`` on fake CPU tensors, whatever its device; to be made and used under :func:`fake_mode_of`."""
+
+    def __init__(self, net: LocalSequential) -> None:
+        super().__init__(net, _fake)
+
+
+class DataCopy(_Copy):
+    """``net`` with its data, on its device."""
+
+    def __init__(self, net: LocalSequential) -> None:
+        super().__init__(net, _cloned)
 
 
 def _tensors(net: nn.Module) -> Iterator[Tensor]:
@@ -64,3 +77,8 @@ def _fake(tensor: Tensor) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(fake, requires_grad=tensor.requires_grad)
     return fake.requires_grad_(tensor.requires_grad)
+
+
+def _cloned(tensor: Tensor) -> Tensor:
+    copied = tensor.detach().clone()
+    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied

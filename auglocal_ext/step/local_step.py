@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -19,10 +20,11 @@ from .built_in import NetworkState
 from .graph import Form, GraphedStep, Graphs, NotForGraphs, Way
 from .memory_plan import MemoryPlan
 from .module_peaks import module_flops
+from .module_times import module_times
 from .optimizers import ModuleOptimizers, OptimizerFactory, held, listed
 from .overlap import TwoStreams
 from .plan import MemoryBudget, StepRecompute, plan_memory
-from .processes import Processes
+from .processes import Processes, StageCuts
 from .updates import Clip, Updates, guard_steps_by_hand, updating_pass
 
 Switch = Literal[True, False, "auto"]
@@ -84,13 +86,16 @@ class LocalStep:
             step's peak.
         memory_budget: bytes, ``"400MB"`` or ``"0.4GiB"``: the least recomputation that fits, by prediction; with
             ``overlap="auto"`` modules overlap if that costs no more. See :func:`auglocal_ext.step.plan_memory`.
-        batch_size: images per call, for ``recompute="peak"`` and ``memory_budget``.
+        batch_size: images per call, for ``recompute="peak"``, ``memory_budget`` and ``Balanced(by="time")``.
         sync_batch_norm: BatchNorm takes its statistics over all replicas. Changes the class of the layers, see
             :func:`auglocal_ext.nn.sync_batch_norm`, and costs a message of 2 C + 1 numbers per layer and pass.
         mesh: a ``DeviceMesh``. Steps of several processes run eagerly, on one stream, and are not planned:
             ``graph=True``, ``overlap=True``, ``recompute="peak"`` and ``memory_budget`` raise. Over stages so do fp16,
             ``clip="global"``, parameters that stages share, and MAN, whose average reads the next module's parameters.
-        stage_cuts: the first local module of every stage but the first; None for stages of about equal FLOPs.
+        stage_cuts: the first local module of every stage but the first; None, or ``Balanced(by="flops")``, for stages
+            of about equal FLOPs. ``Balanced(by="time")``: the first process measures seven steps on random inputs of
+            ``batch_size`` before the run, on a copy of the network, and all take the cuts that it finds. Its device
+            then holds the whole network twice, with gradients and optimizer state of the copy.
         check_batches: stages compare the samples they are given, which costs a read of a value per batch. Without it
             they compare the number of samples, on the CPU alone.
         gather_features: losses that compare samples see those of all replicas: each gathers what is compared, N rows
@@ -128,7 +133,7 @@ class LocalStep:
         batch_size: int | None = None,
         mesh: Mesh | None = None,
         sync_batch_norm: bool = False,
-        stage_cuts: Sequence[int] | None = None,
+        stage_cuts: StageCuts = None,
         check_batches: bool = False,
         gather_features: bool = False,
     ) -> None:
@@ -169,7 +174,16 @@ class LocalStep:
         )
         params = list(net.parameters()) if params is None else listed(params)
         everywhere = {id(p) for p in net.parameters()}
-        self._modules = self._processes.place(net, stage_cuts, lambda: module_flops(net, optimizer))
+        costs = partial(
+            _stage_costs,
+            net,
+            optimizer,
+            batch_size,
+            recompute=cast("Recompute | None", recompute),
+            options={"params": params, "autocast": autocast, "clip_norm": clip_norm, "clip": clip}
+            | {"accumulate": accumulate},
+        )
+        self._modules = self._processes.place(net, stage_cuts, costs)
         if self._processes.stage is not None:
             params = held(params, net, everywhere)
         self._parameters = [p for p in net.parameters() if not p.is_meta]
@@ -430,6 +444,25 @@ class LocalStep:
                 self._streams.join()
             raise
         return out._replace(loss=out.loss.detach())
+
+
+def _stage_costs(
+    net: LocalSequential,
+    optimizer: OptimizerFactory,
+    batch_size: int | None,
+    by: str,
+    *,
+    recompute: Recompute | None,
+    options: dict[str, Any],
+) -> Sequence[float]:
+    """FLOPs of each local module, or its seconds."""
+    if by == "flops":
+        return module_flops(net, optimizer, recompute)
+    if batch_size is None:
+        raise ValueError(
+            'stage_cuts=Balanced(by="time") measures steps on batches of batch_size images: pass batch_size='
+        )
+    return module_times(net, batch_size, optimizer, recompute=recompute, **options)
 
 
 def _name_of(net: Any) -> str:

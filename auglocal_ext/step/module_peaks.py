@@ -93,7 +93,7 @@ class StepEstimate:
             _as_on_cpu(self._optimizers.whole, on_cuda=next(net.parameters()).is_cuda)
             # Of more calls than two, all but the last are alike.
             self._updates = _NotingUpdates(self._optimizers, None, clip_norm, clip, min(accumulate, 2))
-            self._x, self._y = _batch(fake.net, batch_size)
+            self._x, self._y = empty_batch(fake.net, batch_size)
             self._all_gradients = True
             for _ in range(self._updates.accumulate):  # makes the optimizer's state, and the gradients that are kept
                 self._first_call()
@@ -193,7 +193,7 @@ class _Watch(OneStream):
         return StepCost(base, modules, self._begins[-1][1] + added[-1])
 
 
-def _batch(net: LocalSequential, batch_size: int) -> tuple[Tensor, Tensor]:
+def empty_batch(net: LocalSequential, batch_size: int) -> tuple[Tensor, Tensor]:
     """A batch in the dtype of the parameters, or of integers, channels last where the weights are."""
     maps = [p for p in net.primary.parameters() if p.dim() == 4]
     channels_last = any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in maps)
@@ -205,8 +205,11 @@ def _batch(net: LocalSequential, batch_size: int) -> tuple[Tensor, Tensor]:
     return x, net.task.example_for(net.network.input, batch_size)
 
 
-def module_flops(net: LocalSequential, optimizer: OptimizerFactory) -> list[int]:
-    """FLOPs of each local module in a training step, counted on fake tensors for two samples."""
+def module_flops(net: LocalSequential, optimizer: OptimizerFactory, recompute: Recompute | None = None) -> list[int]:
+    """FLOPs of each local module in a training step, counted on fake tensors for two samples.
+
+    ``recompute``: None for that of ``net``.
+    """
     estimate = StepEstimate(
         net,
         2,
@@ -217,7 +220,7 @@ def module_flops(net: LocalSequential, optimizer: OptimizerFactory) -> list[int]
         clip="module",
         accumulate=1,
     )
-    return [module.flops for module in estimate.cost(net.recompute).modules]
+    return [module.flops for module in estimate.cost(net.recompute if recompute is None else recompute).modules]
 
 
 def _as_on_cpu(optimizer: torch.optim.Optimizer, on_cuda: bool) -> None:

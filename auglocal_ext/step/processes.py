@@ -8,14 +8,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._version import __version__
 from ..auxiliary.base import Auxiliary, parts_of
-from ..distributed import Mesh, Replicas, Stage, agree, balanced_cuts, group_like, mesh_groups
+from ..distributed import Mesh, Replicas, Stage, agree, balanced_cuts, everyone, group_like, mesh_groups, shapes_of
 from ..local_modules import LocalModule, OneStream, Relay
 from ..local_sequential import LocalSequential
 from ..nn import gathered_features, sync_batch_norm, synced_statistics
+from ..partition import Balanced
+
+StageCuts = Sequence[int] | Balanced | None
 
 
 class Processes:
@@ -36,6 +39,7 @@ class Processes:
     def __init__(self, mesh: Mesh | None, options: dict[str, Any]) -> None:
         self._mesh = mesh
         self._stages, self._group = (None, None) if mesh is None else mesh_groups(mesh)
+        self._replica = 0 if self._group is None else torch.distributed.get_rank(self._group)
         self.alone = self._stages is None and self._group is None
         self.stage: Stage | None = None
         self.replicas: Replicas | None = None
@@ -66,14 +70,15 @@ class Processes:
                 )
 
     def place(
-        self, net: LocalSequential, cuts: Sequence[int] | None, costs: Callable[[], Sequence[float]]
+        self, net: LocalSequential, cuts: StageCuts, costs: Callable[[str], Sequence[float]]
     ) -> tuple[LocalModule, ...]:
         """The local modules of this process; all others are moved to the meta device.
 
         Its own get memory on the mesh's device, where they are on the meta device.
 
         Args:
-            cuts: the first local module of every stage but the first; None for stages whose ``costs`` are balanced.
+            cuts: the first local module of every stage but the first, or what is balanced; None for FLOPs.
+            costs: of each local module, in ``"flops"`` or ``"time"``.
         """
         modules = net.local_modules
         if net.held is not None:
@@ -85,23 +90,22 @@ class Processes:
             if self._mesh is not None:
                 net.materialise(self._mesh.device_type)
             return modules
+        cuts = cuts if cuts is None or isinstance(cuts, Balanced) else tuple(cuts)
+        self._agree({**_facts(net), "stage_cuts": cuts})
         count = torch.distributed.get_world_size(self._stages)
         if len(modules) < count:
             raise ValueError(f"{count} stages need as many local modules, and the network has {len(modules)}")
-        if cuts is None:
-            cuts = balanced_cuts(costs(), count)
-        cuts = tuple(cuts)
+        cuts = Balanced(by="flops") if cuts is None else cuts
+        if isinstance(cuts, Balanced):
+            cuts = self._balanced(cuts, costs, count)
         if len(cuts) != count - 1 or list(cuts) != sorted(set(cuts)) or not all(0 < c < len(modules) for c in cuts):
             raise ValueError(
                 f"stage_cuts names the first local module of each of the {count} stages but the first: {count - 1} "
                 f"increasing numbers within 1 .. {len(modules) - 1}; got {cuts}"
             )
         _refuse_edges(modules, cuts)
-        agree(
-            {**_facts(net), "stage_cuts": cuts, "the initial weights (another seed?)": _checksum(net)},
-            self._stages,
-            "stages",
-        )
+        # Replicas of a stage take the first one's weights.
+        self._agree({"stage_cuts": cuts, "the initial weights (another seed?)": _checksum(net)}, self._replica)
         kept = [module.kept for module in modules]
         self.stage = Stage(self._stages, cuts, len(modules), kept, self._check_batches)
         net.hold(self.stage.first, self.stage.last)
@@ -109,14 +113,54 @@ class Processes:
         net.materialise(self._mesh.device_type)
         return net.local_modules[self.stage.first : self.stage.last + 1]
 
+    def _balanced(self, asked: Balanced, costs: Callable[[str], Sequence[float]], count: int) -> tuple[int, ...]:
+        if asked.modules not in (None, count):
+            raise ValueError(f"stage_cuts={asked!r} asks for {asked.modules} stages, and the mesh has {count}")
+        if asked.by == "memory":
+            raise ValueError(
+                f'stages are balanced by FLOPs or measured time: stage_cuts=Balanced({count}, by="flops") or '
+                f'Balanced({count}, by="time"); got {asked!r}'
+            )
+        if asked.by == "time":  # which every process would measure otherwise
+            return self._told(lambda: balanced_cuts(costs("time"), count))
+        return balanced_cuts(costs("flops"), count)
+
+    def _told(self, find: Callable[[], Any]) -> Any:
+        """What ``find()`` returns in the first process, in all of them; its error is raised in all of them too."""
+        group = self.everyone()
+        found, error = None, None
+        if torch.distributed.get_rank(group) == 0:
+            try:
+                found = find()
+            except Exception as failed:
+                error = failed
+        refused = isinstance(error, ValueError)
+        said = None if error is None else str(error) if refused else f"{type(error).__name__}: {error}"
+        (found, said, refused), *_ = everyone((found, said, refused), group)
+        if said is not None:
+            raise (ValueError(said) if refused else RuntimeError(f"in the first process: {said}")) from error
+        return found
+
+    def _agree(self, facts: dict[str, Any], among: Any = None) -> None:
+        """DisagreementError in all stages and replicas, unless those with the same ``among`` say the same."""
+        if self._stages is not None and self._group is not None:
+            agree(facts, self.everyone(), "ranks", among)
+        else:
+            agree(facts, self._stages, "stages")
+
     def meet(self, net: LocalSequential, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> None:
-        """Replicas find out whether they agree, and take the first one's weights."""
-        if self._group is None:
-            return
+        """Processes find out whether they agree, and replicas take the first one's weights."""
+        options = {**options, "sync_batch_norm": self.synced, "gather_features": self._gathers}
         held = [(name, p) for name, p in net.named_parameters() if not p.is_meta]
         buffers = [(name, b) for name, b in net.named_buffers() if not b.is_meta]
-        options = {**options, "sync_batch_norm": self.synced, "gather_features": self._gathers}
+        if self.stage is not None:
+            kind = f"{type(optimizer).__name__} {optimizer.defaults}"
+            self._agree({"the optimizer": kind, "check_batches": self._check_batches, **options})
+        if self._group is None:
+            return
         facts = {**_facts(net), "the optimizer": _options_of(optimizer), **options}
+        if self.stage is not None:  # other stages are not to wait for replicas that disagree
+            self._agree({**facts, **shapes_of([*held, *buffers])}, self.stage.index)
         self.replicas = Replicas(self._group, held, buffers, facts)
         if self.synced:
             sync_batch_norm(net)
@@ -136,9 +180,8 @@ class Processes:
         """A process group of all processes of the mesh, on their hosts; None where there is one. Collective once."""
         if self._everyone is None and not self.alone:
             assert self._mesh is not None
-            backend = "gloo" if torch.distributed.is_gloo_available() else None
             ranks = self._mesh.mesh.flatten().tolist()
-            self._everyone = torch.distributed.new_group(ranks, backend=backend, use_local_synchronization=True)
+            self._everyone = group_like(self._stages or self._group, ranks, on_hosts=True)
         return self._everyone
 
     @contextmanager
@@ -234,15 +277,17 @@ def _refuse_edges(modules: Sequence[LocalModule], cuts: Sequence[int]) -> None:
 def _facts(net: LocalSequential) -> dict[str, Any]:
     return {
         "the version of auglocal_ext": __version__,
+        "torch": torch.__version__,
         "the rule": repr(net.rule),
         "the cuts": [len(module.groups) for module in net.local_modules],
         "the task": repr(net.task),
+        **shapes_of([*net.named_parameters(), *net.named_buffers()]),
     }
 
 
-def _checksum(net: nn.Module) -> int:
-    """Of all parameters and buffers that hold data."""
-    total = 0
+def _checksum(net: LocalSequential) -> int:
+    """Of all parameters and buffers that hold data, and of what gives the others theirs."""
+    total = 0 if net.deferred is None else zlib.crc32(repr(net.deferred.origin).encode())
     for name, tensor in net.state_dict().items():
         if tensor.is_meta:
             continue

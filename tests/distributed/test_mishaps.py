@@ -248,6 +248,44 @@ def test_replicas_refuse_what_would_go_wrong():
     run(2, _replicas)
 
 
+def _absent(rank):
+    """One process leaves before the first batch; the errors of the others name rank, stage and batch."""
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "replica"))
+    step = LocalStep(network(), sgd, mesh=grid)
+    averaged = r"local module \d were not averaged \(this is rank {}, stage {}, batch [012]\)"
+    messages = {
+        0: averaged.format(0, 0),
+        1: r"stage 1 did not take the features of batch [012] \(stage 0 is rank 1\)|" + averaged.format(1, 0),
+        2: averaged.format(2, 1),
+    }
+    if rank < 3:
+        with pytest.raises(RuntimeError, match=messages[rank]):
+            for _ in range(3):
+                step(*batch())
+
+
+@pytest.mark.slow
+def test_errors_name_rank_stage_and_batch():
+    run(4, _absent)
+    run(2, _late)
+
+
+def _late(rank):
+    """The first batch of a stage that waits in vain, and of replicas that merge statistics."""
+    if rank == 0:
+        step = LocalStep(network(), sgd, mesh=mesh("stage"))
+        step = LocalStep(network(), sgd, mesh=mesh("replica"), sync_batch_norm=True)
+        step(*batch())
+    else:
+        stage = LocalStep(network(), sgd, mesh=mesh("stage"))
+        step = LocalStep(network(), sgd, mesh=mesh("replica"), sync_batch_norm=True)
+        step(*batch())
+        with pytest.raises(RuntimeError, match=r"BatchNorm layer were not merged \(this is rank 1, batch 1\)"):
+            step(*batch())
+        with pytest.raises(RuntimeError, match=r"stage 0 did not send the features of batch 0 \(stage 1 is rank 1\)"):
+            stage(*batch())
+
+
 def test_gradients_that_no_optimizer_uses_are_dropped():
     net = network("greedy")
     step = LocalStep(net, sgd, params=net.primary.parameters())

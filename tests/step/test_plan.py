@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from auglocal_ext import AugLocal, ContSup, LocalSequential, models
+from auglocal_ext import AugLocal, ContSup, Greedy, LocalSequential, models
 from auglocal_ext.cost import FlopMeter, count_flops
 from auglocal_ext.local_modules import OneStream
 from auglocal_ext.memory import MemoryMeter
@@ -22,6 +22,7 @@ from auglocal_ext.memory.meter import rounded
 from auglocal_ext.step import LocalStep, MemoryBudgetError, plan_memory
 from auglocal_ext.step.choice import Choice, Costs, cheapest_within, lowest_peak
 from auglocal_ext.step.module_peaks import ModuleCost, StepCost, StepEstimate
+from auglocal_ext.step.module_times import module_times
 from auglocal_ext.step.plan import parse_bytes
 from auglocal_ext.step.updates import updating_pass
 
@@ -426,3 +427,25 @@ def test_a_deep_network_is_planned_in_seconds():
     plan = plan_memory(net, 1024, sgd, autocast=torch.bfloat16, recompute="peak")
     assert time.perf_counter() - begin < 60
     assert plan.predicted_bytes < 0.40e9
+
+
+class Sleeping(nn.Module):
+    def forward(self, x):
+        time.sleep(0.02)
+        return x + 0 * torch.rand_like(x)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_measured_times_are_those_of_the_modules(accumulate):
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), Sleeping() if k == 1 else nn.ReLU()) for k in range(3)]
+    net = LocalSequential(nn.Sequential(*layers, nn.Linear(8, 3)), Greedy(), 3, (8,)).eval()
+    before, random = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    options = {"autocast": None, "clip_norm": 1.0, "clip": "module", "accumulate": accumulate, "recompute": None}
+    times = module_times(net, 4, sgd, params=list(net.parameters()), **options)
+    assert len(times) == net.num_modules and times.index(max(times)) == 1
+    assert 0.02 <= times[1] and 0 < min(times)
+    assert torch.equal(random, torch.get_rng_state()) and not net.training
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert all(p.grad is None for p in net.parameters())
