@@ -9,8 +9,10 @@ import torch
 
 from ..cost import count_parameters
 from ..training import Summary, Trainer
+from ..training.records import LOG
 from ..training.rule_options import RULE_OPTIONS
-from ..training.trainer import CHECKPOINT, CURVES, LOG
+from ..training.saving import find
+from ..training.trainer import CURVES, SCHEDULE
 from ..training.values import write
 
 _WIDTH = 80
@@ -37,7 +39,8 @@ def opening(trainer: Trainer) -> str:
             ("rule", _rule(trainer)),
             ("data", f"{facts['train_images']:,} train and {facts['test_images']:,} test images of {size}, "
              f"{len(facts['classes'])} classes, {where}"),
-            ("memory", f"{_size(trainer.predicted_peak())} at the peak of a step, predicted (tensors alone)"),
+            *_memory(trainer),
+            *_processes(trainer),
             ("device", f"{device}; steps: {trainer.launch()}"),
             ("epochs", f"{epochs}, each of {steps}, batch size {config.batch_size}{went}"),
             ("lr", f"{config.lr:g}; {config.schedule} cosine, {rates[0]:.3g} first, {rates[-1]:.3g} last; "
@@ -45,6 +48,31 @@ def opening(trainer: Trainer) -> str:
             ("output", str(trainer.output)),
         ]
     )  # fmt: skip
+
+
+def _memory(trainer: Trainer) -> list[tuple[str, str]]:
+    if trainer.team is not None:
+        return []
+    return [("memory", f"{_size(trainer.predicted_peak())} at the peak of a step, predicted (tensors alone)")]
+
+
+def _processes(trainer: Trainer) -> list[tuple[str, str]]:
+    """How several processes share the network and the batches."""
+    team, config = trainer.team, trainer.config
+    if team is None:
+        return []
+    grid = f"{_count(team.stages, 'stage')} of {_count(team.replicas, 'replica')}"
+    parts = [f"{team.size}, {grid}, on {team.backend}"]
+    if team.replicas > 1:
+        parts.append(f"each replica takes {(config.batch_size or 0) // team.replicas} images of a batch")
+    if team.stages > 1:
+        held = [f"{own[0]} to {own[-1]}" if len(own) > 1 else f"{own[0]}" for own in trainer.stage_modules]
+        parts.append(f"stages hold the local modules {', '.join(held)}")
+    return [("processes", "; ".join(parts))]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("s" if number > 1 else "")
 
 
 def ending(trainer: Trainer, summary: Summary) -> str:
@@ -63,8 +91,12 @@ def ending(trainer: Trainer, summary: Summary) -> str:
 
 def files(trainer: Trainer) -> list[tuple[str, str]]:
     """Name and path of each of the run's files that is there."""
-    named = (("log", LOG), ("tensorboard", "tensorboard"), ("curves", CURVES), ("checkpoint", CHECKPOINT))
-    return [(name, str(trainer.output / file)) for name, file in named if (trainer.output / file).exists()]
+    named = (("log", LOG), ("tensorboard", "tensorboard"), ("curves", CURVES), ("schedule", SCHEDULE))
+    saved = find(trainer.output)
+    return [
+        *((name, str(trainer.output / file)) for name, file in named if (trainer.output / file).exists()),
+        *([] if saved is None else [("checkpoint", str(saved))]),
+    ]
 
 
 def _rule(trainer: Trainer) -> str:

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..distributed import DisagreementError
 from ..training import (
     CheckpointError,
     DivergedError,
@@ -19,12 +20,13 @@ from ..training import (
     TrainingError,
     recipes,
 )
-from ..training import checkpoint as checkpoints
 from ..training.config import AMP, GRAPH, RECOMPUTE_CHOICES, differences, from_dict, resolve, to_recipe, with_recipe
 from ..training.data import DATASETS, ImageFiles, detect, load_data
+from ..training.processes import Launch
 from ..training.rule_options import RULE_OPTIONS
+from ..training.saving import find, read, refuse_earlier_run
 from ..training.schedule import SCHEDULES
-from ..training.trainer import CHECKPOINT, CURVES, refuse_earlier_run
+from ..training.trainer import CHECKPOINT, CURVES
 from .network_options import add_network_options
 from .opening import ending, opening
 
@@ -40,6 +42,9 @@ same with batch 128, lr 0.1; imagenet: batch 1024, lr 0.4, 200 epochs, no warm-u
 the schedule; the warm-up is at most a quarter of the run. From 100 epochs on the schedule is the published one, whose
 last epoch has the rate 0; shorter runs take each rate in the middle of its epoch, so that every epoch trains. With
 --resume, options left out take the value of the interrupted run.
+
+torchrun --nproc-per-node N -m auglocal_ext train ... trains in N processes, see --stages and --replicas. With
+--max-restarts they go on from the last checkpoint after one of them has died.
 """
 
 
@@ -134,45 +139,116 @@ def add_parser(subparsers: Any) -> None:
     add("--channels-last", action="store_const", const=True, help="store images and activations channels last")
     add("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:1, ...")
 
+    group = parser.add_argument_group("several processes, started by torchrun")
+    add = group.add_argument
+    add(
+        "--stages",
+        type=int,
+        metavar="S",
+        help="runs of local modules, each trained by processes of its own (default 1)",
+    )
+    add(
+        "--replicas",
+        type=int,
+        metavar="R",
+        help="processes that share each batch, whose size --batch-size is (default: all processes divided by --stages)",
+    )
+    add(
+        "--stage-cuts",
+        type=_cuts,
+        metavar="I,J,..",
+        help="first local module of each stage but the first (default: stages of about equal FLOPs)",
+    )
+    add(
+        "--sync-batch-norm",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="BatchNorm takes its statistics over all replicas, as one process does over the batch",
+    )
+
+
+def _cuts(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers joined by commas, got {text!r}") from None
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains; 0 when all epochs are done, 130 after Ctrl-C, 1 with a message for divergence, wrong data or settings."""
+    launch = Launch()
+    try:
+        return launch.leave(_run(arguments, launch))
+    except Exception as error:
+        if launch.size == 1:
+            raise
+        launch.crash(error)
+        return launch.leave(1)
+
+
+def _run(arguments: argparse.Namespace, launch: Launch) -> int:
     trainer: Trainer | None = None
     options = {field.name: getattr(arguments, field.name, None) for field in fields(TrainConfig)}
     given = {name: value for name, value in options.items() if value is not None}
     try:
         if arguments.list_recipes:
-            return _list_recipes()
+            return _list_recipes() if launch.rank == 0 else 0
         settings = with_recipe(given.get("recipe", "auto"), given)
         network, rule = settings.get("network", TrainConfig.network), settings.get("rule", TrainConfig.rule)
         settings.setdefault("output", f"runs/{network}-{rule}")
         given["output"] = settings["output"]
         if arguments.config:
-            print(_described(settings), end="")
+            if launch.rank == 0:
+                print(_described(settings), end="")
             return 0
-        trainer = Trainer(_config(settings, given, arguments.resume), say=_say)
-        if arguments.resume:
+        output = Path(given["output"]).expanduser()
+        launch.grid(arguments.stages, arguments.replicas)  # before anything else, as far as the options say it
+        launch.meet()
+        resume = arguments.resume or launch.restarted(output) and find(output) is not None
+        config = _config(settings, given, resume, launch)
+        team = None
+        if launch.size > 1:
+            team = launch.join(config.stages, config.replicas, launch.device(config.device))
+            config = replace(config, device=team.device.type)
+        say = _say if launch.rank == 0 else _unsaid
+        trainer = Trainer(config, say=say, team=team)
+        if resume:
             trainer.resume()
-        _say(opening(trainer))
+        launch.begins(output)
+        say(opening(trainer))
         if trainer.memory_plan is not None:
-            _say(f"\n{trainer.memory_plan}")
-        _say("")
+            say(f"\n{trainer.memory_plan}")
+        say("")
         summary = trainer.fit()
     except Interrupted as stop:
-        command = f"python -m auglocal_ext train --output {shlex.quote(given['output'])} --resume"
-        print(f"\n{stop}\n{_curves(trainer)}go on with: {command}", file=sys.stderr)
+        if launch.rank == 0:
+            command = f"{_command(trainer)} train --output {shlex.quote(given['output'])} --resume"
+            print(f"\n{stop}\n{_curves(trainer)}go on with: {command}", file=sys.stderr)
         return INTERRUPTED
     except KeyboardInterrupt:
-        print("\nstopped without saving; what was saved before is unharmed", file=sys.stderr)
+        if launch.rank == 0:
+            print("\nstopped without saving; what was saved before is unharmed", file=sys.stderr)
         return INTERRUPTED
     except DivergedError as error:
-        print(f"error: {error}\n{_curves(trainer)}", end="", file=sys.stderr)
+        launch.fail(f"{error}\n{_curves(trainer)}".rstrip())
         return 1
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (TrainingError, DisagreementError) as error:
+        launch.fail(str(error))
         return 1
-    _say(f"\n{ending(trainer, summary)}")
+    say(f"\n{ending(trainer, summary)}")
     return 0
+
+
+def _command(trainer: Trainer | None) -> str:
+    """What has started this run."""
+    team = None if trainer is None else trainer.team
+    if team is None:
+        return "python -m auglocal_ext"
+    return f"torchrun --nproc-per-node {team.size} -m auglocal_ext"
+
+
+def _unsaid(line: str) -> None:
+    """Of all processes one speaks."""
 
 
 def _say(line: str) -> None:
@@ -209,10 +285,18 @@ def _described(settings: dict[str, Any]) -> str:
     return to_recipe(resolved if config.data else replace(resolved, data=""))
 
 
-def _config(settings: dict[str, Any], given: dict[str, Any], resume: bool) -> TrainConfig:
+def _config(settings: dict[str, Any], given: dict[str, Any], resume: bool, launch: Launch) -> TrainConfig:
+    output = Path(given["output"]).expanduser()
     if resume:
-        path = Path(given["output"]).expanduser() / CHECKPOINT
-        stored = checkpoints.load(path)["settings"]
+        path = find(output) or output / CHECKPOINT
+        stored = read(path)["settings"]
+        before = stored.get("stages", 1), stored.get("replicas", 1)
+        grid = launch.grid(given.get("stages"), given.get("replicas"), before)
+        if grid[0] != before[0]:
+            stored = {**stored, "stage_cuts": None}
+        if launch.size > 1:  # each has its own
+            stored = {**stored, "device": stored["device"].partition(":")[0]}
+        given = {**given, "stages": grid[0], "replicas": grid[1]}
         given = {name: value for name, value in given.items() if value != "auto"}
         if "recipe_file" in settings:
             given.pop("recipe")
@@ -222,5 +306,6 @@ def _config(settings: dict[str, Any], given: dict[str, Any], resume: bool) -> Tr
         return from_dict(stored | given)
     if "data" not in settings:
         raise SettingsError("--data DIR is missing: the folder with the images")
-    refuse_earlier_run(Path(given["output"]).expanduser())  # Trainer.fit would, after the images are loaded
-    return from_dict(settings)
+    refuse_earlier_run(output)  # Trainer.fit would, after the images are loaded
+    stages, replicas = launch.grid(given.get("stages"), given.get("replicas"))
+    return from_dict({**settings, "stages": stages, "replicas": replicas})

@@ -5,6 +5,7 @@ from .checkpoint import CheckpointError, Stored, everyone, together, write
 from .mesh import Mesh, group_like, mesh_groups
 from .replicas import Average, Replicas
 from .stages import Stage, balanced_cuts
+from .times import Span, StepTimes
 
 __all__ = [
     "Average",
@@ -12,7 +13,9 @@ __all__ = [
     "DisagreementError",
     "Mesh",
     "Replicas",
+    "Span",
     "Stage",
+    "StepTimes",
     "Stored",
     "agree",
     "balanced_cuts",

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .times import spent
+
 
 @dataclass(frozen=True)
 class Form:
@@ -89,6 +91,7 @@ class Link:
                 "size of the first batch; begin with the largest"
             )
 
+    @spent("sending")
     def send(self, tensors: Sequence[Tensor]) -> None:
         """Begin to send the features of one batch."""
         forms, batch = [Form.of(tensor) for tensor in tensors], len(tensors[0])
@@ -146,14 +149,15 @@ class Link:
         """The features of one batch; those of the next one are asked for."""
         if self._forms is None:
             told: list[Any] = [None]
-            with self._named("did not send"):
+            with spent("waiting"), self._named("did not send"):
                 torch.distributed.recv_object_list(told, self._sender, group=self._group)
             forms, largest = told[0]
             self._same(largest, batch)
             self._forms, self._largest = forms, largest
             self._ask(device)
         assert self._forms is not None
-        self._wait([work for work, _ in self._asked], "did not send")
+        with spent("waiting"):
+            self._wait([work for work, _ in self._asked], "did not send")
         (_, number), *features = self._asked
         sent = int(number) if number.is_cpu or self._reads else batch
         if sent == _END:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .agreement import DisagreementError, agree, shapes_of
+from .times import spent
 
 
 class Average:
@@ -24,6 +25,7 @@ class Average:
         self._buckets = buckets
         self._replicas = replicas
 
+    @spent("averaging")
     def wait(self) -> None:
         """The gradients become the mean of the replicas' and the buffers those of the first one.
 

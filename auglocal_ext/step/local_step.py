@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ..distributed import Mesh
+from ..distributed import Mesh, StepTimes
 from ..local_modules import LocalModule, LocalOutput, OneStream, Recompute
 from ..local_sequential import LocalSequential
 from ..nn import eager_type, in_process_group
@@ -248,6 +248,11 @@ class LocalStep:
             return "steps of several processes run eagerly"
         return "graph=False" if self._graphs is None else self._graphs.reason
 
+    @property
+    def times(self) -> StepTimes | None:
+        """Where this process's time went, among several on CPUs: work, waiting, sending, averaging; else None."""
+        return self._processes.times
+
     def __call__(self, x: Tensor, y: Tensor) -> LocalOutput:
         """Train on one batch.
 
@@ -415,7 +420,8 @@ class LocalStep:
         self._optimizers.prepare()
         before = _random_position(x.device)
         try:
-            out = self._run(x, y)
+            with self._processes.timed():
+                out = self._run(x, y)
         except BaseException as error:
             self._processes.broken_by = f"{type(error).__name__}: {error}"
             self._updates.drop()

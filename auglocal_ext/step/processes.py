@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,18 @@ from torch import Tensor
 
 from .._version import __version__
 from ..auxiliary.base import Auxiliary, parts_of
-from ..distributed import Mesh, Replicas, Stage, agree, balanced_cuts, everyone, group_like, mesh_groups, shapes_of
+from ..distributed import (
+    Mesh,
+    Replicas,
+    Stage,
+    StepTimes,
+    agree,
+    balanced_cuts,
+    everyone,
+    group_like,
+    mesh_groups,
+    shapes_of,
+)
 from ..local_modules import LocalModule, OneStream, Relay
 from ..local_sequential import LocalSequential
 from ..nn import gathered_features, sync_batch_norm, synced_statistics
@@ -34,6 +45,7 @@ class Processes:
         replicas: over which gradients are averaged, once :meth:`meet` has run; None where there is one.
         synced: whether BatchNorm takes its statistics over all replicas.
         broken_by: what a step of this process broke off with.
+        times: of the steps; None for one process, and on CUDA, where the host's clock says little.
     """
 
     def __init__(self, mesh: Mesh | None, options: dict[str, Any]) -> None:
@@ -44,6 +56,8 @@ class Processes:
         self.stage: Stage | None = None
         self.replicas: Replicas | None = None
         self.broken_by: str | None = None
+        on_host = mesh is not None and mesh.device_type == "cpu"
+        self.times = StepTimes() if on_host and not self.alone else None
         self._everyone: Any | None = None
         self.synced, self._check_batches = options.pop("sync_batch_norm"), options.pop("check_batches")
         self._gathers, self._hosts = options.pop("gather_features"), None
@@ -183,6 +197,10 @@ class Processes:
             ranks = self._mesh.mesh.flatten().tolist()
             self._everyone = group_like(self._stages or self._group, ranks, on_hosts=True)
         return self._everyone
+
+    def timed(self) -> AbstractContextManager[Any]:
+        """Entered for a step and what is received and sent for it."""
+        return nullcontext() if self.times is None else self.times.step()
 
     @contextmanager
     def region(self, samples: int, batch: int) -> Iterator[None]:

@@ -37,6 +37,10 @@ class Draw:
     left: Tensor
     mirrored: Tensor
 
+    def at(self, places: list[int] | slice) -> Draw:
+        """Those of some of the images."""
+        return Draw(self.top[places], self.left[places], self.mirrored[places])
+
 
 def draw(count: int, augmentation: Augmentation, generator: torch.Generator) -> Draw:
     """Independent choices for ``count`` images on the generator's device: (count,) int64, int64, bool."""

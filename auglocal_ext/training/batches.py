@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .augment import Augmentation, channel_constants, crop_and_flip, draw, normalise
+from .augment import Augmentation, Draw, channel_constants, crop_and_flip, draw, normalise
 from .data import ImageArrays, ImageFiles
 from .errors import SettingsError
-from .order import epoch_order, mixed_seed, steps_per_epoch
+from .order import WHOLE, Part, epoch_order, mixed_seed, steps_per_epoch
 from .stream import StreamedBatches
 
 
@@ -41,11 +41,22 @@ def make_batches(
     device: torch.device,
     channels_last: bool = False,
     workers: int = 0,
+    part: Part = WHOLE,
 ) -> Batches:
-    """The source that goes with ``data``; SettingsError if it cannot make batches of two, or pad them."""
-    if batch_size < 2 or data.train_count < 2:
+    """The source that goes with ``data``, of a replica's part of each batch.
+
+    Every image is cropped and flipped as it is without replicas. SettingsError if there are no batches of two, or they
+    cannot be padded or parted.
+    """
+    replicas = "" if part.count == 1 else f", {part.count} replicas"
+    if batch_size % part.count:
         raise SettingsError(
-            f"BatchNorm needs batches of two or more: batch size {batch_size}, {data.train_count} images"
+            f"--batch-size {batch_size} is that of all replicas together, and {part.count} replicas cannot have equal "
+            f"parts of it: choose a multiple of {part.count}"
+        )
+    if min(batch_size, data.train_count) // part.count < 2:
+        raise SettingsError(
+            f"BatchNorm needs batches of two or more: batch size {batch_size}, {data.train_count} images{replicas}"
         )
     height, width = data.input_shape[1:]
     if augmentation.padding_mode == "reflect" and augmentation.padding >= min(height, width):
@@ -62,9 +73,10 @@ def make_batches(
             device=device,
             channels_last=channels_last,
             workers=workers,
+            part=part,
         )
     return ResidentBatches(
-        data, augmentation, batch_size=batch_size, seed=seed, device=device, channels_last=channels_last
+        data, augmentation, batch_size=batch_size, seed=seed, device=device, channels_last=channels_last, part=part
     )
 
 
@@ -80,8 +92,10 @@ class ResidentBatches:
         seed: int,
         device: torch.device,
         channels_last: bool = False,
+        part: Part = WHOLE,
     ):
-        self.steps = steps_per_epoch(data.train_count, batch_size)
+        self.steps = steps_per_epoch(data.train_count, batch_size, part.count)
+        self._part = part
         self._augmentation = augmentation
         self._batch_size, self._seed, self._channels_last = batch_size, seed, channels_last
         self._train = (data.train_images.to(device), data.train_labels.to(device))
@@ -94,17 +108,22 @@ class ResidentBatches:
         order = epoch_order(len(labels), self._seed, epoch).to(images.device)
         for step in range(first, self.steps):
             picked = order[step * self._batch_size : (step + 1) * self._batch_size]
-            yield self._augmented(images, picked), labels[picked]
+            places = self._part.train(len(picked))
+            # Drawn for the whole batch, so that no number depends on how it is parted.
+            choice = draw(len(picked), self._augmentation, self._generator).at(places)
+            picked = picked[places]
+            yield self._augmented(images, picked, choice), labels[picked]
 
-    def _augmented(self, images: Tensor, picked: Tensor) -> Tensor:
-        choice = draw(len(picked), self._augmentation, self._generator)
+    def _augmented(self, images: Tensor, picked: Tensor, choice: Draw) -> Tensor:
         return self._normalise(crop_and_flip(images, picked, choice, self._augmentation))
 
     def test(self) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = self._test
         for start in range(0, len(labels), self._batch_size):
-            end = start + self._batch_size
-            yield self._normalise(images[start:end]), labels[start:end]
+            places = self._part.test(len(labels[start : start + self._batch_size]))
+            here = slice(start + places.start, start + places.stop)
+            if here.stop > here.start:
+                yield self._normalise(images[here]), labels[here]
 
     def _normalise(self, batch: Tensor) -> Tensor:
         return normalise(batch, self._mean, self._std, channels_last=self._channels_last)

@@ -45,13 +45,18 @@ def load(path: Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
+    check_format(state, path)
+    return state
+
+
+def check_format(state: Any, path: Path) -> None:
+    """CheckpointError unless this version wrote ``state``."""
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else None
         raise CheckpointError(
             f"{path}: expected a checkpoint of format {FORMAT}, found {found}: another version wrote it. Go on with "
             "that version, or train the run again with another --output"
         )
-    return state
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

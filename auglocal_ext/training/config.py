@@ -27,8 +27,12 @@ RECOMPUTE_CHOICES = (*RECOMPUTE, "peak")
 # How a local rule's step runs, with the value that leaves it open; none of it is backpropagation's.
 _STEP_OPTIONS = {"recompute": "none", "memory_budget": None, "graph": "auto", "overlap": None}
 
-# A run goes on wherever its folders now lie, however many processes read its images and its steps are launched.
-_FREE_TO_CHANGE = ("data", "output", "workers", "graph", "overlap")
+# A run goes on wherever its folders now lie, however many processes read its images, how its steps are launched and
+# how many processes take them.
+_FREE_TO_CHANGE = (
+    *("data", "output", "workers", "graph", "overlap"),
+    *("stages", "replicas", "stage_cuts", "sync_batch_norm"),
+)
 
 # The settings of a recipe that is a data set's own.
 _TRAINING = tuple(
@@ -61,7 +65,8 @@ class TrainConfig(_RuleSettings):
     one that goes with ``epochs``: short below 100.
     ``mixup`` and ``cutmix`` are alpha of Beta(alpha, alpha) (:class:`auglocal_ext.training.mixing.MixedBatches`), None
     or 0 for none. ``amp`` is ``"none"``, ``"bf16"`` or ``"fp16"`` (with a GradScaler); ``device`` is ``"auto"`` or
-    torch's name. ``recipe`` is the data set's training ("auto": the one at hand); ``from_recipe`` takes any recipe,
+    torch's name. ``stages`` and ``replicas`` are the processes of the run, ``batch_size`` is that of all replicas
+    together; ``stage_cuts`` and ``sync_batch_norm`` are as LocalStep has them. ``recipe`` is the data set's training ("auto": the one at hand); ``from_recipe`` takes any recipe,
     network and rule included, and notes it in ``recipe_file``.
 
     Raises SettingsError for a value that cannot be, and for an option of another rule.
@@ -101,6 +106,10 @@ class TrainConfig(_RuleSettings):
     image_size: int | None = None
     train_images: int | None = None
     workers: int | None = None
+    stages: int = 1
+    replicas: int = 1
+    stage_cuts: tuple[int, ...] | None = None
+    sync_batch_norm: bool = False
 
     def __post_init__(self) -> None:
         _one_of("network", self.network, NAMES)
@@ -116,6 +125,14 @@ class TrainConfig(_RuleSettings):
         for name, left_open in _STEP_OPTIONS.items():
             if self.rule == "bp" and getattr(self, name) != left_open:
                 raise SettingsError(f"{_flag(name)} belongs to the local rules, not to bp")
+        if self.stage_cuts is not None and self.stages == 1:
+            raise SettingsError("--stage-cuts is for several stages: add --stages N, or leave it out")
+        if self.rule == "bp" and self.stages > 1:
+            raise SettingsError("--stages is for local modules, which bp has none of: take --replicas, or a local rule")
+        if self.rule == "bp" and self.sync_batch_norm:
+            raise SettingsError("--sync-batch-norm belongs to the local rules, not to bp")
+        if self.amp == "fp16" and self.stages > 1:
+            raise SettingsError("--amp fp16 is not for stages, each of which would find a scale of its own: take bf16")
         if self.memory_budget is not None and self.recompute != "none":
             raise SettingsError("--memory-budget chooses itself what is recomputed: leave out --recompute")
         for name, least in (
@@ -295,6 +312,8 @@ def differences(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
 def _same(name: str, stored: Any, given: Any) -> bool:
     if name == "head" and isinstance(stored, str) and isinstance(given, str):
         return rule_options.includes(stored, given)
+    if name == "device":  # which of them changes nothing
+        return str(stored).partition(":")[0] == str(given).partition(":")[0]
     return stored == (list(given) if isinstance(given, tuple) else given)
 
 

@@ -70,9 +70,9 @@ class ImageFiles:
 
 
 def default_workers() -> int:
-    """One process per core this process may use, and not more than 16."""
+    """One process per core this process may use, shared with those torchrun has started here; not more than 16."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, usable)
+    return max(1, min(16, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def load_data(

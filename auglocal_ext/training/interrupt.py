@@ -17,10 +17,12 @@ def ignore_interrupts(_: int) -> None:
 class InterruptRequest:
     """While entered, the first SIGINT sets ``requested``; the second one raises KeyboardInterrupt as usual.
 
-    Outside the main thread, where Python allows no signal handlers, SIGINT keeps its meaning.
+    Outside the main thread, where Python allows no signal handlers, SIGINT keeps its meaning. ``quiet``: without a
+    word, in all processes of a run but one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
         self.requested = False
         self._previous: Any = None
 
@@ -39,4 +41,6 @@ class InterruptRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        if self._quiet:
+            return
         print("\nstopping after this step (Ctrl-C again: at once, without saving)", file=sys.stderr, flush=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..distributed import DisagreementError, Mesh, StepTimes
 from ..local_sequential import LocalSequential
 from ..memory import MemoryMeter
 from ..models import build
@@ -17,14 +19,15 @@ from ..step.fake_copy import FakeCopy, fake_mode_of
 from ..step.module_peaks import StepEstimate
 from ..tasks import Classification
 from .config import AMP, GRAPH, TrainConfig, make_rule
-from .errors import SettingsError
+from .errors import CheckpointError, SettingsError
 from .metrics import StepResult
 
 
 class Learner(Protocol):
-    """A network and the way it is trained."""
+    """A network and the way it is trained: ``modules`` local modules, of which this process trains its ``own``."""
 
     modules: int
+    own: range
     grad_scaler: torch.amp.GradScaler | None
 
     @property
@@ -45,6 +48,16 @@ class Learner(Protocol):
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         """Train on a batch; on CUDA without waiting for the device."""
 
+    def predict(self, images: Tensor) -> Tensor | None:
+        """The network's output, without gradients; None in a process that does not have the last module."""
+
+    def finish(self) -> None:
+        """No batch follows for now: at the end of an epoch, and before a checkpoint."""
+
+    @property
+    def times(self) -> StepTimes | None:
+        """Where this process's time goes, among several on CPUs."""
+
     def launch(self) -> str:
         """How steps will be launched, for a person."""
 
@@ -61,6 +74,11 @@ class Learner(Protocol):
         """What the next step depends on besides the network: optimizer and loss scaler."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def save(self, folder: Path, extra: dict[str, Any]) -> None:
+        """Write what all processes hold; see :meth:`auglocal_ext.LocalStep.save`."""
+
+    def load(self, folder: Path) -> None: ...
 
 
 def autocast(amp: str, device: torch.device) -> AbstractContextManager[object]:
@@ -92,16 +110,23 @@ def make_network(
 
 
 def make_learner(
-    config: TrainConfig, input_shape: tuple[int, int, int], task: Classification, device: torch.device
+    config: TrainConfig,
+    input_shape: tuple[int, int, int],
+    task: Classification,
+    device: torch.device,
+    mesh: Mesh | None = None,
 ) -> Learner:
-    """The network of the resolved ``config`` on ``device`` and its training; SettingsError if they do not fit."""
+    """The network of the resolved ``config`` on ``device`` and its training, among the processes of ``mesh``.
+
+    SettingsError if they do not fit.
+    """
     network = make_network(config, input_shape, task, device)
     if isinstance(network, LocalSequential):
         if config.mixes:
             _try_mixed(network, task)
-        return LocalLearner(network, config, device)
+        return LocalLearner(network, config, device, mesh)
     _try(network, config.network, input_shape, device)
-    return EndToEndLearner(network, task, config, input_shape, device)
+    return EndToEndLearner(network, task, config, input_shape, device, mesh)
 
 
 def _try_mixed(network: LocalSequential, task: Classification) -> None:
@@ -123,7 +148,8 @@ def _try(network: nn.Module, name: str, input_shape: tuple[int, int, int], devic
         raise SettingsError(f"{name} does not take images of {size}: {error}") from error
 
 
-def _sgd(config: TrainConfig, parameters: Any, fused: bool | None = None) -> torch.optim.SGD:
+def sgd(config: TrainConfig, parameters: Any, fused: bool | None = None) -> torch.optim.SGD:
+    """The optimizer of a run, for these parameters."""
     recipe = config.recipe_values
     return torch.optim.SGD(
         parameters,
@@ -136,9 +162,11 @@ def _sgd(config: TrainConfig, parameters: Any, fused: bool | None = None) -> tor
 
 
 class EndToEndLearner:
-    """Backpropagation of the task's loss through the whole network."""
+    """Backpropagation of the task's loss through the whole network; over replicas by DistributedDataParallel."""
 
     modules = 1
+    own = range(1)
+    times: StepTimes | None = None
     memory_plan: MemoryPlan | None = None
     classifier_weight = 1.0
 
@@ -149,17 +177,19 @@ class EndToEndLearner:
         config: TrainConfig,
         input_shape: tuple[int, int, int],
         device: torch.device,
+        mesh: Mesh | None = None,
     ):
+        self._trained = network if mesh is None else nn.parallel.DistributedDataParallel(network)
         self.network, self._task, self._amp, self._device = network, task, config.amp, device
         self._config, self._input_shape = config, input_shape
         # The fused form reads the loss scaler's verdict on the device.
-        self.optimizer = _sgd(config, network.parameters(), fused=True if device.type == "cuda" else None)
+        self.optimizer = sgd(config, network.parameters(), fused=True if device.type == "cuda" else None)
         self.grad_scaler = torch.amp.GradScaler(device.type) if config.amp == "fp16" else None
 
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self._amp, self._device):
-            logits = self.network(images)
+            logits = self._trained(images)
         scored = self._task.score(logits.float(), labels)
         if self.grad_scaler is None:
             scored.loss.backward()
@@ -170,6 +200,13 @@ class EndToEndLearner:
             self.grad_scaler.update()
         return StepResult.of_one_module(scored, self._task.counted(labels))
 
+    def predict(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return cast("Tensor", self.network(images))
+
+    def finish(self) -> None:
+        pass
+
     def launch(self) -> str:
         return "eager"
 
@@ -178,7 +215,7 @@ class EndToEndLearner:
         with fake_mode_of(self.network):
             # It copies any module.
             network: nn.Module = FakeCopy(cast("LocalSequential", self.network)).net
-            optimizer = _sgd(self._config, network.parameters())
+            optimizer = sgd(self._config, network.parameters())
             x = torch.empty(images, *self._input_shape).contiguous(memory_format=memory_format)
             y = self._task.example(images)
 
@@ -207,27 +244,39 @@ class EndToEndLearner:
         if self.grad_scaler is not None:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
 
+    def save(self, folder: Path, extra: dict[str, Any]) -> None:
+        raise NotImplementedError("every process holds the whole of it: state_dict() of one is enough")
+
+    def load(self, folder: Path) -> None:
+        raise CheckpointError(f"{folder} was written by local modules; backpropagation has none")
+
 
 class LocalLearner:
     """Each local module by its own loss (:class:`auglocal_ext.step.LocalStep`)."""
 
-    def __init__(self, network: LocalSequential, config: TrainConfig, device: torch.device):
+    def __init__(self, network: LocalSequential, config: TrainConfig, device: torch.device, mesh: Mesh | None = None):
+        self._alone = mesh is None
         self.network, self._device, self._config = network, device, config
         self.modules = network.num_modules
         self._batch_size = config.recipe_values.batch_size
         try:
             self._step = LocalStep(
                 network,
-                lambda parameters: _sgd(config, parameters),
+                lambda parameters: sgd(config, parameters),
                 graph=GRAPH[config.graph],
                 overlap="auto" if config.overlap is None else config.overlap,
                 autocast=AMP[config.amp],
                 recompute=config.recompute if config.memory_budget is None else None,
                 memory_budget=config.memory_budget,
                 batch_size=self._batch_size,
+                mesh=mesh,
+                sync_batch_norm=config.sync_batch_norm and config.replicas > 1,
+                stage_cuts=config.stage_cuts,
             )
-        except ValueError as error:
+        except (ValueError, DisagreementError) as error:
             raise SettingsError(str(error)) from error
+        first, last = network.held or (0, self.modules - 1)
+        self.own = range(first, last + 1)
         self.optimizer, self.grad_scaler = self._step.optimizer, self._step.grad_scaler
         self._steps = self._graphed = 0
         self._eager_reason: str | None = None
@@ -243,6 +292,16 @@ class LocalLearner:
             self._eager_reason = self._step.eager_reason
         return StepResult(out.loss, out.module_losses, out.module_counts, self.network.task.counted(labels))
 
+    def predict(self, images: Tensor) -> Tensor | None:
+        return self._step.predict(images)
+
+    def finish(self) -> None:
+        self._step.close()
+
+    @property
+    def times(self) -> StepTimes | None:
+        return self._step.times
+
     @property
     def memory_plan(self) -> MemoryPlan | None:
         return self._step.plan
@@ -252,6 +311,8 @@ class LocalLearner:
         return self.network.rule.classifier_weight
 
     def launch(self) -> str:
+        if not self._alone:
+            return "eager (several processes)"
         if self._config.graph == "off":
             return "eager (--graph off)"
         if self._device.type != "cuda":
@@ -262,7 +323,7 @@ class LocalLearner:
         if self.memory_plan is not None:
             return self.memory_plan.predicted_bytes
         parameters, amp = list(self.network.parameters()), AMP[self._config.amp]
-        optimizer = partial(_sgd, self._config)
+        optimizer = partial(sgd, self._config)
         if self._config.overlap:
             return plan_memory(self.network, images, optimizer, autocast=amp, overlap=True).predicted_bytes
         # Of one choice of recomputation, the one that runs: a plan tries out all of them, which takes seconds.
@@ -280,7 +341,7 @@ class LocalLearner:
 
     def outcome(self) -> str | None:
         """On CUDA, where a graph was wanted: how many steps ran as one, and why not all."""
-        if self._config.graph == "off" or self._device.type != "cuda":
+        if not self._alone or self._config.graph == "off" or self._device.type != "cuda":
             return None
         line = f"steps: {self._graphed} of {self._steps} as one CUDA graph"
         return line if self._eager_reason is None else f"{line} ({self._eager_reason})"
@@ -290,3 +351,9 @@ class LocalLearner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._step.load_state_dict(state)
+
+    def save(self, folder: Path, extra: dict[str, Any]) -> None:
+        self._step.save(folder, extra)
+
+    def load(self, folder: Path) -> None:
+        self._step.load(folder)

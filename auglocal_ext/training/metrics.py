@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,41 @@ class EpochSums:
         losses = [total / max(1, self.images) for total in modules[: self._modules]]
         shares = [math.nan if hits < 0 else hits / max(1.0, counted) for hits in modules[self._modules :]]
         return Reading(loss / max(1, self.images), tuple(losses), tuple(shares))
+
+    @classmethod
+    def joined(cls, parts: Sequence[tuple[int, int, dict[str, Any]]], own: EpochSums, modules: int) -> EpochSums:
+        """The sums over ``modules`` local modules from those of processes, each with some of them.
+
+        Args:
+            parts: of each process its stage, its first local module and the state of its sums.
+            own: those of this process, whose steps and seconds are taken.
+        """
+        whole = cls(modules, torch.device("cpu"))
+        for stage, first, state in parts:
+            sums = state["sums"]
+            count = (len(sums) - 2) // 2
+            whole._sums[0] += sums[0]
+            for start, there in ((1, 1), (1 + count, 1 + modules)):
+                whole._sums[there + first : there + first + count] += sums[start : start + count]
+            if stage == 0:  # all stages have seen the same images
+                whole._sums[-1] += sums[-1]
+                whole.images += state["images"]
+        whole.steps, whole.seconds, whole.waiting = own.steps, own.seconds, own.waiting
+        return whole
+
+    def load_part(self, state: dict[str, Any], stage: int, replica: int, first: int) -> None:
+        """Begin as one process of several: the first replica has the sums so far, each stage its modules'."""
+        whole = state["sums"]
+        modules, count = (len(whole) - 2) // 2, self._modules
+        self.load_state_dict({**state, "sums": torch.zeros_like(self._sums)})
+        if replica > 0:
+            self.images = 0
+            return
+        for start, there in ((1, 1), (1 + count, 1 + modules)):
+            self._sums[start : start + count] = whole[there + first : there + first + count]
+        self._sums[-1] = whole[-1]
+        if stage == 0:
+            self._sums[0] = whole[0]
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _PLAIN} | {"sums": self._sums.cpu()}

@@ -23,12 +23,15 @@ class MixedBatches:
         source: normalised images and labels.
         mixup: alpha of Beta(alpha, alpha), the share of an image in its mixture; 0 for none.
         cutmix: alpha of Beta(alpha, alpha), the share of an image's area that it keeps; 0 for none.
+        led: the source's batches begin with a neighbour of the first image, which is left out of the result.
 
     Source: Zhang et al., mixup, ICLR 2018; Yun et al., CutMix, ICCV 2019.
     """
 
-    def __init__(self, source: Batches, num_classes: int, *, mixup: float, cutmix: float, seed: int) -> None:
-        self.steps = source.steps
+    def __init__(
+        self, source: Batches, num_classes: int, *, mixup: float, cutmix: float, seed: int, led: bool = False
+    ) -> None:
+        self.steps, self._first = source.steps, int(led)
         self._source, self._num_classes, self._seed = source, num_classes, seed
         self._kinds = [(kind, alpha) for kind, alpha in ((mix_up, mixup), (cut_mix, cutmix)) if alpha > 0]
 
@@ -37,7 +40,8 @@ class MixedBatches:
             random = np.random.default_rng((self._seed, epoch, step))
             kind, alpha = self._kinds[random.integers(len(self._kinds))]
             images, share = kind(images, float(random.beta(alpha, alpha)), random)
-            yield images, probabilities(labels, share, self._num_classes)
+            labels = probabilities(labels, share, self._num_classes)
+            yield images[self._first :], labels[self._first :]
 
     def test(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self._source.test()

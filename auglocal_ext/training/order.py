@@ -1,8 +1,9 @@
-"""In which order an epoch visits the images: by seed and epoch alone, so it can be taken up anywhere."""
+"""In which order an epoch visits the images, by seed and epoch alone, and a replica's part of each batch."""
 
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,9 +14,43 @@ def mixed_seed(*parts: int) -> int:
     return zlib.crc32("/".join(map(str, parts)).encode())
 
 
-def steps_per_epoch(count: int, batch_size: int) -> int:
-    """``ceil(count / batch_size)``, less a last batch of one image, in which BatchNorm finds no variance."""
-    return max(1, count // batch_size + (count % batch_size > 1))
+@dataclass(frozen=True)
+class Part:
+    """A replica's part of every batch: parts of training batches are equally large, so up to ``count - 1`` images of an
+    epoch's smaller last batch are in none.
+
+    Attributes:
+        index: the replica's number.
+        count: of replicas.
+        led: a part begins with the image before it, with which mixing pairs its first; before the first is the last.
+    """
+
+    index: int = 0
+    count: int = 1
+    led: bool = False
+
+    def train(self, size: int) -> list[int] | slice:
+        """Places in a training batch of ``size`` images."""
+        if self.count == 1:
+            return slice(None)
+        share = size // self.count
+        start = self.index * share
+        if self.led and self.index == 0:
+            return [share * self.count - 1, *range(share)]
+        return slice(start - self.led, start + share)
+
+    def test(self, size: int) -> slice:
+        """Places in a batch of test images, each of which is in one part."""
+        return slice(self.index * size // self.count, (self.index + 1) * size // self.count)
+
+
+#: That of a run without replicas.
+WHOLE = Part()
+
+
+def steps_per_epoch(count: int, batch_size: int, parts: int = 1) -> int:
+    """``ceil(count / batch_size)``, less a last batch of one image per part, in which BatchNorm finds no variance."""
+    return max(1, count // batch_size + (count % batch_size // parts > 1))
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:

@@ -10,14 +10,14 @@ from torch import nn
 
 from ..local_sequential import LocalSequential
 from ..tasks import Classification
-from . import checkpoint
+from . import saving
 from .batches import Batches, make_batches
 from .config import TrainConfig, from_dict, pick_device
 from .data import ImageArrays, ImageFiles, default_workers
 from .errors import CheckpointError, SettingsError
 from .folder import few
 from .learner import make_network
-from .trainer import CHECKPOINT, load_images
+from .trainer import load_images
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,19 +139,21 @@ def load_run(path: str | Path, device: str = "auto") -> SavedRun:
     """
     target = pick_device(device)
     path = Path(path).expanduser()
-    file = path / CHECKPOINT if path.is_dir() else path
-    if not file.is_file():
+    given = path.is_file() or path.name == saving.FOLDER and path.is_dir()
+    file = path if given else saving.find(path)
+    if file is None:
         raise CheckpointError(
-            f"{path}: expected the folder of a run, as `train --output` makes it, with a {CHECKPOINT} in it; "
+            f"{path}: expected the folder of a run, as `train --output` makes it, with a {saving.FILE} in it, or a "
+            f"folder {saving.FOLDER}; "
             + ("there is none in it" if path.is_dir() else "there is no such file or folder")
         )
-    state = checkpoint.load(file)
+    state = saving.read(file)
     facts = state["data"]
     classes, shape = tuple(facts["classes"]), tuple(facts["input_shape"])
     try:
         config = from_dict(state["settings"])
         network = make_network(config, shape, Classification(len(classes)), target)
-        network.load_state_dict(state["network"])
+        saving.load_network(file, state, network)
     except (SettingsError, ValueError, RuntimeError) as error:
         reason = "\n".join(str(error).splitlines()[:3])  # torch lists every weight that does not fit
         raise CheckpointError(

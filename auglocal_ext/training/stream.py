@@ -13,7 +13,7 @@ from .augment import Augmentation, channel_constants, normalise
 from .data import ImageFiles
 from .folder import FileList, read_image
 from .interrupt import ignore_interrupts
-from .order import epoch_order, mixed_seed, steps_per_epoch
+from .order import WHOLE, Part, epoch_order, mixed_seed, steps_per_epoch
 from .torchvision_files import import_torchvision
 
 COPIES_AHEAD = 4
@@ -54,12 +54,14 @@ class StreamedBatches:
         device: torch.device,
         channels_last: bool = False,
         workers: int = 0,
+        part: Part = WHOLE,
     ):
         import_torchvision()
         from torchvision import transforms
 
         size = data.image_size
-        self.steps = steps_per_epoch(data.train_count, batch_size)
+        self.steps = steps_per_epoch(data.train_count, batch_size, part.count)
+        self._part = part
         self._batch_size, self._seed, self._device = batch_size, seed, device
         self._channels_last = channels_last
         self._mean, self._std = channel_constants(augmentation, device)
@@ -73,7 +75,7 @@ class StreamedBatches:
         self._items: list[tuple[str, int, int]] = []
         self._loader = DataLoader(
             _Files({"train": (data.train, shrink), "test": (data.test, centre)}),
-            batch_size=batch_size,
+            batch_size=batch_size // part.count + (part.led and part.count > 1),
             sampler=self._items,
             num_workers=workers,
             persistent_workers=workers > 0,  # starting them takes tens of milliseconds each
@@ -86,10 +88,22 @@ class StreamedBatches:
     def train(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         order = epoch_order(self._counts["train"], self._seed, epoch).tolist()
         items = [("train", index, mixed_seed(self._seed, epoch, index)) for index in order]
-        yield from self._load(items[first * self._batch_size : self.steps * self._batch_size])
+        yield from self._load(self._parted(items[first * self._batch_size : self.steps * self._batch_size]))
 
     def test(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from self._load([("test", index, 0) for index in range(self._counts["test"])])
+        places = self._part.test(self._counts["test"])
+        yield from self._load([("test", index, 0) for index in range(places.start, places.stop)])
+
+    def _parted(self, items: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+        """This replica's part of each batch, one after another."""
+        if self._part.count == 1:
+            return items
+        found = []
+        for start in range(0, len(items), self._batch_size):
+            batch = items[start : start + self._batch_size]
+            places = self._part.train(len(batch))
+            found += batch[places] if isinstance(places, slice) else [batch[place] for place in places]
+        return found
 
     def _load(self, items: list[tuple[str, int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
         self._items[:] = items

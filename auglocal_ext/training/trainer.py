@@ -15,7 +15,7 @@ import torch
 from ..models import input_shape
 from ..step import MemoryPlan
 from ..tasks import Classification
-from . import checkpoint
+from . import checkpoint, saving
 from .batches import Batches, make_batches
 from .config import TrainConfig, differences, pick_device, resolve, to_dict
 from .curves import draw_run, read_curves
@@ -23,11 +23,15 @@ from .data import ImageArrays, ImageFiles, default_workers, load_data
 from .errors import CheckpointError, DivergedError, Interrupted, SettingsError
 from .interrupt import InterruptRequest
 from .learner import autocast, make_learner
-from .logs import CsvLog, EpochRow, EpochTable, TensorBoardLog, peak_bytes
+from .logs import EpochRow, EpochTable, peak_bytes
 from .metrics import EpochSums, Reading, StepResult
 from .mixing import MixedBatches
+from .order import WHOLE, Part, mixed_seed
 from .prefetch import make_feed
+from .processes import Stop, Team
 from .progress import Progress, Summary, bar_text, image_bar
+from .records import Records
+from .saving import refuse_earlier_run
 from .schedule import learning_rate
 from .versions import versions
 
@@ -37,20 +41,16 @@ READ_EVERY = 50
 DRAW_EVERY = 30.0
 """Seconds between two drawings of the learning curves while a run goes on; one takes 0.2 to 1 s of a CPU core."""
 
-CHECKPOINT, LOG, CURVES = "checkpoint.pt", "log.csv", "curves.png"
-
-
-def refuse_earlier_run(output: Path) -> None:
-    """SettingsError if ``output`` holds a run, which a new one would overwrite."""
-    if (output / CHECKPOINT).exists():
-        raise SettingsError(f"{output} holds a run: continue it with --resume, or choose another --output")
+CHECKPOINT, CURVES, SCHEDULE = saving.FILE, "curves.png", "schedule.png"
 
 
 class Trainer:
     """Trains ``config.network`` by ``config.rule`` on the images in ``config.data``.
 
     ``data`` stands in for loading them; ``say`` receives the lines for the terminal; ``bars`` shows progress
-    bars where standard error is a terminal. ``network`` is what is trained, ``config`` the resolved settings.
+    bars where standard error is a terminal. ``network`` is what is trained, ``config`` the resolved settings. ``team``
+    is this process among those of ``config.stages`` and ``config.replicas``, all of which call the same methods; the
+    first of them alone writes and speaks.
 
     Files in ``config.output``: config.json (settings, data, versions), log.csv, tensorboard/, checkpoint.pt (after each
     epoch and on Ctrl-C, always of finite weights), curves.png (redrawn at ends of epochs, every half minute at most,
@@ -65,9 +65,18 @@ class Trainer:
         *,
         bars: bool = True,
         say: Callable[[str], None] = print,
+        team: Team | None = None,
     ):
-        self._bars, self._say = bars, say
-        self.device = pick_device(config.device)
+        grid = (1, 1) if team is None else (team.stages, team.replicas)
+        if grid != (config.stages, config.replicas):
+            raise SettingsError(
+                f"a run of {config.stages} x {config.replicas} processes (stages, replicas), and this run has "
+                f"{grid[0] * grid[1]}: start them with torchrun -m auglocal_ext train"
+            )
+        self.team, self._first = team, team is None or team.first
+        self._bars, self._say = bars and self._first, say if self._first else lambda line: None
+        self.device = pick_device(config.device) if team is None else team.device
+        bars = self._bars
         self.data = load_images(config, bars) if data is None else data
         self.config = resolve(config, self.data.name, isinstance(self.data, ImageFiles))
         self.output = Path(self.config.output).expanduser()
@@ -75,6 +84,7 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         self._recipe = self.config.recipe_values
         self._task = Classification(len(self.data.classes))
+        part = WHOLE if team is None else Part(team.replica, team.replicas, self.config.mixes and team.replicas > 1)
         self._batches: Batches = make_batches(
             self.data,
             self._recipe.augmentation,
@@ -83,6 +93,7 @@ class Trainer:
             device=self.device,
             channels_last=self.config.channels_last,
             workers=default_workers() if self.config.workers is None else self.config.workers,
+            part=part,
         )
         if self.config.mixes:
             self._batches = MixedBatches(
@@ -91,14 +102,20 @@ class Trainer:
                 mixup=self.config.mixup or 0.0,
                 cutmix=self.config.cutmix or 0.0,
                 seed=self.config.seed,
+                led=part.led,
             )
         self._feed = make_feed(self.device)
-        self._learner = make_learner(self.config, self.data.input_shape, self._task, self.device)
+        mesh = None if team is None else team.mesh
+        self._learner = make_learner(self.config, self.data.input_shape, self._task, self.device, mesh)
         self.network = self._learner.network
-        self._sums = EpochSums(self._learner.modules, self.device)
+        every = [self._learner.own] if team is None else team.everyone(self._learner.own)
+        self.stage_modules = every[:: self.config.replicas]
+        if not self._first:
+            torch.manual_seed(mixed_seed(self.config.seed, team.rank if team else 0))  # for dropout
+        self._sums = self._no_sums()
         self._done = Progress()
         self._resumed = False
-        self._interrupt = InterruptRequest()
+        self._interrupt = InterruptRequest(quiet=not self._first)
         self._saved: str | None = None  # what the checkpoint holds
         self._epoch_seconds: float | None = None  # of the last whole epoch in this process
         self._drawn = -math.inf
@@ -122,39 +139,36 @@ class Trainer:
         except OSError as error:
             message = f"--output {self.output}: this folder cannot be made: {error.strerror}; choose another"
             raise SettingsError(message) from error
-        table = CsvLog(self.output / LOG, self._done.epochs)
-        (self.output / "config.json").write_text(json.dumps(self.describe(), indent=2) + "\n")
-        board = TensorBoardLog(self.output / "tensorboard", self._done.epochs)
-        if board.note:
-            self._say(board.note)
+        records = self._records() if self._first else None
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
             with self._interrupt:
-                self._epochs(table, board)
+                self._epochs(records)
         except (Interrupted, DivergedError):
             self.draw()
             raise
         finally:
-            board.close()
+            if records is not None:
+                records.close()
         self.draw()
         return self._done.summary(self.device)
 
-    def _epochs(self, table: CsvLog, board: TensorBoardLog) -> None:
-        """The epochs that are still to do."""
+    def _records(self) -> Records:
+        (self.output / "config.json").write_text(json.dumps(self.describe(), indent=2) + "\n")
         lines = EpochTable(self._recipe.epochs, self._task.metric, self._learner.modules)
-        first = self._done.epochs + 1
+        return Records(self.output, self._done.epochs, lines, self._say)
+
+    def _epochs(self, records: Records | None) -> None:
+        """The epochs that are still to do."""
         while self._done.epochs < self._recipe.epochs:
             started, whole = time.perf_counter(), self._sums.steps == 0
             row = self._epoch()
-            if row.epoch == first:
-                if outcome := self._learner.outcome():
-                    self._say(outcome)
-                self._say(lines.heading())
-            table.add(row)
-            board.add(row)
+            if records is not None:
+                records.add(row)
             self.save()
-            self._say(lines.line(row))
+            if records is not None:
+                records.show(row, self._learner.outcome())
             if self._done.epochs < self._recipe.epochs:
                 self._stop_if_asked()
                 if time.perf_counter() - self._drawn > DRAW_EVERY:
@@ -174,9 +188,9 @@ class Trainer:
         self._stop_if_asked()
         self._check_weights()
 
-        sums = self._sums
+        sums = self._whole_sums()
         self._done.finish_epoch(sums, test.accuracy)
-        self._sums = EpochSums(self._learner.modules, self.device)
+        self._sums = self._no_sums()
         return EpochRow(
             epoch=epoch,
             lr=lr,
@@ -205,32 +219,42 @@ class Trainer:
 
     def _train(self, epoch: int) -> Reading:
         """The steps of the epoch that are still to do."""
-        sums = self._sums
+        sums, stop = self._sums, None if self.team is None else self.team.stop("training")
         every = 1 if self.device.type == "cpu" else READ_EVERY
-        before, started, skipped = sums.seconds, time.perf_counter(), sums.images
+        before, started, skipped = sums.seconds, time.perf_counter(), self._seen
         self.network.train()
-        with self._bar(f"epoch {epoch}/{self._recipe.epochs}", self.data.train_count, sums.images) as bar:
+        with self._bar(f"epoch {epoch}/{self._recipe.epochs}", self.data.train_count, skipped) as bar:
             for images, labels in self._feed(self._batches.train(epoch, sums.steps)):
                 sums.add(self._learner.step(images, labels), len(labels))
                 if sums.steps % every == 0:
                     reading = self._read(epoch)
                     if not bar.disable:
-                        per_image = (time.perf_counter() - started) / (sums.images - skipped)
-                        left, loss = self._seconds_left(epoch, per_image), self._own_loss(reading)
-                        text = bar_text(bar, left, loss, reading, self._task.metric, self.device)
-                        bar.set_postfix_str(text, refresh=False)
-                bar.update(len(labels))
-                if self._interrupt.requested:
+                        per_image = (time.perf_counter() - started) / (self._seen - skipped)
+                        left = self._seconds_left(epoch, per_image)
+                        bar.set_postfix_str(self._bar_text(bar, left, reading), refresh=False)
+                bar.update(self._seen - bar.n)
+                if self._stops(stop, (epoch - 1) * self.steps + sums.steps):
                     break
+        self._learner.finish()
         reading = self._read(epoch)  # waits for the last step, which belongs to the time
         sums.seconds = before + time.perf_counter() - started
         self._stop_if_asked()
-        return reading
+        return reading if self.team is None else self._whole_sums().read()
+
+    @property
+    def _seen(self) -> int:
+        """Training images of the epoch so far, over all replicas."""
+        return min(self._sums.steps * self._recipe.batch_size, self.data.train_count)
+
+    def _bar_text(self, bar: Any, seconds_left: float, reading: Reading) -> str:
+        if self._learner.own[-1] < self._learner.modules - 1:  # the network's loss is another stage's
+            return f"run {bar.format_interval(seconds_left)}"
+        return bar_text(bar, seconds_left, self._own_loss(reading), reading, self._task.metric, self.device)
 
     def _seconds_left(self, epoch: int, per_image: float) -> float:
         """Of the run. Until an epoch is over, the test images are taken to cost what training images do."""
         whole = self._epoch_seconds or per_image * (self.data.train_count + self.data.test_count)
-        return per_image * (self.data.train_count - self._sums.images) + whole * (self._recipe.epochs - epoch)
+        return per_image * (self.data.train_count - self._seen) + whole * (self._recipe.epochs - epoch)
 
     def _read(self, epoch: int) -> Reading:
         """Losses and waits so far; on CUDA the host waits for the device here and nowhere else."""
@@ -242,9 +266,12 @@ class Trainer:
 
     def _check_weights(self) -> None:
         """DivergedError if a weight, or a running statistic, is not finite: such a checkpoint is of no use."""
-        for name, value in self.network.state_dict().items():
-            if not bool(torch.isfinite(value).all()):
-                raise self._diverged(f"{name} is not finite after {self._where()}")
+        state = self.network.state_dict().items()
+        found = next((k for k, v in state if not v.is_meta and not bool(torch.isfinite(v).all())), None)
+        if self.team is not None:
+            found = self.team.some(found)
+        if found is not None:
+            raise self._diverged(f"{found} is not finite after {self._where()}")
 
     def _diverged(self, what: str) -> DivergedError:
         ways = "lower --lr or lengthen --warmup"
@@ -252,41 +279,43 @@ class Trainer:
             ways = "lower --lr, lengthen --warmup or turn off --amp"
         if self._saved is None:
             return DivergedError(f"{what}: {ways} (nothing was saved)")
-        return DivergedError(
-            f"{what}: train again with another --output and {ways} ({self.output / CHECKPOINT} holds {self._saved})"
-        )
+        return DivergedError(f"{what}: train again with another --output and {ways} ({self._saved})")
 
     def evaluate(self) -> Reading:
         """Mean cross-entropy and top-1 accuracy of the network alone, in eval mode, over the test images."""
-        sums = EpochSums(1, self.device)
+        sums, stop = EpochSums(1, self.device), None if self.team is None else self._test_stop()
         self.network.eval()
         with torch.no_grad(), self._bar("test", self.data.test_count) as bar:
-            for images, labels in self._batches.test():
+            for batch, (images, labels) in enumerate(self._batches.test()):
                 with autocast(self.config.amp, self.device):
-                    logits = self.network(images)
-                scored = self._task.score(logits.float(), labels)
-                sums.add(StepResult.of_one_module(scored, self._task.counted(labels)), len(labels))
-                bar.update(len(labels))
-                if self._interrupt.requested:
+                    logits = self._learner.predict(images)
+                if logits is not None:
+                    scored = self._task.score(logits.float(), labels)
+                    sums.add(StepResult.of_one_module(scored, self._task.counted(labels)), len(labels))
+                bar.update(len(labels) * self.config.replicas)
+                if self._stops(stop, batch):
                     break
-        return sums.read()
+        return sums.read() if self.team is None else self.team.total(sums).read()
+
+    def _test_stop(self) -> Stop:
+        assert self.team is not None
+        return self.team.stop(f"the test after epoch {self._done.epochs + 1}", replicas=False)
 
     def save(self) -> None:
         """Write the checkpoint: everything that ``resume`` needs to go on with the very next step."""
+        random = checkpoint.random_state(self.device)
         state = {
             "settings": to_dict(self.config),
             "data": self._data_facts(),
-            "network": self.network.state_dict(),
-            "learner": self._learner.state_dict(),
             "progress": asdict(self._done),
-            "epoch_sums": self._sums.state_dict(),
+            "epoch_sums": self._whole_sums().state_dict(),
             "batches": self._batches.state_dict(),
-            "random": checkpoint.random_state(self.device),
+            "random": random if self.team is None else self.team.everyone(random),
             "versions": versions(),
         }
         self.output.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(state, self.output / CHECKPOINT)
-        self._saved = f"the run after {self._where()}"
+        path = saving.save(self.output, state, self._learner, self.team)
+        self._saved = f"{path} holds the run after {self._where()}"
 
     def _where(self) -> str:
         """How far the run has come."""
@@ -296,6 +325,8 @@ class Trainer:
 
     def draw(self) -> None:
         """Write curves.png, if an epoch is in the log."""
+        if not self._first:
+            return
         try:
             curves = read_curves(self.output)
         except CheckpointError:  # no epoch is done, or the log of those that are was moved away
@@ -313,21 +344,29 @@ class Trainer:
 
     def resume(self) -> None:
         """Take up the run in ``config.output``; CheckpointError if it has other settings or data."""
-        path = self.output / CHECKPOINT
-        state = checkpoint.load(path)
+        path = saving.find(self.output) or self.output / CHECKPOINT
+        state = saving.read(path)
         changed = differences(state["settings"], to_dict(self.config))
         facts = self._data_facts()
         changed += [f"data: {k} was {v!r}, now {facts[k]!r}" for k, v in state["data"].items() if facts[k] != v]
         if changed:
             raise CheckpointError(f"{path} belongs to a run with other settings:\n  " + "\n  ".join(changed))
-        self.network.load_state_dict(state["network"])
-        self._learner.load_state_dict(state["learner"])
+        saving.load(path, state, self._learner, self.team)
         self._done = Progress(**state["progress"])
-        self._sums.load_state_dict(state["epoch_sums"])
         self._batches.load_state_dict(state["batches"])
-        checkpoint.restore_random_state(state["random"], self.device)
+        random = state["random"]
+        if self.team is None:
+            self._sums.load_state_dict(state["epoch_sums"])
+            if isinstance(random, list):
+                random = random[0]
+            checkpoint.restore_random_state(random, self.device)
+        else:
+            at = self.team.stage, self.team.replica, self._learner.own.start
+            self._sums.load_part(state["epoch_sums"], *at)
+            if isinstance(random, list) and len(random) == self.team.size:
+                checkpoint.restore_random_state(random[self.team.rank], self.device)
         self._resumed = True
-        self._saved = f"the run after {self._where()}"
+        self._saved = f"{path} holds the run after {self._where()}"
 
     @property
     def resumed_after(self) -> str | None:
@@ -362,14 +401,28 @@ class Trainer:
             "in_memory": isinstance(self.data, ImageArrays),
         }
 
+    def _stops(self, stop: Stop | None, done: int) -> bool:
+        """Whether a loop ends after this round, in all processes alike."""
+        return self._interrupt.requested if stop is None else stop.after(done, self._interrupt.requested)
+
     def _stop_if_asked(self) -> None:
-        if self._interrupt.requested:
+        asked = self._interrupt.requested
+        if asked if self.team is None else self.team.any(asked):
             self._check_weights()
             self.save()
             raise Interrupted(
                 f"stopped in epoch {self._done.epochs + 1} after {self._sums.steps} of {self._batches.steps} "
-                f"steps; saved {self.output / CHECKPOINT}"
+                f"steps; saved {saving.find(self.output)}"
             )
+
+    def _no_sums(self) -> EpochSums:
+        return EpochSums(len(self._learner.own), self.device)
+
+    def _whole_sums(self) -> EpochSums:
+        """Those of all modules and all images."""
+        if self.team is None:
+            return self._sums
+        return self.team.whole(self._sums, self._learner.own.start, self._learner.modules)
 
     def _bar(self, description: str, total: int, initial: int = 0) -> Any:
         return image_bar(total, description, self._bars, initial)

@@ -1,0 +1,122 @@
+"""The checkpoint of a run folder: a file written by one process, or a folder written by several together.
+
+Either form is read by one process and by any number of them. Writing one deletes the other, once it is complete; where
+a crash has left both, the one that has come further counts.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import distributed
+from ..local_sequential import LocalSequential
+from ..step import checkpoint as parts
+from ..tasks import Classification
+from . import checkpoint
+from .config import TrainConfig
+from .errors import CheckpointError, SettingsError
+from .learner import Learner, make_network, sgd
+from .processes import Team
+
+FILE, FOLDER = "checkpoint.pt", "checkpoint"
+
+
+def find(output: Path) -> Path | None:
+    """The checkpoint in a run folder; None if there is none."""
+    file, folder = output / FILE, output / FOLDER
+    if not file.exists() or not folder.exists():
+        return next((path for path in (file, folder) if path.exists()), None)
+    return max((folder, file), key=lambda path: _how_far(read(path)))
+
+
+def _how_far(state: dict[str, Any]) -> tuple[int, int]:
+    return state["progress"]["epochs"], state["epoch_sums"]["steps"]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, of a folder's all but the tensors of network and optimizer; CheckpointError if it is
+    missing, damaged, or another version's.
+    """
+    if not path.is_dir():
+        return checkpoint.load(path)
+    try:
+        state = distributed.Stored(path).rest["extra"]
+    except distributed.CheckpointError as error:
+        raise CheckpointError(str(error)) from error
+    checkpoint.check_format(state, path)
+    return state
+
+
+def refuse_earlier_run(output: Path) -> None:
+    """SettingsError if ``output`` holds a run, which a new one would overwrite."""
+    if find(output) is not None:
+        raise SettingsError(f"{output} holds a run: continue it with --resume, or choose another --output")
+
+
+def save(output: Path, state: dict[str, Any], learner: Learner, team: Team | None) -> Path:
+    """Write a run's checkpoint: ``state`` and what the learner's processes hold. Collective; returns where."""
+    file, folder = output / FILE, output / FOLDER
+    if team is not None and isinstance(learner.network, LocalSequential):
+        _collective(lambda: learner.save(folder, {"format": checkpoint.FORMAT, **state}))
+        team.on_first(lambda: file.unlink(missing_ok=True))
+        return folder
+
+    def write() -> None:
+        whole = {**state, "network": learner.network.state_dict(), "learner": learner.state_dict()}
+        checkpoint.save(whole, file)
+        if folder.exists():
+            shutil.rmtree(folder)
+
+    write() if team is None else team.on_first(write)
+    return file
+
+
+def load(path: Path, state: dict[str, Any], learner: Learner, team: Team | None) -> None:
+    """Read network and optimizer from the checkpoint that ``state`` is of; collective."""
+    if path.is_dir():
+        _collective(lambda: learner.load(path))
+    elif team is not None and isinstance(learner.network, LocalSequential):
+        folder = path.parent / FOLDER
+        team.on_first(lambda: _convert(state, folder))
+        _collective(lambda: learner.load(folder))
+    else:
+        learner.network.load_state_dict(state["network"])
+        learner.load_state_dict(state["learner"])
+
+
+def load_network(path: Path, state: dict[str, Any], network: torch.nn.Module) -> None:
+    """Read the weights alone from the checkpoint that ``state`` is of, in one process."""
+    if not path.is_dir():
+        network.load_state_dict(state["network"])
+        return
+    tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    _collective(lambda: distributed.Stored(path).read(tensors, None))
+
+
+def _convert(state: dict[str, Any], folder: Path) -> None:
+    """The folder that several processes would have written in place of one process's file."""
+    from .config import from_dict
+
+    config: TrainConfig = from_dict(state["settings"])
+    facts, plain = state["data"], state["learner"]
+    network = make_network(
+        config, tuple(facts["input_shape"]), Classification(len(facts["classes"])), torch.device("cpu")
+    )
+    assert isinstance(network, LocalSequential)
+    network.load_state_dict(state["network"])
+    optimizer = sgd(config, list(network.parameters()))
+    optimizer.load_state_dict(plain["optimizer"])
+    rest = {name: value for name, value in state.items() if name not in ("network", "learner")}
+    saved = {"grad_scaler": plain["grad_scaler"], "extra": rest}
+    parts.save(folder, network, optimizer, saved, {}, None)
+
+
+def _collective(work: Any) -> None:
+    try:
+        work()
+    except distributed.CheckpointError as error:
+        raise CheckpointError(str(error)) from error
