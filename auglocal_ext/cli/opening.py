@@ -12,6 +12,7 @@ from ..training import Summary, Trainer
 from ..training.records import LOG
 from ..training.rule_options import RULE_OPTIONS
 from ..training.saving import find
+from ..training.schedule_picture import shares_table
 from ..training.trainer import CURVES, SCHEDULE
 from ..training.values import write
 
@@ -78,7 +79,7 @@ def _count(number: int, what: str) -> str:
 def ending(trainer: Trainer, summary: Summary) -> str:
     """What the run came to, and where its files are."""
     whose = "allocated on the GPU" if trainer.device.type == "cuda" else "of the process, with torch and the images"
-    return _aligned(
+    block = _aligned(
         [
             ("accuracy", f"{summary.last_accuracy:.2%} on the test images, best {summary.best_accuracy:.2%} "
              f"(epoch {summary.best_epoch}, chosen on them)"),
@@ -87,6 +88,9 @@ def ending(trainer: Trainer, summary: Summary) -> str:
             *files(trainer),
         ]
     )  # fmt: skip
+    if trainer.team is None or trainer.shares is None:
+        return block
+    return f"{shares_table(trainer.team, trainer.stage_modules, trainer.shares)}\n\n{block}"
 
 
 def files(trainer: Trainer) -> list[tuple[str, str]]:

@@ -224,6 +224,8 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> int:
         if launch.rank == 0:
             command = f"{_command(trainer)} train --output {shlex.quote(given['output'])} --resume"
             print(f"\n{stop}\n{_curves(trainer)}go on with: {command}", file=sys.stderr)
+        if trainer is not None and trainer.team is not None:
+            trainer.team.wait()  # the first to end has torchrun end the others
         return INTERRUPTED
     except KeyboardInterrupt:
         if launch.rank == 0:

@@ -65,9 +65,10 @@ class TrainConfig(_RuleSettings):
     one that goes with ``epochs``: short below 100.
     ``mixup`` and ``cutmix`` are alpha of Beta(alpha, alpha) (:class:`auglocal_ext.training.mixing.MixedBatches`), None
     or 0 for none. ``amp`` is ``"none"``, ``"bf16"`` or ``"fp16"`` (with a GradScaler); ``device`` is ``"auto"`` or
-    torch's name. ``stages`` and ``replicas`` are the processes of the run, ``batch_size`` is that of all replicas
-    together; ``stage_cuts`` and ``sync_batch_norm`` are as LocalStep has them. ``recipe`` is the data set's training ("auto": the one at hand); ``from_recipe`` takes any recipe,
+    torch's name. ``recipe`` is the data set's training ("auto": the one at hand); ``from_recipe`` takes any recipe,
     network and rule included, and notes it in ``recipe_file``.
+    ``stages`` times ``replicas`` is the number of processes, which torchrun starts; ``batch_size`` is that of all
+    replicas together. ``stage_cuts`` and ``sync_batch_norm`` are as LocalStep has them.
 
     Raises SettingsError for a value that cannot be, and for an option of another rule.
     """

@@ -163,6 +163,10 @@ class Team:
         """The value of each process, in order of rank; a collective call."""
         return everyone(value, self._group)
 
+    def wait(self) -> None:
+        """Until all processes are here: what the first one writes between epochs is no part of their steps."""
+        self.everyone(None)
+
     def any(self, value: bool) -> bool:
         """Whether it is true in one process; a collective call."""
         return any(self.everyone(value))

@@ -33,6 +33,7 @@ from .progress import Progress, Summary, bar_text, image_bar
 from .records import Records
 from .saving import refuse_earlier_run
 from .schedule import learning_rate
+from .schedule_picture import Shares, record_schedule
 from .versions import versions
 
 READ_EVERY = 50
@@ -115,6 +116,8 @@ class Trainer:
         self._sums = self._no_sums()
         self._done = Progress()
         self._resumed = False
+        self._images_seconds = 0.0  # in which this process made batches
+        self.shares: list[Shares] | None = None
         self._interrupt = InterruptRequest(quiet=not self._first)
         self._saved: str | None = None  # what the checkpoint holds
         self._epoch_seconds: float | None = None  # of the last whole epoch in this process
@@ -152,6 +155,8 @@ class Trainer:
             if records is not None:
                 records.close()
         self.draw()
+        if self.team is not None and (times := self._learner.times) is not None:
+            self.shares = self.team.everyone(Shares.of(times, self._images_seconds))
         return self._done.summary(self.device)
 
     def _records(self) -> Records:
@@ -161,6 +166,7 @@ class Trainer:
 
     def _epochs(self, records: Records | None) -> None:
         """The epochs that are still to do."""
+        first = self._done.epochs + 1
         while self._done.epochs < self._recipe.epochs:
             started, whole = time.perf_counter(), self._sums.steps == 0
             row = self._epoch()
@@ -169,6 +175,8 @@ class Trainer:
             self.save()
             if records is not None:
                 records.show(row, self._learner.outcome())
+            if self.team is not None and row.epoch == first and (times := self._learner.times) is not None:
+                record_schedule(self.output / SCHEDULE, self.team, times, self._title())
             if self._done.epochs < self._recipe.epochs:
                 self._stop_if_asked()
                 if time.perf_counter() - self._drawn > DRAW_EVERY:
@@ -221,6 +229,8 @@ class Trainer:
         """The steps of the epoch that are still to do."""
         sums, stop = self._sums, None if self.team is None else self.team.stop("training")
         every = 1 if self.device.type == "cpu" else READ_EVERY
+        if self.team is not None:
+            self.team.wait()
         before, started, skipped = sums.seconds, time.perf_counter(), self._seen
         self.network.train()
         with self._bar(f"epoch {epoch}/{self._recipe.epochs}", self.data.train_count, skipped) as bar:
@@ -259,7 +269,9 @@ class Trainer:
     def _read(self, epoch: int) -> Reading:
         """Losses and waits so far; on CUDA the host waits for the device here and nowhere else."""
         reading = self._sums.read()
-        self._sums.waiting += self._feed.waited()
+        waited = self._feed.waited()
+        self._sums.waiting += waited
+        self._images_seconds += waited
         if not math.isfinite(reading.loss):
             raise self._diverged(f"the loss is {reading.loss} in epoch {epoch}")
         return reading
@@ -331,16 +343,20 @@ class Trainer:
             curves = read_curves(self.output)
         except CheckpointError:  # no epoch is done, or the log of those that are was moved away
             return
-        config, done, modules = self.config, self._done, self._learner.modules
-        rule = "backpropagation" if config.rule == "bp" else f"{config.rule}, {modules} local modules"
+        done = self._done
         draw_run(
             self.output / CURVES,
             curves,
-            f"{config.network}, {rule}",
+            self._title(),
             f"epoch {done.epochs} of {self._recipe.epochs}; test {self._task.metric} {done.last_accuracy:.2%}, "
             f"best {done.best_accuracy:.2%} in epoch {done.best_epoch}",
         )
         self._drawn = time.perf_counter()
+
+    def _title(self) -> str:
+        config, modules = self.config, self._learner.modules
+        rule = "backpropagation" if config.rule == "bp" else f"{config.rule}, {modules} local modules"
+        return f"{config.network}, {rule}"
 
     def resume(self) -> None:
         """Take up the run in ``config.output``; CheckpointError if it has other settings or data."""
