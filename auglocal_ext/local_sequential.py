@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -27,6 +27,7 @@ from .nn import (
     give_memory,
     must_be_eager,
     refuse_sharding,
+    shard_like,
     unfuse,
     unsync_batch_norm,
 )
@@ -91,6 +92,7 @@ class LocalSequential(nn.Module):
         network: what the rule was given: layers with kinds, features and widths, the task, and module ends.
         task: what is learned.
         empty: whether parameters are allocated but have no values yet, see :meth:`materialise`.
+        sharded: whether :class:`auglocal_ext.LocalStep` has spread the parameters over processes (``shard=True``).
 
     Raises:
         TypeError: if ``layers`` is no ``nn.Sequential``, ``rule`` no rule or ``task`` no task.
@@ -183,6 +185,7 @@ class LocalSequential(nn.Module):
         self._held: tuple[int, int] | None = None
         self._deferred = Deferred.active
         self.empty = False
+        self.sharded = False
 
     def _warn_of_shared_parameters(self) -> None:
         owner: dict[int, int] = {}
@@ -274,32 +277,42 @@ class LocalSequential(nn.Module):
                     part.to("meta")
         self._held = first, last
 
-    def materialise(self, device: torch.device | str) -> None:
+    def materialise(self, device: torch.device | str, each: Callable[[LocalModule], None] | None = None) -> None:
         """Allocate parameters and buffers that are on the meta device; after :meth:`hold`, those of the held modules.
 
         A network built inside :func:`auglocal_ext.nn.deferred` gets its initial values. Any other is ``empty``: it
         raises until a state dict or a checkpoint is loaded. Parameters stay the same objects.
+
+        Args:
+            device: where to. Without ``each`` tensors that are on another one stay there.
+            each: called with a local module once its tensors are there, before the next one's get memory.
 
         Raises:
             RuntimeError: if a tensor was created outside ``deferred``, or if a buffer could not be loaded because it is
                 in no state dict.
         """
         first, last = self._held or (0, self.num_modules - 1)
-        held = [self.task, *(part for module in self.local_modules[first : last + 1] for part in module.parts())]
-        ours = {id(tensor) for part in held for tensor in (*part.parameters(), *part.buffers())}
-        named = [each for each in (*self.named_parameters(), *self.named_buffers()) if id(each[1]) in ours]
-        if all(not tensor.is_meta for _, tensor in named):
+        modules = self.local_modules[first : last + 1]
+        parts: list[list[nn.Module]] = [[self.task], *(list(module.parts()) for module in modules)]
+        names = {id(tensor): name for name, tensor in (*self.named_parameters(), *self.named_buffers())}
+        on_meta = [names[id(tensor)] for some in parts for tensor in _tensors(some) if tensor.is_meta]
+        if not on_meta and each is None:
             return
-        if self._deferred is None:
-            loaded = self.state_dict()
-            for name, tensor in named:
-                if tensor.is_meta and name not in loaded:
+        if on_meta and self._deferred is None:
+            loaded = self.state_dict().keys()
+            for name in on_meta:
+                if name not in loaded:
                     raise RuntimeError(
                         f"{name} is on the meta device and in no state dict, so it could not be loaded: build the "
                         "network inside auglocal_ext.nn.deferred"
                     )
-        give_memory(named, torch.empty(0, device=device).device, self._deferred)
-        self.empty, self._deferred = self._deferred is None, None
+        where = torch.empty(0, device=device).device
+        for module, some in zip((None, *modules), parts, strict=True):
+            give_memory([(names[id(tensor)], tensor) for tensor in _tensors(some)], where, self._deferred)
+            if each is not None and module is not None:
+                each(module)
+        if on_meta:
+            self.empty, self._deferred = self._deferred is None, None
 
     @property
     def deferred(self) -> Deferred | None:
@@ -307,6 +320,9 @@ class LocalSequential(nn.Module):
         return self._deferred
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        if self.sharded:
+            held = self.state_dict()
+            state_dict = {name: shard_like(value, held.get(name)) for name, value in state_dict.items()}
         keys = super().load_state_dict(state_dict, strict, assign)
         self.empty = self.empty and bool(keys.missing_keys)
         return keys
@@ -349,6 +365,11 @@ class LocalSequential(nn.Module):
             raise RuntimeError(
                 f"this process holds local modules {self._held[0]} to {self._held[1]} of {self.num_modules}: train by "
                 "step(x, y) and infer by step.predict(x), in all stages"
+            )
+        if self.sharded:
+            raise RuntimeError(
+                "this process holds shards of the network: train by step(x, y) and infer by step.predict(x), in all "
+                "processes"
             )
         if y is None:
             self.refuse_empty()
@@ -433,7 +454,8 @@ class LocalSequential(nn.Module):
             raise ValueError(f"x is on {x.device} and y on {y.device}; move y to {x.device}")
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError("x requires a gradient, but local modules hand none to their input; pass x.detach()")
-        refuse_sharding(self)
+        if not self.sharded:
+            refuse_sharding(self)
         if any(child is not before for child, before in zip(self.primary, self._followed, strict=False)):
             raise RuntimeError(
                 "a layer was put in the place of another since the network was wrapped, but auxiliary networks follow "
@@ -462,6 +484,11 @@ class LocalSequential(nn.Module):
                 f"export() copies all weights, and this process holds those of local modules {self._held[0]} to "
                 f"{self._held[1]} of {self.num_modules} alone: load the state dicts of all stages into a network "
                 "wrapped anew, and export that"
+            )
+        if self.sharded:
+            raise RuntimeError(
+                "export() copies all weights, and this process holds shards of them: save them by step.save(folder), "
+                "load them by step.load(folder) in one process, and export there"
             )
         if any(isinstance(p, FakeTensor) for p in self.primary.parameters()):
             raise RuntimeError("export() copies weights, but this network was built of fake tensors, which have none")
@@ -509,6 +536,16 @@ class LocalSequential(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rule={self.rule!r}, modules={self.num_modules}, module_ends={self.network.ends}"
+
+
+def _tensors(parts: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Parameters and buffers, each once."""
+    seen: set[int] = set()
+    for part in parts:
+        for tensor in (*part.parameters(), *part.buffers()):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
 
 
 _BACKPROPAGATION = (

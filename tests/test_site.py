@@ -31,6 +31,7 @@ INTERNAL = {
         "Average",
         "Mesh",
         "Replicas",
+        "Shards",
         "Stage",
         "Stored",
         "agree",
@@ -42,7 +43,17 @@ INTERNAL = {
         "together",
         "write",
     },
-    "nn": {"Deferred", "give_memory", "gathering", "in_process_group", "must_be_eager", "refuse_sharding", "sharded"},
+    "nn": {
+        "Deferred",
+        "gathering",
+        "give_memory",
+        "in_process_group",
+        "is_sharded",
+        "must_be_eager",
+        "refuse_sharding",
+        "shard_like",
+        "sharded",
+    },
 }
 PACKAGES = (
     "analysis",

@@ -4,6 +4,7 @@ from .agreement import DisagreementError, agree, shapes_of
 from .checkpoint import CheckpointError, Stored, everyone, together, write
 from .mesh import Mesh, group_like, mesh_groups
 from .replicas import Average, Replicas
+from .shards import Shards
 from .stages import Stage, balanced_cuts
 from .times import Span, StepTimes
 
@@ -13,6 +14,7 @@ __all__ = [
     "DisagreementError",
     "Mesh",
     "Replicas",
+    "Shards",
     "Span",
     "Stage",
     "StepTimes",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,18 @@ from .agreement import DisagreementError, agree, shapes_of
 from .times import spent
 
 
+class Message(Protocol):
+    """Gradients, or buffers, on their way."""
+
+    def put_back(self, replicas: int) -> None:
+        """Put what has arrived in place; sums over the replicas become means."""
+
+
 class Average:
     """An average over the replicas that is under way; :meth:`wait` puts it in place."""
 
     def __init__(
-        self, module: int, works: Sequence[Any], buckets: Sequence[_Bucket], replicas: int, where: str
+        self, module: int, works: Sequence[Any], buckets: Sequence[Message], replicas: int, where: str
     ) -> None:
         self._module = module
         self._where = where
@@ -51,7 +58,7 @@ def _waiting(module: int, where: str) -> Iterator[None]:
         ) from error
 
 
-class _Bucket:
+class Bucket:
     """Gradients, and buffers, of one dtype in one run of memory, so that they travel in one message."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], buffers: Sequence[Tensor], first: bool) -> None:
@@ -92,13 +99,21 @@ def _place(memory: Tensor, at: int, like: Tensor) -> Tensor:
     return part.as_strided(like.shape, dense.stride()) if like.numel() else part.view(like.shape)
 
 
+def refuse_sparse(name: str, gradient: Tensor) -> None:
+    """TypeError for a gradient of which only some rows are stored."""
+    if gradient.layout != torch.strided:
+        raise TypeError(
+            f"{name} has a gradient of layout {gradient.layout}, which is not averaged over replicas: make the layer "
+            "with sparse=False"
+        )
+
+
 class Replicas:
     """The processes of a group, each with a replica of one network.
 
-    Parameters and buffers become those of the first replica when it is built. Afterwards parameters stay equal, because
-    every replica makes the same update with the same averaged gradients; the buffers that a module's forward pass
-    moves, such as BatchNorm's running statistics, are set to the first replica's with every update, as
-    DistributedDataParallel does.
+    Once :meth:`take_first` has run, parameters stay equal, because every replica makes the same update with the same
+    averaged gradients; the buffers that a module's forward pass moves, such as BatchNorm's running statistics, are set
+    to the first replica's with every update, as DistributedDataParallel does.
 
     Args:
         group: process group of at least two processes.
@@ -128,11 +143,14 @@ class Replicas:
         agree({"torch": torch.__version__, **facts, **shapes_of(named)}, group)
         self._names = {id(tensor): name for name, tensor in named}
         self._trained: dict[int, tuple[str, ...]] = {}
-        source = torch.distributed.get_global_rank(group, 0)
-        for _, tensor in named:
+
+    def take_first(self, tensors: Iterable[Tensor]) -> None:
+        """Parameters and buffers become those of the first replica; a collective call."""
+        source = torch.distributed.get_global_rank(self._group, 0)
+        for tensor in tensors:
             # Strided or expanded tensors do not travel as they are.
             whole = tensor.detach().clone(memory_format=torch.contiguous_format)
-            torch.distributed.broadcast(whole.view(-1).view(torch.uint8), source, group=group)
+            torch.distributed.broadcast(whole.view(-1).view(torch.uint8), source, group=self._group)
             if not self._first:
                 tensor.detach().copy_(whole)
 
@@ -152,16 +170,12 @@ class Replicas:
         by_kind: dict[tuple[torch.device, torch.dtype], tuple[list[nn.Parameter], list[Tensor]]] = {}
         for p in trained:
             assert p.grad is not None
-            if p.grad.layout != torch.strided:
-                raise TypeError(
-                    f"{self._names.get(id(p), 'a parameter')} has a gradient of layout {p.grad.layout}, which is not "
-                    "averaged over replicas: make the layer with sparse=False"
-                )
+            refuse_sparse(self._names.get(id(p), "a parameter"), p.grad)
             by_kind.setdefault((p.grad.device, p.grad.dtype), ([], []))[0].append(p)
         for buffer in buffers:
             by_kind.setdefault((buffer.device, buffer.dtype), ([], []))[1].append(buffer)
         with torch.no_grad():
-            buckets = [_Bucket(*kind, self._first) for kind in by_kind.values()]
+            buckets = [Bucket(*kind, self._first) for kind in by_kind.values()]
         works = [torch.distributed.all_reduce(b.message, group=self._group, async_op=True) for b in buckets]
         return Average(module, works, buckets, self.size, self.where)
 

@@ -14,7 +14,7 @@ from .pooled_linear import PooledLinear
 from .pooling import global_average_pool
 from .recompute import recomputed
 from .residual import FusedResidual
-from .sharding import in_process_group, refuse_sharding, sharded
+from .sharding import in_process_group, is_sharded, refuse_sharding, shard_like, sharded
 from .synced_norm import sync_batch_norm, synced_statistics, unsync_batch_norm
 
 __all__ = [
@@ -35,12 +35,14 @@ __all__ = [
     "give_memory",
     "global_average_pool",
     "in_process_group",
+    "is_sharded",
     "must_be_eager",
     "norm_act_conv",
     "norm_shortcut_act",
     "recomputed",
     "run_chain",
     "refuse_sharding",
+    "shard_like",
     "sharded",
     "sync_batch_norm",
     "synced_statistics",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 
@@ -11,6 +13,25 @@ def in_process_group() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def is_sharded(value: Any) -> bool:
+    """Whether a value is a ``DTensor``, of which a process holds a part."""
+    if not in_process_group():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
+
+
+def shard_like(value: Any, held: Any) -> Any:
+    """This process's shard of ``value`` where it is a whole tensor and ``held`` is sharded; else ``value`` itself."""
+    if not is_sharded(held) or is_sharded(value) or not isinstance(value, torch.Tensor) or value.shape != held.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = value.detach().to(held.device)
+    return cast("Any", distribute_tensor)(whole, held.device_mesh, held.placements, src_data_rank=None)
+
+
 def sharded(module: nn.Module) -> bool:
     """Whether ``fully_shard`` or FullyShardedDataParallel holds parameters of a module, or of a part of it.
 
@@ -18,11 +39,9 @@ def sharded(module: nn.Module) -> bool:
     """
     if not in_process_group():
         return False
-    from torch.distributed.tensor import DTensor
-
     # Parameters are whole while their module runs, and stay so until its backward: both wrappers mark what they hold.
     marked = any(getattr(part, "_is_fsdp_managed_module", False) for part in module.modules())
-    return marked or any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    return marked or any(map(is_sharded, module.parameters()))
 
 
 def refuse_sharding(module: nn.Module) -> None:
@@ -30,5 +49,5 @@ def refuse_sharding(module: nn.Module) -> None:
     if sharded(module):
         raise RuntimeError(
             "parameters of this network are sharded: the training pass would miss them. Leave fully_shard and "
-            "FullyShardedDataParallel out; DistributedDataParallel around the whole network works"
+            "FullyShardedDataParallel out; LocalStep(net, optimizer, mesh=mesh, shard=True) shards them itself"
         )

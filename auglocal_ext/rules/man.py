@@ -68,9 +68,10 @@ class MomentumNetwork(Auxiliary):
         """Move the average towards the block."""
         average: list[Tensor] = list(self.average.parameters())
         block = self._followed[0]
-        if sharded(block):
+        if sharded(block) != sharded(self.average):
             raise RuntimeError(
-                "MAN's average cannot follow a block whose parameters are sharded: leave fully_shard out"
+                "MAN's average cannot follow a block whose parameters are sharded, unless its own are too: leave "
+                "fully_shard out, or pass shard=True to LocalStep"
             )
         if average:
             _refuse_standstill(average[0].dtype, self.momentum)

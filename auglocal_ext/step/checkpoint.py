@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..distributed import CheckpointError, Stored, everyone, together, write
 from ..local_sequential import LocalSequential
+from ..nn import is_sharded
 
 #: Of a parameter group, but about its parameters and not its options.
 _MEMBERS = ("params", "param_names")
@@ -101,11 +102,15 @@ def _held(net: nn.Module) -> dict[str, Tensor]:
     """Tensors of the network's state dict that this process holds."""
     held = {}
     for name, tensor in net.state_dict().items():
-        if type(tensor) not in (Tensor, nn.Parameter):
+        if not _can_be_held(tensor):
             raise CheckpointError(f"{name} is a {type(tensor).__name__}: checkpoints hold tensors alone")
         if not tensor.is_meta:
             held[name] = tensor
     return held
+
+
+def _can_be_held(value: Any) -> bool:
+    return type(value) in (Tensor, nn.Parameter) or is_sharded(value)
 
 
 def _facts(net: LocalSequential, optimizer: torch.optim.Optimizer) -> dict[str, str]:
@@ -159,7 +164,7 @@ def _state(
     for group, names in zip(optimizer.param_groups, _names(net, optimizer), strict=True):
         for parameter, name in zip(group["params"], names, strict=True):
             for key, value in optimizer.state.get(parameter, {}).items():
-                if type(value) in (Tensor, nn.Parameter):
+                if _can_be_held(value):
                     tensors[name, key] = value
                 elif isinstance(value, Tensor):
                     raise CheckpointError(

@@ -21,7 +21,7 @@ from .graph import Form, GraphedStep, Graphs, NotForGraphs, Way
 from .memory_plan import MemoryPlan
 from .module_peaks import module_flops
 from .module_times import module_times
-from .optimizers import ModuleOptimizers, OptimizerFactory, held, listed
+from .optimizers import ModuleOptimizers, OptimizerFactory, held, listed, replaced
 from .overlap import TwoStreams
 from .plan import MemoryBudget, StepRecompute, plan_memory
 from .processes import Processes, StageCuts
@@ -65,6 +65,10 @@ class LocalStep:
     the next. The weights are those of one process, to the bit on the CPU. ``net(x)`` is then :meth:`predict`, and
     :meth:`close` ends a run.
 
+    *Shards*: with ``shard=True`` replicas share parameters, gradients and optimizer state instead of each holding all
+    of them, by torch's ``fully_shard``. The parameters of a local module are whole only while it runs, and while the
+    one before it does. ``net.parameters()`` are then DTensors, and other objects than before.
+
     A process returns the losses and counts of its own part of the batch and its own modules.
 
     Args:
@@ -100,6 +104,8 @@ class LocalStep:
             they compare the number of samples, on the CPU alone.
         gather_features: losses that compare samples see those of all replicas: each gathers what is compared, N rows
             of C or D numbers per module and pass, and computes the loss of the whole batch. Parts may differ in size.
+        shard: shard parameters, gradients and optimizer state over the replicas. Optimizers that cannot step DTensors
+            raise, among them Adafactor, Rprop and the fused SGD; so do parameters that local modules share.
 
     Attributes:
         net: the network.
@@ -136,6 +142,7 @@ class LocalStep:
         stage_cuts: StageCuts = None,
         check_batches: bool = False,
         gather_features: bool = False,
+        shard: bool = False,
     ) -> None:
         if not isinstance(net, LocalSequential):
             raise TypeError(f"net must be a LocalSequential, got {_name_of(net)}; {_way_for(net)}")
@@ -170,10 +177,13 @@ class LocalStep:
             mesh,
             {**shared, **planned, "graph": graph, "overlap": overlap, "stage_cuts": stage_cuts}
             | {"sync_batch_norm": sync_batch_norm, "check_batches": check_batches}
-            | {"gather_features": gather_features},
+            | {"gather_features": gather_features, "shard": shard},
         )
         params = list(net.parameters()) if params is None else listed(params)
         everywhere = {id(p) for p in net.parameters()}
+        if shard:  # by name, as each whole parameter is released once it is sharded
+            named = {id(p): name for name, p in net.named_parameters()}
+            params = replaced(params, lambda p: named.get(id(p), p))
         costs = partial(
             _stage_costs,
             net,
@@ -184,6 +194,9 @@ class LocalStep:
             | {"accumulate": accumulate},
         )
         self._modules = self._processes.place(net, stage_cuts, costs)
+        if shard:
+            params = _parameters_named(net, params)
+            everywhere = {id(p) for p in net.parameters()}
         if self._processes.stage is not None:
             params = held(params, net, everywhere)
         self._parameters = [p for p in net.parameters() if not p.is_meta]
@@ -205,6 +218,8 @@ class LocalStep:
                 overlap=overlap if self._parameters[0].is_cuda else False,
             )
         self._optimizers = ModuleOptimizers(self._modules, optimizer, params)
+        if shard:
+            self._optimizers.refuse_shards()
         options = {"autocast": str(autocast), "grad_scaler": grad_scaler is not None, "accumulate": accumulate}
         self._processes.meet(net, self._optimizers.whole, {**options, "clip_norm": clip_norm, "clip": clip})
         self._updates = Updates(self._optimizers, grad_scaler, clip_norm, clip, accumulate, self._processes.replicas)
@@ -292,13 +307,15 @@ class LocalStep:
             )
 
     def predict(self, x: Tensor) -> Tensor | None:
-        """Output of the network for ``x``, in the network's mode and without gradients; to be called in all stages.
+        """Output of the network for ``x``, in the network's mode and without gradients.
+
+        To be called in all stages, and with ``shard=True`` in all replicas, each with an ``x`` of its own.
 
         Returns:
             ``(N, outputs)``; None in all stages but the last.
         """
         self.net.refuse_empty()
-        if self._processes.stage is None:
+        if self._processes.stage is None and self._processes.shards is None:
             with torch.no_grad():
                 return cast("Tensor", self.net(x))
         self.net.check_input(x)
@@ -320,14 +337,18 @@ class LocalStep:
     def state_dict(self) -> dict[str, Any]:
         """State of optimizer and scaler; gradients of an unfinished accumulation are not part of it.
 
-        Among stages this is the state of one stage: :meth:`save` writes that of all.
+        Among stages this is the state of one stage, with ``shard=True`` that of a process's shards: :meth:`save` writes
+        all of it.
         """
         scaler = None if self.grad_scaler is None else self.grad_scaler.state_dict()
         return {"optimizer": self.optimizer.state_dict(), "grad_scaler": scaler}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`; ``state["optimizer"]`` may be that of an ordinary optimizer."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        """The inverse of :meth:`state_dict`; ``state["optimizer"]`` may be that of an ordinary optimizer.
+
+        With ``shard=True`` whole tensors are sharded.
+        """
+        self._optimizers.load(state["optimizer"])
         if self.grad_scaler is not None and state.get("grad_scaler") is not None:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
         self._updates.drop()
@@ -439,7 +460,7 @@ class LocalStep:
                 self._second = torch.cuda.Stream(x.device)
             self._streams = TwoStreams(x.device, self._second)
         modules, relay = self._local_modules(), None
-        if self._processes.stage is not None:
+        if not self._processes.alone:
             relay, self._streams = self._processes.begin(modules, x, y)
         try:
             with self._processes.region(len(x), self._batches):
@@ -464,11 +485,17 @@ def _stage_costs(
     """FLOPs of each local module, or its seconds."""
     if by == "flops":
         return module_flops(net, optimizer, recompute)
+    options = {**options, "params": _parameters_named(net, options["params"])}
     if batch_size is None:
         raise ValueError(
             'stage_cuts=Balanced(by="time") measures steps on batches of batch_size images: pass batch_size='
         )
     return module_times(net, batch_size, optimizer, recompute=recompute, **options)
+
+
+def _parameters_named(net: LocalSequential, params: list[Any]) -> list[Any]:
+    """``params`` with the network's parameters in the place of their names."""
+    return replaced(params, lambda p: net.get_parameter(p) if isinstance(p, str) else p)
 
 
 def _name_of(net: Any) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..local_modules import LocalModule
+from ..nn import is_sharded, shard_like
 
 #: Makes the optimizer of a list of parameters or parameter groups: ``lambda params: torch.optim.SGD(params, lr=0.1)``.
 OptimizerFactory = Callable[[list[Any]], torch.optim.Optimizer]
@@ -116,6 +117,31 @@ class ModuleOptimizers:
             return next((key for key, value in _on_host(trial).items() if before.get(key) != value), None)
         return None
 
+    def refuse_shards(self) -> None:
+        """ValueError if the optimizer cannot step sharded parameters; nothing changes. A collective call."""
+        trial = self._on_copies()
+        try:
+            for _ in range(2):  # the first step of some only makes the state
+                trial.step()
+        except Exception as error:
+            raise ValueError(
+                f"shard=True: {type(self.whole).__name__} cannot step sharded parameters with these options; choose "
+                f"another optimizer, or leave out fused=True. torch says: {str(error).splitlines()[0]}"
+            ) from error
+
+    def load(self, state: dict[str, Any]) -> None:
+        """``load_state_dict`` of the whole optimizer; where parameters are sharded, of whole tensors too."""
+        ids = [i for group in state["param_groups"] for i in group["params"]]
+        params = [p for group in self.whole.param_groups for p in group["params"]]
+        if len(ids) == len(params) and any(map(is_sharded, params)):
+            held = dict(zip(ids, params, strict=True))
+            values = {
+                i: {key: shard_like(value, held.get(i)) for key, value in each.items()}
+                for i, each in state["state"].items()
+            }
+            state = {**state, "state": values}
+        self.whole.load_state_dict(state)
+
     def _on_copies(self) -> torch.optim.Optimizer:
         trial = object.__new__(type(self.whole))
         trial.__dict__.update(self.everything.__dict__)
@@ -209,6 +235,18 @@ def listed(params: Iterable[Any]) -> list[Any]:
     return [{**item, "params": _as_list(item["params"])} if isinstance(item, dict) else item for item in params]
 
 
+def replaced(params: list[Any], swap: Callable[[Any], Any]) -> list[Any]:
+    """Parameters, or groups of them, with ``swap(parameter)`` in the place of each."""
+
+    def of(item: Any) -> Any:
+        if isinstance(item, dict):
+            group = item["params"]
+            return {**item, "params": list(map(of, group)) if isinstance(group, list) else [of(group)]}
+        return (item[0], swap(item[1])) if isinstance(item, tuple) else swap(item)
+
+    return [of(item) for item in params]
+
+
 def held(params: list[Any], net: nn.Module, others: set[int]) -> list[Any]:
     """Parameters, or groups of them, without those of ``others``, by ``id``, which ``net`` does not hold.
 
@@ -251,9 +289,10 @@ def _on_host(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def _fit_to_device(group: dict[str, Any], defaults: dict[str, Any]) -> None:
     """On CUDA torch's fused and capturable forms, where the user left it open; on the CPU what the user said.
 
-    A checkpoint's groups bring the choice of the device they were saved on.
+    A checkpoint's groups bring the choice of the device they were saved on. Not every fused form takes shards.
     """
-    if not group["params"] or not all(p.is_cuda and p.is_floating_point() for p in group["params"]):
+    fit = (p.is_cuda and p.is_floating_point() and not is_sharded(p) for p in group["params"])
+    if not group["params"] or not all(fit):
         for key in ("capturable", "fused"):
             if group.get(key):
                 group[key] = defaults[key]

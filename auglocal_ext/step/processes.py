@@ -15,6 +15,7 @@ from ..auxiliary.base import Auxiliary, parts_of
 from ..distributed import (
     Mesh,
     Replicas,
+    Shards,
     Stage,
     StepTimes,
     agree,
@@ -26,7 +27,7 @@ from ..distributed import (
 )
 from ..local_modules import LocalModule, OneStream, Relay
 from ..local_sequential import LocalSequential
-from ..nn import gathered_features, sync_batch_norm, synced_statistics
+from ..nn import gathered_features, refuse_sharding, sync_batch_norm, synced_statistics
 from ..partition import Balanced
 
 StageCuts = Sequence[int] | Balanced | None
@@ -43,6 +44,7 @@ class Processes:
         alone: whether no other process takes part.
         stage: this process's local modules; None where it has all.
         replicas: over which gradients are averaged, once :meth:`meet` has run; None where there is one.
+        shards: the replicas, where they share the parameters; None where each has all of them.
         synced: whether BatchNorm takes its statistics over all replicas.
         broken_by: what a step of this process broke off with.
         times: of the steps; None for one process, and on CUDA, where the host's clock says little.
@@ -55,13 +57,16 @@ class Processes:
         self.alone = self._stages is None and self._group is None
         self.stage: Stage | None = None
         self.replicas: Replicas | None = None
+        self.shards: Shards | None = None
         self.broken_by: str | None = None
         on_host = mesh is not None and mesh.device_type == "cpu"
         self.times = StepTimes() if on_host and not self.alone else None
         self._everyone: Any | None = None
         self.synced, self._check_batches = options.pop("sync_batch_norm"), options.pop("check_batches")
+        self._shard = options.pop("shard")
         self._gathers, self._hosts = options.pop("gather_features"), None
-        for name, asked in (("sync_batch_norm", self.synced), ("gather_features", self._gathers)):
+        asked_of_replicas = {"sync_batch_norm": self.synced, "gather_features": self._gathers, "shard": self._shard}
+        for name, asked in asked_of_replicas.items():
             if asked and self._group is None:
                 raise ValueError(f"{name}=True is for several replicas: pass mesh=, or leave it out")
         if self._stages is None and options["stage_cuts"] is not None:
@@ -88,7 +93,7 @@ class Processes:
     ) -> tuple[LocalModule, ...]:
         """The local modules of this process; all others are moved to the meta device.
 
-        Its own get memory on the mesh's device, where they are on the meta device.
+        Its own get memory on the mesh's device, where they are on the meta device, and are sharded if asked for.
 
         Args:
             cuts: the first local module of every stage but the first, or what is balanced; None for FLOPs.
@@ -100,9 +105,12 @@ class Processes:
                 f"this process holds local modules {net.held[0]} to {net.held[1]} of the network, which another "
                 "LocalStep has spread over stages: go on with that step, or wrap the network anew"
             )
+        if net.sharded:
+            raise RuntimeError(
+                "another LocalStep has sharded this network: go on with that step, or wrap the network anew"
+            )
         if self._stages is None:
-            if self._mesh is not None:
-                net.materialise(self._mesh.device_type)
+            self._settle(net, modules)
             return modules
         cuts = cuts if cuts is None or isinstance(cuts, Balanced) else tuple(cuts)
         self._agree({**_facts(net), "stage_cuts": cuts})
@@ -123,9 +131,33 @@ class Processes:
         kept = [module.kept for module in modules]
         self.stage = Stage(self._stages, cuts, len(modules), kept, self._check_batches)
         net.hold(self.stage.first, self.stage.last)
-        assert self._mesh is not None
-        net.materialise(self._mesh.device_type)
-        return net.local_modules[self.stage.first : self.stage.last + 1]
+        ours = net.local_modules[self.stage.first : self.stage.last + 1]
+        self._settle(net, ours)
+        return ours
+
+    def _settle(self, net: LocalSequential, modules: Sequence[LocalModule]) -> None:
+        """Give this process's modules memory, and shard each before the next one gets its own."""
+        if self._mesh is None:
+            return
+        refuse_sharding(net)
+        if not self._shard:
+            net.materialise(self._mesh.device_type)
+            return
+        _refuse_sharing(modules)
+        ours = {id(t) for m in modules for part in m.parts() for t in (*part.parameters(), *part.buffers())}
+        parameters = [(name, p) for name, p in net.named_parameters() if id(p) in ours]
+        buffers = [(name, b) for name, b in net.named_buffers() if id(b) in ours]
+        facts = {**_facts(net), "shard": True}
+        self._agree_within_stage(facts, [*parameters, *buffers])
+        self.shards = shards = Shards(self._mesh["replica"], parameters, buffers, facts)
+
+        def shard(module: LocalModule) -> None:
+            *body, last = module.parts()
+            auxiliary = [] if module.auxiliary is None else [last]
+            shards.shard(module.index, body if auxiliary else [*body, last], auxiliary)
+
+        net.materialise(self._mesh.device_type, shard)
+        net.sharded = True
 
     def _balanced(self, asked: Balanced, costs: Callable[[str], Sequence[float]], count: int) -> tuple[int, ...]:
         if asked.modules not in (None, count):
@@ -162,20 +194,29 @@ class Processes:
         else:
             agree(facts, self._stages, "stages")
 
+    def _agree_within_stage(self, facts: dict[str, Any], tensors: Sequence[tuple[str, Tensor]]) -> None:
+        """DisagreementError in all stages if the replicas of one disagree: no other is to wait for them."""
+        if self.stage is not None:
+            self._agree({**facts, **shapes_of(tensors)}, self.stage.index)
+
     def meet(self, net: LocalSequential, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> None:
         """Processes find out whether they agree, and replicas take the first one's weights."""
         options = {**options, "sync_batch_norm": self.synced, "gather_features": self._gathers}
-        held = [(name, p) for name, p in net.named_parameters() if not p.is_meta]
-        buffers = [(name, b) for name, b in net.named_buffers() if not b.is_meta]
         if self.stage is not None:
             kind = f"{type(optimizer).__name__} {optimizer.defaults}"
             self._agree({"the optimizer": kind, "check_batches": self._check_batches, **options})
         if self._group is None:
             return
         facts = {**_facts(net), "the optimizer": _options_of(optimizer), **options}
-        if self.stage is not None:  # other stages are not to wait for replicas that disagree
-            self._agree({**facts, **shapes_of([*held, *buffers])}, self.stage.index)
-        self.replicas = Replicas(self._group, held, buffers, facts)
+        if self.shards is not None:
+            agree(facts, self._group)
+            self.replicas = self.shards
+        else:
+            held = [(name, p) for name, p in net.named_parameters() if not p.is_meta]
+            buffers = [(name, b) for name, b in net.named_buffers() if not b.is_meta]
+            self._agree_within_stage({**facts, "shard": False}, [*held, *buffers])
+            self.replicas = Replicas(self._group, held, buffers, {**facts, "shard": False})
+            self.replicas.take_first(tensor for _, tensor in (*held, *buffers))
         if self.synced:
             sync_batch_norm(net)
         if self._gathers:
@@ -217,19 +258,27 @@ class Processes:
                 entered.enter_context(gathered_features(self._group, samples, self._hosts, where))
             yield
 
-    def begin(self, modules: Sequence[LocalModule], x: Tensor, y: Tensor) -> tuple[Relay, OneStream]:
-        """What the first of this stage's modules takes in, and how what the last puts out is handed on."""
-        assert self.stage is not None
-        self.stage.note(x, y)
-        return _relay(modules, x, *self.stage.receive(x)), _Handing(self.stage)
+    def begin(self, modules: Sequence[LocalModule], x: Tensor, y: Tensor) -> tuple[Relay | None, OneStream]:
+        """What the first of this process's modules takes in, None for ``x``; and where they run."""
+        relay = None
+        if self.stage is not None:
+            self.stage.note(x, y)
+            relay = _relay(modules, x, *self.stage.receive(x))
+        return relay, _Places(self.stage, self.shards, modules[-1].index)
 
     @torch.no_grad()
     def predict(self, modules: Sequence[LocalModule], x: Tensor) -> Tensor | None:
         """Output of the network for x, in the last stage; None in the others."""
-        assert self.stage is not None
-        relay = _relay(modules, x, *self.stage.receive(x, inference=True))
+        if self.stage is None:
+            relay = Relay(modules, x)
+        else:
+            relay = _relay(modules, x, *self.stage.receive(x, inference=True))
         for module in modules:
-            relay.through(module)
+            then = None if module is modules[-1] else module.index + 1
+            with nullcontext() if self.shards is None else self.shards.whole(module.index, then, auxiliary=False):
+                relay.through(module)
+        if self.stage is None:
+            return relay.h
         self.stage.send(relay.h, relay.history or (), inference=True)
         return relay.h if self.stage.index == self.stage.count - 1 else None
 
@@ -240,15 +289,35 @@ def _relay(modules: Sequence[LocalModule], x: Tensor, h: Tensor, history: list[T
     return relay
 
 
-class _Handing(OneStream):
-    """Sends the last module's output to the next stage before the module's backward begins."""
+class _Places(OneStream):
+    """Sends the last module's output to the next stage before its backward, and has each module whole while it runs."""
 
-    def __init__(self, stage: Stage) -> None:
-        self._stage = stage
+    def __init__(self, stage: Stage | None, shards: Shards | None, last: int) -> None:
+        self._stage, self._shards, self._last = stage, shards, last
+
+    def module(self, index: int) -> AbstractContextManager[Any]:
+        region = super().module(index)
+        if self._shards is None:
+            return region
+        return self._shards.whole(index, None if index == self._last else index + 1)
 
     def handed_on(self, index: int, h: Tensor, history: Sequence[Tensor | None]) -> None:
-        if index == self._stage.last:
+        if self._stage is not None and index == self._stage.last:
             self._stage.send(h, history)
+
+
+def _refuse_sharing(modules: Sequence[LocalModule]) -> None:
+    """ValueError for parameters of several local modules, which would have to be whole while either runs."""
+    owner: dict[int, int] = {}
+    for module in modules:
+        for parameter in module.parameters():
+            first = owner.setdefault(id(parameter), module.index)
+            if first != module.index:
+                raise ValueError(
+                    f"shard=True: local modules {first} and {module.index} share a parameter of shape "
+                    f"{tuple(parameter.shape)}, and a parameter is whole only while its module runs: choose modules= "
+                    "that keep them together, or leave shard out"
+                )
 
 
 def _refuse(options: dict[str, Any], *names: str, what: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..distributed import Average, Replicas
+from ..distributed import Average, Replicas, Shards
 from ..local_modules import LocalModule, LocalOutput, OneStream, Relay, local_pass
 from .optimizers import ModuleOptimizers
 
@@ -32,7 +32,8 @@ class Updates:
             gradients are kept to the end of the pass (as many bytes as the parameters).
         accumulate: calls per optimizer step, over which gradients are averaged; above 1 all gradients are kept.
         replicas: over which gradients are averaged with the last call of a step: those of a module while the next one
-            runs, so gradients of two modules exist at a time.
+            runs, so gradients of two modules exist at a time. Of :class:`Shards` every call averages, and each process
+            keeps its shard of the gradients.
 
     Raises:
         ValueError: if ``clip_norm`` is not positive, ``clip`` is unknown or ``accumulate`` is less than 1.
@@ -59,6 +60,7 @@ class Updates:
         self.clip = clip
         self.accumulate = accumulate
         self.replicas = replicas
+        self._shards = replicas if isinstance(replicas, Shards) else None
         self.calls = 0
         self.updated = False  # by the last call
         self._begun = False
@@ -93,6 +95,9 @@ class Updates:
         Gradients of parameters that the optimizer does not hold are dropped. Among replicas parameters are updated
         when the next module's gradients are there.
         """
+        if self._shards is not None:
+            self._scatter(self._shards, module, gradients)
+            return
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None or parameter not in self.optimizers.trained:
                 continue
@@ -102,8 +107,7 @@ class Updates:
                 parameter.grad.add_(gradient)
         if self.due and self.replicas is not None:
             owned = [p for group in self.optimizers.view(module.index).param_groups for p in group["params"]]
-            buffers = [b for part in module.parts() for name, b in part.named_buffers() if not name.endswith(_COUNTER)]
-            self._averaging.append((module, self.replicas.average(module.index, owned, buffers)))
+            self._averaging.append((module, self.replicas.average(module.index, owned, _moved(module))))
             if not self.all_at_once:
                 self._finish(self._averaging[:-1])
                 del self._averaging[:-1]
@@ -112,11 +116,20 @@ class Updates:
             self._step(self.optimizers.view(module.index))
         module.after_step()
 
+    def _scatter(self, shards: Shards, module: LocalModule, gradients: Sequence[Tensor | None]) -> None:
+        """Average the gradients of whole parameters, of which this process keeps its shard."""
+        pairs = zip(shards.trained(module.index), gradients, strict=True)
+        kept = [(p, g) for p, g in pairs if g is not None and p in self.optimizers.trained]
+        buffers = _moved(module) if self.due else []
+        self._averaging.append((module, shards.scatter(module.index, kept, buffers)))
+        self._finish(self._averaging[:-1])  # which releases the whole gradients of the module before
+        del self._averaging[:-1]
+
     def end(self) -> None:
         """After the last module."""
+        self._finish(self._averaging)
+        self._averaging.clear()
         if self.due:
-            self._finish(self._averaging)
-            self._averaging.clear()
             if self.all_at_once:
                 self._step(self.optimizers.everything)
             if self.scaler is not None:
@@ -144,7 +157,7 @@ class Updates:
     def _finish(self, averaging: Sequence[tuple[LocalModule, Average]]) -> None:
         for module, average in averaging:
             average.wait()
-            if not self.all_at_once:
+            if self.due and not self.all_at_once:
                 self._step(self.optimizers.view(module.index))
             module.after_step()
 
@@ -155,7 +168,8 @@ class Updates:
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
         if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(trained, self.clip_norm)
+            clip = torch.nn.utils.clip_grad_norm_ if self._shards is None else self._shards.clip
+            clip(trained, self.clip_norm)
         if self.scaler is None:
             optimizer.step()
         else:
@@ -165,6 +179,11 @@ class Updates:
                 parameter.grad = None
         else:  # the buffers are used again, by a captured step at the same address
             torch._foreach_zero_([p.grad for p in trained])
+
+
+def _moved(module: LocalModule) -> list[Tensor]:
+    """Buffers that the forward pass of a module moves."""
+    return [b for part in module.parts() for name, b in part.named_buffers() if not name.endswith(_COUNTER)]
 
 
 def guard_steps_by_hand(updates: Updates) -> None:

@@ -1,0 +1,242 @@
+"""Local modules whose parameters are spread over the replicas, and are whole only while they run.
+
+torch's ``fully_shard`` holds the parameters: as shards between uses, gathered in one message for each group of them.
+Its groups are thin modules around the parts of a local module, for two reasons. A local module is a view and no
+``nn.Module``. And ``fully_shard`` puts hooks on the module that it is given and changes its class, which would take a
+user's layers out of the chains that run as one op.
+
+Its hooks for gradients are not used. They belong to ``backward()`` and wait for the gradients at its end. The training
+pass takes gradients by ``torch.autograd.grad``, so they are at hand here: they are reduced and scattered in one message
+per module and dtype, which is waited for once the next module's gradients are there, as replicas do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .replicas import Average, Bucket, Message, Replicas, refuse_sparse
+
+
+class Shards(Replicas):
+    """The processes of a mesh, each with a shard of every parameter of one network.
+
+    Args:
+        mesh: of one dimension, with at least two processes.
+        parameters, buffers: of the network, by name. They may be on the meta device.
+        facts: what else must be equal in all processes, as plain values by name.
+
+    Raises:
+        DisagreementError: in all processes, if parameters, buffers, ``facts`` or torch's version differ.
+        ValueError: for a parameter that ``fully_shard`` cannot hold.
+    """
+
+    def __init__(
+        self,
+        mesh: Any,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        buffers: Iterable[tuple[str, Tensor]],
+        facts: Mapping[str, Any],
+    ) -> None:
+        parameters = list(parameters)
+        super().__init__(mesh.get_group(), parameters, buffers, facts)
+        for name, parameter in parameters:
+            _refuse(name, parameter)
+        self._mesh = mesh
+        self._groups: dict[int, tuple[list[Any], list[Any]]] = {}
+        self._parameters: dict[int, list[nn.Parameter]] = {}
+
+    def shard(self, module: int, body: Sequence[nn.Module], auxiliary: Sequence[nn.Module]) -> None:
+        """Keep this process's shards of a local module, with the first process's values; a collective call.
+
+        Args:
+            module: its index.
+            body: what it runs for its output.
+            auxiliary: what it runs for its loss alone.
+        """
+        parts = [*body, *auxiliary]
+        names = [self._names[id(p)] for p in _parameters(parts)]
+        self.take_first([*_parameters(parts), *_unique(b for part in parts for b in part.buffers())])
+        if {id(p) for p in _parameters(body)} & {id(p) for p in _parameters(auxiliary)}:
+            body, auxiliary = parts, ()
+        self._groups[module] = self._sharded(body), self._sharded(auxiliary)
+        self._parameters[module] = _parameters(parts)
+        self._names.update((id(p), name) for p, name in zip(self._parameters[module], names, strict=True))
+
+    def _sharded(self, parts: Sequence[nn.Module]) -> list[Any]:
+        """The groups that hold the parameters of ``parts``: one for each dtype, as torch asks for."""
+        from torch.distributed.fsdp import fully_shard
+
+        groups = []
+        for dtype in dict.fromkeys(p.dtype for p in _parameters(parts)):
+            others = {p for p in _parameters(parts) if p.dtype != dtype}
+            group = _Group(parts)
+            groups.append(fully_shard(group, mesh=self._mesh, reshard_after_forward=False, ignored_params=others))
+        return groups
+
+    @contextmanager
+    def whole(self, module: int, then: int | None = None, *, auxiliary: bool = True) -> Iterator[None]:
+        """Within the context the parameters of a local module are whole.
+
+        Args:
+            module: its index.
+            then: the module that is to run next, whose parameters are asked for meanwhile.
+            auxiliary: whether those of the auxiliary network are too.
+        """
+        try:
+            for index in (module, then):
+                for group in () if index is None else self._chosen(index, auxiliary):
+                    group.unshard(async_op=True)  # nothing, if it has been asked for before
+            for group in self._chosen(module, auxiliary):
+                group.unshard()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the parameters of local module {module} were not gathered (this is {self.where}): another replica "
+                f"has ended, or works on another step for longer than the time-out of the process group. {error}"
+            ) from error
+        try:
+            yield
+        finally:
+            self._release(module)
+
+    def _chosen(self, module: int, auxiliary: bool) -> list[Any]:
+        body, head = self._groups[module]
+        return [*body, *head] if auxiliary else body
+
+    def _release(self, module: int) -> None:
+        for group in self._chosen(module, auxiliary=True):
+            group.reshard()
+
+    def trained(self, module: int) -> list[nn.Parameter]:
+        """The shards of a local module's parameters that require a gradient, in the module's order."""
+        return [p for p in self._parameters[module] if p.requires_grad]
+
+    def scatter(
+        self, module: int, gradients: Sequence[tuple[nn.Parameter, Tensor]], buffers: Iterable[Tensor]
+    ) -> Average:
+        """Begin to average gradients; each process gets its shard of the mean, added to ``.grad``.
+
+        The whole parameters of the module are released.
+
+        Args:
+            module: its index.
+            gradients: shards of parameters with the gradients of the whole parameters. Which parameters have one must
+                not change from step to step.
+            buffers: set to the first process's.
+
+        Returns:
+            The :class:`Average`, to be waited for.
+
+        Raises:
+            DisagreementError: if other parameters have a gradient than in the other processes or in an earlier step.
+        """
+        self._release(module)
+        self._check(module, tuple(self._names[id(p)] for p, _ in gradients))
+        alike: dict[torch.dtype, list[tuple[nn.Parameter, Tensor]]] = {}
+        for parameter, gradient in gradients:
+            name = self._names[id(parameter)]
+            refuse_sparse(name, gradient)
+            if parameter._backward_hooks:
+                raise RuntimeError(f"{name} is sharded, and a hook of its gradient would not run: remove the hook")
+            alike.setdefault(gradient.dtype, []).append((parameter, gradient))
+        moved: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in buffers:
+            moved.setdefault(buffer.dtype, []).append(buffer)
+        with torch.no_grad():
+            scattered = [_Scattered(pairs, self.size) for pairs in alike.values()]
+            copied = [Bucket((), each, self._first) for each in moved.values()]
+        works = [_reduce_scatter(each.mine, each.rows, group=self._group, async_op=True) for each in scattered]
+        works.extend(torch.distributed.all_reduce(each.message, group=self._group, async_op=True) for each in copied)
+        messages: list[Message] = [*scattered, *copied]
+        return Average(module, works, messages, self.size, self.where)
+
+    def clip(self, parameters: Sequence[nn.Parameter], largest: float) -> None:
+        """``torch.nn.utils.clip_grad_norm_``, by the norm of the whole gradients; a collective call."""
+        shards = [_local(p.grad) for p in parameters]
+        norm = torch.nn.utils.get_total_norm(shards)
+        norms = norm.new_zeros(self.size)  # not the sum of squares, which overflows in fp16
+        norms[torch.distributed.get_rank(self._group)] = norm
+        torch.distributed.all_reduce(norms, group=self._group)
+        factor = (largest / (torch.linalg.vector_norm(norms) + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(shards, factor)
+
+
+class _Group(nn.Module):
+    """Parts of a local module whose parameters travel in one message."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+
+class _Scattered:
+    """Gradients of one dtype, a row for each process: its shards, padded to the size of the first one's."""
+
+    def __init__(self, gradients: Sequence[tuple[nn.Parameter, Tensor]], processes: int) -> None:
+        self._parameters: list[Any] = [parameter for parameter, _ in gradients]
+        self._sizes = [-(-g.shape[0] // processes) * g.shape[1:].numel() for _, g in gradients]
+        rows = gradients[0][1].new_zeros(processes, sum(self._sizes))
+        at = 0
+        for (_, gradient), size in zip(gradients, self._sizes, strict=True):
+            for row, part in zip(rows, gradient.chunk(processes), strict=False):
+                row[at : at + part.numel()].view(part.shape).copy_(part)
+            at += size
+        self.rows = rows.view(-1)
+        self.mine = rows.new_empty(sum(self._sizes))
+
+    def put_back(self, processes: int) -> None:
+        from torch.distributed.tensor import DTensor
+
+        self.mine.div_(processes)
+        at = 0
+        for parameter, size in zip(self._parameters, self._sizes, strict=True):
+            local = _local(parameter)
+            gradient = self.mine[at : at + local.numel()].view(local.shape)
+            at += size
+            if parameter.grad is not None:
+                _local(parameter.grad).add_(gradient)
+                continue
+            parameter.grad = DTensor.from_local(
+                gradient,
+                parameter.device_mesh,
+                parameter.placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
+
+
+def _reduce_scatter(*args: Any, **options: Any) -> Any:
+    """The sum of rows over the processes, a row for each; torch has renamed it."""
+    named = getattr(torch.distributed, "reduce_scatter_single", None)
+    return (torch.distributed.reduce_scatter_tensor if named is None else named)(*args, **options)
+
+
+def _local(tensor: Any) -> Tensor:
+    local: Tensor = tensor.detach().to_local()
+    return local
+
+
+def _unique(tensors: Iterable[Any]) -> list[Any]:
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _parameters(parts: Iterable[nn.Module]) -> list[nn.Parameter]:
+    return _unique(p for part in parts for p in part.parameters())
+
+
+def _refuse(name: str, parameter: nn.Parameter) -> None:
+    """ValueError for a parameter that ``fully_shard`` does not hold, or not as it is."""
+    if parameter.dim() == 0:
+        raise ValueError(f"shard=True: {name} is a single number, which is not sharded; give it the shape (1,)")
+    if not parameter.is_contiguous():
+        raise ValueError(
+            f"shard=True: {name} is not contiguous, and torch shards contiguous parameters alone: call "
+            "net.to(memory_format=torch.contiguous_format). The input may stay channels-last"
+        )
+    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        raise ValueError(f"shard=True: {name} has a hook, which would not run: the parameter is replaced by its shards")
