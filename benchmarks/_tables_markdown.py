@@ -179,6 +179,11 @@ def _scale(words: Sequence[str]) -> str:
     return first_table("scale/scale-measured.md")
 
 
+def _shards(words: Sequence[str]) -> str:
+    expect(words, "")
+    return first_table("shards/shards.md")
+
+
 def _label(name: str) -> str:
     return LABELS.get(name, name.replace("d=", "d = "))
 
@@ -194,4 +199,5 @@ TABLES: dict[str, Callable[[Sequence[str]], str]] = {
     "accuracy": _accuracy,
     "analysis": _analysis,
     "scale": _scale,
+    "shards": _shards,
 }

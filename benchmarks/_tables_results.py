@@ -29,6 +29,7 @@ SOURCES = {
     "analysis": "analysis/analysis.json",
     "probes": "analysis/probes/analysis.json",
     "scale": "scale/scale.json",
+    "shards": "shards/shards.json",
 }
 #: Files of the same benchmark, for networks that one of them has.
 MEMORY = {"fp32": ("memory", "memory-imagenet"), "bf16": ("memory-bf16",)}

@@ -22,6 +22,7 @@ A name is words, quoted where one has a space. Tables::
     accuracy                          the table of benchmarks/accuracy.py
     analysis cka, probes, information   five runs, a row for each layer
     scale, scale measured             the first table of benchmarks/scale.py, and of it with --measure
+    shards                            the table of benchmarks/shards.py
 
 Figures, with the names of rows, runs and layers that the result files have::
 

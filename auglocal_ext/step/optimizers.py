@@ -119,7 +119,7 @@ class ModuleOptimizers:
 
     def refuse_shards(self) -> None:
         """ValueError if the optimizer cannot step sharded parameters; nothing changes. A collective call."""
-        trial = self._on_copies()
+        trial = self._on_copies(of=Tensor.dim)  # matrices may be stepped unlike vectors
         try:
             for _ in range(2):  # the first step of some only makes the state
                 trial.step()
@@ -142,20 +142,26 @@ class ModuleOptimizers:
             state = {**state, "state": values}
         self.whole.load_state_dict(state)
 
-    def _on_copies(self) -> torch.optim.Optimizer:
+    def _on_copies(self, of: Callable[[Tensor], Any] = lambda parameter: None) -> torch.optim.Optimizer:
+        """The optimizer with a copy of one parameter of each group, and for each value of ``of`` within it."""
         trial = object.__new__(type(self.whole))
         trial.__dict__.update(self.everything.__dict__)
         trial.__dict__.update(_optimizer_step_pre_hooks=OrderedDict(), _optimizer_step_post_hooks=OrderedDict())
         trial.state, trial.param_groups = defaultdict(dict), []
         for group in self.everything.param_groups:
-            trained = [p for p in group["params"] if p.requires_grad]
-            if trained:
-                original = next((p for p in trained if p in self.whole.state), trained[0])
+            chosen: dict[Any, Tensor] = {}
+            for p in (p for p in group["params"] if p.requires_grad):
+                if of(p) not in chosen or (p in self.whole.state and chosen[of(p)] not in self.whole.state):
+                    chosen[of(p)] = p
+            twins = []
+            for original in chosen.values():
                 twin = nn.Parameter(original.detach().clone())
                 twin.grad = torch.zeros_like(twin)
-                trial.param_groups.append({**group, "params": [twin]})
+                twins.append(twin)
                 if original in self.whole.state:
                     trial.state[twin] = copy.deepcopy(self.whole.state[original])
+            if twins:
+                trial.param_groups.append({**group, "params": twins})
         return trial
 
     def forget_views(self) -> None:
