@@ -52,7 +52,7 @@ def opening(trainer: Trainer) -> str:
 
 
 def _memory(trainer: Trainer) -> list[tuple[str, str]]:
-    if trainer.team is not None:
+    if trainer.team.size > 1:
         return []
     return [("memory", f"{_size(trainer.predicted_peak())} at the peak of a step, predicted (tensors alone)")]
 
@@ -60,10 +60,10 @@ def _memory(trainer: Trainer) -> list[tuple[str, str]]:
 def _processes(trainer: Trainer) -> list[tuple[str, str]]:
     """How several processes share the network and the batches."""
     team, config = trainer.team, trainer.config
-    if team is None:
+    if team.size == 1:
         return []
     grid = f"{_count(team.stages, 'stage')} of {_count(team.replicas, 'replica')}"
-    parts = [f"{team.size}, {grid}, on {team.backend}"]
+    parts = [f"{team.size}, {grid}, on {torch.distributed.get_backend()}"]
     if team.replicas > 1:
         parts.append(f"each replica takes {(config.batch_size or 0) // team.replicas} images of a batch")
     if team.stages > 1:
@@ -88,7 +88,7 @@ def ending(trainer: Trainer, summary: Summary) -> str:
             *files(trainer),
         ]
     )  # fmt: skip
-    if trainer.team is None or trainer.shares is None:
+    if trainer.shares is None:
         return block
     return f"{shares_table(trainer.team, trainer.stage_modules, trainer.shares)}\n\n{block}"
 

@@ -224,7 +224,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> int:
         if launch.rank == 0:
             command = f"{_command(trainer)} train --output {shlex.quote(given['output'])} --resume"
             print(f"\n{stop}\n{_curves(trainer)}go on with: {command}", file=sys.stderr)
-        if trainer is not None and trainer.team is not None:
+        if trainer is not None:
             trainer.team.wait()  # the first to end has torchrun end the others
         return INTERRUPTED
     except KeyboardInterrupt:
@@ -243,10 +243,8 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> int:
 
 def _command(trainer: Trainer | None) -> str:
     """What has started this run."""
-    team = None if trainer is None else trainer.team
-    if team is None:
-        return "python -m auglocal_ext"
-    return f"torchrun --nproc-per-node {team.size} -m auglocal_ext"
+    size = 1 if trainer is None else trainer.team.size
+    return "python -m auglocal_ext" if size == 1 else f"torchrun --nproc-per-node {size} -m auglocal_ext"
 
 
 def _unsaid(line: str) -> None:

@@ -78,7 +78,7 @@ class Launch:
 
     def meet(self) -> None:
         """Connect to torchrun's store, through which processes tell each other about errors and interrupts."""
-        if self._started:
+        if self.size > 1 or "TORCHELASTIC_RESTART_COUNT" in self._environment:
             base, _, _ = next(torch.distributed.rendezvous("env://"))
             self._lasting = base
             self._store = torch.distributed.PrefixStore(f"attempt {self._attempt}", base)
@@ -132,17 +132,66 @@ class Launch:
         return status
 
 
-class Team:
-    """This process among those of its run, in a mesh of stages and replicas.
+class Alone:
+    """The one process of a run, and what it has in common with each of several.
 
     Attributes:
         rank, size: among all.
         first: whether it is the one that writes and prints.
-        mesh: as :class:`auglocal_ext.LocalStep` takes it.
+        mesh: as :class:`auglocal_ext.LocalStep` takes it; None for one process.
         stages, replicas: how many.
         stage, replica: this process's.
         device: this process's.
     """
+
+    rank, size, first = 0, 1, True
+    stages, replicas, stage, replica = 1, 1, 0, 0
+    mesh: Any = None
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def everyone(self, value: _Value) -> list[_Value]:
+        """The value of each process, in order of rank; a collective call, as all below are."""
+        return [value]
+
+    def wait(self) -> None:
+        """Until all processes are here: what the first one writes between epochs is no part of their steps."""
+        self.everyone(None)
+
+    def any(self, value: bool) -> bool:
+        """Whether it is true in one process."""
+        return any(self.everyone(value))
+
+    def some(self, value: _Value | None) -> _Value | None:
+        """The first value in order of rank that is not None."""
+        return next((each for each in self.everyone(value) if each is not None), None)
+
+    def on_first(self, work: Callable[[], None]) -> None:
+        """Do it in the first process, while the others wait; raises in all if it fails."""
+        work()
+
+    def stop(self, what: str, *, replicas: bool = True) -> Stop:
+        """For a loop that all processes run, or, without ``replicas``, the stages of this process's replica."""
+        return Stop()
+
+    def whole(self, sums: EpochSums, first: int, modules: int) -> EpochSums:
+        """The sums of all processes.
+
+        Args:
+            sums: of this process's local modules and its part of the batches.
+            first: the first of its local modules.
+            modules: of all stages.
+        """
+        return sums
+
+    def total(self, sums: EpochSums) -> EpochSums:
+        """The sums of the last stages, which see the network's output."""
+        return sums
+
+
+class Team(Alone):
+    """This process among the several of its run, in a mesh of stages and replicas."""
 
     def __init__(self, stages: int, replicas: int, device: torch.device, store: Any) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -152,7 +201,6 @@ class Team:
         self.stages, self.replicas, self.device = stages, replicas, device
         self.mesh = init_device_mesh(device.type, (stages, replicas), mesh_dim_names=("stage", "replica"))
         self.stage, self.replica = divmod(self.rank, replicas)
-        self.backend = str(torch.distributed.get_backend())
         # Plain values travel between hosts, not devices.
         self._group = (
             torch.distributed.group.WORLD if device.type == "cpu" else torch.distributed.new_group(backend="gloo")
@@ -160,42 +208,19 @@ class Team:
         self._store = store
 
     def everyone(self, value: _Value) -> list[_Value]:
-        """The value of each process, in order of rank; a collective call."""
         return everyone(value, self._group)
 
-    def wait(self) -> None:
-        """Until all processes are here: what the first one writes between epochs is no part of their steps."""
-        self.everyone(None)
-
-    def any(self, value: bool) -> bool:
-        """Whether it is true in one process; a collective call."""
-        return any(self.everyone(value))
-
-    def some(self, value: _Value | None) -> _Value | None:
-        """The first value in order of rank that is not None; a collective call."""
-        return next((each for each in self.everyone(value) if each is not None), None)
-
     def on_first(self, work: Callable[[], None]) -> None:
-        """Do it in the first process, while the others wait; raises in all if it fails. A collective call."""
         together(lambda: work() if self.first else None, self._group)
 
     def stop(self, what: str, *, replicas: bool = True) -> Stop:
-        """For a loop that all processes run, or, without ``replicas``, the stages of this process's replica."""
         leader = self.stage == 0 and (self.replica == 0 or not replicas)
-        return Stop(self._store, what if replicas else f"{what} of replica {self.replica}", leader)
+        return SharedStop(self._store, what if replicas else f"{what} of replica {self.replica}", leader)
 
     def whole(self, sums: EpochSums, first: int, modules: int) -> EpochSums:
-        """The sums of all processes; a collective call.
-
-        Args:
-            sums: of this process's local modules and its part of the batches.
-            first: the first of its local modules.
-            modules: of all stages.
-        """
         return EpochSums.joined(self.everyone((self.stage, first, sums.state_dict())), sums, modules)
 
     def total(self, sums: EpochSums) -> EpochSums:
-        """The sums of the last stages, which see the network's output; a collective call."""
         last = self.stages - 1
         return EpochSums.joined(
             [(0, 0, state) for stage, state in self.everyone((self.stage, sums.state_dict())) if stage == last], sums, 1
@@ -203,6 +228,14 @@ class Team:
 
 
 class Stop:
+    """Whether a loop ends before all of its rounds are done, because its process was asked to stop."""
+
+    def after(self, done: int, asked: bool) -> bool:
+        """Whether to stop when the round ``done`` is over; to be called after every round."""
+        return asked
+
+
+class SharedStop(Stop):
     """Brings all processes of a loop to a stop after the same round, once one of them was asked to.
 
     The leader names the round after the one in which it hears of the request, before it begins that. No process can
@@ -216,7 +249,6 @@ class Stop:
         self._told = False
 
     def after(self, done: int, asked: bool) -> bool:
-        """Whether to stop when the round ``done`` is over; to be called after every round."""
         if asked and not self._told:
             self._store.set(self._asked, "")
             self._told = True

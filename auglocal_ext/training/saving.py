@@ -20,7 +20,7 @@ from . import checkpoint
 from .config import TrainConfig
 from .errors import CheckpointError, SettingsError
 from .learner import Learner, make_network, sgd
-from .processes import Team
+from .processes import Alone
 
 FILE, FOLDER = "checkpoint.pt", "checkpoint"
 
@@ -57,10 +57,10 @@ def refuse_earlier_run(output: Path) -> None:
         raise SettingsError(f"{output} holds a run: continue it with --resume, or choose another --output")
 
 
-def save(output: Path, state: dict[str, Any], learner: Learner, team: Team | None) -> Path:
+def save(output: Path, state: dict[str, Any], learner: Learner, team: Alone) -> Path:
     """Write a run's checkpoint: ``state`` and what the learner's processes hold. Collective; returns where."""
     file, folder = output / FILE, output / FOLDER
-    if team is not None and isinstance(learner.network, LocalSequential):
+    if team.mesh is not None and isinstance(learner.network, LocalSequential):
         _collective(lambda: learner.save(folder, {"format": checkpoint.FORMAT, **state}))
         team.on_first(lambda: file.unlink(missing_ok=True))
         return folder
@@ -71,21 +71,34 @@ def save(output: Path, state: dict[str, Any], learner: Learner, team: Team | Non
         if folder.exists():
             shutil.rmtree(folder)
 
-    write() if team is None else team.on_first(write)
+    team.on_first(write)
     return file
 
 
-def load(path: Path, state: dict[str, Any], learner: Learner, team: Team | None) -> None:
+def load(path: Path, state: dict[str, Any], learner: Learner, team: Alone) -> None:
     """Read network and optimizer from the checkpoint that ``state`` is of; collective."""
     if path.is_dir():
         _collective(lambda: learner.load(path))
-    elif team is not None and isinstance(learner.network, LocalSequential):
+    elif team.mesh is not None and isinstance(learner.network, LocalSequential):
         folder = path.parent / FOLDER
         team.on_first(lambda: _convert(state, folder))
         _collective(lambda: learner.load(folder))
     else:
         learner.network.load_state_dict(state["network"])
         learner.load_state_dict(state["learner"])
+
+
+def random_states(team: Alone) -> Any:
+    """Of this process, or a list of those of all; collective."""
+    states = team.everyone(checkpoint.random_state(team.device))
+    return states if team.size > 1 else states[0]
+
+
+def restore_random_states(states: Any, team: Alone) -> None:
+    """The inverse of :func:`random_states`; as many processes as saved them take them up, others begin anew."""
+    states = states if isinstance(states, list) else [states]
+    if len(states) == team.size:
+        checkpoint.restore_random_state(states[team.rank], team.device)
 
 
 def load_network(path: Path, state: dict[str, Any], network: torch.nn.Module) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import pictures as style
 from ..distributed import Span, StepTimes
-from .processes import Team
+from .processes import Alone
 
 _MOST = 16  # rows that fit on a page
 _KINDS = {
@@ -39,7 +39,7 @@ class Shares:
         return cls(times.busy, times.waiting, times.sending, times.averaging, images)
 
 
-def shares_table(team: Team, stage_modules: Sequence[range], every: Sequence[Shares]) -> str:
+def shares_table(team: Alone, stage_modules: Sequence[range], every: Sequence[Shares]) -> str:
     """A line per process: its stage, replica and local modules, and the percentages of its seconds."""
     head = ("stage", "replica", "modules", "seconds", "busy", "waiting", "sending", "averaging", "images")
     lines: list[tuple[str, ...]] = [head]
@@ -61,7 +61,7 @@ def on_common_clock(times: StepTimes) -> list[tuple[int, list[Span]]]:
     return [(batch, [Span(s.kind, s.start + shift, s.end + shift) for s in spans]) for batch, spans in times.recent]
 
 
-def record_schedule(path: Path, team: Team, times: StepTimes, title: str) -> None:
+def record_schedule(path: Path, team: Alone, times: StepTimes, title: str) -> None:
     """Draw the last few batches of all processes, unless the run has its picture already; a collective call."""
     rows = team.everyone(on_common_clock(times))
     if not team.first or path.exists():
@@ -70,7 +70,7 @@ def record_schedule(path: Path, team: Team, times: StepTimes, title: str) -> Non
     draw_schedule(path, list(zip(names, rows, strict=True)), title)
 
 
-def _name(team: Team, stage: int, replica: int) -> str:
+def _name(team: Alone, stage: int, replica: int) -> str:
     names = [f"stage {stage}"] * (team.stages > 1) + [f"replica {replica}"] * (team.replicas > 1)
     return ", ".join(names)
 

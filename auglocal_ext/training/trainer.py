@@ -15,7 +15,7 @@ import torch
 from ..models import input_shape
 from ..step import MemoryPlan
 from ..tasks import Classification
-from . import checkpoint, saving
+from . import saving
 from .batches import Batches, make_batches
 from .config import TrainConfig, differences, pick_device, resolve, to_dict
 from .curves import draw_run, read_curves
@@ -26,9 +26,9 @@ from .learner import autocast, make_learner
 from .logs import EpochRow, EpochTable, peak_bytes
 from .metrics import EpochSums, Reading, StepResult
 from .mixing import MixedBatches
-from .order import WHOLE, Part, mixed_seed
+from .order import Part, mixed_seed
 from .prefetch import make_feed
-from .processes import Stop, Team
+from .processes import Alone
 from .progress import Progress, Summary, bar_text, image_bar
 from .records import Records
 from .saving import refuse_earlier_run
@@ -66,26 +66,24 @@ class Trainer:
         *,
         bars: bool = True,
         say: Callable[[str], None] = print,
-        team: Team | None = None,
+        team: Alone | None = None,
     ):
-        grid = (1, 1) if team is None else (team.stages, team.replicas)
-        if grid != (config.stages, config.replicas):
+        self.team = team = Alone(pick_device(config.device)) if team is None else team
+        if (team.stages, team.replicas) != (config.stages, config.replicas):
             raise SettingsError(
-                f"a run of {config.stages} x {config.replicas} processes (stages, replicas), and this run has "
-                f"{grid[0] * grid[1]}: start them with torchrun -m auglocal_ext train"
+                f"{config.stages} stages of {config.replicas} replicas are several processes, and this is one of "
+                f"{team.size}: start them with torchrun --nproc-per-node N -m auglocal_ext train"
             )
-        self.team, self._first = team, team is None or team.first
-        self._bars, self._say = bars and self._first, say if self._first else lambda line: None
-        self.device = pick_device(config.device) if team is None else team.device
-        bars = self._bars
-        self.data = load_images(config, bars) if data is None else data
+        self._bars, self._say = bars and team.first, say if team.first else lambda line: None
+        self.device = team.device
+        self.data = load_images(config, self._bars) if data is None else data
         self.config = resolve(config, self.data.name, isinstance(self.data, ImageFiles))
         self.output = Path(self.config.output).expanduser()
 
         torch.manual_seed(self.config.seed)
         self._recipe = self.config.recipe_values
         self._task = Classification(len(self.data.classes))
-        part = WHOLE if team is None else Part(team.replica, team.replicas, self.config.mixes and team.replicas > 1)
+        part = Part(team.replica, team.replicas, self.config.mixes and team.replicas > 1)
         self._batches: Batches = make_batches(
             self.data,
             self._recipe.augmentation,
@@ -106,19 +104,17 @@ class Trainer:
                 led=part.led,
             )
         self._feed = make_feed(self.device)
-        mesh = None if team is None else team.mesh
-        self._learner = make_learner(self.config, self.data.input_shape, self._task, self.device, mesh)
+        self._learner = make_learner(self.config, self.data.input_shape, self._task, self.device, team.mesh)
         self.network = self._learner.network
-        every = [self._learner.own] if team is None else team.everyone(self._learner.own)
-        self.stage_modules = every[:: self.config.replicas]
-        if not self._first:
-            torch.manual_seed(mixed_seed(self.config.seed, team.rank if team else 0))  # for dropout
+        self.stage_modules = team.everyone(self._learner.own)[:: team.replicas]
+        if not team.first:
+            torch.manual_seed(mixed_seed(self.config.seed, team.rank))  # for dropout
         self._sums = self._no_sums()
         self._done = Progress()
         self._resumed = False
         self._images_seconds = 0.0  # in which this process made batches
         self.shares: list[Shares] | None = None
-        self._interrupt = InterruptRequest(quiet=not self._first)
+        self._interrupt = InterruptRequest(quiet=not team.first)
         self._saved: str | None = None  # what the checkpoint holds
         self._epoch_seconds: float | None = None  # of the last whole epoch in this process
         self._drawn = -math.inf
@@ -142,7 +138,7 @@ class Trainer:
         except OSError as error:
             message = f"--output {self.output}: this folder cannot be made: {error.strerror}; choose another"
             raise SettingsError(message) from error
-        records = self._records() if self._first else None
+        records = self._records() if self.team.first else None
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
@@ -155,7 +151,7 @@ class Trainer:
             if records is not None:
                 records.close()
         self.draw()
-        if self.team is not None and (times := self._learner.times) is not None:
+        if (times := self._learner.times) is not None:
             self.shares = self.team.everyone(Shares.of(times, self._images_seconds))
         return self._done.summary(self.device)
 
@@ -175,7 +171,7 @@ class Trainer:
             self.save()
             if records is not None:
                 records.show(row, self._learner.outcome())
-            if self.team is not None and row.epoch == first and (times := self._learner.times) is not None:
+            if row.epoch == first and (times := self._learner.times) is not None:
                 record_schedule(self.output / SCHEDULE, self.team, times, self._title())
             if self._done.epochs < self._recipe.epochs:
                 self._stop_if_asked()
@@ -227,10 +223,9 @@ class Trainer:
 
     def _train(self, epoch: int) -> Reading:
         """The steps of the epoch that are still to do."""
-        sums, stop = self._sums, None if self.team is None else self.team.stop("training")
+        sums, stop = self._sums, self.team.stop("training")
         every = 1 if self.device.type == "cpu" else READ_EVERY
-        if self.team is not None:
-            self.team.wait()
+        self.team.wait()
         before, started, skipped = sums.seconds, time.perf_counter(), self._seen
         self.network.train()
         with self._bar(f"epoch {epoch}/{self._recipe.epochs}", self.data.train_count, skipped) as bar:
@@ -243,13 +238,13 @@ class Trainer:
                         left = self._seconds_left(epoch, per_image)
                         bar.set_postfix_str(self._bar_text(bar, left, reading), refresh=False)
                 bar.update(self._seen - bar.n)
-                if self._stops(stop, (epoch - 1) * self.steps + sums.steps):
+                if stop.after((epoch - 1) * self.steps + sums.steps, self._interrupt.requested):
                     break
         self._learner.finish()
-        reading = self._read(epoch)  # waits for the last step, which belongs to the time
+        self._read(epoch)  # waits for the last step, which belongs to the time
         sums.seconds = before + time.perf_counter() - started
         self._stop_if_asked()
-        return reading if self.team is None else self._whole_sums().read()
+        return self._whole_sums().read()
 
     @property
     def _seen(self) -> int:
@@ -280,8 +275,7 @@ class Trainer:
         """DivergedError if a weight, or a running statistic, is not finite: such a checkpoint is of no use."""
         state = self.network.state_dict().items()
         found = next((k for k, v in state if not v.is_meta and not bool(torch.isfinite(v).all())), None)
-        if self.team is not None:
-            found = self.team.some(found)
+        found = self.team.some(found)
         if found is not None:
             raise self._diverged(f"{found} is not finite after {self._where()}")
 
@@ -295,7 +289,8 @@ class Trainer:
 
     def evaluate(self) -> Reading:
         """Mean cross-entropy and top-1 accuracy of the network alone, in eval mode, over the test images."""
-        sums, stop = EpochSums(1, self.device), None if self.team is None else self._test_stop()
+        sums = EpochSums(1, self.device)
+        stop = self.team.stop(f"the test after epoch {self._done.epochs + 1}", replicas=False)
         self.network.eval()
         with torch.no_grad(), self._bar("test", self.data.test_count) as bar:
             for batch, (images, labels) in enumerate(self._batches.test()):
@@ -305,24 +300,19 @@ class Trainer:
                     scored = self._task.score(logits.float(), labels)
                     sums.add(StepResult.of_one_module(scored, self._task.counted(labels)), len(labels))
                 bar.update(len(labels) * self.config.replicas)
-                if self._stops(stop, batch):
+                if stop.after(batch, self._interrupt.requested):
                     break
-        return sums.read() if self.team is None else self.team.total(sums).read()
-
-    def _test_stop(self) -> Stop:
-        assert self.team is not None
-        return self.team.stop(f"the test after epoch {self._done.epochs + 1}", replicas=False)
+        return self.team.total(sums).read()
 
     def save(self) -> None:
         """Write the checkpoint: everything that ``resume`` needs to go on with the very next step."""
-        random = checkpoint.random_state(self.device)
         state = {
             "settings": to_dict(self.config),
             "data": self._data_facts(),
             "progress": asdict(self._done),
             "epoch_sums": self._whole_sums().state_dict(),
             "batches": self._batches.state_dict(),
-            "random": random if self.team is None else self.team.everyone(random),
+            "random": saving.random_states(self.team),
             "versions": versions(),
         }
         self.output.mkdir(parents=True, exist_ok=True)
@@ -337,7 +327,7 @@ class Trainer:
 
     def draw(self) -> None:
         """Write curves.png, if an epoch is in the log."""
-        if not self._first:
+        if not self.team.first:
             return
         try:
             curves = read_curves(self.output)
@@ -360,7 +350,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Take up the run in ``config.output``; CheckpointError if it has other settings or data."""
-        path = saving.find(self.output) or self.output / CHECKPOINT
+        path = self.team.everyone(saving.find(self.output) or self.output / CHECKPOINT)[0]
         state = saving.read(path)
         changed = differences(state["settings"], to_dict(self.config))
         facts = self._data_facts()
@@ -369,18 +359,9 @@ class Trainer:
             raise CheckpointError(f"{path} belongs to a run with other settings:\n  " + "\n  ".join(changed))
         saving.load(path, state, self._learner, self.team)
         self._done = Progress(**state["progress"])
+        self._sums.load_part(state["epoch_sums"], self.team.stage, self.team.replica, self._learner.own.start)
         self._batches.load_state_dict(state["batches"])
-        random = state["random"]
-        if self.team is None:
-            self._sums.load_state_dict(state["epoch_sums"])
-            if isinstance(random, list):
-                random = random[0]
-            checkpoint.restore_random_state(random, self.device)
-        else:
-            at = self.team.stage, self.team.replica, self._learner.own.start
-            self._sums.load_part(state["epoch_sums"], *at)
-            if isinstance(random, list) and len(random) == self.team.size:
-                checkpoint.restore_random_state(random[self.team.rank], self.device)
+        saving.restore_random_states(state["random"], self.team)
         self._resumed = True
         self._saved = f"{path} holds the run after {self._where()}"
 
@@ -417,13 +398,8 @@ class Trainer:
             "in_memory": isinstance(self.data, ImageArrays),
         }
 
-    def _stops(self, stop: Stop | None, done: int) -> bool:
-        """Whether a loop ends after this round, in all processes alike."""
-        return self._interrupt.requested if stop is None else stop.after(done, self._interrupt.requested)
-
     def _stop_if_asked(self) -> None:
-        asked = self._interrupt.requested
-        if asked if self.team is None else self.team.any(asked):
+        if self.team.any(self._interrupt.requested):
             self._check_weights()
             self.save()
             raise Interrupted(
@@ -436,8 +412,6 @@ class Trainer:
 
     def _whole_sums(self) -> EpochSums:
         """Those of all modules and all images."""
-        if self.team is None:
-            return self._sums
         return self.team.whole(self._sums, self._learner.own.start, self._learner.modules)
 
     def _bar(self, description: str, total: int, initial: int = 0) -> Any:
