@@ -255,6 +255,7 @@ class SharedStop(Stop):
         if self._last is None and self._leader and self._store.check([self._asked]):
             self._last = done + 1
             self._store.set(self._named, str(self._last))
+            self._store.check([self._named])  # set() does not wait for the store, and features must not overtake it
         elif self._last is None and not self._leader and self._store.check([self._named]):
             self._last = int(self._store.get(self._named))
         return self._last is not None and done >= self._last

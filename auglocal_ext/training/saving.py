@@ -7,6 +7,7 @@ a crash has left both, the one that has come further counts.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def save(output: Path, state: dict[str, Any], learner: Learner, team: Alone) -> 
     file, folder = output / FILE, output / FOLDER
     if team.mesh is not None and isinstance(learner.network, LocalSequential):
         _collective(lambda: learner.save(folder, {"format": checkpoint.FORMAT, **state}))
-        team.on_first(lambda: file.unlink(missing_ok=True))
+        _collective(lambda: team.on_first(lambda: file.unlink(missing_ok=True)))
         return folder
 
     def write() -> None:
@@ -71,7 +72,7 @@ def save(output: Path, state: dict[str, Any], learner: Learner, team: Alone) -> 
         if folder.exists():
             shutil.rmtree(folder)
 
-    team.on_first(write)
+    _collective(lambda: team.on_first(write))
     return file
 
 
@@ -81,7 +82,7 @@ def load(path: Path, state: dict[str, Any], learner: Learner, team: Alone) -> No
         _collective(lambda: learner.load(path))
     elif team.mesh is not None and isinstance(learner.network, LocalSequential):
         folder = path.parent / FOLDER
-        team.on_first(lambda: _convert(state, folder))
+        _collective(lambda: team.on_first(lambda: _convert(state, folder)))
         _collective(lambda: learner.load(folder))
     else:
         learner.network.load_state_dict(state["network"])
@@ -128,7 +129,8 @@ def _convert(state: dict[str, Any], folder: Path) -> None:
     parts.save(folder, network, optimizer, saved, {}, None)
 
 
-def _collective(work: Any) -> None:
+def _collective(work: Callable[[], None]) -> None:
+    """What the processes do together fails in all of them alike."""
     try:
         work()
     except distributed.CheckpointError as error:
