@@ -80,3 +80,22 @@ def test_wrong_call_is_explained(capsys, arguments):
         main(arguments)
     assert stopped.value.code == 2
     assert "usage: python -m auglocal_ext" in capsys.readouterr().err
+
+
+def test_stages(capsys):
+    assert main([*SMALL, "--stages", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "2 stages: predicted bytes per process" in said and "at most 1." in said
+    assert main([*SMALL, "--stages", "2", "--replicas", "2", "--shard", "--amp", "bf16", "--recompute", "all"]) == 0
+    assert "2 stages of 2 replicas, sharded: predicted" in capsys.readouterr().out
+    for options, message in (
+        (["--stages", "9"], "9 stages need as many local modules"),
+        (["--stages", "2", "--shard"], "shard divides parameters among replicas"),
+        (["--stages", "2", "--recompute", "peak"], "are for one process"),
+        (["--replicas", "2", "--memory-budget", "1GB"], "are for one process"),
+        (["--stages", "2", "--overlap", "on"], "are for one process"),
+    ):
+        assert main([*SMALL, *options]) == 1
+        assert message in capsys.readouterr().err
+    assert main([*SMALL[:5], "--rule", "bp", "--batch-size", "8", "--stages", "2"]) == 1
+    assert "belong to the local rules, not to bp" in capsys.readouterr().err

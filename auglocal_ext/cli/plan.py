@@ -1,4 +1,4 @@
-"""``python -m auglocal_ext plan``: the memory of a training step, predicted, and what to recompute for less."""
+"""``python -m auglocal_ext plan``: the memory of a training step, predicted; what to recompute for less; stages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..local_modules import RECOMPUTE
 from ..local_sequential import LocalSequential
 from ..models import build, input_shape
 from ..rules import Greedy
-from ..step import MemoryPlan, plan_memory
+from ..step import MemoryPlan, StagePlan, plan_memory, plan_stages
 from ..training import SettingsError, TrainConfig
 from ..training.config import AMP, RULE_OPTIONS, make_rule
 from .network_options import add_network_options
@@ -21,6 +21,7 @@ from .network_options import add_network_options
 _EPILOG = """
 The step is that of the command train: SGD with Nesterov momentum and weight decay, each module stepped as soon as its
 gradients are there. Only bytes of tensors are predicted, without library workspaces. It needs neither a GPU nor images.
+With --stages a table shows what each process would compute, hold and send; no process is started.
 """
 
 
@@ -53,6 +54,10 @@ def add_parser(subparsers: Any) -> None:
         default="auto",
         help="two modules at a time; auto: if the budget allows it without more recomputation (default)",
     )
+    add = parser.add_argument_group("many processes").add_argument
+    add("--stages", type=int, metavar="S", help="split the network over S processes, with balanced FLOPs")
+    add("--replicas", type=int, metavar="R", help="copies of each stage, each with a batch of --batch-size (default 1)")
+    add("--shard", action="store_true", help="divide parameters, gradients and optimizer state among replicas")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -65,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(arguments: argparse.Namespace) -> MemoryPlan:
+def _plan(arguments: argparse.Namespace) -> MemoryPlan | StagePlan:
     given = {
         field.name: value
         for field in fields(TrainConfig)
@@ -76,6 +81,15 @@ def _plan(arguments: argparse.Namespace) -> MemoryPlan:
     recomputes = arguments.recompute not in (None, "none") or arguments.memory_budget is not None
     if rule is None and (recomputes or arguments.overlap == "on"):
         raise SettingsError("--recompute, --memory-budget and --overlap belong to the local rules, not to bp")
+    many = arguments.stages is not None or arguments.replicas is not None or arguments.shard
+    if many:
+        if rule is None:
+            raise SettingsError("--stages, --replicas and --shard belong to the local rules, not to bp")
+        if arguments.recompute == "peak" or arguments.memory_budget is not None or arguments.overlap == "on":
+            raise SettingsError(
+                "--recompute peak, --memory-budget and --overlap are for one process: leave them out with --stages, "
+                "--replicas and --shard"
+            )
     layers = build(config.network, num_classes=arguments.classes, width=config.width)
     shape = input_shape(config.network)
     if config.image_size is not None:
@@ -88,12 +102,27 @@ def _plan(arguments: argparse.Namespace) -> MemoryPlan:
     if config.channels_last:
         net.to(memory_format=torch.channels_last)
     budgeted = arguments.memory_budget is not None
+    if many:
+        return plan_stages(
+            net,
+            arguments.batch_size,
+            _optimizer,
+            stages=1 if arguments.stages is None else arguments.stages,
+            replicas=1 if arguments.replicas is None else arguments.replicas,
+            shard=arguments.shard,
+            autocast=AMP[config.amp],
+            recompute=arguments.recompute or "none",
+        )
     return plan_memory(
         net,
         arguments.batch_size,
-        lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4),
+        _optimizer,
         autocast=AMP[config.amp],
         recompute=arguments.recompute or (None if budgeted else "none"),
         memory_budget=arguments.memory_budget,
         overlap="auto" if arguments.overlap == "auto" else arguments.overlap == "on",
     )
+
+
+def _optimizer(params: list[Any]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)

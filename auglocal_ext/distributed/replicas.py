@@ -176,8 +176,11 @@ class Replicas:
             by_kind.setdefault((buffer.device, buffer.dtype), ([], []))[1].append(buffer)
         with torch.no_grad():
             buckets = [Bucket(*kind, self._first) for kind in by_kind.values()]
-        works = [torch.distributed.all_reduce(b.message, group=self._group, async_op=True) for b in buckets]
+        works = [self._reduce(b.message) for b in buckets]
         return Average(module, works, buckets, self.size, self.where)
+
+    def _reduce(self, message: Tensor) -> Any:
+        return torch.distributed.all_reduce(message, group=self._group, async_op=True)
 
     def _check(self, module: int, trained: tuple[str, ...]) -> None:
         known = self._trained.get(module)

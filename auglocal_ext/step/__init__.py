@@ -5,6 +5,7 @@ from .local_step import LocalStep
 from .memory_plan import MemoryPlan
 from .optimizers import OptimizerFactory
 from .plan import MemoryBudgetError, plan_memory
+from .stage_plan import StageCost, StagePlan, plan_stages
 
 __all__ = [
     "GraphCaptureError",
@@ -12,5 +13,8 @@ __all__ = [
     "MemoryBudgetError",
     "MemoryPlan",
     "OptimizerFactory",
+    "StageCost",
+    "StagePlan",
     "plan_memory",
+    "plan_stages",
 ]

@@ -14,9 +14,11 @@ from ..cost import FlopMeter
 from ..local_modules import LocalModule, OneStream, Recompute
 from ..local_sequential import LocalSequential
 from ..memory import MemoryMeter
+from ..memory.meter import rounded
 from ..tasks import Criterion
 from .fake_copy import FakeCopy, fake_mode_of
-from .optimizers import ModuleOptimizers, OptimizerFactory
+from .optimizers import ModuleOptimizers, OptimizerFactory, held
+from .planned_stage import PlannedStage
 from .stand_in import TrialModule, Trials, module_form
 from .updates import Clip, Updates, updating_pass
 
@@ -70,6 +72,13 @@ class StepEstimate:
         net: the network.
         batch_size: images per call.
         optimizer, params, autocast, clip_norm, clip, accumulate: as :class:`auglocal_ext.step.LocalStep` has them.
+        stage: runs its modules alone, on features of the form that it receives; None for all.
+
+    Attributes:
+        parts: the modules that hold what runs.
+        optimizer: of their parameters.
+        gradients: bytes of gradients that are alive when a module's are finished, at most.
+        categories: bytes live between steps, by :data:`auglocal_ext.memory.CATEGORIES`, once :meth:`cost` has run.
     """
 
     def __init__(
@@ -83,22 +92,47 @@ class StepEstimate:
         clip_norm: float | None,
         clip: Clip,
         accumulate: int,
+        stage: PlannedStage | None = None,
     ) -> None:
+        self._stage = stage
+        self.categories: dict[str, int] = {}
         self._mode = fake_mode_of(net)
         self._autocast = autocast
         with self._mode:
             fake = FakeCopy(net)
             self._net = fake.net
-            self._optimizers = ModuleOptimizers(fake.net.local_modules, optimizer, fake.groups(params))
+            self._first = 0
+            groups, self.parts = fake.groups(params), cast("nn.Module", fake.net)
+            if stage is not None:
+                self._first = stage.first
+                self.parts = nn.ModuleList([fake.net.task, *(p for m in self.local_modules for p in m.parts())])
+                groups = held(groups, self.parts, {id(p) for p in fake.net.parameters()})
+            self._optimizers = ModuleOptimizers(self.local_modules, optimizer, groups)
             _as_on_cpu(self._optimizers.whole, on_cuda=next(net.parameters()).is_cuda)
             # Of more calls than two, all but the last are alike.
-            self._updates = _NotingUpdates(self._optimizers, None, clip_norm, clip, min(accumulate, 2))
+            replicas = None if stage is None else stage.replicas
+            self._updates = _NotingUpdates(self._optimizers, None, clip_norm, clip, min(accumulate, 2), replicas)
             self._x, self._y = empty_batch(fake.net, batch_size)
             self._all_gradients = True
             for _ in range(self._updates.accumulate):  # makes the optimizer's state, and the gradients that are kept
                 self._first_call()
-            parameters = [id(p) for module in fake.net.local_modules for p in module.parameters()]
+            parameters = [id(p) for module in self.local_modules for p in module.parameters()]
             self._all_gradients = self._updates.all_at_once or len(set(parameters)) < len(parameters)
+            self._all_gradients |= replicas is not None
+
+    @property
+    def gradients(self) -> int:
+        return self._updates.most
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizers.whole
+
+    @property
+    def local_modules(self) -> tuple[LocalModule, ...]:
+        """Those that run, on fake tensors."""
+        modules = self._net.local_modules
+        return modules if self._stage is None else modules[self._stage.first : self._stage.last + 1]
 
     def cost(self, recompute: Recompute | Sequence[Recompute], *, alike: bool = True) -> StepCost:
         """The step with this recomputation, of all modules or one for each.
@@ -111,9 +145,11 @@ class StepEstimate:
             for _ in range(self._updates.accumulate - 1):
                 self._call(alike=True)
             with FlopMeter() as flops, MemoryMeter() as meter:  # the meter is the inner one: it sees every operator
-                meter.track(self._net, self._optimizers.whole, self._x, self._y)
-                base = meter.live_bytes
-                watch = _Watch(meter, flops)
+                meter.track(self.parts, self._optimizers.whole, self._x, self._y)
+                if self._stage is not None:
+                    meter.track(self._stage.messages)
+                base, self.categories = meter.live_bytes, meter.live_categories
+                watch = _Watch(meter, flops, self._first, self._stage)
                 trials = self._call(alike, watch)
             return watch.cost(base, trials)
 
@@ -139,30 +175,38 @@ class StepEstimate:
         trials = Trials(self._all_gradients)
         modules = [
             TrialModule(module, module_form(module, self._optimizers) if alike else None, trials)
-            for module in self._net.local_modules
+            for module in self.local_modules
         ]
-        streams = OneStream() if watch is None else watch
+        streams = (OneStream() if self._stage is None else self._stage) if watch is None else watch
         # A trial module has all that the pass asks of a local one.
         lookalikes = cast("list[LocalModule]", modules)
-        updating_pass(lookalikes, self._x, self._y, self._updates, self._autocast, streams)
+        relay = None if self._stage is None else self._stage.begin(lookalikes, self._x)
+        updating_pass(lookalikes, self._x, self._y, self._updates, self._autocast, streams, relay)
         self._updates.count()
         return trials
 
 
 class _NotingUpdates(Updates):
-    """Lets each trial module see its gradients."""
+    """Lets each trial module see its gradients, and notes how many bytes of gradients are alive at most."""
+
+    most = 0
 
     def take(self, module: Any, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
         module.note_gradients(gradients)
+        earlier = (p.grad for group in self.optimizers.whole.param_groups for p in group["params"])
+        alive = {g.untyped_storage()._cdata: g for g in (*gradients, *earlier) if g is not None}
+        self.most = max(self.most, sum(rounded(g.untyped_storage().nbytes()) for g in alive.values()))
         super().take(module, parameters, gradients)
 
 
 class _Watch(OneStream):
     """Notes where each module begins and what is live there."""
 
-    def __init__(self, meter: MemoryMeter, flops: FlopMeter) -> None:
+    def __init__(self, meter: MemoryMeter, flops: FlopMeter, first: int, stage: OneStream | None) -> None:
         self._meter = meter
         self._flops = flops
+        self._first = first
+        self._stage = OneStream() if stage is None else stage
         self._begins: list[tuple[int, int, int]] = []
         self._inputs: list[int] = [0]
 
@@ -172,6 +216,7 @@ class _Watch(OneStream):
 
     def handed_on(self, index: int, h: Tensor, history: Sequence[Tensor | None]) -> None:
         self._inputs.append(h.untyped_storage().nbytes())
+        self._stage.handed_on(index, h, history)
 
     def join(self) -> None:
         self._begin()
@@ -186,8 +231,9 @@ class _Watch(OneStream):
             added.append(max([live, *(bytes for _, bytes in self._meter.timeline[start:end])]) - live)
         for (_, _, first), (_, _, last) in zip(self._begins, self._begins[1:], strict=False):
             flops.append(last - first)
+        model = [trials.model[self._first + k] - self._first for k in range(len(flops))]
         modules = tuple(
-            ModuleCost(live, added[trials.model[k]], self._inputs[k], flops[trials.model[k]])
+            ModuleCost(live, added[model[k]], self._inputs[k], flops[model[k]])
             for k, (_, live, _) in enumerate(self._begins[:-1])
         )
         return StepCost(base, modules, self._begins[-1][1] + added[-1])

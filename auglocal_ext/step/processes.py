@@ -263,7 +263,7 @@ class Processes:
         relay = None
         if self.stage is not None:
             self.stage.note(x, y)
-            relay = _relay(modules, x, *self.stage.receive(x))
+            relay = relay_of(modules, x, *self.stage.receive(x))
         return relay, _Places(self.stage, self.shards, modules[-1].index)
 
     @torch.no_grad()
@@ -272,7 +272,7 @@ class Processes:
         if self.stage is None:
             relay = Relay(modules, x)
         else:
-            relay = _relay(modules, x, *self.stage.receive(x, inference=True))
+            relay = relay_of(modules, x, *self.stage.receive(x, inference=True))
         for module in modules:
             then = None if module is modules[-1] else module.index + 1
             with nullcontext() if self.shards is None else self.shards.whole(module.index, then, auxiliary=False):
@@ -283,7 +283,7 @@ class Processes:
         return relay.h if self.stage.index == self.stage.count - 1 else None
 
 
-def _relay(modules: Sequence[LocalModule], x: Tensor, h: Tensor, history: list[Tensor | None]) -> Relay:
+def relay_of(modules: Sequence[LocalModule], x: Tensor, h: Tensor, history: list[Tensor | None]) -> Relay:
     relay = Relay(modules, x)
     relay.h, relay.history = h, history
     return relay

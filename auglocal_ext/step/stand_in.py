@@ -70,6 +70,9 @@ class TrialModule:
         if self._first is self or self._trials.gradients:
             yield from self._module.parameters()
 
+    def parts(self) -> Iterator[nn.Module]:
+        return self._module.parts()
+
     def __call__(self, h: Tensor, history: list[Tensor | None] | None) -> Tensor:
         form = None if self._form is None else (self._form, TensorForm.of(h))
         self._first = self._trials.find(form, self)
