@@ -165,6 +165,12 @@ def add_parser(subparsers: Any) -> None:
         default=None,
         help="BatchNorm takes its statistics over all replicas, as one process does over the batch",
     )
+    add(
+        "--shard",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="replicas share parameters, gradients and optimizer state instead of each holding all of them",
+    )
 
 
 def _cuts(text: str) -> tuple[int, ...]:

@@ -58,6 +58,8 @@ def make_batches(
         raise SettingsError(
             f"BatchNorm needs batches of two or more: batch size {batch_size}, {data.train_count} images{replicas}"
         )
+    if data.test_count < part.count:
+        raise SettingsError(f"{data.test_count} test images are too few for {part.count} replicas")
     height, width = data.input_shape[1:]
     if augmentation.padding_mode == "reflect" and augmentation.padding >= min(height, width):
         raise SettingsError(
@@ -119,11 +121,8 @@ class ResidentBatches:
 
     def test(self) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = self._test
-        for start in range(0, len(labels), self._batch_size):
-            places = self._part.test(len(labels[start : start + self._batch_size]))
-            here = slice(start + places.start, start + places.stop)
-            if here.stop > here.start:
-                yield self._normalise(images[here]), labels[here]
+        for here in self._part.test(len(labels), self._batch_size):
+            yield self._normalise(images[here]), labels[here]
 
     def _normalise(self, batch: Tensor) -> Tensor:
         return normalise(batch, self._mean, self._std, channels_last=self._channels_last)

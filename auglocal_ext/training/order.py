@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 
@@ -39,9 +40,14 @@ class Part:
             return [share * self.count - 1, *range(share)]
         return slice(start - self.led, start + share)
 
-    def test(self, size: int) -> slice:
-        """Places in a batch of test images, each of which is in one part."""
-        return slice(self.index * size // self.count, (self.index + 1) * size // self.count)
+    def test(self, images: int, batch_size: int) -> list[slice]:
+        """Batches of test images, as many in each part; every image is in one."""
+        if self.count == 1:
+            return [slice(start, min(start + batch_size, images)) for start in range(0, images, batch_size)]
+        start, end = (index * images // self.count for index in (self.index, self.index + 1))
+        batches = math.ceil(math.ceil(images / self.count) / (batch_size // self.count))
+        bounds = [start + batch * (end - start) // batches for batch in range(batches + 1)]
+        return [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
 #: That of a run without replicas.

@@ -72,11 +72,10 @@ class StreamedBatches:
             [transforms.Resize(round(size * 256 / 224), antialias=True), transforms.CenterCrop(size)]
         )
         self._counts = {"train": data.train_count, "test": data.test_count}
-        self._items: list[tuple[str, int, int]] = []
+        self._batches: list[list[tuple[str, int, int]]] = []
         self._loader = DataLoader(
             _Files({"train": (data.train, shrink), "test": (data.test, centre)}),
-            batch_size=batch_size // part.count + (part.led and part.count > 1),
-            sampler=self._items,
+            batch_sampler=self._batches,
             num_workers=workers,
             persistent_workers=workers > 0,  # starting them takes tens of milliseconds each
             pin_memory=device.type == "cuda",
@@ -88,25 +87,20 @@ class StreamedBatches:
     def train(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         order = epoch_order(self._counts["train"], self._seed, epoch).tolist()
         items = [("train", index, mixed_seed(self._seed, epoch, index)) for index in order]
-        yield from self._load(self._parted(items[first * self._batch_size : self.steps * self._batch_size]))
+        starts = range(first * self._batch_size, min(self.steps * self._batch_size, len(items)), self._batch_size)
+        batches = [items[start : start + self._batch_size] for start in starts]
+        yield from self._load([self._part_of(batch) for batch in batches])
+
+    def _part_of(self, batch: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+        places = self._part.train(len(batch))
+        return batch[places] if isinstance(places, slice) else [batch[place] for place in places]
 
     def test(self) -> Iterator[tuple[Tensor, Tensor]]:
-        places = self._part.test(self._counts["test"])
-        yield from self._load([("test", index, 0) for index in range(places.start, places.stop)])
+        batches = self._part.test(self._counts["test"], self._batch_size)
+        yield from self._load([[("test", index, 0) for index in range(b.start, b.stop)] for b in batches])
 
-    def _parted(self, items: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-        """This replica's part of each batch, one after another."""
-        if self._part.count == 1:
-            return items
-        found = []
-        for start in range(0, len(items), self._batch_size):
-            batch = items[start : start + self._batch_size]
-            places = self._part.train(len(batch))
-            found += batch[places] if isinstance(places, slice) else [batch[place] for place in places]
-        return found
-
-    def _load(self, items: list[tuple[str, int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
-        self._items[:] = items
+    def _load(self, batches: list[list[tuple[str, int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:
+        self._batches[:] = batches
         pending: deque[torch.cuda.Event] = deque()
         for images, labels in self._loader:
             yield self._to_device(images, labels, pending)

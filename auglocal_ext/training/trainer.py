@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..models import input_shape
+from ..nn import is_sharded
 from ..step import MemoryPlan
 from ..tasks import Classification
 from . import saving
@@ -273,7 +274,7 @@ class Trainer:
 
     def _check_weights(self) -> None:
         """DivergedError if a weight, or a running statistic, is not finite: such a checkpoint is of no use."""
-        state = self.network.state_dict().items()
+        state = ((k, v.to_local() if is_sharded(v) else v) for k, v in self.network.state_dict().items())
         found = next((k for k, v in state if not v.is_meta and not bool(torch.isfinite(v).all())), None)
         found = self.team.some(found)
         if found is not None:
@@ -290,7 +291,8 @@ class Trainer:
     def evaluate(self) -> Reading:
         """Mean cross-entropy and top-1 accuracy of the network alone, in eval mode, over the test images."""
         sums = EpochSums(1, self.device)
-        stop = self.team.stop(f"the test after epoch {self._done.epochs + 1}", replicas=False)
+        # Replicas that do not share parameters are not in step here.
+        stop = self.team.stop(f"the test after epoch {self._done.epochs + 1}", replicas=self.config.shard)
         self.network.eval()
         with torch.no_grad(), self._bar("test", self.data.test_count) as bar:
             for batch, (images, labels) in enumerate(self._batches.test()):

@@ -34,8 +34,9 @@ def train(image_folder, tmp_path):
         command += ["--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
         module = ["-m", "auglocal_ext"] if mishap is None else [str(Path(__file__).with_name("mishap.py"))]
         output = tmp_path / name
-        common = ["train", "--output", str(output), *arguments]
+        common = ["train", "--output", str(output)]
         common += ["--resume"] if resume else ["--data", str(images), *RUN, *rule]
+        common += arguments
         if processes == 1:
             return output, subprocess.CompletedProcess(common, main(common), stderr="see above")
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MISHAP": mishap or ""}
@@ -111,12 +112,12 @@ def test_stages_of_other_rules_and_data(train, rule):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", [AUGLOCAL, ["--rule", "dgl", "--mixup", "0.2"]], ids=["auglocal", "mixed"])
-@pytest.mark.parametrize("grid", [(1, 2), (2, 2)], ids=str)
+@pytest.mark.parametrize("grid", [(1, 2), (2, 2), (2, 2, "--shard")], ids=str)
 def test_synchronised_replicas_train_what_one_process_does(train, grid, rule):
     """Up to the order in which numbers are added, which a network in training amplifies."""
-    stages, replicas = grid
+    stages, replicas, *flags = grid
     one = trained(train, "one", 1, rule=rule)
-    arguments = ["--stages", str(stages), "--replicas", str(replicas), "--sync-batch-norm"]
+    arguments = ["--stages", str(stages), "--replicas", str(replicas), "--sync-batch-norm", *flags]
     several = trained(train, "several", stages * replicas, *arguments, rule=rule)
     assert_equal(several, one, exactly=False)
     for ours, theirs in zip(rows(several), rows(one), strict=True):
