@@ -171,6 +171,12 @@ def add_parser(subparsers: Any) -> None:
         default=None,
         help="replicas share parameters, gradients and optimizer state instead of each holding all of them",
     )
+    add(
+        "--gather-features",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="losses that compare images (predsim, infopro's contrast) see those of all replicas",
+    )
 
 
 def _cuts(text: str) -> tuple[int, ...]:

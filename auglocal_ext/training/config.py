@@ -31,7 +31,7 @@ _STEP_OPTIONS = {"recompute": "none", "memory_budget": None, "graph": "auto", "o
 # how many processes take them.
 _FREE_TO_CHANGE = (
     *("data", "output", "workers", "graph", "overlap"),
-    *("stages", "replicas", "stage_cuts", "sync_batch_norm", "shard"),
+    *("stages", "replicas", "stage_cuts", "sync_batch_norm", "shard", "gather_features"),
 )
 
 # The settings of a recipe that is a data set's own.
@@ -68,8 +68,8 @@ class TrainConfig(_RuleSettings):
     torch's name. ``recipe`` is the data set's training ("auto": the one at hand); ``from_recipe`` takes any recipe,
     network and rule included, and notes it in ``recipe_file``.
     ``stages`` times ``replicas`` is the number of processes, which torchrun starts; ``batch_size`` is that of all
-    replicas together. ``stage_cuts``, ``sync_batch_norm`` and ``shard`` are as LocalStep has them; the last two
-    change nothing where there is one replica.
+    replicas together. ``stage_cuts``, ``sync_batch_norm``, ``shard`` and ``gather_features`` are as LocalStep has
+    them; all but the first change nothing where there is one replica.
 
     Raises SettingsError for a value that cannot be, and for an option of another rule.
     """
@@ -113,6 +113,7 @@ class TrainConfig(_RuleSettings):
     stage_cuts: tuple[int, ...] | None = None
     sync_batch_norm: bool = False
     shard: bool = False
+    gather_features: bool = False
 
     def __post_init__(self) -> None:
         _one_of("network", self.network, NAMES)
@@ -132,7 +133,7 @@ class TrainConfig(_RuleSettings):
             raise SettingsError("--stage-cuts is for several stages: add --stages N, or leave it out")
         if self.rule == "bp" and self.stages > 1:
             raise SettingsError("--stages is for local modules, which bp has none of: take --replicas, or a local rule")
-        for name in ("sync_batch_norm", "shard"):
+        for name in ("sync_batch_norm", "shard", "gather_features"):
             if self.rule == "bp" and getattr(self, name):
                 raise SettingsError(f"{_flag(name)} belongs to the local rules, not to bp")
         if self.amp == "fp16" and self.stages > 1:

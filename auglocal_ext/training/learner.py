@@ -273,6 +273,7 @@ class LocalLearner:
                 sync_batch_norm=config.sync_batch_norm and config.replicas > 1,
                 stage_cuts=config.stage_cuts,
                 shard=config.shard and config.replicas > 1,
+                gather_features=config.gather_features and config.replicas > 1,
             )
         except (ValueError, DisagreementError) as error:
             raise SettingsError(str(error)) from error
