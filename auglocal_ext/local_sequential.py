@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import unserializable_hook
 
-from .auxiliary.base import Auxiliary, Part, can_recompute, parts_of, set_recompute
+from .auxiliary.base import Auxiliary, Part, can_recompute, followed_by, parts_of, set_recompute
 from .auxiliary.context import ContextSupply
 from .auxiliary.heads import Head
 from .layers import LayoutChoice, describe, evaluating, group_children, nesting_hint, probe_input
@@ -171,6 +171,7 @@ class LocalSequential(nn.Module):
                         "Hold them in the auxiliary network"
                     )
         self.auxiliary = nn.ModuleList(auxiliary)
+        self._follows = tuple(tuple(followed_by(made)) for made in auxiliary)
         self.context = nn.ModuleDict({k: supply for k, supply in supplies.items() if supply is not None})
         self.task = what
         if fused:
@@ -255,6 +256,7 @@ class LocalSequential(nn.Module):
                     weight=self.rule.classifier_weight,
                     recompute=self._recompute[k],
                     fused=isinstance(self.primary, FusedSequential),
+                    followed=self._follows[k] if k < self.num_modules - 1 else (),
                 )
             )
             first = end + 1

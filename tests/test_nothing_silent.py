@@ -377,7 +377,7 @@ def test_man_copies_no_tail_inside_a_child():
     )
     net = LocalSequential(layers, MAN(), 10, (3, 16, 16))
     assert net.auxiliary[0].trained(torch.randn(2, 8, 14, 14)).shape == (2, 8, 12, 12)
-    assert net.auxiliary[0]._followed[0][0][0] is layers[1][0]
+    assert net.auxiliary[0]._followed.layers[0][0][0] is layers[1][0]
 
 
 def test_man_in_the_middle_of_a_network_keeps_its_pooling():

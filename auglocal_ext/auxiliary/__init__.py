@@ -3,6 +3,7 @@
 from .base import Auxiliary, LossContext, LossSettings, Part
 from .blocks import BlockFactory, make_block
 from .context import ContextSupply, ImageEncoder, InputEncoder, parse_context, supplied_inputs
+from .followed import Followed
 from .heads import AuxiliaryNetwork, Head, preceded
 from .objectives import Objectives, ReconstructionLoss, SimilarityLoss, Term
 from .sampling import inferred_strides, pyramid_depth, sampled_layers
@@ -12,6 +13,7 @@ __all__ = [
     "AuxiliaryNetwork",
     "BlockFactory",
     "ContextSupply",
+    "Followed",
     "Head",
     "ImageEncoder",
     "InputEncoder",

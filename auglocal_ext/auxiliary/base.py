@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..nn import recomputed
 from ..tasks import Scored, Task
+from .followed import Followed
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,12 +99,17 @@ class Auxiliary(Part, ABC):
     def loss(self, h: Tensor, context: LossContext) -> Scored:
         """Local loss of the module's output ``h``, with the output and the count of its task."""
 
-    def follows(self) -> Sequence[nn.Module]:
-        """The layers of the network that are read, where ``follows_layers`` says so."""
+    def follows(self) -> Sequence[Followed]:
+        """The parameters of other layers that are read, where ``follows_layers`` says so."""
         return ()
 
     def after_step(self) -> None:
         """Called after each backward of the module, and after its optimizer step where the step is by modules."""
+
+
+def followed_by(module: nn.Module) -> list[Followed]:
+    """What every :class:`Auxiliary` in a module follows."""
+    return [followed for part in parts_of(module) if isinstance(part, Auxiliary) for followed in part.follows()]
 
 
 def parts_of(module: nn.Module) -> list[Part]:

@@ -2,17 +2,21 @@
 
 from .agreement import DisagreementError, agree, shapes_of
 from .checkpoint import CheckpointError, Stored, everyone, together, write
+from .edges import ParameterEdge
+from .link import Form
 from .mesh import Mesh, group_like, mesh_groups
 from .replicas import Average, Replicas
 from .shards import Shards
-from .stages import Stage, balanced_cuts
+from .stages import Stage, balanced_cuts, crossing
 from .times import Span, StepTimes
 
 __all__ = [
     "Average",
     "CheckpointError",
     "DisagreementError",
+    "Form",
     "Mesh",
+    "ParameterEdge",
     "Replicas",
     "Shards",
     "Span",
@@ -21,6 +25,7 @@ __all__ = [
     "Stored",
     "agree",
     "balanced_cuts",
+    "crossing",
     "everyone",
     "group_like",
     "mesh_groups",

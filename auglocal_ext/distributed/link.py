@@ -1,7 +1,8 @@
-"""Features on their way from one stage to the next: sent as soon as they exist, received one batch ahead."""
+"""Features on their way from one stage to the next: sent as soon as they exist, asked for ahead."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,26 +55,42 @@ class Form:
 _END = -1
 
 
+class _Message:
+    """The features of a batch that have been asked for: a number, then the tensors.
+
+    The number says of how many samples they are, or that the run ends.
+    """
+
+    def __init__(self, forms: Sequence[Form], batch: int, device: torch.device, sender: int, group: Any) -> None:
+        self.number = _number(0, device)
+        self.tensors = [form.empty(batch, device) for form in forms]
+        self.works = [torch.distributed.irecv(t, sender, group=group) for t in (self.number, *self.tensors)]
+
+
 class Link:
     """What leaves one stage and arrives at the next.
 
     Both ends meet in the first batch, whose size is the largest there may be: smaller ones travel in messages of that
-    size. From then on the receiver has always asked for the next batch before it works on this one, and the sender
-    waits before it sends a batch until the one before has arrived. So at most two batches are in flight.
-
-    A number goes before the features: how many samples they are of, or that the run ends.
+    size. From then on the receiver, which takes a batch ``delay`` calls after it was sent, has always asked for ``delay
+    + 1`` batches before it works on one. The sender waits before it sends a batch until the one before has arrived. So
+    in calls the sender is at most two ahead of the receiver, which holds at most ``delay + 1`` batches of features
+    besides the one that it works on; the sender holds one.
 
     Args:
         group: process group of the stages.
         sender, receiver: ranks of both ends within the group.
         names: of the tensors that travel, for messages.
-        reads: whether the receiver reads that number where it is not on the CPU, which waits for the device.
+        reads: whether the receiver reads a message's number where it is not on the CPU, which waits for the device.
+        delay: calls from sending to receiving.
     """
 
-    def __init__(self, group: Any, sender: int, receiver: int, names: Sequence[str], reads: bool) -> None:
+    def __init__(
+        self, group: Any, sender: int, receiver: int, names: Sequence[str], reads: bool, delay: int = 0
+    ) -> None:
         self._group = group
         self._names = tuple(names)
         self._reads = reads
+        self._delay = delay
         self._ends = sender, receiver
         self._batch = 0
         self._sender = torch.distributed.get_global_rank(group, sender)
@@ -81,15 +98,9 @@ class Link:
         self._forms: list[Form] | None = None
         self._largest = 0
         self._sending: list[tuple[Any, Tensor]] = []
-        self._asked: list[tuple[Any, Tensor]] = []
-
-    def check(self, batch: int) -> None:
-        """ValueError for a batch that the messages do not hold; in every stage alike, before any work."""
-        if self._forms is not None and batch > self._largest:
-            raise ValueError(
-                f"a batch of {batch} samples after a first one of {self._largest}: messages between stages have the "
-                "size of the first batch; begin with the largest"
-            )
+        self._asked: deque[_Message] = deque()
+        self._arrived = 0  # how many of these have
+        self._resumed: deque[list[Tensor]] = deque()  # of a checkpoint, before what was asked for
 
     @spent("sending")
     def send(self, tensors: Sequence[Tensor]) -> None:
@@ -145,8 +156,41 @@ class Link:
                 f"time-out of the process group. {error}"
             ) from error
 
-    def receive(self, batch: int, device: torch.device) -> list[Tensor]:
-        """The features of one batch; those of the next one are asked for."""
+    def receive(self, batch: int, device: torch.device, sent: int | None) -> list[Tensor]:
+        """The features that were sent ``delay`` calls ago, of ``batch`` samples; further ones are asked for.
+
+        ``sent``: of how many samples the sender sends features in this call; None where it sends none.
+        """
+        if sent is not None:
+            self._meet(sent, device)
+        if self._resumed:
+            arrived = self._resumed.popleft()
+            self._same(len(arrived[0]), batch)
+        else:
+            arrived = self._take(0, batch)
+            self._asked.popleft()
+            self._arrived -= 1
+        self._batch += 1
+        if self._forms is not None:
+            self._ask(device)
+        return arrived
+
+    def fill(self, batch: int, device: torch.device) -> None:
+        """Wait for the features that are sent in this call, of ``batch`` samples, and which a later call receives."""
+        self._meet(batch, device)
+        self._take(self._arrived, batch)
+
+    def waiting(self, sizes: Sequence[int]) -> list[list[Tensor]]:
+        """The features that were sent and not yet received, as many as ``sizes``, of so many samples each."""
+        resumed = list(self._resumed)
+        return resumed + [self._take(at, size) for at, size in enumerate(sizes[len(resumed) :])]
+
+    def resume(self, waiting: Sequence[list[Tensor]]) -> None:
+        """Begin the next run with features that :meth:`waiting` returned; after :meth:`close`."""
+        self._resumed.extend(waiting)
+
+    def _meet(self, batch: int, device: torch.device) -> None:
+        """The first contact of a run."""
         if self._forms is None:
             told: list[Any] = [None]
             with spent("waiting"), self._named("did not send"):
@@ -155,11 +199,16 @@ class Link:
             self._same(largest, batch)
             self._forms, self._largest = forms, largest
             self._ask(device)
+
+    def _take(self, at: int, batch: int) -> list[Tensor]:
+        """The features of a message that was asked for, once they have arrived."""
         assert self._forms is not None
-        with spent("waiting"):
-            self._wait([work for work, _ in self._asked], "did not send")
-        (_, number), *features = self._asked
-        sent = int(number) if number.is_cpu or self._reads else batch
+        for message in [self._asked[i] for i in range(self._arrived, at + 1)]:
+            with spent("waiting"):
+                self._wait(message.works, "did not send")
+            self._arrived += 1
+        message = self._asked[at]
+        sent = int(message.number) if message.number.is_cpu or self._reads else batch
         if sent == _END:
             self._forget()
             raise RuntimeError(
@@ -167,10 +216,7 @@ class Link:
                 "a further batch: give every stage the same batches"
             )
         self._same(sent, batch)
-        self._batch += 1
-        arrived = [form.as_features(message)[:batch] for (_, message), form in zip(features, self._forms, strict=True)]
-        self._ask(device)
-        return arrived
+        return [form.as_features(t)[:batch] for t, form in zip(message.tensors, self._forms, strict=True)]
 
     def _same(self, theirs: int, ours: int) -> None:
         if ours != theirs:
@@ -181,33 +227,42 @@ class Link:
 
     def _ask(self, device: torch.device) -> None:
         assert self._forms is not None
-        self._asked = []
-        for message in (_number(0, device), *(form.empty(self._largest, device) for form in self._forms)):
+        while len(self._resumed) + len(self._asked) < self._delay + 1:
             with self._named("did not send"):
-                work = torch.distributed.irecv(message, self._sender, group=self._group)
-            self._asked.append((work, message))
+                self._asked.append(_Message(self._forms, self._largest, device, self._sender, self._group))
 
-    def close(self, device: torch.device) -> None:
-        """End the run, at both ends: the receiver has asked for a batch that will not come, and is sent zeros."""
+    def close(self, device: torch.device, waiting: int = 0) -> None:
+        """End the run, at both ends: the receiver has asked for batches that will not come, and is sent zeros.
+
+        ``waiting``: how many batches were sent and not received; their features are dropped.
+        """
         if self._forms is None:
+            self._resumed.clear()
             return
         if torch.distributed.get_rank() == self._sender:
             self.finish()
-            self._send(_number(_END, device))
-            for form in self._forms:
-                self._send(form.empty(self._largest, device).zero_())
+            for _ in range(self._delay + 1 - waiting):
+                self._send(_number(_END, device))
+                for form in self._forms:
+                    self._send(form.empty(self._largest, device).zero_())
             self.finish()
         else:
-            self._wait([work for work, _ in self._asked], "did not close")
-            if int(self._asked[0][1]) != _END:
+            dropped = waiting - len(self._resumed)
+            for message in list(self._asked)[self._arrived :]:
+                self._wait(message.works, "did not close")
+            ends = [int(message.number) == _END for message in self._asked]
+            if ends != [at >= dropped for at in range(len(ends))]:
+                what = "has sent batch" if ends.count(False) > dropped else "has not sent batch"
                 raise RuntimeError(
-                    f"stage {self._ends[0]} has sent batch {self._batch}, which this stage was not called with: give "
-                    "every stage the same batches"
+                    f"stage {self._ends[0]} {what} {self._batch + min(dropped, ends.count(False))}, which this stage "
+                    f"was {'not ' * (ends.count(False) > dropped)}called with: give every stage the same batches"
                 )
         self._forget()
 
     def _forget(self) -> None:
-        self._asked, self._forms, self._batch = [], None, 0
+        self._forms, self._batch, self._arrived = None, 0, 0
+        self._asked.clear()
+        self._resumed.clear()
 
 
 def _number(value: int, device: torch.device) -> Tensor:

@@ -48,6 +48,7 @@ class Stage:
         modules: K.
         kept: for each local module the module inputs, by index, that modules after it are supplied with.
         check_batches: compare what all stages were given, sample by sample; reads a value from the device.
+        delay: calls from sending features to receiving them.
 
     Attributes:
         index, count: which stage, of how many.
@@ -55,16 +56,21 @@ class Stage:
     """
 
     def __init__(
-        self, group: Any, cuts: Sequence[int], modules: int, kept: Sequence[frozenset[int]], check_batches: bool
+        self,
+        group: Any,
+        cuts: Sequence[int],
+        modules: int,
+        kept: Sequence[frozenset[int]],
+        check_batches: bool,
+        delay: int = 0,
     ) -> None:
         self.index, self.count = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
         bounds = [0, *cuts, modules]
         self.first, self.last = bounds[self.index], bounds[self.index + 1] - 1
-        # The network's input, which is that of module 0, comes from every stage's own loader.
-        self._supplied = [i for i in range(1, self.first) if i in kept[self.first - 1]]
-        self._supplies = [i for i in range(1, self.last + 1) if i in kept[self.last]]
+        self._supplied, self._supplies = crossing(kept, self.first), crossing(kept, self.last + 1)
         self._check_batches = check_batches
         self._digest: Tensor | None = None
+        self._largest: int | None = None
         # Messages of its own, as the next training batch has been asked for already: what else is sent among these
         # processes, by inference or by another network's step, must not be taken for it.
         training, self._inference = group_like(group), group_like(group)
@@ -72,26 +78,41 @@ class Stage:
         self._to: Link | None = None
         if self.index > 0:
             names = _names(self.first - 1, self._supplied)
-            self._from = Link(training, self.index - 1, self.index, names, check_batches)
+            self._from = Link(training, self.index - 1, self.index, names, check_batches, delay)
         if self.index < self.count - 1:
             names = _names(self.last, self._supplies)
-            self._to = Link(training, self.index, self.index + 1, names, check_batches)
+            self._to = Link(training, self.index, self.index + 1, names, check_batches, delay)
 
     def check(self, batch: int) -> None:
-        """ValueError for a batch larger than the first one."""
-        for link in (self._from, self._to):
-            if link is not None:
-                link.check(batch)
+        """ValueError for a batch that the messages do not hold; in every stage alike, before any work."""
+        if self._largest is not None and batch > self._largest:
+            raise ValueError(
+                f"a batch of {batch} samples after a first one of {self._largest}: messages between stages have the "
+                "size of the first batch; begin with the largest"
+            )
+
+    def given(self, batch: int) -> None:
+        """The stages are given a batch of so many samples."""
+        if self._largest is None:
+            self._largest = batch
 
     def note(self, x: Tensor, y: Tensor) -> None:
-        """The batch that this stage was given."""
+        """The batch that this stage trains on."""
         if self._check_batches:
             self._digest = _digest(x) + _digest(y)
 
-    def receive(self, x: Tensor, *, inference: bool = False) -> tuple[Tensor, list[Tensor | None]]:
+    def fill(self, samples: int, device: torch.device) -> None:
+        """While a run fills the stages: wait for the features that are sent in this call, for a later one."""
+        assert self._from is not None
+        self._from.fill(samples, device)
+
+    def receive(
+        self, x: Tensor, *, inference: bool = False, sent: int | None = None
+    ) -> tuple[Tensor, list[Tensor | None]]:
         """What the stage's first module takes in, and the inputs of the modules before it, as far as they are needed.
 
         ``inference``: nothing is asked for ahead, and sizes may change from call to call.
+        ``sent``: of how many samples the stage before sends features in this call; None where it sends none.
         """
         history: list[Tensor | None] = [None] * self.first
         if self._from is None:
@@ -99,8 +120,8 @@ class Stage:
         if inference:
             h, *supplied = receive_now(x.device, self._inference, self.index - 1)
         else:
-            h, *supplied = self._from.receive(len(x), x.device)
-            if self._digest is not None:
+            h, *supplied = self._from.receive(len(x), x.device, sent)
+            if self._digest is not None and len(supplied) > len(self._supplied):  # a checkpoint has none
                 self._compare(supplied.pop(), self._digest)
         history[0] = x
         for index, tensor in zip(self._supplied, supplied, strict=True):
@@ -126,11 +147,34 @@ class Stage:
                 f"places of the batch, the first at {differ[0]}: give every stage the same batches in the same order"
             )
 
-    def close(self, device: torch.device) -> None:
-        """End the run; in all stages. A further batch begins a new one."""
-        for link in (self._from, self._to):
+    def waiting(self, sizes: Sequence[int]) -> list[list[Tensor]]:
+        """Features that were sent to this stage and not received, batch by batch, with the inputs supplied."""
+        if self._from is None or not sizes:
+            return []
+        return [tensors[: 1 + len(self._supplied)] for tensors in self._from.waiting(sizes)]
+
+    def resume(self, waiting: Sequence[list[Tensor]]) -> None:
+        """Begin the next run with what :meth:`waiting` returned; after :meth:`close`."""
+        if self._from is not None:
+            self._from.resume(waiting)
+
+    def close(self, device: torch.device, waiting: Sequence[int] = (0, 0)) -> None:
+        """End the run; in all stages. A further batch begins a new one.
+
+        ``waiting``: how many batches were sent and not received, before this stage and behind it.
+        """
+        self._largest = None
+        for link, count in zip((self._from, self._to), waiting, strict=True):
             if link is not None:
-                link.close(device)
+                link.close(device, count)
+
+
+def crossing(kept: Sequence[frozenset[int]], first: int) -> list[int]:
+    """Module inputs, by index, that cross a cut before module ``first`` besides the features.
+
+    The network's input, which is that of module 0, comes from every stage's own loader.
+    """
+    return [i for i in range(1, first) if i in kept[first - 1]]
 
 
 def _names(module: int, supplied: Sequence[int]) -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..auxiliary.base import Auxiliary, LossContext, parts_of
 from ..auxiliary.context import ContextSupply
+from ..auxiliary.followed import Followed
 from ..nn import FusedSequential, recomputed, run_chain
 from ..tasks import Scored, Task
 
@@ -42,6 +43,7 @@ class LocalModule:
         recompute: what keeps only its input and runs again for its backward: ``"none"``, the blocks of the
             ``"auxiliary"`` network (whose settings say so too), or ``"all"``: also the layers and the context encoders.
         fused: run the layers as one chain (:func:`auglocal_ext.nn.run_chain`), as :func:`auglocal_ext.fuse` does.
+        followed: parameters of other layers that the auxiliary network reads.
     """
 
     index: int
@@ -53,6 +55,7 @@ class LocalModule:
     weight: float = 1.0
     recompute: Recompute = "none"
     fused: bool = False
+    followed: tuple[Followed, ...] = ()
 
     @property
     def layers(self) -> tuple[nn.Module, ...]:
@@ -106,6 +109,8 @@ class LocalModule:
     def objective(self, out: Tensor, context: LossContext) -> Scored:
         """Local loss of the module's output, with the task's output and count; the target has been checked."""
         if self.auxiliary is not None:
+            for followed in self.followed:
+                followed.begin()
             return self.auxiliary.loss(out, context)
         scored = self.task.score(out, context.target)
         return scored if self.weight == 1 else scored._replace(loss=scored.loss * self.weight)
@@ -131,6 +136,8 @@ class LocalModule:
         """What the rule does after the module's backward, such as moving averages; a loop of your own calls it then."""
         if self.auxiliary is not None:
             self.auxiliary.after_step()
+            for followed in self.followed:
+                followed.end()
 
     def parts(self) -> Iterator[nn.Module]:
         """The modules trained by this module's local loss: context encoders, layers, auxiliary network."""

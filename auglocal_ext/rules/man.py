@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..auxiliary.base import Auxiliary, LossContext
+from ..auxiliary.followed import Followed
 from ..layers import (
     Features,
     evaluating,
@@ -52,7 +53,7 @@ class MomentumNetwork(Auxiliary):
         self.average = _copied(block).requires_grad_(False)
         self.head = head
         self.momentum = momentum
-        self._followed = (block,)  # in a tuple, so that it is no submodule of this one
+        self._followed = Followed((block,))
 
     def forward(self, h: Tensor) -> Tensor:
         return self.head(self.trained(h) + self.average(h))
@@ -60,22 +61,21 @@ class MomentumNetwork(Auxiliary):
     def loss(self, h: Tensor, context: LossContext) -> Scored:
         return self.head.loss(self.run(self.trained, h) + self.run(self.average, h), context)
 
-    def follows(self) -> Sequence[nn.Module]:
-        return self._followed
+    def follows(self) -> Sequence[Followed]:
+        return (self._followed,)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Move the average towards the block."""
         average: list[Tensor] = list(self.average.parameters())
-        block = self._followed[0]
-        if sharded(block) != sharded(self.average):
+        if any(sharded(layer) != sharded(self.average) for layer in self._followed.layers):
             raise RuntimeError(
                 "MAN's average cannot follow a block whose parameters are sharded, unless its own are too: leave "
                 "fully_shard out, or pass shard=True to LocalStep"
             )
         if average:
             _refuse_standstill(average[0].dtype, self.momentum)
-        torch._foreach_lerp_(average, list(block.parameters()), 1 - self.momentum)
+        torch._foreach_lerp_(average, list(self._followed.values()), 1 - self.momentum)
         self.head.after_step()
 
 

@@ -1,7 +1,8 @@
 """What ``LocalStep`` saves, under names that do not depend on how the network is spread over processes.
 
 A tensor of the network is ``network.NAME``, one of the optimizer's state ``optimizer.NAME.KEY`` with the name of its
-parameter. Options of parameter groups are listed with the names of the parameters they hold for.
+parameter. Options of parameter groups are listed with the names of the parameters they hold for. ``in_flight.py`` has
+what a run holds besides.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from ..distributed import CheckpointError, Stored, everyone, together, write
 from ..local_sequential import LocalSequential
 from ..nn import is_sharded
+from . import in_flight
+from .in_flight import Place
 
 #: Of a parameter group, but about its parameters and not its options.
 _MEMBERS = ("params", "param_names")
@@ -30,6 +33,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     rest: Mapping[str, Any],
     where: Mapping[str, Any],
+    place: Place,
     group: Any,
 ) -> None:
     """Write what the processes of ``group`` hold of a network and its optimizer's state.
@@ -37,39 +41,47 @@ def save(
     Args:
         rest: what else is saved, from the first process.
         where: what must be equal in all processes when they save, by name.
+        place: of this process in a run over stages.
     """
     path = _path(folder)
+    everywhere = everyone({**where, "the folder": str(folder)}, group)
+    for rank, theirs in enumerate(everywhere):
+        for name in theirs:
+            if theirs[name] != everywhere[0][name]:
+                raise CheckpointError(
+                    f"ranks 0 and {rank} differ in {name}: {everywhere[0][name]} and {theirs[name]}. All processes "
+                    "save together, after the same batch"
+                )
 
     def collect() -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"network.{name}": tensor for name, tensor in _held(net).items()}
         state, values = _state(net, optimizer)
         tensors.update({_key(*at): tensor for at, tensor in state.items()})
-        return tensors, {"groups": _groups(net, optimizer), "tensors": list(state), "values": values}
+        run, facts = in_flight.collect(place)
+        ours = {"groups": _groups(net, optimizer), "tensors": list(state), "values": values, "run": facts}
+        return {**tensors, **run}, ours
 
     tensors, ours = together(collect, group)
-    parts = everyone({**where, "the folder": str(folder), "part": ours}, group)
-    for rank, part in enumerate(parts):
-        for name in (*where, "the folder"):
-            if part[name] != parts[0][name]:
-                raise CheckpointError(
-                    f"ranks 0 and {rank} differ in {name}: {parts[0][name]} and {part[name]}. All processes save "
-                    "together, after the same batch"
-                )
-
+    parts = everyone(ours, group)
     everything = {
         "facts": _facts(net, optimizer),
-        "groups": _merged(row for part in parts for row in part["part"]["groups"]),
-        "tensors": list(dict.fromkeys(at for part in parts for at in part["part"]["tensors"])),
-        "values": {at: value for part in parts for at, value in part["part"]["values"].items()},
+        "groups": _merged(row for part in parts for row in part["groups"]),
+        "tensors": list(dict.fromkeys(at for part in parts for at in part["tensors"])),
+        "values": {at: value for part in parts for at, value in part["values"].items()},
+        "run": in_flight.merged([part["run"] for part in parts]),
         **rest,
     }
     write(path, tensors, everything, group)
 
 
 def load(
-    folder: str | os.PathLike[str], net: LocalSequential, optimizer: torch.optim.Optimizer, group: Any
+    folder: str | os.PathLike[str],
+    net: LocalSequential,
+    optimizer: torch.optim.Optimizer,
+    place: Place,
+    group: Any,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read what this process holds of the network, in place, and of the optimizer's state.
+    """Read what this process holds of the network, in place, of the optimizer's state, and of the run, which goes on.
 
     Returns:
         The state for ``optimizer.load_state_dict``, and what else was saved.
@@ -79,14 +91,16 @@ def load(
     if len(set(everyone(stored.tensors.name, group))) > 1:
         raise CheckpointError(f"{folder}: processes have found different checkpoints; name the same in all of them")
 
-    def targets() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def targets() -> tuple[dict[str, Tensor], dict[str, Any], in_flight.Resumed]:
         _compare(stored, net, optimizer, {name for names in members for name in names}, folder)
         tensors = {f"network.{name}": tensor for name, tensor in _held(net).items()}
         state, into = _targets(stored, net, optimizer)
-        return {**tensors, **into}, state
+        run = in_flight.targets(place, stored, folder)
+        return {**tensors, **into, **run.tensors}, state, run
 
-    tensors, state = together(targets, group)
+    tensors, state, run = together(targets, group)
     stored.read(tensors, group)
+    run.apply()
     return state, stored.rest
 
 

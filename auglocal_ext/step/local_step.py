@@ -15,7 +15,7 @@ from ..distributed import Mesh, StepTimes
 from ..local_modules import LocalModule, LocalOutput, OneStream, Recompute
 from ..local_sequential import LocalSequential
 from ..nn import eager_type, in_process_group
-from . import checkpoint
+from . import checkpoint, in_flight
 from .built_in import NetworkState
 from .graph import Form, GraphedStep, Graphs, NotForGraphs, Way
 from .memory_plan import MemoryPlan
@@ -95,7 +95,7 @@ class LocalStep:
             :func:`auglocal_ext.nn.sync_batch_norm`, and costs a message of 2 C + 1 numbers per layer and pass.
         mesh: a ``DeviceMesh``. Steps of several processes run eagerly, on one stream, and are not planned:
             ``graph=True``, ``overlap=True``, ``recompute="peak"`` and ``memory_budget`` raise. Over stages so do fp16,
-            ``clip="global"``, parameters that stages share, and MAN, whose average reads the next module's parameters.
+            ``clip="global"`` and parameters that stages share.
         stage_cuts: the first local module of every stage but the first; None, or ``Balanced(by="flops")``, for stages
             of about equal FLOPs. ``Balanced(by="time")``: the first process measures seven steps on random inputs of
             ``batch_size`` before the run, on a copy of the network, and all take the cuts that it finds. Its device
@@ -177,7 +177,7 @@ class LocalStep:
             mesh,
             {**shared, **planned, "graph": graph, "overlap": overlap, "stage_cuts": stage_cuts}
             | {"sync_batch_norm": sync_batch_norm, "check_batches": check_batches}
-            | {"gather_features": gather_features, "shard": shard},
+            | {"gather_features": gather_features, "shard": shard, "delay": 0, "accumulate": accumulate},
         )
         params = list(net.parameters()) if params is None else listed(params)
         everywhere = {id(p) for p in net.parameters()}
@@ -230,7 +230,7 @@ class LocalStep:
             net.recompute = cast("Recompute", recompute)
         self._autocast_dtype = autocast
         self._overlap = overlap is True if self.plan is None else self.plan.overlap
-        eagerly = graph is False or not self._processes.alone
+        eagerly = graph is False or self._processes.eager_reason is not None
         self._graphs = None if eagerly else Graphs(graph is True, warmup=2, phases=accumulate)
         self._streams = OneStream()
         self._second: torch.cuda.Stream | None = None
@@ -259,8 +259,8 @@ class LocalStep:
     @property
     def eager_reason(self) -> str | None:
         """Why the last step did not run as a CUDA graph; None if it did."""
-        if not self._processes.alone:
-            return "steps of several processes run eagerly"
+        if self._processes.eager_reason is not None:
+            return self._processes.eager_reason
         return "graph=False" if self._graphs is None else self._graphs.reason
 
     @property
@@ -321,13 +321,19 @@ class LocalStep:
         self.net.check_input(x)
         return self._processes.predict(self._local_modules(), x)
 
+    @property
+    def stage_cuts(self) -> tuple[int, ...]:
+        """The first local module of every stage but the first; empty where the network is not cut into stages."""
+        return self._processes.cuts
+
     def close(self) -> None:
         """End a run of several stages, in all of them: each has asked for the features of a batch that will not come.
 
         Before the processes end. A further call begins a new run.
         """
-        if self._processes.stage is not None:
-            self._processes.stage.close(self._parameters[0].device)
+        pipeline = self._processes.pipeline
+        if pipeline is not None:
+            pipeline.restart(pipeline.course.begun + pipeline.course.batches)
 
     def _local_modules(self) -> tuple[LocalModule, ...]:
         stage = self._processes.stage
@@ -339,15 +345,27 @@ class LocalStep:
 
         Among stages this is the state of one stage, with ``shard=True`` that of a process's shards: :meth:`save` writes
         all of it.
+
+        Raises:
+            RuntimeError: for stages with a rule that follows older parameters, which :meth:`save` writes.
         """
-        scaler = None if self.grad_scaler is None else self.grad_scaler.state_dict()
-        return {"optimizer": self.optimizer.state_dict(), "grad_scaler": scaler}
+        run = in_flight.state_dict(self._processes.where(self.net), self._processes.stage is not None)
+        return {"optimizer": self.optimizer.state_dict(), "grad_scaler": self._scaler_state(), **run}
+
+    def _scaler_state(self) -> dict[str, Any] | None:
+        return None if self.grad_scaler is None else self.grad_scaler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; ``state["optimizer"]`` may be that of an ordinary optimizer.
 
         With ``shard=True`` whole tensors are sharded.
         """
+        place = self._processes.where(self.net)
+        in_flight.refuse(place, "call step.drain() first")
+        in_flight.load_state_dict(place, state)
+        self._load_state(state)
+
+    def _load_state(self, state: dict[str, Any]) -> None:
         self._optimizers.load(state["optimizer"])
         if self.grad_scaler is not None and state.get("grad_scaler") is not None:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
@@ -358,7 +376,6 @@ class LocalStep:
 
         Names do not depend on stages and replicas: :meth:`load` works with any number of processes. Each tensor is
         written once, by torch.distributed.checkpoint. The state of random number generators is not saved.
-
         Args:
             folder: on a file system that all processes share. A checkpoint that exists there is replaced once the new
                 one is complete, and left intact until then.
@@ -374,9 +391,10 @@ class LocalStep:
                 f"{self._updates.calls} of {self._updates.accumulate} calls of an optimizer step are done, and their "
                 "gradients are not saved: save after the last"
             )
-        rest = {"grad_scaler": self.state_dict()["grad_scaler"], "extra": dict(extra or {})}
+        rest = {"grad_scaler": self._scaler_state(), "extra": dict(extra or {})}
         where = {"the number of batches": self._batches}
-        checkpoint.save(folder, self.net, self.optimizer, rest, where, self._processes.everyone())
+        place = self._processes.where(self.net)
+        checkpoint.save(folder, self.net, self.optimizer, rest, where, place, self._processes.everyone())
 
     def load(self, folder: str | os.PathLike[str]) -> dict[str, Any]:
         """Load this process's part of a checkpoint written by :meth:`save`; call it in all processes.
@@ -392,9 +410,12 @@ class LocalStep:
                 rule, task or optimizer. Nothing is changed then. Also if a file is damaged; the network may then be
                 partly loaded.
         """
-        optimizer, rest = checkpoint.load(folder, self.net, self.optimizer, self._processes.everyone())
-        self.load_state_dict({"optimizer": optimizer, "grad_scaler": rest["grad_scaler"]})
+        place = self._processes.where(self.net)
+        optimizer, rest = checkpoint.load(folder, self.net, self.optimizer, place, self._processes.everyone())
+        self._load_state({"optimizer": optimizer, "grad_scaler": rest["grad_scaler"]})
         self.net.empty = False
+        if self._processes.alone:
+            self._processes.broken_by = None  # the stages of a replay are in order again
         return cast("dict[str, Any]", rest["extra"])
 
     def _way(self, x: Tensor, y: Tensor) -> GraphedStep | Way:
@@ -406,6 +427,8 @@ class LocalStep:
             return Way.EAGER
         recomputes = any(choice != "none" for choice in self.net.recompute)
         obstacle = "recomputed modules draw random numbers (dropout)" if recomputes and self._draws else None
+        if any(not followed.immediate for module in self._modules for followed in module.followed):
+            obstacle = "auxiliary networks read parameters of earlier steps"
         way = self._graphs.find(x, lambda: self._built_in(x.device), Form.of(x, y), self._updates.due, obstacle)
         self.net.check_batch(x, y, values=isinstance(way, Way))  # a graph counts bad targets itself
         if way is Way.CAPTURE:
@@ -435,36 +458,42 @@ class LocalStep:
     def _running(self) -> str:
         return "the step" if self._streams.current is None else f"local module {self._streams.current}"
 
-    def _eagerly(self, x: Tensor, y: Tensor) -> LocalOutput:
-        if self.grad_scaler is None:
-            self.net.warn_of_fp16(x)
+    def _eagerly(self, *batch: Tensor) -> LocalOutput:
+        """A step; without a batch, one that trains on those in flight."""
+        if self.grad_scaler is None and batch:
+            self.net.warn_of_fp16(batch[0])
         self._optimizers.prepare()
-        before = _random_position(x.device)
+        device = self._parameters[0].device
+        before = _random_position(device)
         try:
             with self._processes.timed():
-                out = self._run(x, y)
+                out = self._run(*batch)
         except BaseException as error:
             self._processes.broken_by = f"{type(error).__name__}: {error}"
             self._updates.drop()
             self._optimizers.forget_views()
             raise
-        self._draws = _random_position(x.device) != before
+        self._draws = _random_position(device) != before
         return out
 
-    def _run(self, x: Tensor, y: Tensor) -> LocalOutput:
+    def _run(self, *batch: Tensor) -> LocalOutput:
         """The step itself, eager or under capture."""
+        modules, pipeline = self._local_modules(), self._processes.pipeline
+        if pipeline is not None:
+            given = (batch[0], batch[1]) if batch else None
+            return pipeline.run(modules, given, self._updates, self._autocast_dtype, self._parameters[0])
+        x, y = batch
         self._streams = OneStream()
         if self._overlap and x.is_cuda:
             if self._second is None or self._second.device != x.device:
                 # One for all steps: libraries and the allocator keep memory for every stream they have met.
                 self._second = torch.cuda.Stream(x.device)
             self._streams = TwoStreams(x.device, self._second)
-        modules, relay = self._local_modules(), None
         if not self._processes.alone:
-            relay, self._streams = self._processes.begin(modules, x, y)
+            self._streams = self._processes.streams(modules)
         try:
             with self._processes.region(len(x), self._batches):
-                out = updating_pass(modules, x, y, self._updates, self._autocast_dtype, self._streams, relay)
+                out = updating_pass(modules, x, y, self._updates, self._autocast_dtype, self._streams)
         except BaseException:
             # A capture ends with its first stream alone. One that CUDA has broken off does not let them join.
             with suppress(RuntimeError):

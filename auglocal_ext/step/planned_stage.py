@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import Replicas
+from ..distributed import Replicas, crossing
 from ..distributed.link import Form
 from ..local_modules import LocalModule, OneStream, Relay
-from .processes import relay_of
+from .pipeline import passing
 
 
 class PlannedStage(OneStream):
@@ -43,8 +43,7 @@ class PlannedStage(OneStream):
         replicas: int,
     ) -> None:
         self.first, self.last = first, last
-        self._supplied = [i for i in range(1, first) if i in kept[first - 1]]
-        self._supplies = [i for i in range(1, last + 1) if i in kept[last]]
+        self._supplied, self._supplies = crossing(kept, first), crossing(kept, last + 1)
         self._arriving, self._sends = arriving, sends
         self.leaving: list[Form] = []
         self.sent = 0
@@ -61,7 +60,7 @@ class PlannedStage(OneStream):
         """What the first module takes in: received features of the size of the batch ``x``."""
         history: list[Tensor | None] = [None] * self.first
         if self._arriving is None:
-            return relay_of(modules, x, x, history)
+            return passing(modules, x, x, history)
         if not self._asked:
             self._ask(x)
         _, *messages = self._asked
@@ -71,7 +70,7 @@ class PlannedStage(OneStream):
         history[0] = x
         for index, tensor in zip(self._supplied, arrived[1:], strict=True):
             history[index] = tensor
-        return relay_of(modules, x, arrived[0], history)
+        return passing(modules, x, arrived[0], history)
 
     def _ask(self, x: Tensor) -> None:
         assert self._arriving is not None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
-from ..auxiliary.base import Auxiliary, parts_of
+from ..auxiliary.base import parts_of
 from ..distributed import (
     Mesh,
     Replicas,
@@ -29,6 +29,9 @@ from ..local_modules import LocalModule, OneStream, Relay
 from ..local_sequential import LocalSequential
 from ..nn import gathered_features, refuse_sharding, sync_batch_norm, synced_statistics
 from ..partition import Balanced
+from .edges import Crossing, Edges, crossings
+from .in_flight import Place
+from .pipeline import Boundaries, Pipeline, Queued, Sent, passing
 
 StageCuts = Sequence[int] | Balanced | None
 
@@ -47,6 +50,8 @@ class Processes:
         shards: the replicas, where they share the parameters; None where each has all of them.
         synced: whether BatchNorm takes its statistics over all replicas.
         broken_by: what a step of this process broke off with.
+        pipeline: this process's stages in a run; None where the network is not cut into stages.
+        cuts: the first local module of every stage but the first.
         times: of the steps; None for one process, and on CUDA, where the host's clock says little.
     """
 
@@ -62,15 +67,16 @@ class Processes:
         on_host = mesh is not None and mesh.device_type == "cpu"
         self.times = StepTimes() if on_host and not self.alone else None
         self._everyone: Any | None = None
+        self.pipeline: Pipeline | None = None
+        self.cuts: tuple[int, ...] = ()
         self.synced, self._check_batches = options.pop("sync_batch_norm"), options.pop("check_batches")
-        self._shard = options.pop("shard")
+        self._shard, self._delay = options.pop("shard"), options.pop("delay")
         self._gathers, self._hosts = options.pop("gather_features"), None
         asked_of_replicas = {"sync_batch_norm": self.synced, "gather_features": self._gathers, "shard": self._shard}
         for name, asked in asked_of_replicas.items():
             if asked and self._group is None:
                 raise ValueError(f"{name}=True is for several replicas: pass mesh=, or leave it out")
-        if self._stages is None and options["stage_cuts"] is not None:
-            raise ValueError('stage_cuts is for several stages: pass a mesh with a dimension "stage", or leave it out')
+        _check_delay(self._delay, self._stages is not None, options)
         if self._stages is None and self._check_batches:
             raise ValueError("check_batches=True is for several stages: pass a mesh that has them, or leave it out")
         if not self.alone:
@@ -111,28 +117,35 @@ class Processes:
             )
         if self._stages is None:
             self._settle(net, modules)
+            if cuts is not None:
+                if isinstance(cuts, Balanced):
+                    raise ValueError(
+                        f"one process replays the stages of a run by their stage_cuts, such as (4, 9); got {cuts!r}"
+                    )
+                self._replay(net, _checked(cuts, None, len(modules)))
             return modules
         cuts = cuts if cuts is None or isinstance(cuts, Balanced) else tuple(cuts)
-        self._agree({**_facts(net), "stage_cuts": cuts})
+        self._agree({**_facts(net), "stage_cuts": cuts, "delay": self._delay})
         count = torch.distributed.get_world_size(self._stages)
         if len(modules) < count:
             raise ValueError(f"{count} stages need as many local modules, and the network has {len(modules)}")
         cuts = Balanced(by="flops") if cuts is None else cuts
         if isinstance(cuts, Balanced):
             cuts = self._balanced(cuts, costs, count)
-        if len(cuts) != count - 1 or list(cuts) != sorted(set(cuts)) or not all(0 < c < len(modules) for c in cuts):
-            raise ValueError(
-                f"stage_cuts names the first local module of each of the {count} stages but the first: {count - 1} "
-                f"increasing numbers within 1 .. {len(modules) - 1}; got {cuts}"
-            )
-        _refuse_edges(modules, cuts)
+        cuts = _checked(cuts, count, len(modules))
+        found = crossings(modules, cuts)
+        if self._shard and found:
+            _refuse_crossing_shards(found[0])
         # Replicas of a stage take the first one's weights.
         self._agree({"stage_cuts": cuts, "the initial weights (another seed?)": _checksum(net)}, self._replica)
         kept = [module.kept for module in modules]
-        self.stage = Stage(self._stages, cuts, len(modules), kept, self._check_batches)
+        self.stage = Stage(self._stages, cuts, len(modules), kept, self._check_batches, self._delay)
         net.hold(self.stage.first, self.stage.last)
         ours = net.local_modules[self.stage.first : self.stage.last + 1]
         self._settle(net, ours)
+        assert self._mesh is not None
+        device = next((p.device for p in net.parameters() if not p.is_meta), torch.device(self._mesh.device_type))
+        self._cut(net, cuts, [self.stage.index], Sent(self.stage, device), Edges(self._stages, found, device))
         return ours
 
     def _settle(self, net: LocalSequential, modules: Sequence[LocalModule]) -> None:
@@ -199,6 +212,38 @@ class Processes:
         if self.stage is not None:
             self._agree({**facts, **shapes_of(tensors)}, self.stage.index)
 
+    def _replay(self, net: LocalSequential, cuts: tuple[int, ...]) -> None:
+        """Take all stages of a run over several into this process."""
+        crossings(net.local_modules, cuts)  # what several processes refuse is refused here too
+        boundaries = Queued(cuts, [module.kept for module in net.local_modules])
+        self._cut(net, cuts, range(len(cuts) + 1), boundaries, None)
+
+    def _cut(
+        self,
+        net: LocalSequential,
+        cuts: tuple[int, ...],
+        stages: Sequence[int],
+        boundaries: Boundaries,
+        edges: Edges | None,
+    ) -> None:
+        self.cuts = cuts
+        bounds = [0, *cuts, net.num_modules]
+        spans = [(stage, bounds[stage], bounds[stage + 1] - 1) for stage in stages]
+        outputs = net.task.outputs
+        self.pipeline = Pipeline(
+            spans, len(cuts) + 1, self._delay, boundaries, edges, self.region, outputs, self.shards
+        )
+
+    def where(self, net: LocalSequential) -> Place:
+        """This process's place, for a checkpoint."""
+        modules, group = net.local_modules, self._group
+        if self.stage is not None:
+            modules = modules[self.stage.first : self.stage.last + 1]
+        replica = 0 if group is None else torch.distributed.get_rank(group)
+        replicas = 1 if group is None else torch.distributed.get_world_size(group)
+        device = next((p.device for p in net.parameters() if not p.is_meta), torch.device("cpu"))
+        return Place(modules, self.pipeline, self.cuts, replica, replicas, device)
+
     def meet(self, net: LocalSequential, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> None:
         """Processes find out whether they agree, and replicas take the first one's weights."""
         options = {**options, "sync_batch_norm": self.synced, "gather_features": self._gathers}
@@ -208,6 +253,7 @@ class Processes:
         if self._group is None:
             return
         facts = {**_facts(net), "the optimizer": _options_of(optimizer), **options}
+        facts |= {"delay": self._delay, "stage_cuts": self.cuts}
         if self.shards is not None:
             agree(facts, self._group)
             self.replicas = self.shards
@@ -223,13 +269,22 @@ class Processes:
             _refuse_nothing_to_gather(net)
             self._hosts = group_like(self._group, on_hosts=True)
 
+    @property
+    def eager_reason(self) -> str | None:
+        """Why steps are not captured; None where they may be."""
+        if not self.alone:
+            return "steps of several processes run eagerly"
+        return "steps with a delay run eagerly" if self._delay else None
+
     def refuse_broken(self) -> None:
-        """RuntimeError after a step that broke off here: what the other processes wait for no longer comes in order."""
-        if self.broken_by is not None and not self.alone:
-            raise RuntimeError(
-                f"a step of this process broke off with {self.broken_by}, and the other processes have gone on or wait "
-                "for it: end all of them, and resume from a checkpoint"
-            )
+        """RuntimeError after a step that broke off here: the stages, or the processes, are no longer in order."""
+        if self.broken_by is None or (self.alone and not self._delay):
+            return
+        what = "some of its stages have trained on their batch and others have not"
+        todo = "resume from a checkpoint"
+        if not self.alone:
+            what, todo = "the other processes have gone on or wait for it", f"end all of them, and {todo}"
+        raise RuntimeError(f"a step of this process broke off with {self.broken_by}, and {what}: {todo}")
 
     def everyone(self) -> Any | None:
         """A process group of all processes of the mesh, on their hosts; None where there is one. Collective once."""
@@ -258,13 +313,9 @@ class Processes:
                 entered.enter_context(gathered_features(self._group, samples, self._hosts, where))
             yield
 
-    def begin(self, modules: Sequence[LocalModule], x: Tensor, y: Tensor) -> tuple[Relay | None, OneStream]:
-        """What the first of this process's modules takes in, None for ``x``; and where they run."""
-        relay = None
-        if self.stage is not None:
-            self.stage.note(x, y)
-            relay = relay_of(modules, x, *self.stage.receive(x))
-        return relay, _Places(self.stage, self.shards, modules[-1].index)
+    def streams(self, modules: Sequence[LocalModule]) -> OneStream:
+        """Where the modules of a step run that is not cut into stages."""
+        return OneStream() if self.shards is None else _Whole(self.shards, modules[-1].index)
 
     @torch.no_grad()
     def predict(self, modules: Sequence[LocalModule], x: Tensor) -> Tensor | None:
@@ -272,7 +323,7 @@ class Processes:
         if self.stage is None:
             relay = Relay(modules, x)
         else:
-            relay = relay_of(modules, x, *self.stage.receive(x, inference=True))
+            relay = passing(modules, x, *self.stage.receive(x, inference=True))
         for module in modules:
             then = None if module is modules[-1] else module.index + 1
             with nullcontext() if self.shards is None else self.shards.whole(module.index, then, auxiliary=False):
@@ -283,27 +334,48 @@ class Processes:
         return relay.h if self.stage.index == self.stage.count - 1 else None
 
 
-def relay_of(modules: Sequence[LocalModule], x: Tensor, h: Tensor, history: list[Tensor | None]) -> Relay:
-    relay = Relay(modules, x)
-    relay.h, relay.history = h, history
-    return relay
+class _Whole(OneStream):
+    """Has each module whole while it runs."""
 
-
-class _Places(OneStream):
-    """Sends the last module's output to the next stage before its backward, and has each module whole while it runs."""
-
-    def __init__(self, stage: Stage | None, shards: Shards | None, last: int) -> None:
-        self._stage, self._shards, self._last = stage, shards, last
+    def __init__(self, shards: Shards, last: int) -> None:
+        self._shards, self._last = shards, last
 
     def module(self, index: int) -> AbstractContextManager[Any]:
-        region = super().module(index)
-        if self._shards is None:
-            return region
+        super().module(index)
         return self._shards.whole(index, None if index == self._last else index + 1)
 
-    def handed_on(self, index: int, h: Tensor, history: Sequence[Tensor | None]) -> None:
-        if self._stage is not None and index == self._stage.last:
-            self._stage.send(h, history)
+
+def _check_delay(delay: int, several: bool, options: dict[str, Any]) -> None:
+    """ValueError for a delay that cannot be honoured; ``several``: whether other processes hold the other stages."""
+    if isinstance(delay, bool) or not isinstance(delay, int) or delay < 0:
+        raise ValueError(f"delay is a number of batches, at least 0; got {delay!r}")
+    cuts, accumulate = options.pop("stage_cuts"), options.pop("accumulate")
+    if not several and cuts is not None and not delay:
+        raise ValueError(
+            'stage_cuts is for several stages: pass a mesh with a dimension "stage", or delay= to replay a run over '
+            "such stages, or leave it out"
+        )
+    if not delay:
+        return
+    if not several and cuts is None:
+        raise ValueError(
+            f'delay={delay} is between stages: pass a mesh with a dimension "stage", or, to replay such a run without '
+            "one, its stage_cuts"
+        )
+    _refuse(options, "graph", "overlap", what="stages with a delay")
+    _refuse(options, "grad_scaler", what="stages with a delay, each of which would find a scale of its own")
+    if options["recompute"] == "peak" or options["memory_budget"] is not None:
+        raise ValueError(
+            'recompute="peak" and memory_budget do not plan the batches that delay= keeps: name the recomputation, or '
+            "leave them out"
+        )
+    if options["clip_norm"] is not None and options["clip"] == "global":
+        raise ValueError('clip="global" clips gradients of one batch, and with delay= stages train on different ones')
+    if isinstance(accumulate, int) and accumulate > 0 and delay % accumulate:
+        raise ValueError(
+            f"accumulate={accumulate} with delay={delay}: stages would be at different places of an accumulation. Take "
+            "a delay that is a multiple of accumulate"
+        )
 
 
 def _refuse_sharing(modules: Sequence[LocalModule]) -> None:
@@ -335,30 +407,25 @@ def _refuse_nothing_to_gather(net: LocalSequential) -> None:
         )
 
 
-def _refuse_edges(modules: Sequence[LocalModule], cuts: Sequence[int]) -> None:
-    """ValueError for what one stage would have to read of another besides features."""
-    owner: dict[int, int] = {}
-    for module in modules:
-        stage = sum(cut <= module.index for cut in cuts)
-        buffers = (buffer for part in module.parts() for buffer in part.buffers())
-        for what, tensors in (("parameter", module.parameters()), ("buffer", buffers)):
-            for tensor in tensors:
-                if owner.setdefault(id(tensor), stage) != stage:
-                    raise ValueError(
-                        f"local module {module.index} shares a {what} of shape {tuple(tensor.shape)} with one of "
-                        "another stage: choose stage_cuts that keep them together"
-                    )
-    for module in modules:
-        stage = sum(cut <= module.index for cut in cuts)
-        for part in [] if module.auxiliary is None else parts_of(module.auxiliary):
-            if not isinstance(part, Auxiliary) or not part.follows_layers:
-                continue
-            followed = [p for layer in part.follows() for p in layer.parameters()]
-            if not followed or any(owner.get(id(p), stage) != stage for p in followed):
-                raise ValueError(
-                    f"{type(part).__name__} of local module {module.index} reads parameters of a layer of another "
-                    "stage, and stages exchange features alone: train this rule in one stage"
-                )
+def _refuse_crossing_shards(crossing: Crossing) -> None:
+    raise ValueError(
+        f"shard=True: local module {crossing.module} reads parameters of stage {crossing.owner}, and shards are not "
+        "sent between stages: leave shard out, or choose stage_cuts that keep them together"
+    )
+
+
+def _checked(cuts: Sequence[int], count: int | None, modules: int) -> tuple[int, ...]:
+    """``stage_cuts`` of ``count`` stages, None: of any number."""
+    cuts = tuple(cuts)
+    wrong = len(cuts) < 1 if count is None else len(cuts) != count - 1
+    if wrong or list(cuts) != sorted(set(cuts)) or not all(0 < c < modules for c in cuts):
+        of = "the stages" if count is None else f"the {count} stages"
+        numbers = "increasing numbers" if count is None else f"{count - 1} increasing numbers"
+        raise ValueError(
+            f"stage_cuts names the first local module of each of {of} but the first: {numbers} within 1 .. "
+            f"{modules - 1}; got {cuts}"
+        )
+    return cuts
 
 
 def _facts(net: LocalSequential) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -223,6 +223,21 @@ def guard_steps_by_hand(updates: Updates) -> None:
     updates.optimizers.whole.step = step  # type: ignore[method-assign]
 
 
+@contextmanager
+def updating(updates: Updates, autocast: torch.dtype | None, device: torch.device) -> Iterator[Tensor | None]:
+    """Around the passes of one step, which hand gradients to ``updates.take``; gives the factor of their losses.
+
+    Args:
+        autocast: None leaves it to a surrounding ``torch.autocast``.
+        device: of the batch.
+    """
+    region = nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast)
+    updates.begin()
+    with torch.enable_grad(), region:
+        yield updates.scale(device)
+    updates.end()
+
+
 def updating_pass(
     modules: Sequence[LocalModule],
     x: Tensor,
@@ -239,9 +254,5 @@ def updating_pass(
         streams: where the modules run.
         relay: what the first of ``modules`` takes in; default ``x``.
     """
-    region = nullcontext() if autocast is None else torch.autocast(x.device.type, dtype=autocast)
-    updates.begin()
-    with torch.enable_grad(), region:
-        out = local_pass(modules, x, y, updates.scale(x.device), updates.take, streams, relay)
-    updates.end()
-    return out
+    with updating(updates, autocast, x.device) as scale:
+        return local_pass(modules, x, y, scale, updates.take, streams, relay)

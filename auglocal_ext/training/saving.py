@@ -16,6 +16,8 @@ import torch
 from .. import distributed
 from ..local_sequential import LocalSequential
 from ..step import checkpoint as parts
+from ..step.in_flight import Place
+from ..step.in_flight import load_state_dict as load_followed
 from ..tasks import Classification
 from . import checkpoint
 from .config import TrainConfig
@@ -126,7 +128,9 @@ def _convert(state: dict[str, Any], folder: Path) -> None:
     optimizer.load_state_dict(plain["optimizer"])
     rest = {name: value for name, value in state.items() if name not in ("network", "learner")}
     saved = {"grad_scaler": plain["grad_scaler"], "extra": rest}
-    parts.save(folder, network, optimizer, saved, {}, None)
+    place = Place(network.local_modules, None, (), 0, 1, torch.device("cpu"))
+    load_followed(place, plain)
+    parts.save(folder, network, optimizer, saved, {}, place, None)
 
 
 def _collective(work: Callable[[], None]) -> None:

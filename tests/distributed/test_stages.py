@@ -77,7 +77,7 @@ def test_two_stages_equal_one_process_to_the_bit():
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_every_rule_over_stages(stages):
-    names = [name for name in RULES if name != "man" and build(name).num_modules >= stages]
+    names = [name for name in RULES if build(name).num_modules >= stages]
     assert names
     run(stages, _train, {name: expected(name) for name in names}, stages, None, {})
 
@@ -97,7 +97,6 @@ def test_cuts_are_balanced():
 
 def _refusals(rank):
     for net, options, message in (
-        (network("man"), {}, "MomentumNetwork of local module . reads parameters of a layer of another stage"),
         (network("auglocal"), {"stage_cuts": (0,)}, r"1 increasing numbers within 1 .. 2; got \(0,\)"),
         (network("auglocal"), {"stage_cuts": (1, 2)}, r"1 increasing numbers .* got \(1, 2\)"),
         (network(AugLocal(2), modules=1), {}, "2 stages need as many local modules, and the network has 1"),

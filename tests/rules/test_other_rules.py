@@ -177,7 +177,7 @@ def test_man_before_the_classifier():
     assert last(torch.randn(2, 8, 8, 8)).shape == (2, 10)
     assert not any(isinstance(m, nn.Linear) for m in last.trained.modules())
     copied = copy.deepcopy(net)
-    assert copied.auxiliary[0]._followed[0][0] is copied.local_modules[1].layers[0]
+    assert copied.auxiliary[0]._followed.layers[0][0] is copied.local_modules[1].layers[0]
 
 
 def test_sampling_strategies():
