@@ -50,14 +50,17 @@ class Trainer:
     """Trains ``config.network`` by ``config.rule`` on the images in ``config.data``.
 
     ``data`` stands in for loading them; ``say`` receives the lines for the terminal; ``bars`` shows progress
-    bars where standard error is a terminal. ``network`` is what is trained, ``config`` the resolved settings. ``team``
-    is this process among those of ``config.stages`` and ``config.replicas``, all of which call the same methods; the
-    first of them alone writes and speaks.
+    bars where standard error is a terminal. ``network`` is what is trained, ``config`` the resolved settings.
+
+    ``team`` is this process among those of ``config.stages`` and ``config.replicas``, as
+    :meth:`auglocal_ext.training.processes.Launch.join` makes it. All of them call the same methods; only the first
+    prints and writes, except for its part of a checkpoint.
 
     Files in ``config.output``: config.json (settings, data, versions), log.csv, tensorboard/, checkpoint.pt (after each
-    epoch and on Ctrl-C, always of finite weights), curves.png (redrawn at ends of epochs, every half minute at most,
-    and when the run ends, is stopped or diverges). Raises a TrainingError, before anything is written, for data or
-    settings that do not work.
+    epoch and on Ctrl-C, always of finite weights; local modules of several processes write a folder checkpoint/),
+    curves.png (redrawn at ends of epochs, every half minute at most, and when the run ends, is stopped or diverges),
+    schedule.png (several processes on CPUs). Raises a TrainingError, before anything is written, for data or settings
+    that do not work.
     """
 
     def __init__(
