@@ -203,6 +203,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> int:
     options = {field.name: getattr(arguments, field.name, None) for field in fields(TrainConfig)}
     given = {name: value for name, value in options.items() if value is not None}
     try:
+        launch.meet()
         if arguments.list_recipes:
             return _list_recipes() if launch.rank == 0 else 0
         settings = with_recipe(given.get("recipe", "auto"), given)
@@ -215,7 +216,6 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> int:
             return 0
         output = Path(given["output"]).expanduser()
         launch.grid(arguments.stages, arguments.replicas)  # before anything else, as far as the options say it
-        launch.meet()
         resume = arguments.resume or launch.restarted(output) and find(output) is not None
         config = _config(settings, given, resume, launch)
         team = None

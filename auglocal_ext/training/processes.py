@@ -110,9 +110,9 @@ class Launch:
         return Team(stages, replicas, device, self._store)
 
     def fail(self, message: str) -> None:
-        """Print an error once: the processes that fail because this one does say nothing."""
+        """Print an error, unless another process has: what fails first is why the others do."""
         try:
-            first = self._store.add("errors", 1) == 1 if self._store is not None else self.rank == 0
+            first = self._store is None or self._store.add("errors", 1) == 1
         except RuntimeError:  # torchrun has ended
             first = True
         if first:
