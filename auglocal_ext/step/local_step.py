@@ -65,6 +65,11 @@ class LocalStep:
     the next. The weights are those of one process, to the bit on the CPU. ``net(x)`` is then :meth:`predict`, and
     :meth:`close` ends a run.
 
+    With ``delay=D`` stage s trains, in call i, on the batch of call i - s D, from features that the stage before it has
+    made D calls ago. So D batches of features lie between two stages, and a stage that is late for a moment does not
+    stop the next. :meth:`drain` trains on what is in flight. One process that is given ``stage_cuts`` and ``delay``
+    replays such a run, to the bit on the CPU.
+
     *Shards*: with ``shard=True`` replicas share parameters, gradients and optimizer state instead of each holding all
     of them, by torch's ``fully_shard``. The parameters of a local module are whole only while it runs, and while the
     one before it does. ``net.parameters()`` are then DTensors, and other objects than before.
@@ -106,6 +111,8 @@ class LocalStep:
             of C or D numbers per module and pass, and computes the loss of the whole batch. Parts may differ in size.
         shard: shard parameters, gradients and optimizer state over the replicas. Optimizers that cannot step DTensors
             raise, among them Adafactor, Rprop and the fused SGD; so do parameters that local modules share.
+        delay: calls from making features to training on them, between one stage and the next; a multiple of
+            ``accumulate``. What several stages cannot honour raises in a replay too.
 
     Attributes:
         net: the network.
@@ -143,6 +150,7 @@ class LocalStep:
         check_batches: bool = False,
         gather_features: bool = False,
         shard: bool = False,
+        delay: int = 0,
     ) -> None:
         if not isinstance(net, LocalSequential):
             raise TypeError(f"net must be a LocalSequential, got {_name_of(net)}; {_way_for(net)}")
@@ -177,7 +185,7 @@ class LocalStep:
             mesh,
             {**shared, **planned, "graph": graph, "overlap": overlap, "stage_cuts": stage_cuts}
             | {"sync_batch_norm": sync_batch_norm, "check_batches": check_batches}
-            | {"gather_features": gather_features, "shard": shard, "delay": 0, "accumulate": accumulate},
+            | {"gather_features": gather_features, "shard": shard, "delay": delay, "accumulate": accumulate},
         )
         params = list(net.parameters()) if params is None else listed(params)
         everywhere = {id(p) for p in net.parameters()}
@@ -276,7 +284,7 @@ class LocalStep:
             y: targets of the network's task, as ``net(x, y)`` takes them.
 
         Returns:
-            The output of the pass, all of it detached.
+            The output of the pass, all of it detached; with ``delay`` a :class:`auglocal_ext.step.DelayedOutput`.
 
         Raises:
             TypeError, ValueError: for a bad batch, as ``net(x, y)`` does, before anything is changed.
@@ -326,14 +334,38 @@ class LocalStep:
         """The first local module of every stage but the first; empty where the network is not cut into stages."""
         return self._processes.cuts
 
+    def drain(self) -> list[LocalOutput]:
+        """With ``delay``, train on the batches in flight until every stage has trained on every batch; in all stages.
+
+        At the end of a run, or before weights are compared with those of another. The next call begins a run anew, and
+        later stages wait for its first batches. Learning rates stay as they are.
+
+        Returns:
+            What as many further calls would: ``delay`` for every stage but one; none without a delay.
+        """
+        self._processes.refuse_broken()
+        pipeline = self._processes.pipeline
+        if pipeline is None:
+            return []
+        outs, device = [], self._parameters[0].device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            for _ in range(pipeline.calls_to_drain):
+                outs.append(self._eagerly())
+                self._updates.count()
+            pipeline.drained()
+        return outs
+
     def close(self) -> None:
         """End a run of several stages, in all of them: each has asked for the features of a batch that will not come.
 
-        Before the processes end. A further call begins a new run.
+        With ``delay`` the batches in flight are trained on first, see :meth:`drain`, unless a step broke off. Before
+        the processes end. A further call begins a new run.
         """
         pipeline = self._processes.pipeline
         if pipeline is not None:
-            pipeline.restart(pipeline.course.begun + pipeline.course.batches)
+            if self._processes.broken_by is None:
+                self.drain()
+            pipeline.restart(pipeline.course.begun)
 
     def _local_modules(self) -> tuple[LocalModule, ...]:
         stage = self._processes.stage
@@ -347,7 +379,8 @@ class LocalStep:
         all of it.
 
         Raises:
-            RuntimeError: for stages with a rule that follows older parameters, which :meth:`save` writes.
+            RuntimeError: with batches in flight (``delay``), and for stages with a rule that follows older parameters:
+                :meth:`save` writes both.
         """
         run = in_flight.state_dict(self._processes.where(self.net), self._processes.stage is not None)
         return {"optimizer": self.optimizer.state_dict(), "grad_scaler": self._scaler_state(), **run}
@@ -359,6 +392,9 @@ class LocalStep:
         """The inverse of :meth:`state_dict`; ``state["optimizer"]`` may be that of an ordinary optimizer.
 
         With ``shard=True`` whole tensors are sharded.
+
+        Raises:
+            RuntimeError: with batches in flight.
         """
         place = self._processes.where(self.net)
         in_flight.refuse(place, "call step.drain() first")
@@ -375,7 +411,10 @@ class LocalStep:
         """Save network, optimizer and scaler; call it in all processes, after the same batch.
 
         Names do not depend on stages and replicas: :meth:`load` works with any number of processes. Each tensor is
-        written once, by torch.distributed.checkpoint. The state of random number generators is not saved.
+        written once, by torch.distributed.checkpoint. The state of random number generators is not saved. With
+        ``delay`` the batches in flight are saved, and :meth:`load` needs the same delay, stages and replicas unless
+        :meth:`drain` has run.
+
         Args:
             folder: on a file system that all processes share. A checkpoint that exists there is replaced once the new
                 one is complete, and left intact until then.
