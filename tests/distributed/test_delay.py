@@ -9,11 +9,12 @@ import time
 import pytest
 import torch
 from ranks import run
+from test_edges import ReadoutRule
 from test_replicas import network, parts, sgd
 from test_stages import mesh
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from auglocal_ext import LocalStep
+from auglocal_ext import MAN, LocalStep
 from auglocal_ext.distributed import CheckpointError
 
 BATCHES = [batch for (batch,) in parts(1, 10)]
@@ -281,6 +282,51 @@ def test_killed_processes_go_on_to_the_bit(tmp_path, name):
     for key, value in expected.items():
         held = [state[key] for state in found if not state[key].is_meta]
         assert len(held) == 1 and torch.equal(held[0], value), key
+
+
+def twice(step, folder=None):
+    """Losses of two runs, the second of which is saved before its last two batches."""
+    outs, rates = trained(step, BATCHES[:5]), schedule(step)
+    for number, batch in enumerate(BATCHES[5:], 5):
+        if number == 8 and folder is not None:
+            step.save(folder)
+        outs.append(step(*batch))
+        rates.step()
+    return torch.stack([out.module_losses for out in outs + step.drain()])
+
+
+def _twice(rank, wanted, folder):
+    for at, (rule, delay, state, losses) in enumerate(wanted):
+        net, options = network(rule), {"mesh": mesh(3), "stage_cuts": (1, 2), "delay": delay}
+        step = LocalStep(net, sgd, **options)
+        stage = step._processes.stage
+        expected = losses[:, stage.first : stage.last + 1]
+        torch.testing.assert_close(twice(step, folder / str(at)), expected, rtol=0, atol=0, equal_nan=True)
+        step.close()
+
+        resumed = LocalStep(network(rule, seed=4), sgd, **options)
+        for batch in BATCHES[:3]:
+            resumed(*batch)  # of another run, which load() ends
+        resumed.load(folder / str(at))
+        rates = schedule(resumed)
+        for batch in BATCHES[8:]:
+            resumed(*batch)
+            rates.step()
+        resumed.close()
+        for found in (net.state_dict(), resumed.net.state_dict()):
+            for key, value in found.items():
+                assert value.is_meta or torch.equal(value, state[key]), f"{rule}, {delay}: {key}"
+
+
+@pytest.mark.slow
+def test_rules_that_follow_older_parameters(tmp_path):
+    """The versions they read are those of the replay: over two runs, and after a checkpoint."""
+    wanted = []
+    for rule, delay in ((ReadoutRule(3, 2), 1), (ReadoutRule(1, 0), 2), (ReadoutRule(2, 5), 2), (MAN(0.9), 2)):
+        net = network(rule)
+        losses = twice(LocalStep(net, sgd, stage_cuts=(1, 2), delay=delay))
+        wanted.append((rule, delay, net.state_dict(), losses))
+    run(3, _twice, wanted, tmp_path)
 
 
 def test_a_replay_is_resumed_to_the_bit(tmp_path):
