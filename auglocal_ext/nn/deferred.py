@@ -84,7 +84,7 @@ class Deferred(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         drawn = torch.Tag.nondeterministic_seeded in func.tags
-        self.note(func, args, kwargs, _changed(func, args, kwargs), tree_flatten(out)[0], drawn)
+        self.note(func, args, kwargs, changed(func, args, kwargs), tree_flatten(out)[0], drawn)
         return out
 
     def note(
@@ -218,7 +218,7 @@ def _stored(value: Any) -> Any:
     return torch.device("cpu") if isinstance(value, torch.device) else value
 
 
-def _changed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+def changed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
     """Tensors that a call writes to, by its schema."""
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
