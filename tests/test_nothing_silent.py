@@ -672,10 +672,9 @@ def test_a_layer_of_several_convolutions():
         nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)),
         nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)),
     )
-    with pytest.raises(
-        ValueError, match=r"layer 1 is a run of 2 layers with weights \(Conv2d, Conv2d\), of which no aux"
-    ):
-        LocalSequential(layers, AugLocal(2, joint_tail=False), 10, (3, 16, 16))
+    net = LocalSequential(layers, AugLocal(2, joint_tail=False), 10, (3, 16, 16))
+    assert net.network.layers[1].what == "a run of 2 layers with weights (Conv2d, Conv2d)"
+    assert repr(net.auxiliary[0].blocks[0]) == repr(layers[1])
 
 
 class Squash(nn.Module):
@@ -684,15 +683,13 @@ class Squash(nn.Module):
 
 
 @pytest.mark.parametrize("odd", [Squash, lambda: nn.LayerNorm([8, 16, 16])])
-def test_what_no_fresh_one_can_be_made_of_is_not_left_out(odd):
+def test_what_an_auxiliary_convolution_does_not_have_is_not_left_out(odd):
     layers = nn.Sequential(
         *(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), odd()),
         nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)),
     )
-    with pytest.raises(
-        ValueError, match="layer 1 holds a (Squash|LayerNorm), of which no fresh one can be made.*factory"
-    ):
-        LocalSequential(layers, AugLocal(2, joint_tail=False), 10, (3, 16, 16))
+    net = LocalSequential(layers, AugLocal(2, joint_tail=False), 10, (3, 16, 16))
+    assert [repr(part) for part in net.auxiliary[0].blocks[0]] == [repr(part) for part in layers[1:3]]
 
 
 @pytest.mark.parametrize(

@@ -174,10 +174,7 @@ NETWORKS = {
 }
 #: The rule as it stands, and what its cells name where they say neither yes nor no.
 TAKERS = {
-    "AugLocal": (
-        "AugLocal(2, joint_tail=False)",
-        ["AugLocal(1)", "AugLocal(2, block=lambda i, o, s, layer: nn.Conv3d(i, o, 3, s, 1))"],
-    ),
+    "AugLocal": ("AugLocal(2, joint_tail=False)", []),
     "ContSup": ("ContSup('R0')", ["ContSup('R0', '0c1f')", "ContSup('R0', '0c2f')"]),
     "InfoPro": ("InfoPro((1, 1), (1, 1))", []),
     "PredSim": ("PredSim()", []),

@@ -6,16 +6,17 @@ import copy
 from collections.abc import Callable
 from typing import cast
 
+import torch
 from torch import nn
 
 from ..layers import Layer, Residual, has_parameters, leaves
 from ..models.blocks import BasicBlock, Bottleneck, initialise
+from .fresh import FACTORY
 
 #: ``factory(in_channels, out_channels, stride, layer)`` returns a module that maps ``(N, in_channels, H, W)`` to
 #: ``(N, out_channels, H/stride, W/stride)``, or features of another layout to features of that layout; ``layer`` is the
 #: sampled layer of the primary network.
 BlockFactory = Callable[[int, int, int, nn.Module], nn.Module]
-_FACTORY = "AugLocal(block=factory) with a factory(in_channels, out_channels, stride, layer) that returns an nn.Module"
 
 _ACTIVATIONS = nn.modules.activation.__name__
 #: Where torch's layers are that an auxiliary block leaves out.
@@ -28,16 +29,6 @@ def _conv_block(layer: Layer, children: list[nn.Module], in_channels: int, out_c
     """Convolution with the sampled layer's kernel, stride 1, and its normalisation and activation, fresh."""
     source = cast("nn.Conv2d", layer.block)
     kernel, dilation = (cast("tuple[int, int]", size) for size in (source.kernel_size, source.dilation))
-    if any(k % 2 == 0 for k in kernel):
-        raise ValueError(
-            f"an auxiliary block keeps the size of its map, which a convolution of kernel {kernel} cannot with equal "
-            f"padding; pass {_FACTORY}"
-        )
-    if source.groups > 1:
-        raise ValueError(
-            f"layer {layer.index} is a convolution in {source.groups} groups, of which no fresh one of other widths "
-            f"can be made for an auxiliary block; pass {_FACTORY}"
-        )
     parts: list[nn.Module] = [nn.MaxPool2d(2)] if pool else []
     parts.append(
         nn.Conv2d(
@@ -74,14 +65,13 @@ def _rest(layer: Layer, children: list[nn.Module], width: int) -> list[nn.Module
         elif isinstance(leaf, nn.PReLU):
             count, value = (width if leaf.num_parameters > 1 else 1), leaf.init
             return [*parts, nn.PReLU(count, value)]
-        elif type(leaf).__module__ == _ACTIVATIONS and not has_parameters(leaf):
+        elif _is_activation(leaf):
             return [*parts, copy.deepcopy(leaf)]
-        elif not type(leaf).__module__.startswith(_LEFT_OUT):
-            raise ValueError(
-                f"layer {layer.index} holds a {type(leaf).__name__}, of which no fresh one can be made for an "
-                f"auxiliary block; pass {_FACTORY}"
-            )
     return [*parts, nn.ReLU(inplace=True)]
+
+
+def _is_activation(leaf: nn.Module) -> bool:
+    return type(leaf).__module__ == _ACTIVATIONS and not has_parameters(leaf)
 
 
 def _norm(leaf: nn.Module, width: int) -> nn.Module | None:
@@ -112,6 +102,30 @@ def _after(children: list[nn.Module], source: nn.Module) -> list[nn.Module]:
     return following
 
 
+def why_unknown(layer: Layer, children: list[nn.Module]) -> str:
+    """Why :func:`make_block` can make no block of a layer's kind, in words for messages; empty where it can."""
+    if layer.kind == "other":
+        return (
+            f"is {layer.what}: known are layers of one residual block (two 3x3 convolutions, or 1x1, 3x3, 1x1, each "
+            "with BatchNorm, and ReLU), one convolution or one linear layer"
+        )
+    source = layer.block
+    if isinstance(source, nn.Conv2d):
+        if any(size % 2 == 0 for size in source.kernel_size):
+            return f"is a convolution of kernel {source.kernel_size}, which cannot keep the size of a map"
+        if source.groups > 1:
+            return f"is a convolution in {source.groups} groups"
+    if isinstance(source, nn.Conv2d | nn.Linear):
+        for leaf in _after(children, source):
+            if isinstance(leaf, nn.PReLU) or _is_activation(leaf):
+                break
+            with torch.device("meta"):
+                known = _norm(leaf, layer.width) is not None
+            if not known and not type(leaf).__module__.startswith(_LEFT_OUT):
+                return f"holds a {type(leaf).__name__}"
+    return ""
+
+
 def make_block(
     layer: Layer,
     children: list[nn.Module],
@@ -139,6 +153,11 @@ def make_block(
         source = children[0] if len(children) == 1 else nn.Sequential(*children)
         return factory(in_channels, out_channels, stride, source)
     block = layer.block
+    why = why_unknown(layer, children)
+    if why:
+        raise ValueError(
+            f"layer {layer.index} {why}, so that no auxiliary block of its kind can be made. Pass {FACTORY}"
+        )
     if isinstance(block, Residual):
         made: nn.Module
         if layer.kind == "basic":
@@ -152,10 +171,4 @@ def make_block(
         return made
     if layer.kind == "conv":
         return _conv_block(layer, children, in_channels, out_channels, stride == 2)
-    if layer.kind == "linear":
-        return _linear_block(layer, children, in_channels, out_channels)
-    raise ValueError(
-        f"layer {layer.index} is {layer.what}, of which no auxiliary block can be made: known are layers of one "
-        "residual block (two 3x3 convolutions, or 1x1, 3x3, 1x1, each with BatchNorm, and ReLU), one convolution or "
-        f"one linear layer. Pass {_FACTORY}"
-    )
+    return _linear_block(layer, children, in_channels, out_channels)

@@ -9,13 +9,15 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from ..auxiliary.base import Auxiliary
-from ..auxiliary.blocks import BlockFactory, make_block
+from ..auxiliary.blocks import BlockFactory, make_block, why_unknown
+from ..auxiliary.fresh import FACTORY
 from ..auxiliary.heads import preceded
 from ..auxiliary.sampling import inferred_strides, pyramid_depth, sampled_layers
 from ..layers import Features, Layer, evaluating, probe_input, vectors
 from ..models.blocks import conv_bn_relu
 from ..partition import cut_points
 from .base import Head, Network, Rule, resolved
+from .copied import copied_block, taken_by
 from .heads import LinearHead
 from .options import head_option, option
 
@@ -31,6 +33,12 @@ class AugLocal(Rule):
 
     Module k, ending in layer l, gets blocks of the kinds and widths of the layers ``round(l + (L-1-l)/m * i)``,
     i = 1..m, where m tapers over the modules (pyramidal depth). No weight is shared or copied.
+
+    Where all layers that may be sampled are residual blocks, convolutions or linear layers, and their widths do not
+    decrease, the blocks are made as in the released code, with strides inferred from the widths. In any other network
+    each block is a copy of the sampled layer with fresh values (:func:`auglocal_ext.auxiliary.fresh_copy`). It takes
+    features of the size that the layer takes in the network: an :class:`auglocal_ext.auxiliary.Adapter` in front pools
+    them, and maps them to its width, where they differ.
 
     Args:
         depth: d of the paper: sampled layers plus the classifier, so m = d - 1 layers are sampled. 1 samples none
@@ -50,13 +58,14 @@ class AugLocal(Rule):
         downsampling: whether the blocks have the widths and strides of the sampled layers, or the module's own width
             and stride 1. None: True for uniform and sequential sampling, else False. If True, ``"repeated"`` and the
             convolutions take the widths and strides of uniformly sampled layers.
-        block: ``factory(in_channels, out_channels, stride, layer)`` that makes the auxiliary blocks, for layers of a
-            kind that is not known here. It does not go with sampling of convolutions, which copy no layer.
+        block: ``factory(in_channels, out_channels, stride, layer)`` that makes the auxiliary blocks in place of all
+            this. It does not go with sampling of convolutions, which copy no layer.
 
     Raises:
         ValueError: for depth < 1, a slope outside [0, 1], an unknown head, a head that is itself made of later layers,
-            or options that exclude each other; when wrapped, for layers no block can be made of, for sampled layers
-            narrower than the module's output, and for a network too shallow.
+            or options that exclude each other; when wrapped, for layers of which no fresh copy can be made, for
+            widths and strides that a copy cannot take, for strides of a factory or of convolutions where the sampled
+            layers become narrower, and for a network too shallow.
 
     Source: Ma et al., Scaling Supervised Local Learning with Augmented Auxiliary Networks, ICLR 2024.
     """
@@ -131,7 +140,7 @@ class AugLocal(Rule):
         return self.downsampling
 
     def strides(self, network: Network, module: int) -> list[int]:
-        """Strides of the auxiliary blocks of local module ``module``.
+        """Strides of the auxiliary blocks of local module ``module``, where they are no copies.
 
         Convolution layers (VGG) halve the map once wherever the width changes; residual blocks follow
         :func:`auglocal_ext.auxiliary.inferred_strides`; vectors have none.
@@ -150,6 +159,13 @@ class AugLocal(Rule):
     def build_auxiliary(self, network: Network, module: int) -> Auxiliary:
         here, features = network.last_layer(module), network.features(module)
         blocks: list[nn.Module] = []
+        if self._copies(network):
+            self._refuse_sizes()
+            for index in self.sampled(network, module):
+                repeated = self.sampling == "repeated"
+                block, features = copied_block(network, here.index if repeated else index, features, "AugLocal")
+                blocks.append(block)
+            return self._ended(network, module, blocks, features)
         for index, stride in zip(self.sampled(network, module), self.strides(network, module), strict=True):
             sampled = network.layers[index]
             model = sampled if self.sampling in ("uniform", "sequential") else here
@@ -164,14 +180,38 @@ class AugLocal(Rule):
             children = network.children_of(model)
             blocks.append(make_block(model, children, features.channels, stride, self.block, sized.width))
             features = features.with_channels(model.out_channels * sized.width // model.width)
+        if blocks and type(resolved(self.head)) is not LinearHead:
+            features = _output(nn.Sequential(*blocks), network, module, features)
+        return self._ended(network, module, blocks, features)
+
+    def _ended(self, network: Network, module: int, blocks: list[nn.Module], features: Features) -> Auxiliary:
+        """The blocks, which put out ``features``, with the head behind them."""
         head = resolved(self.head)
         if type(head) is LinearHead:
             wanted = self.single_layer_norm
             norm = head.norm or (len(blocks) == 1 and wanted is not False) or (not blocks and wanted is True)
             head = LinearHead(norm)
-        elif blocks:
-            features = _output(nn.Sequential(*blocks), network, module, features)
         return preceded(blocks, head.build_auxiliary(network.with_features(module, features), module))
+
+    def _copies(self, network: Network) -> bool:
+        """Whether the blocks are copies of layers: some layer is of no known form, or narrower than one before it."""
+        if self.block is not None or self.sampling in _KERNELS:
+            return False
+        start = network.ends[0] + (self.sampling != "repeated")
+        for layer in network.layers[start:]:
+            taken = taken_by(network, layer.index)
+            is_map = taken is not None and taken.layout == "channels_first" and taken.is_2d
+            if (layer.kind != "linear" and not is_map) or why_unknown(layer, network.children_of(layer)):
+                return True
+        seen = network.layers[network.ends[0] :]
+        return seen[0].base_width is None or (self._downsamples and _narrower(seen[0], seen[1:]) is not None)
+
+    def _refuse_sizes(self) -> None:
+        if self._downsamples == (self.sampling == "repeated"):
+            raise ValueError(
+                "AugLocal copies the layers of this network, and a copy has the width and stride of its layer: leave "
+                f"out downsampling={self.downsampling} with sampling={self.sampling!r}, or pass {FACTORY}"
+            )
 
     def _fit(self, model: Layer, features: Features, blocks: list[nn.Module]) -> Features:
         """What a block modelled on ``model`` is fed with, behind ``blocks``; pooled where it takes vectors."""
@@ -223,15 +263,25 @@ def _output(blocks: nn.Module, network: Network, module: int, features: Features
     return found
 
 
-def _refuse_narrowing(here: Layer, sampled: Sequence[Layer]) -> None:
-    width, previous = here.width, here
-    for layer in sampled:
+def _narrower(here: Layer, later: Sequence[Layer]) -> tuple[Layer, Layer] | None:
+    """The first layer that is narrower than the one before it, with that one before; None where none is."""
+    previous = here
+    for layer in later:
         if layer.kind == "linear":
-            return  # widths of vectors carry no downsampling
-        if layer.width < width:
-            raise ValueError(
-                f"layer {layer.index} is narrower ({layer.width}) than layer {previous.index} before it ({width}); "
-                "AugLocal infers the downsampling of its auxiliary networks from widths that do not decrease. "
-                "Use explicit modules that end past the wide layers, or another rule"
-            )
-        width, previous = layer.width, layer
+            return None  # widths of vectors carry no downsampling
+        if layer.width < previous.width:
+            return previous, layer
+        previous = layer
+    return None
+
+
+def _refuse_narrowing(here: Layer, sampled: Sequence[Layer]) -> None:
+    found = _narrower(here, sampled)
+    if found is not None:
+        previous, layer = found
+        raise ValueError(
+            f"layer {layer.index} is narrower ({layer.width}) than layer {previous.index} before it "
+            f"({previous.width}); strides of auxiliary blocks that are no copies are inferred from widths that do not "
+            "decrease. Use explicit modules that end past the wide layers, leave out block= and sampling=, or take "
+            "another rule"
+        )

@@ -11,19 +11,10 @@ from torch import Tensor, nn
 
 from ..auxiliary.base import Auxiliary, LossContext
 from ..auxiliary.followed import Followed
-from ..layers import (
-    Features,
-    evaluating,
-    first_leaves,
-    has_parameters,
-    leaves,
-    observe,
-    probe_input,
-    starts_layer,
-)
 from ..nn import sharded
 from ..tasks import Scored
 from .base import Head, Network, Rule, resolved
+from .body import body
 from .options import head_option, option
 
 
@@ -139,55 +130,8 @@ class MAN(Rule):
                 "MAN copies the next layer, and its head another one behind that if it is MAN too, but the network has "
                 f"{len(network.layers)} layers and none behind layer {after - 1}; choose another head"
             )
-        block, features = _next_block(network, after)
+        block, features = body(network, after, "MAN")
         # To the head the module ends one layer later, before the classifier if that layer holds it.
         ends = tuple(after if k == module else end for k, end in enumerate(network.ends))
         seen = replace(network, ends=ends).with_features(module, features)
         return MomentumNetwork(block, resolved(self.head).build_auxiliary(seen, module), self.momentum)
-
-
-def _next_block(network: Network, index: int) -> tuple[nn.Module, Features]:
-    """Layer ``index`` as a block, and what it puts out.
-
-    The classifier is left out, and a tail of pooling and flattening that ends the map: of the last layer what follows
-    the last weights, from the first part that changes the shape; of another layer that too where it turns a map into
-    vectors. A normalisation of what is pooled belongs to the tail.
-    """
-    layer = network.layers[index]
-    children = network.body_of(layer)
-    parts = [leaf for child in children for leaf in leaves(child)]
-    example = probe_input(network.primary, network.layers[index - 1].shape)
-
-    def failed(part: int, h: Tensor, error: Exception) -> Exception:
-        return ValueError(
-            f"MAN copies layer {index} ({layer.what}), which does not take what it receives here, a shape of "
-            f"{tuple(h.shape[1:])}. torch says: {error}"
-        )
-
-    with evaluating(*parts):
-        handed = observe(parts, example, failed)
-
-    def ends_in_map(part: int) -> bool:
-        return starts_layer(parts[part]) or (has_parameters(parts[part]) and _has_positions(handed[part].shape))
-
-    weighted = max((part for part in range(len(parts)) if ends_in_map(part)), default=-1)
-    count = len(parts)
-    ends_map = len(handed[-1].shape) < len(handed[weighted + 1].shape)
-    if ends_map or index == len(network.layers) - 1:
-        keep = (i for i in range(weighted + 1, len(parts)) if handed[i + 1].shape != handed[weighted + 1].shape)
-        count = next(keep, count)
-    block = nn.Sequential(*first_leaves(children, count))
-    if count == len(parts) and layer.features is not None and layer.shape == handed[-1].shape:
-        return block, layer.features
-    features = handed[count].features(layer.layout)
-    if features is None:
-        raise ValueError(
-            f"MAN copies layer {index} ({layer.what}) without its pooling and classifier, which puts out a shape of "
-            f"{handed[count].shape}, and {handed[count].why_unknown} which axis holds the channels: say layout= for "
-            f"layer {index}, take another rule, or fewer modules"
-        )
-    return block, features
-
-
-def _has_positions(shape: tuple[int, ...]) -> bool:
-    return sum(size > 1 for size in shape) > 1

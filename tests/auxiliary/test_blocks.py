@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from auglocal_ext import AugLocal, LocalSequential
+from auglocal_ext.auxiliary import make_block
 
 
 class Block(nn.Module):
@@ -45,8 +46,8 @@ def test_norms_of_residual_blocks_have_the_settings_of_the_layers():
     ids=["no weights", "no statistics", "functional dropout"],
 )
 def test_residual_blocks_with_other_parts_are_of_no_known_form(block):
-    with pytest.raises(ValueError, match="layer 1 is Block, of which no auxiliary block can be made"):
-        wrapped(block())
+    copied = wrapped(block()).auxiliary[0].blocks[0]
+    assert repr(copied) == repr(block()) and copied.dropout == block().dropout
     assert wrapped(Block(nn.BatchNorm2d, dropout=None)).network.layers[1].kind == "basic"
 
 
@@ -64,9 +65,20 @@ def test_norms_of_convolutions_have_the_settings_of_the_layers(norm):
     assert conv.padding_mode == "reflect" and repr(made) == repr(norm)
 
 
-def test_a_convolution_in_groups_is_refused():
-    with pytest.raises(ValueError, match="layer 1 is a convolution in 8 groups, of which no fresh one.*factory"):
-        wrapped(nn.Conv2d(8, 8, 3, padding=1, groups=8))
+@pytest.mark.parametrize(
+    "conv",
+    [nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 2)],
+    ids=["in groups", "of an even kernel"],
+)
+def test_a_convolution_of_no_known_form_is_copied(conv):
+    (copied,) = wrapped(conv).auxiliary[0].blocks
+    assert repr(copied) == repr(conv)
+
+
+def test_a_layer_of_no_known_form_has_no_block_of_its_kind():
+    net = wrapped(nn.Conv2d(8, 8, 3, padding=1, groups=8)).network
+    with pytest.raises(ValueError, match="layer 1 is a convolution in 8 groups, so that no auxiliary block.*factory"):
+        make_block(net.layers[1], net.children_of(net.layers[1]), 8, 1)
 
 
 @pytest.mark.parametrize(

@@ -321,8 +321,8 @@ def test_a_shortcut_of_another_form_makes_another_block(end):
 def test_blocks_of_another_form_are_not_given_torchvisions(make):
     net = around(make())
     assert described(net, (3, 8, 8))[-1].kind == "other"
-    with pytest.raises(ValueError, match="layer 1 is (BasicBlock|Bottleneck), of which no auxiliary block.*factory"):
-        LocalSequential(net, AugLocal(2, joint_tail=False), 4, (3, 8, 8))
+    copied = LocalSequential(net, AugLocal(2, joint_tail=False), 4, (3, 8, 8), fused=False).auxiliary[0].blocks[0]
+    assert repr(copied) == repr(net[1])
     assert LocalSequential(net, Greedy(), 4, (3, 8, 8)).num_modules == 2
 
 

@@ -179,7 +179,7 @@ def test_an_example_may_be_floating_point_and_of_another_dtype_than_the_network(
 
 
 def test_auxiliary_blocks_of_tokens():
-    """Linear layers sampled from tokens work on tokens; other blocks come from a factory."""
+    """Linear layers sampled from tokens work on tokens; blocks of another form are copied, or come from a factory."""
     layers = nn.Sequential(Patches(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), First(), nn.Linear(8, 3))
     net = LocalSequential(layers, AugLocal(3, joint_tail=False, pyramid=0.0), 3, (3, 8, 8))
     for block in net.auxiliary[0].blocks:  # the last layer's linear layer is before its pooling
@@ -187,8 +187,8 @@ def test_auxiliary_blocks_of_tokens():
     pooled = nn.Sequential(Patches(8), nn.Linear(8, 8), First(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3))
     net = LocalSequential(pooled, AugLocal(2, joint_tail=False), 3, (3, 8, 8))
     assert net.auxiliary[0].blocks[0](torch.randn(2, 5, 8)).shape == (2, 8)  # the last layer works on a vector
-    with pytest.raises(ValueError, match="layer 2 is Block, of which no auxiliary block can be made"):
-        LocalSequential(vit(), AugLocal(2, joint_tail=False), 3, (3, 8, 8))
+    net = LocalSequential(vit(), AugLocal(2, joint_tail=False), 3, (3, 8, 8), layout="class_token")
+    assert [type(part) for part in net.auxiliary[0].blocks[0]] == [Block, nn.LayerNorm]  # a copy of the last layer
     seen = []
 
     def factory(fan_in, fan_out, stride, layer):

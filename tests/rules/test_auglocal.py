@@ -217,14 +217,16 @@ class Strange(nn.Module):
         return torch.einsum("nchw,cd->ndhw", x, self.weight)
 
 
-def test_unknown_kind_needs_a_factory():
+def test_a_layer_that_cannot_be_copied_needs_a_factory():
     def layers():
         return nn.Sequential(
             nn.Conv2d(3, 8, 3), Strange(), Strange(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
         )
 
-    with pytest.raises(ValueError, match="layer 2 is Strange, of which.*block=factory"):
+    with pytest.raises(ValueError, match="AugLocal copies layer 2 \\(Strange\\), and nothing tells.*block=factory"):
         LocalSequential(layers(), AugLocal(2), 4, (3, 8, 8))
+    with pytest.raises(ValueError, match="layer 2 \\(Strange\\) has the parameter 'weight'.*block=factory"):
+        LocalSequential(layers(), AugLocal(2), 4, (3, 8, 8), layout="channels_first")
     seen = []
 
     def factory(in_channels, out_channels, stride, layer):
@@ -236,8 +238,8 @@ def test_unknown_kind_needs_a_factory():
     net(torch.randn(2, 3, 8, 8), torch.tensor([0, 1])).loss.backward()
 
 
-def test_narrowing_widths_are_refused():
-    layers = nn.Sequential(
+def narrowing():
+    return nn.Sequential(
         nn.Conv2d(3, 16, 3),
         nn.ReLU(),
         nn.Conv2d(16, 8, 3),
@@ -246,8 +248,21 @@ def test_narrowing_widths_are_refused():
         nn.Flatten(),
         nn.Linear(8, 4),
     )
-    with pytest.raises(ValueError, match="layer 1 is narrower \\(8\\) than layer 0 before it \\(16\\)"):
-        LocalSequential(layers, AugLocal(2), 4, (3, 8, 8), modules=2)
+
+
+def test_where_widths_narrow_the_layers_are_copied():
+    layers = narrowing()
+    (block,) = LocalSequential(layers, AugLocal(2), 4, (3, 8, 8), modules=2).auxiliary[0].blocks
+    assert [repr(part) for part in block] == [repr(part) for part in layers[2:4]]
+
+
+def test_no_strides_are_inferred_from_narrowing_widths():
+    for rule in (
+        AugLocal(2, sampling="conv3x3", downsampling=True),
+        AugLocal(2, block=lambda fan_in, fan_out, stride, layer: nn.Conv2d(fan_in, fan_out, 1, stride)),
+    ):
+        with pytest.raises(ValueError, match="layer 1 is narrower \\(8\\) than layer 0 before it \\(16\\)"):
+            LocalSequential(narrowing(), rule, 4, (3, 8, 8), modules=2)
 
 
 @pytest.mark.parametrize(

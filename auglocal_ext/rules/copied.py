@@ -1,0 +1,74 @@
+"""Fresh copies of a network's layers as auxiliary blocks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import nn
+
+from ..auxiliary.adapter import adapter
+from ..auxiliary.fresh import FACTORY, Untouched, fresh_copy
+from ..layers import SAY_LAYOUT, Features, evaluating, probe_input
+from .base import Network
+from .body import body
+
+
+def copied_block(network: Network, index: int, features: Features, rule: str) -> tuple[nn.Module, Features]:
+    """A fresh copy of layer ``index`` that takes ``features``, and what it puts out: what the layer does.
+
+    Where the layer takes other features in the network, an adapter stands before it. The last layer is copied without
+    classifier and pooling.
+
+    Args:
+        network: the network.
+        index: of the layer.
+        features: of the block's input.
+        rule: the name of the rule that makes the block, for messages.
+
+    Raises:
+        ValueError: where nothing tells which axis of the layer's input or output holds the channels, where no fresh
+            copy can be made or no adapter, and for a copy that reaches into the network or puts out another size.
+    """
+    layer = network.layers[index]
+    what = f"layer {index} ({layer.what})"
+    if index == 0 and network.input_dtype is not None:
+        raise ValueError(f"{rule} cannot repeat {what}: it takes the network's inputs, in {network.input_dtype}")
+    taken = taken_by(network, index)
+    if taken is None:
+        raise ValueError(
+            f"{rule} copies {what}, and nothing tells which axis of its input holds the channels: {SAY_LAYOUT}. Or "
+            f"pass {FACTORY}"
+        )
+    source, made = _source(network, index, rule)
+    copied, before = fresh_copy(source, what), adapter(features, taken)
+    block = copied if before is None else nn.Sequential(OrderedDict(adapter=before, layer=copied))
+    template = probe_input(network.primary, features.shape)
+    block.to(template.dtype)
+    with evaluating(block), Untouched(network.primary, what):
+        shape = tuple(int(size) for size in block(template).shape[1:])
+    if shape != made.shape:
+        raise ValueError(
+            f"a copy of {what} puts out a shape of {shape}, where the layer puts out {made.shape} in the network, so "
+            f"that its size depends on more than its input's. Pass {FACTORY}"
+        )
+    return block, made
+
+
+def taken_by(network: Network, index: int) -> Features | None:
+    """Features of the input of layer ``index``; None where nothing tells which axis holds the channels."""
+    return network.input if index == 0 else network.layers[index - 1].features
+
+
+def _source(network: Network, index: int, rule: str) -> tuple[nn.Module, Features]:
+    if index == len(network.layers) - 1:
+        source, made = body(network, index, rule)
+    else:
+        layer = network.layers[index]
+        if layer.features is None:
+            raise ValueError(
+                f"{rule} copies layer {index} ({layer.what}), which puts out a shape of {layer.shape}, and "
+                f"{layer.unknown} which axis holds the channels: {SAY_LAYOUT}. Or pass {FACTORY}"
+            )
+        source, made = nn.Sequential(*network.children_of(layer)), layer.features
+    parts = list(source.children())
+    return parts[0] if len(parts) == 1 else source, made
