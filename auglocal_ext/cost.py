@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -113,15 +115,30 @@ class _LossHeads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _convolution_backward(
+    grad: Any, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *rest: Any,
+    **out: Any,
+) -> int:  # fmt: skip
+    """Each of the gradients of input and weight that is asked for costs as much as the forward pass."""
+    sizes = [tuple(getattr(each, "shape", each)) for each in (grad, x, weight)]
+    once = 2 * math.prod(sizes[1 if transposed else 0]) * math.prod(sizes[2][1:])
+    mask = rest[2]
+    return once * (bool(mask[0]) + bool(mask[1]))
+
+
+_FORMULAS: dict[Any, Any] = {torch.ops.aten.convolution_backward: _convolution_backward}
+
+
 def count_flops(function: Callable[[], Any]) -> int:
     """Floating-point operations of ``function()``, 2 per multiply-accumulate, forward and backward.
 
-    Counted by ``torch.utils.flop_counter`` (convolutions and matrix products) on fake tensors, so a whole
-    training step costs no memory and needs no GPU. ``function`` makes its modules and tensors itself, or is
+    Counted by ``torch.utils.flop_counter`` (convolutions and matrix products; the backward of convolutions in groups,
+    which it takes for one group, by a formula of its own) on fake tensors, so a whole training step costs no memory and
+    needs no GPU. ``function`` makes its modules and tensors itself, or is
     called under the ``FakeTensorMode`` they were made in; tensors with real data are refused by torch.
     """
     mode = detect_fake_mode() or FakeTensorMode()
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     with mode, counter:
         function()
     return counter.get_total_flops()
@@ -140,7 +157,8 @@ class FlopMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(getattr(func, "_overloadpacket", None))
+        packet = getattr(func, "_overloadpacket", None)
+        formula = _FORMULAS.get(packet, flop_registry.get(packet))
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         return out

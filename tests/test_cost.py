@@ -122,6 +122,24 @@ def test_flops_of_a_step():
         assert count_flops(step) == 2 * 4 * (16 * 32 * 2 + 32 * 8 * 3)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d])
+def test_each_pass_of_a_convolution_in_groups_costs_the_same(kind, groups):
+    def step(frozen=False):
+        layer = kind(8, 8, 3, 2, groups=groups)
+        layer.weight.requires_grad_(not frozen)
+        x = torch.ones(2, 8, *[9] * (1 if kind is nn.Conv1d else 2), requires_grad=True)
+        layer(x).sum().backward()
+
+    once = count_flops(
+        lambda: kind(8, 8, 3, 2, groups=groups)(torch.ones(2, 8, *[9] * (1 if kind is nn.Conv1d else 2)))
+    )
+    positions = {nn.Conv1d: 4, nn.Conv2d: 16, nn.ConvTranspose2d: 81}[kind]
+    taps = 3 if kind is nn.Conv1d else 9
+    assert once == 2 * 2 * positions * taps * 8 * 8 // groups
+    assert count_flops(step) == 3 * once and count_flops(lambda: step(frozen=True)) == 2 * once
+
+
 def test_matrix_products_inside_of_ops_are_counted():
     """As those of the eager formulas: logits and their two gradients, pairs and theirs (one by symmetry)."""
     from torch.utils.flop_counter import FlopCounterMode
