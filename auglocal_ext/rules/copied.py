@@ -43,7 +43,8 @@ def copied_block(network: Network, index: int, features: Features, rule: str) ->
     copied, before = fresh_copy(source, what), adapter(features, taken)
     block = copied if before is None else nn.Sequential(OrderedDict(adapter=before, layer=copied))
     template = probe_input(network.primary, features.shape)
-    block.to(template.dtype)
+    if any(tensor.dtype != template.dtype for tensor in block.parameters()):  # fake tensors refuse it otherwise
+        block.to(template.dtype)
     with evaluating(block), Untouched(network.primary, what):
         shape = tuple(int(size) for size in block(template).shape[1:])
     if shape != made.shape:
