@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.nn.functional as F
+from _backbones import BACKBONES
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,12 +22,16 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def build(network: str) -> nn.Sequential:
-    """A network of ``models.NAMES``, or a CIFAR ResNet of any depth: ``"resnet1202"``."""
+    """A network of ``models.NAMES`` or ``BACKBONES``, or a CIFAR ResNet of any depth: ``"resnet1202"``."""
+    if network in BACKBONES:
+        return BACKBONES[network]()
     depth = _cifar_depth(network)
     return models.build(network) if depth is None else models.resnet_cifar(depth)
 
 
 def input_shape(network: str) -> tuple[int, int, int]:
+    if network in BACKBONES:
+        return 3, 224, 224
     return models.input_shape(network) if _cifar_depth(network) is None else (3, 32, 32)
 
 
@@ -51,11 +56,11 @@ def checkpointing(network: str) -> tuple[nn.Module, Loss]:
     """Every child but the classifier keeps its input alone and runs again in the backward pass."""
     net = build(network)
     *blocks, classifier = net
+    random = any(type(part).__name__ == "StochasticDepth" for part in net.modules())
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         for block in blocks:
-            # the blocks have no dropout, so no random state is to be kept
-            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=random)
         return F.cross_entropy(classifier(x), y)
 
     return net, loss

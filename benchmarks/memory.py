@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py                              # ResNet-32 and ResNet-110, batch 1024, fp32
     python benchmarks/memory.py --network resnet34 --rows BP AugLocal --dtype bf16
+    python benchmarks/memory.py --network torchvision:mobilenet_v2 --rows BP AugLocal
     python benchmarks/memory.py --rules                      # a row for each learning rule, with its arithmetic
     python benchmarks/memory.py --limit 500 --resume         # goes on where --limit, or a kill, ended the last command
 
@@ -25,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _backbones import BACKBONES
 from _environment import environment
 from _memory_rows import PAPER, PAPER_BATCH, Row, build_step, rows
 from _memory_table import GB, Result, as_json, from_json, table
-from _networks import compiling
+from _networks import compiling, input_shape
 from _resume import BEGUN, INTERRUPTED, NEVER_ENDED, StartOverError, earlier, is_broken, start_over, write_text
 from _rule_rows import rule_rows
 from torch import nn
@@ -67,7 +69,7 @@ def run_row(row: Row, network: str, batch: int, dtype: str, cuda: bool, macs: bo
             result.parameters = count_parameters(tracked[0])
             result.deployed = count_parameters(tracked[0], inference=True)
             if result.counted:
-                count_arithmetic(result, tracked[0], models.input_shape(network))
+                count_arithmetic(result, tracked[0], input_shape(network))
         return step, tracked
 
     try:
@@ -83,11 +85,11 @@ def run_row(row: Row, network: str, batch: int, dtype: str, cuda: bool, macs: bo
     return result
 
 
-def count_arithmetic(result: Result, net: nn.Module, input_shape: Sequence[int]) -> None:
+def count_arithmetic(result: Result, net: nn.Module, shape: Sequence[int]) -> None:
     """Multiply-accumulates per image of inference and of a training forward; backpropagation's are the same."""
-    result.inference_macs = result.training_macs = count_macs(net, input_shape)
+    result.inference_macs = result.training_macs = count_macs(net, shape)
     if isinstance(net, LocalSequential):
-        result.training_macs = count_training_macs(net, input_shape)
+        result.training_macs = count_training_macs(net, shape)
 
 
 def draw(path: Path, results: dict[str, list[Result]], batch: int, dtype: str, cuda: bool) -> Path | None:
@@ -144,7 +146,8 @@ class Report:
         self.networks: dict[str, list[Result]] = {}
         for network, lines in record["networks"].items():
             by_name = {row.name: row for row in known}
-            self.networks[network] = [from_json(line, by_name[line["name"]], cuda, counted) for line in lines]
+            with_macs = counted or network in BACKBONES
+            self.networks[network] = [from_json(line, by_name[line["name"]], cuda, with_macs) for line in lines]
             for result in self.networks[network]:
                 result.error = NEVER_ENDED if result.error == BEGUN else result.error
 
@@ -173,9 +176,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--network",
         nargs="+",
         default=NETWORKS,
-        choices=models.NAMES,
+        choices=(*models.NAMES, *BACKBONES),
         metavar="NAME",
-        help=", ".join(models.NAMES),
+        help=f"{', '.join(models.NAMES)}; of torchvision, with multiply-accumulates: {', '.join(BACKBONES)}",
     )
     parser.add_argument("--batch", type=int, default=1024, help="images per step (default 1024)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
@@ -263,7 +266,8 @@ def run(options: argparse.Namespace, chosen: Sequence[Row], cuda: bool, report: 
                     if time.monotonic() > deadline:
                         return False
                     report.add(network, Result(row, cuda, options.dtype, error=BEGUN))
-                    report.add(network, run_row(row, network, options.batch, options.dtype, cuda, macs=options.rules))
+                    macs = options.rules or network in BACKBONES
+                    report.add(network, run_row(row, network, options.batch, options.dtype, cuda, macs))
                     if is_broken():
                         raise StartOverError(f"CUDA answers no more after {network}, {row.name}")
                 bar.update()
