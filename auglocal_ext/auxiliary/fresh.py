@@ -1,4 +1,10 @@
-"""Fresh copies of modules: of the same structure, with every value initialised anew."""
+"""Fresh copies of modules: of the same structure, with every value initialised anew.
+
+Parameters and buffers of a copy are new tensors, so that no value of the source can be left in them. The
+``reset_parameters()`` of its parts fill them. Whether they fill every element is found on a second copy on the meta
+device, where writes are recorded: fake and meta networks, which have no values, are refused as others are. What a
+part holds besides parameters, buffers and submodules is refused, as it would be copied with its values or be shared.
+"""
 
 from __future__ import annotations
 
