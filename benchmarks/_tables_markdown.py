@@ -24,7 +24,8 @@ from _tables_results import (
 )
 
 NETWORKS = {"resnet32": "ResNet-32", "resnet110": "ResNet-110", "resnet34": "ResNet-34", "resnet101": "ResNet-101"}
-NETWORKS |= {"vgg13": "VGG13"}
+NETWORKS |= {"vgg13": "VGG13", "torchvision:mobilenet_v2": "MobileNetV2"}
+NETWORKS |= {"torchvision:efficientnet_b0": "EfficientNet-B0", "torchvision:regnet_x_400mf": "RegNetX-400MF"}
 OVERVIEW = (
     "BP",
     "BP checkpointing",
@@ -93,6 +94,21 @@ def _memory(words: Sequence[str], only: Sequence[str] = ()) -> str:
     titles = [NETWORKS.get(network, network) for network in networks]
     short = " / ".join(title.removeprefix("ResNet-") for title in titles)
     return markdown(["method", *(f"{title}, GB (of BP)" for title in titles), f"FLOPs, × BP ({short})"], lines)
+
+
+def _backbones(words: Sequence[str]) -> str:
+    expect(words, "")
+    columns = ["network", "method", "parameters, M (trained / deployed)", "MACs, M (training / inference)"]
+    lines = []
+    for network in read("backbones")["networks"]:
+        title = NETWORKS[network]
+        for name, found in memory_fields(network, "fp32").items():
+            if name.endswith(" eager"):
+                continue
+            pairs = [f"{found['trained']} / {found['deployed']}", f"{found['training']} / {found['inference']}"]
+            lines.append([title, _label(name), *pairs, found["flops"], f"{found['peak']} ({found['share']}%)"])
+            title = ""
+    return markdown([*columns, "FLOPs, × BP", "peak, GB (of BP)"], lines, text=2)
 
 
 def _overview(words: Sequence[str]) -> str:
@@ -191,6 +207,7 @@ def _label(name: str) -> str:
 TABLES: dict[str, Callable[[Sequence[str]], str]] = {
     "overview": _overview,
     "memory": _memory,
+    "backbones": _backbones,
     "rules": _rules,
     "step": _step,
     "depth": _scaling("depth", "layers"),

@@ -20,6 +20,7 @@ SOURCES = {
     "memory": "memory-predicted.json",
     "memory-bf16": "bf16/memory-predicted.json",
     "memory-imagenet": "imagenet/memory-predicted.json",
+    "backbones": "backbones/memory-predicted.json",
     "rules": "rules/rules-predicted.json",
     "step": "step-cpu.json",
     "scaling": "step-cpu-scaling.json",
@@ -32,7 +33,7 @@ SOURCES = {
     "shards": "shards/shards.json",
 }
 #: Files of the same benchmark, for networks that one of them has.
-MEMORY = {"fp32": ("memory", "memory-imagenet"), "bf16": ("memory-bf16",)}
+MEMORY = {"fp32": ("memory", "memory-imagenet", "backbones"), "bf16": ("memory-bf16",)}
 
 Rows = dict[str, dict[str, Any]]
 T = TypeVar("T")
