@@ -48,6 +48,8 @@ def mesh_groups(mesh: Mesh) -> tuple[Any | None, Any | None]:
 def group_like(group: Any, ranks: Sequence[int] | None = None, *, on_hosts: bool = False) -> Any:
     """Another process group with the same time-out; collective.
 
+    All its processes must have created as many groups before, by which torch names it.
+
     Args:
         group: the group.
         ranks: its processes; None for those of ``group``.

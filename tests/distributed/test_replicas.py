@@ -52,14 +52,14 @@ def sgd(params):
     return torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4)
 
 
-def one_process(net, world, clip_norm=None, accumulate=1):
+def one_process(net, world, clip_norm=None, accumulate=1, steps=STEPS):
     """The literal meaning: copies of the network take the parts one after another, and all take the mean gradient.
 
     Buffers are the first copy's.
     """
     copies = [net, *(copy.deepcopy(net) for _ in range(world - 1))]
     optimizers = [sgd(copied.parameters()) for copied in copies]
-    for number, batch in enumerate(parts(world, STEPS * accumulate)):
+    for number, batch in enumerate(parts(world, steps * accumulate)):
         for copied, (x, y) in zip(copies, batch, strict=True):
             (copied(x, y).loss / accumulate).backward()
         if (number + 1) % accumulate:
@@ -118,10 +118,10 @@ def test_every_rule(world, options):
     run(world, _train_all, list(RULES), world, options)
 
 
-def whole_batch(net, world, sizes=None):
+def whole_batch(net, world, sizes=None, steps=STEPS):
     """One process that trains on all parts at once."""
     optimizer = sgd(net.parameters())
-    for batch in parts(world, sizes=sizes):
+    for batch in parts(world, steps, sizes):
         net(*(torch.cat(tensors) for tensors in zip(*batch, strict=True))).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
