@@ -8,7 +8,7 @@ from ranks import run
 from test_replicas import COMPARING, RULES, network, one_process, parts, sgd, whole_batch
 from torch.distributed.device_mesh import init_device_mesh
 
-from auglocal_ext import DGL, AugLocal, ContSup, Greedy, InfoPro, LocalStep, PredSim
+from auglocal_ext import DGL, MAN, AugLocal, ContSup, Greedy, InfoPro, LocalStep, PredSim
 from auglocal_ext.auxiliary.base import parts_of
 from auglocal_ext.rules.base import HEADS
 
@@ -16,6 +16,8 @@ WEIGHTS = ((0.5, 1.0), (1.0, 0.5))
 CASES = RULES | COMPARING
 CASES |= {f"head {head}": Greedy(head) for head in HEADS}
 CASES |= {
+    "man dgl": MAN(head=DGL()),
+    "man infopro": MAN(head=InfoPro(*WEIGHTS)),
     "contsup auglocal": ContSup("R1E", head=AugLocal(2)),
     "contsup infopro": ContSup("E", head=InfoPro(*WEIGHTS, head=DGL())),
     "contsup contrast": ContSup("R2", head=InfoPro(*WEIGHTS, loss="contrast")),
@@ -23,13 +25,7 @@ CASES |= {
     "predsim auglocal": PredSim(head=AugLocal(2)),
     "infopro auglocal": InfoPro(*WEIGHTS, head=AugLocal(2)),
 }
-#: What stages refuse; as many words as there are rules.
-NOT_OVER_STAGES = ("man",)
 STEPS = 10
-
-
-def over_stages(name):
-    return not name.startswith(NOT_OVER_STAGES)
 
 
 def expected(name):
@@ -78,12 +74,10 @@ def _four_processes(rank, names, path):
     row = init_device_mesh("cpu", (4,), mesh_dim_names=("stage",))
     for name in names:
         alone, in_turn, whole = torch.load(f"{path}/{name}.pt")
-        if over_stages(name):
-            _equal(name, "2 stages", _trained(name, grid["stage"], parts(1, STEPS)), alone, None)
-            if network(CASES[name]).num_modules == 4:
-                _equal(name, "4 stages", _trained(name, row, parts(1, STEPS)), alone, None)
-        meshes = [("2 replicas", grid["replica"], rank % 2)]
-        meshes += [("2 stages of 2 replicas", grid, rank % 2)] if over_stages(name) else []
+        _equal(name, "2 stages", _trained(name, grid["stage"], parts(1, STEPS)), alone, None)
+        if network(CASES[name]).num_modules == 4:
+            _equal(name, "4 stages", _trained(name, row, parts(1, STEPS)), alone, None)
+        meshes = [("2 replicas", grid["replica"], rank % 2), ("2 stages of 2 replicas", grid, rank % 2)]
         gathers = compared(network(CASES[name]))
         for what, mesh, replica in meshes:
             state = _trained(name, mesh, parts(2, STEPS), replica)
@@ -99,5 +93,5 @@ def test_every_rule_on_every_mesh(third, tmp_path):
     names = list(CASES)[third::3]
     for name in names:
         torch.save(expected(name), tmp_path / f"{name}.pt")
-    run(3, _three_stages, [name for name in names if over_stages(name)], str(tmp_path))
+    run(3, _three_stages, names, str(tmp_path))
     run(4, _four_processes, names, str(tmp_path))

@@ -103,7 +103,28 @@ def test_every_rule(world):
     run(world, _alike, list(RULES), world, {}, world == 2)
 
 
+def _grid(rank):
+    """Two stages of two replicas, sharded and whole, with a delay between the stages."""
+    mesh, states = grid(2, 2), []
+    for shard in (True, False):
+        net = network("contsup")
+        step = LocalStep(net, sgd, mesh=mesh, stage_cuts=(1,), delay=1, shard=shard)
+        for batch in parts(2, 4):
+            step(*batch[rank % 2])
+        step.close()
+        states.append(net.state_dict())
+    assert_equal(*states, exactly=True)
+    with pytest.raises(ValueError, match="reads parameters of stage 1, and shards are not sent"):
+        LocalStep(network("man"), sgd, mesh=mesh, stage_cuts=(1,), shard=True)
+
+
+@pytest.mark.slow
+def test_stages_with_a_delay():
+    run(4, _grid)
+
+
 def _each_option(rank, world):
+    _alike(rank, ["predsim", "contrast"], world, {"gather_features": True, "sync_batch_norm": True}, world == 2)
     for options in OPTIONS.values():
         exactly = world == 2 and options.keys() & {"clip_norm", "accumulate"} == set()
         _alike(rank, ["auglocal", "man"], world, options, exactly)
