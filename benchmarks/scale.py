@@ -195,7 +195,7 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     options.network = options.network or ("resnet32" if measuring else "resnet110")
     options.batch = options.batch or (32 if measuring else 4096)
     if options.rule not in MAKERS and not re.fullmatch(r"AugLocal d=\d+", options.rule):
-        parser.error(f"--rule is one of {', '.join(MAKERS)}; got {options.rule!r}. MAN cannot be trained over stages")
+        parser.error(f"--rule is one of {', '.join(MAKERS)}; got {options.rule!r}. MAN's messages are not modelled")
     options.modules = options.modules or ([0, 16] if options.rule.startswith("AugLocal") and not measuring else [16])
     for name in ("batch", "stages", "replicas", "microbatches", "flops", "utilisation", "batches", "repeats"):
         if not getattr(options, name) > 0:
