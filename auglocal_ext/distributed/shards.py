@@ -87,6 +87,16 @@ class Shards(Replicas):
             then: the module that is to run next, whose parameters are asked for meanwhile.
             auxiliary: whether those of the auxiliary network are too.
         """
+        # The memory of whole parameters is used again, and what is made in inference mode could not be trained later.
+        with torch.inference_mode(False), torch.no_grad():
+            self._gather(module, then, auxiliary)
+        try:
+            yield
+        finally:
+            with torch.inference_mode(False), torch.no_grad():
+                self._release(module)
+
+    def _gather(self, module: int, then: int | None, auxiliary: bool) -> None:
         try:
             for index in (module, then):
                 for group in () if index is None else self._chosen(index, auxiliary):
@@ -98,10 +108,6 @@ class Shards(Replicas):
                 f"the parameters of local module {module} were not gathered (this is {self.where}): another replica "
                 f"has ended, or works on another step for longer than the time-out of the process group. {error}"
             ) from error
-        try:
-            yield
-        finally:
-            self._release(module)
 
     def _chosen(self, module: int, auxiliary: bool) -> list[Any]:
         body, head = self._groups[module]

@@ -375,8 +375,8 @@ class LocalStep:
     def state_dict(self) -> dict[str, Any]:
         """State of optimizer and scaler; gradients of an unfinished accumulation are not part of it.
 
-        Among stages this is the state of one stage, with ``shard=True`` that of a process's shards: :meth:`save` writes
-        all of it.
+        Among stages this is the state of one stage, and with ``shard=True`` that of one process's shards: :meth:`save`
+        writes all of it.
 
         Raises:
             RuntimeError: with batches in flight (``delay``), and for stages with a rule that follows older parameters:
@@ -391,7 +391,7 @@ class LocalStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; ``state["optimizer"]`` may be that of an ordinary optimizer.
 
-        With ``shard=True`` whole tensors are sharded.
+        With ``shard=True`` its tensors may be whole; this process keeps its shards.
 
         Raises:
             RuntimeError: with batches in flight.

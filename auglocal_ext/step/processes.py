@@ -165,9 +165,8 @@ class Processes:
         self.shards = shards = Shards(self._mesh["replica"], parameters, buffers, facts)
 
         def shard(module: LocalModule) -> None:
-            *body, last = module.parts()
-            auxiliary = [] if module.auxiliary is None else [last]
-            shards.shard(module.index, body if auxiliary else [*body, last], auxiliary)
+            body = [part for part in module.parts() if part is not module.auxiliary]
+            shards.shard(module.index, body, [] if module.auxiliary is None else [module.auxiliary])
 
         net.materialise(self._mesh.device_type, shard)
         net.sharded = True

@@ -178,6 +178,9 @@ def _refused(rank):
     net = network("greedy")
     step = LocalStep(net, sgd, mesh=replicas(2), shard=True)
     x, y = next(parts(1))[0]
+    with torch.inference_mode():
+        step.predict(x)
+    step(x, y)  # trains with parameters that were gathered in inference mode
     for call in (lambda: net(x), lambda: net(x, y)):
         with pytest.raises(RuntimeError, match="holds shards of the network: train by step"):
             call()
