@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from ..nn.written import Written
 from .constructors import initialise_as_constructor
 
-#: What there is besides.
+#: The way out, in messages.
 FACTORY = "AugLocal(block=factory) with a factory(in_channels, out_channels, stride, layer) that returns an nn.Module"
 _RESETS = ("reset_parameters", "_reset_parameters")
 _HOOKS = [name for name, value in vars(nn.Module()).items() if name.endswith("hooks") and isinstance(value, dict)]
@@ -35,8 +35,8 @@ def fresh_copy(source: nn.Module, what: str) -> nn.Module:
     """A module of the structure of ``source`` with none of its values, in training mode.
 
     Parts are initialised from the innermost outwards, each by its class's ``reset_parameters()``, which torch's layers
-    have; that of BatchNorm resets the statistics too. A few classes of torchvision without one are known here. Buffers
-    that follow from the structure are copied: those in no state dict, and integers and booleans with at least one axis,
+    have; that of BatchNorm resets the statistics too. Some classes of torchvision and timm without one are known. What
+    follows from the structure is copied: buffers in no state dict, and integers and booleans with at least one axis,
     such as an index of relative positions. Hooks are left out. Every parameter of floating point is trainable.
 
     Args:

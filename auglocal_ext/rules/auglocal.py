@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 from torch import Tensor, nn
@@ -34,11 +36,11 @@ class AugLocal(Rule):
     Module k, ending in layer l, gets blocks of the kinds and widths of the layers ``round(l + (L-1-l)/m * i)``,
     i = 1..m, where m tapers over the modules (pyramidal depth). No weight is shared or copied.
 
-    Where all layers that may be sampled are residual blocks, convolutions or linear layers, and their widths do not
-    decrease, the blocks are made as in the released code, with strides inferred from the widths. In any other network
-    each block is a copy of the sampled layer with fresh values (:func:`auglocal_ext.auxiliary.fresh_copy`). It takes
-    features of the size that the layer takes in the network: an :class:`auglocal_ext.auxiliary.Adapter` in front pools
-    them, and maps them to its width, where they differ.
+    Where all layers that may be sampled are residual blocks, convolutions or linear layers, widths do not decrease, and
+    residual blocks halve their map where they double the width, the blocks are made as in the released code, with
+    strides inferred from the widths. In any other network each block is a copy of the sampled layer with fresh values
+    (:func:`auglocal_ext.auxiliary.fresh_copy`). It takes features of the size that the layer takes in the network: an
+    :class:`auglocal_ext.auxiliary.Adapter` in front pools them, and maps them to its width, where they differ.
 
     Args:
         depth: d of the paper: sampled layers plus the classifier, so m = d - 1 layers are sampled. 1 samples none
@@ -194,7 +196,7 @@ class AugLocal(Rule):
         return preceded(blocks, head.build_auxiliary(network.with_features(module, features), module))
 
     def _copies(self, network: Network) -> bool:
-        """Whether the blocks are copies of layers: some layer is of no known form, or narrower than one before it."""
+        """Whether the blocks are copies: some layer is of no known form, or widths do not tell the strides."""
         if self.block is not None or self.sampling in _KERNELS:
             return False
         start = network.ends[0] + (self.sampling != "repeated")
@@ -204,7 +206,10 @@ class AugLocal(Rule):
             if (layer.kind != "linear" and not is_map) or why_unknown(layer, network.children_of(layer)):
                 return True
         seen = network.layers[network.ends[0] :]
-        return seen[0].base_width is None or (self._downsamples and _narrower(seen[0], seen[1:]) is not None)
+        if seen[0].base_width is None:
+            return True
+        told = all(_width_tells_stride(*pair) for pair in pairwise(seen))
+        return self._downsamples and not (told and _narrower(seen[0], seen[1:]) is None)
 
     def _refuse_sizes(self) -> None:
         if self._downsamples == (self.sampling == "repeated"):
@@ -261,6 +266,15 @@ def _output(blocks: nn.Module, network: Network, module: int, features: Features
             f"channels in the layout {features.layout!r}"
         )
     return found
+
+
+def _width_tells_stride(previous: Layer, layer: Layer) -> bool:
+    """Whether a residual block halves its map as often as it doubles the width."""
+    sizes = [each.inside if each is layer else each.features for each in (previous, layer)]
+    if layer.kind not in ("basic", "bottleneck") or any(size is None or not size.is_2d for size in sizes):
+        return True
+    before, after = (max(size.positions) for size in sizes if size is not None)
+    return before == 1 or round(math.log2(before / after)) == (layer.width // previous.width).bit_length() - 1
 
 
 def _narrower(here: Layer, later: Sequence[Layer]) -> tuple[Layer, Layer] | None:
