@@ -323,6 +323,24 @@ def test_networks_of_known_forms_have_no_copies():
     assert net.rule._copies(net.network)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "copies"),
+    [
+        (((8, 8, 1), (8, 16, 2), (16, 32, 2)), False),
+        (((8, 8, 1), (8, 8, 2), (8, 16, 2)), True),  # halves its map without a wider map
+        (((8, 16, 1), (16, 16, 1), (16, 32, 2)), True),  # a wider map of the same size
+    ],
+)
+def test_residual_blocks_are_copied_where_widths_do_not_tell_strides(sizes, copies):
+    layers = ended(sizes[-1][1], stem(8), *(models.BasicBlock(*size) for size in sizes))
+    net = local(layers)
+    assert net.rule._copies(net.network) == copies
+    h = net.auxiliary[0].blocks.eval()(torch.zeros(1, 8, 16, 16))
+    assert h.shape[1:] == net.network.layers[-1].inside.shape
+    net.train()(torch.randn(4, 3, 32, 32), Y).loss.backward()
+    assert not local(layers, AugLocal(3, joint_tail=False, sampling="repeated")).rule._copies(net.network)
+
+
 def test_copies_behind_other_rules():
     inner = AugLocal(2, joint_tail=False)
     for rule in (MAN(head=inner), InfoPro((1, 1), (1, 1), head=inner), ContSup("R1E", head=inner), PredSim(head=inner)):
