@@ -163,6 +163,7 @@ class Processes:
         facts = {**_facts(net), "shard": True}
         self._agree_within_stage(facts, [*parameters, *buffers])
         self.shards = shards = Shards(self._mesh["replica"], parameters, buffers, facts)
+        del parameters, buffers  # a whole parameter is freed once it is sharded
 
         def shard(module: LocalModule) -> None:
             body = [part for part in module.parts() if part is not module.auxiliary]
