@@ -328,7 +328,7 @@ def _breaks_off(rank):
     x, y = next(parts(1))[0]
     step(x, y)
     if rank == 0:
-        with pytest.raises(RuntimeError, match=r"local module 0 were not (gathered|averaged) \(this is rank 0, batch 1\)"):
+        with pytest.raises(RuntimeError, match=r"module 0 were not (gathered|averaged) \(this is rank 0, batch 1\)"):
             step(x, y)
             step(x, y)
 
