@@ -101,13 +101,13 @@ def _backbones(words: Sequence[str]) -> str:
     columns = ["network", "method", "parameters, M (trained / deployed)", "MACs, M (training / inference)"]
     lines = []
     for network in read("backbones")["networks"]:
-        title = NETWORKS[network]
         for name, found in memory_fields(network, "fp32").items():
             if name.endswith(" eager"):
                 continue
             pairs = [f"{found['trained']} / {found['deployed']}", f"{found['training']} / {found['inference']}"]
-            lines.append([title, _label(name), *pairs, found["flops"], f"{found['peak']} ({found['share']}%)"])
-            title = ""
+            lines.append(
+                [NETWORKS[network], _label(name), *pairs, found["flops"], f"{found['peak']} ({found['share']}%)"]
+            )
     return markdown([*columns, "FLOPs, × BP", "peak, GB (of BP)"], lines, text=2)
 
 
