@@ -185,7 +185,7 @@ def test_files_of_the_model(benchmark, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--rule", "MAN"], "cannot be trained over stages"),
+        (["--rule", "MAN"], "messages are not modelled"),
         (["--batch", "30"], "--batch must be a multiple of 2 stages x 2 replicas"),
         (["--batch", "4", "--stages", "1", "--replicas", "4"], "--batch must be"),
         (["--stages", "4", "--batch", "64"], "4 stages need as many modules, and there are 3"),

@@ -98,4 +98,4 @@ def test_stages(capsys):
         assert main([*SMALL, *options]) == 1
         assert message in capsys.readouterr().err
     assert main([*SMALL[:5], "--rule", "bp", "--batch-size", "8", "--stages", "2"]) == 1
-    assert "belong to the local rules, not to bp" in capsys.readouterr().err
+    assert "--stages is for local modules, which bp has none of" in capsys.readouterr().err

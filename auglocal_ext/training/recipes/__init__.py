@@ -35,6 +35,14 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "channels_last": bool,
         "device": str,
     },
+    "processes": {
+        "stages": int,
+        "replicas": int,
+        "stage_cuts": tuple[int, ...],
+        "sync_batch_norm": bool,
+        "shard": bool,
+        "gather_features": bool,
+    },
     "optimisation": {
         "epochs": int,
         "batch_size": int,
