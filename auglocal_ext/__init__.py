@@ -8,7 +8,7 @@
 
 from ._version import __version__
 from .local_modules import LocalModule, LocalOutput
-from .local_sequential import InferenceNetwork, LocalSequential
+from .local_sequential import InferenceNetwork, LocalSequential, localize
 from .nn import FusionReport, fuse, unfuse
 from .partition import Balanced
 from .rules import DGL, MAN, AugLocal, ContSup, ConvHead, Greedy, InfoPro, PredSim, Rule
@@ -41,5 +41,6 @@ __all__ = [
     "Task",
     "__version__",
     "fuse",
+    "localize",
     "unfuse",
 ]

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from auglocal_ext.layers import evaluating, probe_input
+from auglocal_ext.segments import Ghost
 
 
 def count_parameters(module: nn.Module, *, inference: bool = False) -> int:
@@ -159,7 +160,7 @@ class FlopMeter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         packet = getattr(func, "_overloadpacket", None)
         formula = _FORMULAS.get(packet, flop_registry.get(packet))
-        if formula is not None:
+        if formula is not None and not isinstance(out, Ghost):
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         return out
 

@@ -16,7 +16,7 @@ from ..local_sequential import LocalSequential
 
 
 def _layers(network: nn.Module) -> nn.Sequential:
-    layers = network.primary if isinstance(network, LocalSequential) else network
+    layers = network.network.primary if isinstance(network, LocalSequential) else network
     if not isinstance(layers, nn.Sequential):
         raise TypeError(
             f"network must be a LocalSequential or an nn.Sequential whose children are the layers, got "

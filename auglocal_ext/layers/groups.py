@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import eager_type
+from ..segments import Segment
 
 _NORMS = (
     nn.modules.batchnorm._NormBase,
@@ -44,8 +45,16 @@ def is_elementwise(module: nn.Module) -> bool:
 
 
 def starts_layer(module: nn.Module) -> bool:
-    """Whether a layer starts with this child: it has parameters, and not only those of normalisations."""
-    return has_parameters(module) and not is_elementwise(module)
+    """Whether a layer starts with this child: it has parameters, and not only those of normalisations.
+
+    Of a segment those of submodules count; one that the forward uses by itself, such as a position embedding, does not.
+    """
+    return any(has_parameters(each) and not is_elementwise(each) for each in modules_of(module))
+
+
+def modules_of(child: nn.Module) -> tuple[nn.Module, ...]:
+    """The submodules that a segment runs; any other child itself."""
+    return child.whole if isinstance(child, Segment) else (child,)
 
 
 def _first_children(layers: nn.Sequential) -> list[int]:
@@ -55,7 +64,7 @@ def _first_children(layers: nn.Sequential) -> list[int]:
             "nn.Sequential(*layers) makes one"
             if isinstance(layers, list | tuple | nn.ModuleList)
             else "write its stages as nn.Sequential(stem, *blocks, classifier). What its forward does between them, "
-            "such as flattening, must be a child too or go into a block; docs/questions.md shows a ResNet"
+            "such as flattening, must be a child too or go into a block. localize(model, ...) wraps it as it is"
         )
         raise TypeError(
             f"layers must be an nn.Sequential whose children are the layers, got {type(layers).__name__}; {way}"
@@ -98,6 +107,9 @@ def leaves(module: nn.Module) -> Iterator[nn.Module]:
     if is_sequence(module):
         for child in module.children():
             yield from leaves(child)
+    elif isinstance(module, Segment):
+        for part in module.whole:
+            yield from leaves(part)
     else:
         yield module
 
@@ -140,7 +152,9 @@ def nesting_hint(layers: nn.Sequential) -> str:
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
     """Within the context every submodule is in eval mode and no gradient is recorded; modes are restored after."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
+    parts = [part for module in modules for part in module.modules()]
+    models = {segment.model for segment in parts if isinstance(segment, Segment)}
+    modes = [(part, part.training) for part in (*parts, *(part for model in models for part in model.modules()))]
     try:
         for part, _ in modes:
             part.training = False

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import eager_type
+from ..segments import Segment
 from .features import LAYOUTS, Features, Layout
 from .groups import (
     classifier_start,
@@ -115,6 +116,8 @@ def describe(layers: nn.Sequential, example: Tensor, layout: LayoutChoice = None
     with evaluating(layers), ResidualFinder(children) as finder:
         handed = observe(children, example, lambda index, h, error: _refusal(layers, example, index, h, error))
     for index, child in enumerate(children):
+        if isinstance(child, Segment):
+            continue
         if has_parameters(child) and not starts_layer(child) and handed[index + 1].shape != handed[index].shape:
             raise ValueError(
                 f"layers[{index}] ({type(child).__name__}) has one number per channel for parameters, as a "
@@ -138,10 +141,26 @@ def describe(layers: nn.Sequential, example: Tensor, layout: LayoutChoice = None
                 *(inside, said[index], unknown),
             )
         )
+    if isinstance(layers[0], Segment):
+        found = _told_by_later(found)
     taken = handed[0].features()
     if taken is None and isinstance(layout, str) and layout != "class_token":
         taken = Features(handed[0].shape, layout)
     return Described(tuple(found), taken)
+
+
+def _told_by_later(layers: list[Layer]) -> list[Layer]:
+    """Layers whose axes nothing tells take those of the next one that puts out the same sizes, if C is none of them."""
+    told = list(layers)
+    for index in range(len(layers) - 2, -1, -1):
+        layer, later = told[index], told[index + 1]
+        known = later.features
+        if layer.features is not None or known is None or layer.shape != later.shape:
+            continue
+        if known.channels not in known.positions:  # else a permutation between them might not show
+            width = _width(layer.block, known.channels)
+            told[index] = replace(layer, features=known, base_width=width, unknown="")
+    return told
 
 
 def _layouts(layout: LayoutChoice, count: int) -> list[Layout | None]:

@@ -12,6 +12,7 @@ from ..auxiliary.base import Auxiliary, LossContext, parts_of
 from ..auxiliary.context import ContextSupply
 from ..auxiliary.followed import Followed
 from ..nn import FusedSequential, recomputed, run_chain
+from ..segments import Segment
 from ..tasks import Scored, Task
 
 Recompute = Literal["none", "auxiliary", "all"]
@@ -44,6 +45,7 @@ class LocalModule:
             ``"auxiliary"`` network (whose settings say so too), or ``"all"``: also the layers and the context encoders.
         fused: run the layers as one chain (:func:`auglocal_ext.nn.run_chain`), as :func:`auglocal_ext.fuse` does.
         followed: parameters of other layers that the auxiliary network reads.
+        segment: runs all layers at once, where they are segments of a model; recomputation runs them one by one.
     """
 
     index: int
@@ -56,6 +58,7 @@ class LocalModule:
     recompute: Recompute = "none"
     fused: bool = False
     followed: tuple[Followed, ...] = ()
+    segment: Segment | None = None
 
     @property
     def layers(self) -> tuple[nn.Module, ...]:
@@ -76,6 +79,8 @@ class LocalModule:
             for group in self.groups:
                 h = recomputed(container(*group), h)
             return h
+        if self.segment is not None:
+            return self.segment(h)
         if self.fused:
             return run_chain(self.layers, h)
         for layer in self.layers:

@@ -12,8 +12,9 @@ from torch import nn
 
 from ..auxiliary.base import Auxiliary, LossSettings
 from ..auxiliary.context import ContextSupply
-from ..layers import SAY_LAYOUT, Features, Layer, classifier_start, probe_input
+from ..layers import SAY_LAYOUT, Features, Layer, classifier_start, modules_of, probe_input
 from ..partition import cut_points
+from ..segments import Segment
 from ..tasks import Task
 from .options import Option, options_of
 
@@ -23,7 +24,7 @@ class Network:
     """The primary network as a rule sees it.
 
     Attributes:
-        primary: the user's ``nn.Sequential``.
+        primary: the user's ``nn.Sequential``, or an ``nn.Sequential`` of the segments of the user's model.
         layers: its layers (:class:`auglocal_ext.layers.Layer`).
         input_shape: shape of one input, ``(C, H, W)`` or ``(features,)``, or of tokens ``(T,)``.
         task: what is learned.
@@ -98,12 +99,25 @@ class Network:
         return replace(self, layers=(*self.layers[: layer.index], layer, *self.layers[layer.index + 1 :]))
 
     def children_of(self, layer: Layer) -> list[nn.Module]:
-        """The children of ``primary`` that form ``layer``."""
-        return list(self.primary)[layer.start : layer.stop]
+        """The modules that form ``layer``: children of ``primary``, or those that run from beginning to end in it."""
+        return _modules(list(self.primary)[layer.start : layer.stop])
 
     def body_of(self, layer: Layer) -> list[nn.Module]:
         """:meth:`children_of` without the classifier, which belongs to the last layer."""
-        return list(self.primary)[layer.start : min(layer.stop, classifier_start(self.primary))]
+        return _modules(list(self.primary)[layer.start : min(layer.stop, classifier_start(self.primary))])
+
+    def refuse_gaps(self, layer: Layer, who: str) -> None:
+        """ValueError where a layer of a localized model is more than the modules in it, called one after another."""
+        body = list(self.primary)[layer.start : min(layer.stop, classifier_start(self.primary))]
+        if any(isinstance(child, Segment) and not child.chained for child in body):
+            raise ValueError(
+                f"{who} layer {layer.index} ({layer.what}), but the model's forward computes something between its "
+                "submodules, which no copy would repeat. Choose other modules, or another rule"
+            )
+
+
+def _modules(children: Sequence[nn.Module]) -> list[nn.Module]:
+    return [module for child in children for module in modules_of(child)]
 
 
 class Rule(ABC):

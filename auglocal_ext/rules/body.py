@@ -16,6 +16,7 @@ def body(network: Network, index: int, rule: str) -> tuple[nn.Module, Features]:
     vectors. A normalisation of what is pooled belongs to the tail.
     """
     layer = network.layers[index]
+    network.refuse_gaps(layer, f"{rule} copies")
     children = network.body_of(layer)
     parts = [leaf for child in children for leaf in leaves(child)]
     example = probe_input(network.primary, network.layers[index - 1].shape)

@@ -70,6 +70,7 @@ def _source(network: Network, index: int, rule: str) -> tuple[nn.Module, Feature
                 f"{rule} copies layer {index} ({layer.what}), which puts out a shape of {layer.shape}, and "
                 f"{layer.unknown} which axis holds the channels: {SAY_LAYOUT}. Or pass {FACTORY}"
             )
+        network.refuse_gaps(layer, f"{rule} copies")
         source, made = nn.Sequential(*network.children_of(layer)), layer.features
     parts = list(source.children())
     return parts[0] if len(parts) == 1 else source, made

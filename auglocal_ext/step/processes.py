@@ -115,6 +115,11 @@ class Processes:
             raise RuntimeError(
                 "another LocalStep has sharded this network: go on with that step, or wrap the network anew"
             )
+        if self._shard and any(module.segment is not None for module in modules):
+            raise ValueError(
+                "shard=True gathers the parameters of whole submodules, and a localized model's forward may use "
+                "parameters by itself, such as a position embedding: leave shard out, or wrap an nn.Sequential"
+            )
         if self._stages is None:
             self._settle(net, modules)
             if cuts is not None:

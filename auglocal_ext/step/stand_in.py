@@ -128,6 +128,8 @@ def module_form(module: LocalModule, optimizers: ModuleOptimizers) -> Hashable:
     """
     if module.context is not None or module.index == 0:  # fed with a history, or with the batch, which outlives it
         return None
+    if module.segment is not None:  # what a model's forward does beside its submodules is not compared
+        return None
     groups = {id(p): index for index, group in enumerate(optimizers.whole.param_groups) for p in group["params"]}
     mine = {id(p) for group in optimizers.view(module.index).param_groups for p in group["params"]}
 

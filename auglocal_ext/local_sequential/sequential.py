@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 import copy
-import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import unserializable_hook
 
-from .auxiliary.base import Auxiliary, Part, can_recompute, followed_by, parts_of, set_recompute
-from .auxiliary.context import ContextSupply
-from .auxiliary.heads import Head
-from .layers import LayoutChoice, describe, evaluating, group_children, nesting_hint, probe_input
-from .local_modules import RECOMPUTE, LocalModule, LocalOutput, Recompute, local_pass, run_forward
-from .nn import (
-    Deferred,
-    FusedSequential,
-    fuse,
-    give_memory,
-    must_be_eager,
-    refuse_sharding,
-    shard_like,
-    unfuse,
-    unsync_batch_norm,
-)
-from .partition import Balanced
-from .rules.balance import balanced_ends
-from .rules.base import Network, Rule, made_like
-from .tasks import Classification, Criterion, Task
+from ..auxiliary.base import Auxiliary, can_recompute, followed_by, parts_of, set_recompute
+from ..auxiliary.context import ContextSupply
+from ..layers import Described, LayoutChoice, describe, evaluating, group_children, nesting_hint, probe_input
+from ..local_modules import RECOMPUTE, LocalModule, LocalOutput, Recompute, local_pass, run_forward
+from ..nn import Deferred, FusedSequential, fuse, must_be_eager, refuse_sharding, unfuse, unsync_batch_norm
+from ..partition import Balanced
+from ..rules.balance import balanced_ends
+from ..rules.base import Network, Rule, made_like
+from ..segments import Segment
+from ..tasks import Task
+from .arguments import one_input, recompute_per_module, what_is_learned
+from .batches import CheckedBatches, warn_once
+from .inference import InferenceNetwork
 
 
-class LocalSequential(nn.Module):
+class LocalSequential(CheckedBatches):
     """A network cut into gradient-isolated local modules, each trained on its own local loss.
 
     ::
@@ -122,16 +114,30 @@ class LocalSequential(nn.Module):
         super().__init__()
         if not isinstance(rule, Rule):
             raise TypeError(f"rule must be a learning rule such as AugLocal(depth=6) or ContSup('R1E'), got {rule!r}")
-        what = _what_is_learned(num_classes, task, criterion, outputs, label_smoothing, ignore_index)
-        what.refuse_parameters()
-        if next(what.buffers(), None) is not None:
-            template = probe_input(layers, (), 0)
-            what.to(template.device, template.dtype)
+        what = what_is_learned(num_classes, task, criterion, outputs, label_smoothing, ignore_index)
         group_children(layers)  # raises for what has no layers, in its own words
         refuse_sharding(layers)
-        example = _example(layers, input_shape, example_input)
+        example = one_input(layers, input_shape, example_input)
         unfuse(layers)
-        described = describe(layers, example, layout)
+        self._wrap(layers, layers, describe(layers, example, layout), rule, what, example, modules, recompute, fused)
+
+    def _wrap(
+        self,
+        primary: nn.Module,
+        layers: nn.Sequential,
+        described: Described,
+        rule: Rule,
+        what: Task,
+        example: Tensor,
+        modules: int | Sequence[int] | Balanced | None,
+        recompute: Recompute | Sequence[Recompute],
+        fused: bool,
+    ) -> None:
+        """Cut ``primary``, whose layers are runs of the children of ``layers``, and build what trains it."""
+        what.refuse_parameters()
+        if next(what.buffers(), None) is not None:
+            template = probe_input(primary, (), 0)
+            what.to(template.device, template.dtype)
         what.check_output(described.layers[-1].shape, "the network's output")
         network = Network(
             primary=layers,
@@ -152,14 +158,15 @@ class LocalSequential(nn.Module):
             if not hint:
                 raise
             raise ValueError(f"{error}{hint}") from error
-        chosen = _recompute_per_module(recompute, len(ends))
+        unfuse(primary)
+        chosen = recompute_per_module(recompute, len(ends))
         self.rule = rule
         self.network = replace(network, ends=ends, recompute=tuple(choice != "none" for choice in chosen))
-        self.primary = layers
+        self.primary = primary
         self._recompute = chosen
         last = self.network.num_modules - 1
-        auxiliary = [made_like(layers, partial(rule.build_auxiliary, self.network, k)) for k in range(last)]
-        supplies = {str(k): made_like(layers, partial(rule.build_context, self.network, k)) for k in range(1, last + 1)}
+        auxiliary = [made_like(primary, partial(rule.build_auxiliary, self.network, k)) for k in range(last)]
+        contexts = [made_like(primary, partial(rule.build_context, self.network, k)) for k in range(1, last + 1)]
         for k, made in enumerate(auxiliary):
             if not isinstance(made, Auxiliary):
                 raise TypeError(f"{rule!r} made {type(made).__name__} for local module {k}, which is no Auxiliary")
@@ -172,32 +179,47 @@ class LocalSequential(nn.Module):
                     )
         self.auxiliary = nn.ModuleList(auxiliary)
         self._follows = tuple(tuple(followed_by(made)) for made in auxiliary)
-        self.context = nn.ModuleDict({k: supply for k, supply in supplies.items() if supply is not None})
+        self.context = nn.ModuleDict({str(k): made for k, made in enumerate(contexts, 1) if made is not None})
         self.task = what
         if fused:
-            for fusable in (layers, self.auxiliary, self.context):
+            for fusable in (primary, self.auxiliary, self.context):
                 fuse(fusable)
         self._warn_of_shared_parameters()
         self._one_image_norms = self._dry_run(example)
         self._choosy = self._choosy_parts()
         follow = any(isinstance(part, Auxiliary) and part.follows_layers for part in parts_of(self.auxiliary))
-        self._followed = tuple(layers) if follow else ()
+        self._followed = tuple(self._followable()) if follow else ()
         self._warned: set[str] = set()
         self._held: tuple[int, int] | None = None
         self._deferred = Deferred.active
         self.empty = False
         self.sharded = False
 
+    def _children(self) -> list[nn.Module]:
+        """What the layers are runs of: the children of ``primary``."""
+        return list(cast("nn.Sequential", self.primary))
+
+    def _followable(self) -> list[nn.Module]:
+        """The modules that auxiliary networks may follow."""
+        return self._children()
+
+    def _segment(self, k: int) -> Segment | None:
+        """What runs the layers of local module ``k`` at once; None: they are called one after another."""
+        return None
+
+    def _infer(self, x: Tensor) -> Tensor:
+        return cast("Tensor", self.primary(x))
+
     def _warn_of_shared_parameters(self) -> None:
         owner: dict[int, int] = {}
         for module in self.local_modules:
-            for parameter in module.parameters():
+            for parameter in (p for p in module.parameters() if p.requires_grad):
                 first = owner.setdefault(id(parameter), module.index)
                 if first != module.index:
                     warnings.warn(
                         f"local modules {first} and {module.index} share a parameter of shape "
                         f"{tuple(parameter.shape)}: both local losses train it",
-                        stacklevel=3,
+                        stacklevel=4,
                     )
 
     def _dry_run(self, example: Tensor) -> list[str]:
@@ -233,7 +255,7 @@ class LocalSequential(nn.Module):
     @property
     def local_modules(self) -> tuple[LocalModule, ...]:
         """The local modules in order, for a training loop of your own (:class:`auglocal_ext.LocalModule`)."""
-        children = list(self.primary)
+        children = self._children()
         contexts = [
             cast("ContextSupply", self.context[str(k)]) if str(k) in self.context else None
             for k in range(self.num_modules)
@@ -257,85 +279,11 @@ class LocalSequential(nn.Module):
                     recompute=self._recompute[k],
                     fused=isinstance(self.primary, FusedSequential),
                     followed=self._follows[k] if k < self.num_modules - 1 else (),
+                    segment=self._segment(k),
                 )
             )
             first = end + 1
         return tuple(modules)
-
-    @property
-    def held(self) -> tuple[int, int] | None:
-        """First and last local module that this process holds, see :meth:`hold`; None if it holds all."""
-        return self._held
-
-    def hold(self, first: int, last: int) -> None:
-        """Keep local modules ``first`` .. ``last``; the parameters and buffers of all others go to the meta device.
-
-        Parameter names stay. The network cannot run as a whole afterwards: :class:`auglocal_ext.LocalStep` does, among
-        the processes that hold the other modules.
-        """
-        for module in self.local_modules:
-            if not first <= module.index <= last:
-                for part in module.parts():
-                    part.to("meta")
-        self._held = first, last
-
-    def materialise(self, device: torch.device | str, each: Callable[[LocalModule], None] | None = None) -> None:
-        """Allocate parameters and buffers that are on the meta device; after :meth:`hold`, those of the held modules.
-
-        A network built inside :func:`auglocal_ext.nn.deferred` gets its initial values. Any other is ``empty``: it
-        raises until a state dict or a checkpoint is loaded. Parameters stay the same objects.
-
-        Args:
-            device: where to. Without ``each`` tensors that are on another one stay there.
-            each: called with a local module once its tensors are there, before the next one's get memory.
-
-        Raises:
-            RuntimeError: if a tensor was created outside ``deferred``, or if a buffer could not be loaded because it is
-                in no state dict.
-        """
-        first, last = self._held or (0, self.num_modules - 1)
-        modules = self.local_modules[first : last + 1]
-        parts: list[list[nn.Module]] = [[self.task], *(list(module.parts()) for module in modules)]
-        names = {id(tensor): name for name, tensor in (*self.named_parameters(), *self.named_buffers())}
-        on_meta = [names[id(tensor)] for some in parts for tensor in _tensors(some) if tensor.is_meta]
-        if not on_meta and each is None:
-            return
-        if on_meta and self._deferred is None:
-            loaded = self.state_dict().keys()
-            for name in on_meta:
-                if name not in loaded:
-                    raise RuntimeError(
-                        f"{name} is on the meta device and in no state dict, so it could not be loaded: build the "
-                        "network inside auglocal_ext.nn.deferred"
-                    )
-        where = torch.empty(0, device=device).device
-        for module, some in zip((None, *modules), parts, strict=True):
-            give_memory([(names[id(tensor)], tensor) for tensor in _tensors(some)], where, self._deferred)
-            if each is not None and module is not None:
-                each(module)
-        if on_meta:
-            self.empty, self._deferred = self._deferred is None, None
-
-    @property
-    def deferred(self) -> Deferred | None:
-        """What gives the network its initial values, until :meth:`materialise` has; None if nothing is deferred."""
-        return self._deferred
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        if self.sharded:
-            held = self.state_dict()
-            state_dict = {name: shard_like(value, held.get(name)) for name, value in state_dict.items()}
-        keys = super().load_state_dict(state_dict, strict, assign)
-        self.empty = self.empty and bool(keys.missing_keys)
-        return keys
-
-    def refuse_empty(self) -> None:
-        """RuntimeError if the network is :attr:`empty`."""
-        if self.empty:
-            raise RuntimeError(
-                "the network was built on the meta device and has no values yet: load a checkpoint, or build it inside "
-                "auglocal_ext.nn.deferred"
-            )
 
     def forward(
         self, x: Tensor, y: Tensor | None = None, *, grad_scaler: torch.amp.GradScaler | None = None
@@ -376,7 +324,7 @@ class LocalSequential(nn.Module):
         if y is None:
             self.refuse_empty()
             self.check_input(x)
-            out = self.primary(x) if len(self.context) == 0 else run_forward(self.local_modules, x)
+            out = self._infer(x) if len(self.context) == 0 else run_forward(self.local_modules, x)
             self._warn_of_backpropagation(out)
             return out
         if getattr(self, "_is_replica", False):
@@ -402,79 +350,14 @@ class LocalSequential(nn.Module):
 
             @unserializable_hook
             def backpropagates(grad: Tensor) -> None:
-                _warn_once(warned, "backpropagation", _BACKPROPAGATION)
+                warn_once(warned, "backpropagation", _BACKPROPAGATION)
 
             out.register_hook(backpropagates)
-
-    def warn_of_fp16(self, x: Tensor) -> None:
-        """Warn, once, if a training pass on ``x`` would run in fp16: it has no loss scaler."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        if dtype == torch.float16:
-            _warn_once(
-                self._warned,
-                "fp16",
-                "a training pass in fp16 without grad_scaler: small gradients of the local modules underflow to "
-                "zero. Pass net(x, y, grad_scaler=scaler), or use bfloat16",
-            )
-
-    def check_input(self, x: Tensor, *, training_pass: bool = False) -> None:
-        """Raise TypeError or ValueError for inputs that the network was not wrapped for."""
-        wanted = self.network.input_dtype
-        if wanted is not None and (x.is_floating_point() or x.is_complex()):
-            raise TypeError(f"x must be integers, as the {wanted} this network was wrapped for; got {x.dtype}")
-        if wanted is None and not x.is_floating_point():
-            raise TypeError(
-                f"x must be floating point, got {x.dtype}; convert and normalise images first, for example "
-                "x.float().div(255). A network on integer tokens is wrapped with example_input="
-            )
-        expected = self.network.input_shape
-        fits = x.dim() == len(expected) + 1
-        if fits and training_pass:
-            fits = tuple(x.shape[1:]) == expected
-        elif fits and self.network.input is not None:
-            axis = 1 if self.network.input.layout == "channels_first" else -1
-            fits = x.shape[axis] == self.network.input.channels
-        if not fits:
-            raise ValueError(
-                f"x must have shape (N, {', '.join(map(str, expected))}), the input_shape this network was wrapped "
-                f"for; got {tuple(x.shape)}"
-            )
-
-    def check_batch(self, x: Tensor, y: Tensor, *, values: bool = True, merged: bool = False) -> None:
-        """Raise for a batch that no training pass can run on, as :meth:`forward` does.
-
-        ``values=False`` leaves out the values of ``y``, whose check on CUDA is a handful of kernels. ``merged``:
-        BatchNorm takes its statistics over the batches of several processes, so one image is enough in each.
-        """
-        self.refuse_empty()
-        self.check_input(x, training_pass=True)
-        if len(x) == 0:
-            raise ValueError("the batch is empty (N = 0); drop it before the training pass")
-        self.check_target(y, len(x), values=values)
-        if y.device != x.device:
-            raise ValueError(f"x is on {x.device} and y on {y.device}; move y to {x.device}")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError("x requires a gradient, but local modules hand none to their input; pass x.detach()")
-        if not self.sharded:
-            refuse_sharding(self)
-        if any(child is not before for child, before in zip(self.primary, self._followed, strict=False)):
-            raise RuntimeError(
-                "a layer was put in the place of another since the network was wrapped, but auxiliary networks follow "
-                f"the layers of then ({self.rule!r}): wrap the network again"
-            )
-        if len(x) == 1 and not merged and self.training and self._one_image_norms:
-            active = [n for n in self._one_image_norms if self.get_submodule(n).training]
-            if active:
-                raise ValueError(
-                    f"a batch of one image: {active[0]} is a BatchNorm layer that sees one value per channel in it, "
-                    "whose variance is undefined. Use a batch of at least 2 (drop_last=True in the DataLoader)"
-                )
 
     def export(self) -> nn.Module:
         """A plain copy for inference, in eval mode: no auxiliary networks, context encoders where the rule has them.
 
-        Without context this is an ``nn.Sequential`` with the user's own state-dict keys; with context an
+        Without context this is a copy of :attr:`primary` with the user's own state-dict keys; with context an
         :class:`InferenceNetwork`. Both can be given to ``torch.export.export`` and ``torch.onnx.export``.
 
         Raises:
@@ -494,13 +377,17 @@ class LocalSequential(nn.Module):
             )
         if any(isinstance(p, FakeTensor) for p in self.primary.parameters()):
             raise RuntimeError("export() copies weights, but this network was built of fake tensors, which have none")
-        primary, context = copy.deepcopy(self.primary), copy.deepcopy(self.context)
+        primary, context, modules = self._copied()
         for part in (primary, context):
             unfuse(part)
             unsync_batch_norm(part)
         if len(self.context) == 0:
             return primary.eval()
-        return InferenceNetwork(primary, self.local_modules, context).eval()
+        return InferenceNetwork(primary, modules, context).eval()
+
+    def _copied(self) -> tuple[nn.Module, nn.ModuleDict, Sequence[LocalModule]]:
+        """Copies for export: the network, the context encoders, and the local modules that run them."""
+        return copy.deepcopy(self.primary), copy.deepcopy(self.context), self.local_modules
 
     @property
     def recompute(self) -> tuple[Recompute, ...]:
@@ -509,7 +396,7 @@ class LocalSequential(nn.Module):
 
     @recompute.setter
     def recompute(self, recompute: Recompute | Sequence[Recompute]) -> None:
-        chosen = _recompute_per_module(recompute, self.num_modules)
+        chosen = recompute_per_module(recompute, self.num_modules)
         pairs = zip(self.auxiliary, chosen, strict=False)  # the last module has no auxiliary network
         set_recompute([(part, choice != "none") for auxiliary, choice in pairs for part in parts_of(auxiliary)])
         self._recompute = chosen
@@ -521,33 +408,8 @@ class LocalSequential(nn.Module):
         able = [can_recompute(auxiliary) for auxiliary in self.auxiliary]
         return tuple(RECOMPUTE if each else ("none",) for each in (*able, True))
 
-    def check_target(self, y: Tensor, samples: int, *, values: bool = True) -> None:
-        """Raise TypeError or ValueError for targets that the task, or a part of an auxiliary network, does not take."""
-        self.task.check(y, samples, values=values)
-        for part in self._choosy:
-            part.check_target(y)
-
-    def _choosy_parts(self) -> tuple[Part, ...]:
-        """Parts that do not take every target the network's task does."""
-        return tuple(
-            part
-            for part in parts_of(self.auxiliary)
-            if type(part).check_target is not Part.check_target
-            and not (isinstance(part, Head) and part.settings.task is self.task)
-        )
-
     def extra_repr(self) -> str:
         return f"rule={self.rule!r}, modules={self.num_modules}, module_ends={self.network.ends}"
-
-
-def _tensors(parts: Iterable[nn.Module]) -> Iterator[Tensor]:
-    """Parameters and buffers, each once."""
-    seen: set[int] = set()
-    for part in parts:
-        for tensor in (*part.parameters(), *part.buffers()):
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield tensor
 
 
 _BACKPROPAGATION = (
@@ -555,103 +417,3 @@ _BACKPROPAGATION = (
     "networks are not trained and all activations are kept. For local learning call net(x, y) and out.loss.backward(), "
     "or LocalStep; if backpropagation is meant, train net.primary"
 )
-
-
-def _warn_once(warned: set[str], about: str, message: str) -> None:
-    if about not in warned:
-        warned.add(about)
-        warnings.warn(message, stacklevel=3)
-
-
-def _recompute_per_module(recompute: Recompute | Sequence[Recompute], modules: int) -> tuple[Recompute, ...]:
-    chosen = (recompute,) * modules if isinstance(recompute, str) else tuple(recompute)
-    if len(chosen) != modules or any(choice not in RECOMPUTE for choice in chosen):
-        raise ValueError(
-            f"recompute is one of {', '.join(RECOMPUTE)}, or a sequence with one of these for each of the {modules} "
-            f"local modules; got {recompute!r}"
-        )
-    return chosen
-
-
-def _what_is_learned(
-    num_classes: int | None,
-    task: Task | None,
-    criterion: Callable[[Tensor, Tensor], Tensor] | None,
-    outputs: int | None,
-    label_smoothing: float,
-    ignore_index: int,
-) -> Task:
-    given = [
-        name
-        for name, value in (("num_classes", num_classes), ("task", task), ("criterion", criterion))
-        if value is not None
-    ]
-    if len(given) != 1:
-        raise ValueError(
-            "say what is learned by one of num_classes=N, task=Regression(...) or another task, and criterion=function "
-            f"with outputs=N; got {' and '.join(given) if given else 'none of them'}"
-        )
-    if (outputs is not None) != (criterion is not None):
-        raise ValueError("criterion=function goes with outputs=N, the numbers that the network puts out per sample")
-    if num_classes is not None:
-        return Classification(num_classes, label_smoothing=label_smoothing, ignore_index=ignore_index)
-    if label_smoothing != 0.0 or ignore_index != -100:
-        raise ValueError(
-            f"label_smoothing and ignore_index belong to num_classes=N; say them in the {given[0]} itself, such as "
-            "task=Classification(N, label_smoothing=0.1)"
-        )
-    if criterion is not None:
-        assert outputs is not None
-        return Criterion(criterion, outputs)
-    if not isinstance(task, Task):
-        raise TypeError(f"task must be a task such as Classification(10) or Regression(1), got {task!r}")
-    return task
-
-
-def _example(layers: nn.Sequential, input_shape: Sequence[int] | None, example_input: Tensor | None) -> Tensor:
-    """One input, ``(1, ...)``, on the network's device and, if it is floating point, in its dtype."""
-    if (input_shape is None) == (example_input is None):
-        raise ValueError("pass either input_shape, such as (3, 32, 32), or example_input, a tensor (1, *input_shape)")
-    if example_input is None:
-        try:
-            shape = tuple(operator.index(size) for size in cast("Sequence[int]", input_shape))
-        except TypeError:
-            shape = ()
-        if not shape or min(shape) < 1:
-            raise ValueError(
-                "input_shape is the shape of one input without the batch dimension, such as (3, 32, 32) of images or "
-                f"(12,) of vectors; got {input_shape!r}"
-            )
-        return probe_input(layers, shape)
-    if not isinstance(example_input, Tensor) or example_input.dim() < 2 or len(example_input) < 1:
-        found = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
-        raise ValueError(f"example_input must be a tensor (1, *input_shape) with the batch first, got {found}")
-    if example_input.is_complex():
-        raise TypeError(f"example_input must be floating point, or integers such as tokens; got {example_input.dtype}")
-    template = probe_input(layers, (), 0)
-    example = example_input[:1].detach().to(template.device)
-    return example.to(template.dtype) if example.is_floating_point() else example
-
-
-class InferenceNetwork(nn.Module):
-    """The primary network with its context encoders, for inference: ``(N, *input_shape) -> (N, outputs)``."""
-
-    def __init__(self, primary: nn.Sequential, modules: Sequence[LocalModule], context: nn.ModuleDict) -> None:
-        super().__init__()
-        self.primary = primary
-        self.context = context
-        self._plain = tuple(replace(m, groups=(), context=None, auxiliary=None, recompute="none") for m in modules)
-        self._lengths = tuple(len(module.layers) for module in modules)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Children are looked up at each call: one may have been replaced, to be quantised for example.
-        children = list(self.primary)
-        modules, start = [], 0
-        for plain, length in zip(self._plain, self._lengths, strict=True):
-            key = str(plain.index)
-            context = cast("ContextSupply", self.context[key]) if key in self.context else None
-            modules.append(
-                replace(plain, groups=(tuple(children[start : start + length]),), context=context, fused=False)
-            )
-            start += length
-        return run_forward(modules, x)

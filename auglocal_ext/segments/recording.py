@@ -1,0 +1,400 @@
+"""A dry run of a model: which submodules it calls, what they return, and which values are used after them.
+
+The model's own ``forward`` runs on fake tensors, on a copy without data, with two batch sizes, so that every size is
+known as ``a + b N``. A dispatch mode notes each operator. A tensor is *data* if the model's input, or a random number,
+went into it. Position numbers, masks and tables that depend on no input are not data: a segment makes them itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.flop_counter import flop_registry
+
+_BATCHES = (2, 3)
+_CHECKPOINT = CheckpointFunction.forward.__code__.co_filename
+_DEVICE_QUERY = torch.ops.prim.device.default
+#: What a skipped call may return beside tensors.
+_PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.Size)
+#: Under this key a module's ``__dict__`` has what ``module(...)`` runs in place of its forward and hooks.
+SLOT = "_compiled_call_impl"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The size ``fixed + each * N`` for a batch of N."""
+
+    fixed: int
+    each: int
+
+    def at(self, batch: int) -> int:
+        return self.fixed + self.each * batch
+
+
+@dataclass(frozen=True)
+class Form:
+    """A tensor's sizes, strides and dtype for any batch size."""
+
+    sizes: tuple[Linear, ...]
+    strides: tuple[Linear, ...]
+    dtype: torch.dtype
+
+    @property
+    def per_sample(self) -> tuple[int, ...] | None:
+        """The shape without the batch; None where the batch is not the first axis, or is in another one too."""
+        first, *rest = self.sizes or (Linear(1, 0),)
+        if (first.fixed, first.each) != (0, 1) or any(size.each for size in rest):
+            return None
+        return tuple(size.fixed for size in rest)
+
+    def meta(self, batch: int, dtype: torch.dtype) -> Tensor:
+        sizes, strides = ([each.at(batch) for each in of] for of in (self.sizes, self.strides))
+        return torch.empty_strided(sizes, strides, dtype=dtype, device="meta")
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a submodule.
+
+    Attributes:
+        name: of the module.
+        nth: which of the module's calls, from 0.
+        parent, children: the calls around it and in it.
+        start, end: operators that had run before and after it.
+        spec, leaves: what it returned; a tensor as a :class:`Form`, an integer that grows with the batch as a
+            :class:`Linear`, anything else as it is.
+        data: whether any of it is data, or it returns no tensor at all: it is skipped where it lies before a segment.
+        outputs: for each leaf the dry run's number of the tensor; -1 for others.
+        checkpointed: whether ``torch.utils.checkpoint`` ran it: "no", "alone", "with others" or "reentrant".
+        opaque: the type of something in its output that no skipped call can return; empty if there is none.
+    """
+
+    name: str
+    nth: int
+    parent: Call | None
+    start: int
+    end: int = -1
+    children: list[Call] = field(default_factory=list)
+    spec: TreeSpec | None = None
+    leaves: list[Any] = field(default_factory=list)
+    data: bool = True
+    outputs: list[int] = field(default_factory=list)
+    checkpointed: str = "no"
+    opaque: str = ""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.name, self.nth
+
+    def walk(self) -> Iterator[Call]:
+        """The calls inside, in the order in which they begin."""
+        for child in self.children:
+            yield child
+            yield from child.walk()
+
+    def ancestors(self) -> Iterator[Call]:
+        call = self.parent
+        while call is not None:
+            yield call
+            call = call.parent
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator of the dry run.
+
+    Attributes:
+        name: without namespace and overload.
+        inputs, outputs: numbers of its tensors.
+        own: the model's parameters and buffers that it takes.
+        meets: those that went into what meets data here.
+        data: whether its outputs are data.
+        caller: innermost module that ran it.
+        flops: of it, for the batch.
+        writes: the model's parameters and buffers that it writes to.
+        mark: whether the dry run itself added it, at the end of a call.
+    """
+
+    name: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    own: frozenset[str]
+    meets: frozenset[str]
+    data: bool
+    caller: str
+    flops: int
+    writes: frozenset[str]
+    mark: bool
+
+
+@dataclass(eq=False)
+class Recording:
+    """What one dry run found.
+
+    Attributes:
+        root: the call of the model itself.
+        operators: in the order in which they ran.
+        data: numbers of the tensors that are data; 0 is the model's input.
+        output: number of the tensor that is learned from.
+        input: form of the model's input.
+    """
+
+    root: Call
+    operators: list[Operator]
+    data: set[int]
+    output: int
+    input: Form
+
+
+class _Trace(TorchDispatchMode):
+    """Numbers every tensor of a run and notes its operators."""
+
+    def __init__(self, own: dict[int, str]) -> None:
+        super().__init__()
+        self.operators: list[Operator] = []
+        self.data: set[int] = set()
+        self.caller = ""
+        self.marking = False
+        self._own = own
+        self._numbers: dict[int, int] = {}
+        self._kept: list[Tensor] = []  # so that no id is used twice
+        self._sources: dict[int, frozenset[str]] = {}
+        self._shared: dict[int, list[int]] = {}  # by storage, the tensors over it
+
+    def number(self, tensor: Tensor) -> int:
+        if id(tensor) not in self._numbers:
+            self._numbers[id(tensor)] = len(self._kept)
+            self._kept.append(tensor)
+            if (storage := _storage(tensor)) is not None:
+                self._shared.setdefault(storage, []).append(self._numbers[id(tensor)])
+        return self._numbers[id(tensor)]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is _DEVICE_QUERY:
+            return out
+        inputs = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+        own = frozenset(self._own[id(each)] for each in inputs if id(each) in self._own)
+        taken = [self.number(each) for each in inputs if id(each) not in self._own]
+        made = [each for each in tree_flatten(out)[0] if isinstance(each, Tensor) and id(each) not in self._own]
+        numbers = [self.number(each) for each in made]
+        writes: frozenset[str] = frozenset()
+        if func._schema.is_mutable:  # a write is seen by every tensor over the same memory
+            written = list(_written(func, args, kwargs))
+            writes = frozenset(self._own[id(each)] for each in written if id(each) in self._own)
+            for each in (*made, *written):
+                if id(each) not in self._own and (storage := _storage(each)) is not None:
+                    numbers += self._shared.get(storage, [])
+        meets = own.union(*(self._sources.get(number, frozenset()) for number in taken))
+        data = any(number in self.data for number in taken) or torch.Tag.nondeterministic_seeded in func.tags
+        if data:
+            self.data.update(numbers)
+        else:
+            for number in numbers:
+                self._sources[number] = meets | self._sources.get(number, frozenset())
+        formula = flop_registry.get(getattr(func, "_overloadpacket", None))
+        self.operators.append(
+            Operator(
+                func._schema.name.partition("::")[2],
+                tuple(dict.fromkeys(taken)),
+                tuple(dict.fromkeys(numbers)),
+                own,
+                meets if data else frozenset(),
+                data,
+                self.caller,
+                0 if formula is None else int(formula(*args, **kwargs, out_val=out)),
+                writes,
+                self.marking,
+            )
+        )
+        return out
+
+
+def _storage(tensor: Tensor) -> int | None:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse
+        return None
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = kwargs.get(argument.name, args[place] if place < len(args) else None)
+            yield from (each for each in tree_flatten(value)[0] if isinstance(each, Tensor))
+
+
+class _Calls:
+    """Notes the calls of a model's submodules while it runs."""
+
+    def __init__(self, model: nn.Module, trace: _Trace) -> None:
+        self._trace = trace
+        self._counts: dict[str, int] = {}
+        self._now: Call | None = None
+        self.root: Call | None = None
+        for name, module in model.named_modules():
+            module.__dict__[SLOT] = self._noting(name, module)
+
+    def _noting(self, name: str, module: nn.Module) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            outer, trace = self._now, self._trace
+            nth = self._counts.get(name, 0)
+            self._counts[name] = nth + 1
+            this = Call(name, nth, outer, len(trace.operators), checkpointed=_checkpointed())
+            self._now, trace.caller = this, name
+            try:
+                return self._end(this, module._call_impl(*args, **kwargs))
+            finally:
+                self._now, trace.caller = outer, "" if outer is None else outer.name
+
+        return call
+
+    def _end(self, call: Call, out: Any) -> Any:
+        leaves, call.spec = tree_flatten(out)
+        self._trace.caller, self._trace.marking = call.name, True
+        # A fresh tensor, so that a module that returns its input is told apart from that input.
+        leaves = [torch.ops.aten.alias(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._trace.marking = False
+        call.end = len(self._trace.operators)
+        call.leaves = leaves
+        call.outputs = [self._trace.number(leaf) if isinstance(leaf, Tensor) else -1 for leaf in leaves]
+        tensors = [number for number in call.outputs if number >= 0]
+        call.data = not tensors or any(number in self._trace.data for number in tensors)
+        odd = [leaf for leaf in leaves if not isinstance(leaf, (Tensor, *_PLAIN))]
+        call.opaque = type(odd[0]).__name__ if odd else ""
+        if call.parent is None:
+            self.root = call
+        else:
+            call.parent.children.append(call)
+        return tree_unflatten(leaves, call.spec)
+
+
+def _checkpointed() -> str:
+    """Whether ``torch.utils.checkpoint`` runs the call, between it and the call around it."""
+    frame = sys._getframe(2)  # nn.Module's __call__
+    depth = 0
+    while frame is not None and frame.f_code.co_filename != __file__:
+        if frame.f_code.co_filename == _CHECKPOINT:
+            if frame.f_code.co_name == "forward":  # of the autograd function
+                return "reentrant"
+            return "alone" if depth == 1 else "with others"
+        frame = frame.f_back  # type: ignore[assignment]
+        depth += 1
+    return "no"
+
+
+def _fake_tensors(model: nn.Module) -> dict[int, Tensor]:
+    """By ``id``, a fake tensor of the same form for each that the model holds; to be made under a fake tensor mode."""
+    found = [*model.parameters(), *model.buffers()]
+    for module in model.modules():  # and what is neither, but hangs on a module
+        found += [value for value in vars(module).values() if isinstance(value, Tensor)]
+    return {id(tensor): _fake(tensor) for tensor in found}
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+    return fake.requires_grad_(tensor.requires_grad)
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def record(model: nn.Module, example: Tensor, training: bool, output: str | int | None) -> Recording:
+    """What ``model`` does with a batch like ``example`` ``(1, ...)``, in training or in eval mode.
+
+    Raises:
+        ValueError: if the model does not run on fake tensors, does other things for another batch size, or returns
+            nothing that ``output`` picks.
+    """
+    runs = [_run(model, example, training, batch, output) for batch in _BATCHES]
+    (first, _), (second, _) = runs
+    calls = [[run.root, *run.root.walk()] for run in (first, second)]
+    if [call.key for call in calls[0]] != [call.key for call in calls[1]]:
+        raise ValueError(f"{type(model).__name__} calls other modules for another batch size")
+    for one, two in zip(*calls, strict=True):
+        one.leaves = [_form(a, b) for a, b in zip(one.leaves, two.leaves, strict=True)]
+    first.input = _form(runs[0][1], runs[1][1])
+    return first
+
+
+def _form(one: Any, two: Any) -> Any:
+    """What a leaf is for any batch size, by its two values."""
+    if isinstance(one, Tensor):
+        sizes = tuple(map(_linear, one.shape, two.shape))
+        return Form(sizes, tuple(map(_linear, one.stride(), two.stride())), one.dtype)
+    if type(one) is int and one != two:
+        return _linear(one, two)
+    return one
+
+
+def _linear(one: int, two: int) -> Linear:
+    each = (int(two) - int(one)) // (_BATCHES[1] - _BATCHES[0])
+    return Linear(int(one) - each * _BATCHES[0], each)
+
+
+def _run(
+    model: nn.Module, example: Tensor, training: bool, batch: int, output: str | int | None
+) -> tuple[Recording, Tensor]:
+    mode = detect_fake_mode(list(model.parameters())) or FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.no_grad(), _uncompiled():
+        copied = copy.deepcopy(model, dict(_fake_tensors(model)))
+        if training != copied.training:
+            copied.train(training)
+        named = (*copied.named_parameters(), *copied.named_buffers())
+        trace = _Trace({id(tensor): name for name, tensor in named})
+        calls = _Calls(copied, trace)
+        x = torch.empty(batch, *example.shape[1:], dtype=example.dtype, device=example.device)
+        trace.data.add(trace.number(x))
+        try:
+            with trace, sdpa_kernel(SDPBackend.MATH):  # of which every product is counted
+                out = copied(x)
+        except Exception as error:
+            raise ValueError(
+                f"a dry run of {type(model).__name__} on fake tensors of shape {tuple(x.shape)} in {x.dtype}, in "
+                f"{'training' if training else 'eval'} mode, failed: {type(error).__name__}: {error}"
+            ) from error
+        picked = picked_output(out, output)
+        assert calls.root is not None
+        form = Form((), (), x.dtype)
+        return Recording(calls.root, trace.operators, trace.data, trace.number(picked), form), x
+
+
+def picked_output(out: Any, output: str | int | None) -> Tensor:
+    """The tensor that is learned from: what a model returns, or what ``output`` picks of it.
+
+    Raises:
+        ValueError: where that is no tensor.
+    """
+    if isinstance(out, Tensor):
+        return out
+    found = None
+    if isinstance(output, str):
+        found = out.get(output) if isinstance(out, dict) else getattr(out, output, None)
+    elif isinstance(output, int) and isinstance(out, (tuple, list)) and output < len(out):
+        found = out[output]
+    if not isinstance(found, Tensor):
+        fields = list(out) if isinstance(out, dict) else getattr(out, "_fields", range(len(out or ())))
+        raise ValueError(
+            f"the model returns {type(out).__name__}, of which output={output!r} is no tensor: say what is learned "
+            f"from, such as output={next(iter(fields), 'logits')!r}"
+        )
+    return found

@@ -1,0 +1,376 @@
+"""``Segment``: the part of a model's own forward between two boundaries, as a module that runs alone.
+
+A call runs the model's ``forward``. Submodules that finish before the segment return ghosts at once; the one it begins
+behind returns the segment's input; the one it ends behind breaks off the forward with its output. Everything between
+is the model's own code, functional parts, dropout and control flow included. What is changed for the time of a call is
+one entry in the ``__dict__`` of each of these submodules, and nothing stays behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import get_ident
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..nn import FusedSequential, eager_type, run_chain
+from .boundaries import Boundary, Passage
+from .ghost import CrossingError, Ghost
+from .recording import SLOT, Call, Form, Linear, picked_output
+
+#: Models of which a segment runs, by ``id``.
+_RUNNING: set[int] = set()
+
+
+class _Reached(BaseException):  # no Exception, which a model might catch
+    """The end of a segment, with its output."""
+
+    def __init__(self, out: Any) -> None:
+        super().__init__()
+        self.out = out
+
+
+@dataclass(frozen=True)
+class _Children:
+    """Those children of a partly run ``nn.Sequential`` that belong to a segment.
+
+    Attributes:
+        start, stop: they are ``start .. stop - 1``.
+        given: whether the segment begins right before the first of them.
+        ends: whether it ends behind the last.
+    """
+
+    start: int
+    stop: int
+    given: bool
+    ends: bool
+
+
+@dataclass(frozen=True)
+class _Action:
+    """What one call of a submodule does while a segment runs.
+
+    Attributes:
+        does: "run": as always; "skip": returns ghosts; "give": returns the segment's input; "stop": runs, and ends the
+            segment.
+        call: as recorded.
+        leaf: which leaf of its output crosses the boundary.
+        children: what it runs of an ``nn.Sequential``; None: all.
+    """
+
+    does: Literal["run", "skip", "give", "stop"]
+    call: Call
+    leaf: int = 0
+    children: _Children | None = None
+
+    @property
+    def as_always(self) -> bool:
+        return self.does == "run" and self.children is None
+
+
+class _Script:
+    """What each submodule does in a segment, call by call, in one mode of the model; never changed once made."""
+
+    def __init__(self, model: nn.Module, passage: Passage, ends: tuple[Any, Any], training: bool) -> None:
+        self.actions: dict[str, list[_Action]] = {}
+        #: Names of the outermost submodules that run from beginning to end.
+        self.whole: list[str] = []
+        recording = passage.recordings[training]
+        self.first, self.last = (None if key is None else passage.call(key, training) for key in ends)
+        leaves = passage.leaves[training]
+        self.leaves = tuple(0 if call is None else leaves[call.key] for call in (self.first, self.last))
+        self.input = recording.input
+        self._begun, self._done = self.first is None, False
+        self._partly(model, recording.root, "run")
+        skipping = {name for name, does in self.actions.items() if not all(each.as_always for each in does)}
+        self.actions = {name: does for name, does in self.actions.items() if name in skipping}
+
+    def __deepcopy__(self, memo: Any) -> _Script:
+        return self
+
+    def _add(self, action: _Action) -> None:
+        self.actions.setdefault(action.call.name, []).append(action)
+
+    def _child(self, model: nn.Module, child: Call, contained: bool) -> None:
+        """Adds what a call does that a partly run one makes; ``contained``: a container breaks off behind the last."""
+        begins_inside = not self._begun and self.first is not None and child in self.first.ancestors()
+        ends_inside = self.last is not None and child in self.last.ancestors()
+        does: Literal["run", "stop"] = "stop" if child is self.last and not contained else "run"
+        if child is self.first:
+            self._add(_Action("give", child, self.leaves[0]))
+            self._begun = True
+        elif begins_inside or ends_inside:
+            self._partly(model, child, does)
+        elif not self._begun and child.data:
+            self._add(_Action("skip", child))
+        else:
+            if self._begun:
+                self.whole.append(child.name)
+            self._entirely(child, does)
+        self._done = self._done or child is self.last
+
+    def _entirely(self, call: Call, does: Literal["run", "stop"]) -> None:
+        self._add(_Action(does, call, self.leaves[1]))
+        for inside in call.walk():
+            self._add(_Action("run", inside))
+
+    def _partly(self, model: nn.Module, call: Call, does: Literal["run", "stop"]) -> None:
+        children = self._children(model, call)
+        self._add(_Action(does, call, self.leaves[1], children))
+        inside = call.children
+        if children is not None:
+            self._begun = self._begun or children.given
+            inside = inside[children.start : children.stop]
+        for child in inside:
+            if self._done:
+                return
+            self._child(model, child, children is not None)
+
+    def _children(self, model: nn.Module, call: Call) -> _Children | None:
+        """Which children a partly run ``nn.Sequential`` calls; None for other modules."""
+        module = model.get_submodule(call.name)
+        if not isinstance(module, nn.Sequential) or eager_type(module).forward is not nn.Sequential.forward:
+            return None
+        called = [model.get_submodule(child.name) for child in call.children]
+        if len(called) != len(module) or any(a is not b for a, b in zip(called, module, strict=True)):
+            return None
+        first = None if self.first is None else (self.first, *self.first.ancestors())
+        last = () if self.last is None else (self.last, *self.last.ancestors())
+        start, stop, given = 0, len(called), False
+        if not self._begun and first is not None:
+            start = next(i for i, child in enumerate(call.children) if child in first)
+            given = call.children[start] is self.first
+        ending = [i for i, child in enumerate(call.children) if child in last]
+        if ending and call is not self.last:
+            stop = ending[0] + 1
+        ends = bool(ending) and call.children[ending[0]] is self.last and not (given and ending[0] == start)
+        return _Children(start + given, stop, given, ends)
+
+
+class Segment(nn.Module):
+    """The part of ``model.forward`` behind boundary ``first`` and up to ``last``; None is its beginning, or its end.
+
+    ``(N, *shape) -> (N, *shape)``. Its parameters and buffers are those that are used in it, under the names that they
+    have in the model, and its modules are those that it runs. The model is left as it is.
+
+    Args:
+        model: whose forward is run; not copied.
+        passage: what was found of the model.
+        own: names of the segment's parameters and buffers.
+        shared: those of them that other segments use too; they stay where they are if the segment is moved.
+
+    Raises:
+        CrossingError: when called, if the output depends on something that was skipped.
+        RuntimeError: when called, if the model calls other submodules than in the dry run, or if it runs already.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        passage: Passage,
+        first: Boundary | None,
+        last: Boundary | None,
+        own: tuple[str, ...],
+        shared: frozenset[str] = frozenset(),
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.first, self.last = first, last
+        self.passage = passage
+        self._own = tuple(name.rpartition(".") for name in own)
+        self._shared = shared
+        ends = (None if first is None else first.key, None if last is None else last.key)
+        self._scripts = tuple(_Script(model, passage, ends, training) for training in (False, True))
+        self.shape = passage.input_shape if first is None else first.shape
+
+    @property
+    def whole(self) -> tuple[nn.Module, ...]:
+        """The outermost submodules that run from beginning to end, in order."""
+        return tuple(self.model.get_submodule(name) for name in dict.fromkeys(self._scripts[1].whole))
+
+    @property
+    def chained(self) -> bool:
+        """Whether it calls :attr:`whole` one after another and does nothing else."""
+        return self.passage.chained(self.first, self.last)
+
+    def __repr__(self) -> str:
+        return f"Segment({self.first or 'input'} .. {self.last or 'output'})"
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.shape is not None and tuple(h.shape[1:]) != self.shape:
+            raise ValueError(f"{self!r} takes (N, {', '.join(map(str, self.shape))}), got {tuple(h.shape)}")
+        script = self._scripts[self.model.training]
+        run = _Run(self.model, script, h)
+        with run.patched():
+            try:
+                out = self.model(h if self.first is None else run.ghost(script.input))
+            except _Reached as reached:
+                out, reached.out = reached.out, None
+                reached.__traceback__ = None  # whose frames hold activations
+                run.check()
+            else:
+                if self.last is not None:
+                    raise run.differs(f"{self.last} was not reached")
+                run.check()
+                out = picked_output(out, self.passage.output)
+        if isinstance(out, Ghost):
+            raise CrossingError(f"the output of {self!r} depends on something before it that its input does not carry")
+        return cast("Tensor", out)
+
+    def _tensors(self) -> Iterator[tuple[str, nn.Module, str]]:
+        for path, dot, key in self._own:
+            yield path + dot + key, self.model.get_submodule(path), key
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
+        start = prefix + ("." if prefix else "") + "model."
+        for name, owner, key in self._tensors():
+            if (parameter := owner._parameters.get(key)) is not None:
+                yield start + name, parameter
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
+        start = prefix + ("." if prefix else "") + "model."
+        for name, owner, key in self._tensors():
+            if (buffer := owner._buffers.get(key)) is not None:
+                yield start + name, buffer
+
+    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+        memo = set() if memo is None else memo
+        if self not in memo:
+            memo.add(self)
+            yield prefix, self
+            start = prefix + ("." if prefix else "") + "model."
+            for name in dict.fromkeys(self._scripts[1].whole):
+                yield from self.model.get_submodule(name).named_modules(memo, start + name, remove_duplicate)
+
+    @torch.no_grad()
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Segment:
+        """Converts the segment's own tensors, under every name that they have in the model."""
+        made: dict[int, Tensor] = {}
+        for name, owner, key in self._tensors():
+            tensor = owner._parameters.get(key) if key in owner._parameters else owner._buffers.get(key)
+            if tensor is None or name in self._shared:
+                continue
+            new = fn(tensor)
+            made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+        for module in self.model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for key, tensor in tensors.items():
+                    if tensor is not None and id(tensor) in made:
+                        tensors[key] = made[id(tensor)]  # type: ignore[assignment]
+        return self
+
+
+class _Run:
+    """One call of a segment."""
+
+    def __init__(self, model: nn.Module, script: _Script, h: Tensor) -> None:
+        self._model = model
+        self._script = script
+        self._h = h
+        self._thread = get_ident()
+        self._left = {name: iter(actions) for name, actions in script.actions.items()}
+        recorded = script.input if script.first is None else script.first.leaves[script.leaves[0]]
+        self._recorded: torch.dtype = recorded.dtype
+
+    def ghost(self, form: Form) -> Ghost:
+        # Converted models and autocast hand on another dtype than the dry run did.
+        dtype = self._h.dtype if form.dtype == self._recorded else form.dtype
+        return Ghost(form.meta(len(self._h), dtype), self._h.device)
+
+    @contextmanager
+    def patched(self) -> Iterator[None]:
+        if id(self._model) in _RUNNING:
+            raise RuntimeError("a segment of this model runs already: segments run one at a time")
+        _RUNNING.add(id(self._model))
+        before: list[tuple[nn.Module, Any]] = []
+        try:
+            for name in self._script.actions:
+                module = self._model.get_submodule(name)
+                before.append((module, module.__dict__.get(SLOT)))
+                module.__dict__[SLOT] = self._patch(name, module, module.__dict__.get(SLOT))
+            yield
+        finally:
+            for module, slot in before:
+                if slot is None:
+                    module.__dict__.pop(SLOT, None)
+                else:
+                    module.__dict__[SLOT] = slot
+            _RUNNING.discard(id(self._model))
+
+    def _patch(self, name: str, module: nn.Module, compiled: Any) -> Callable[..., Any]:
+        as_always = module._call_impl if compiled is None else compiled
+        left = self._left[name]
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if get_ident() != self._thread:
+                return as_always(*args, **kwargs)
+            action = next(left, None)
+            if action is None:
+                raise self.differs(f"{name} was called once more")
+            if action.does in ("skip", "give"):
+                return self._returned(action)
+            if action.children is None:
+                out = as_always(*args, **kwargs)
+            else:
+                out = self._of_children(cast("nn.Sequential", module), action, args, kwargs)
+            if action.does == "stop":
+                raise _Reached(tree_flatten(out)[0][action.leaf])
+            return out
+
+        return call
+
+    def _returned(self, action: _Action) -> Any:
+        """What a skipped call returns; for the one that a segment begins behind with the segment's input in it."""
+        call = action.call
+        assert call.spec is not None
+        leaves: list[Any] = []
+        for index, leaf in enumerate(call.leaves):
+            if action.does == "give" and index == action.leaf:
+                leaves.append(self._h)
+            elif isinstance(leaf, Form):
+                leaves.append(self.ghost(leaf))
+            else:
+                leaves.append(leaf.at(len(self._h)) if isinstance(leaf, Linear) else leaf)
+        return tree_unflatten(leaves, call.spec)
+
+    def _of_children(self, module: nn.Sequential, action: _Action, args: Any, kwargs: Any) -> Any:
+        which = action.children
+        assert which is not None
+
+        def forward(x: Tensor) -> Tensor:
+            if which.given:
+                x = self._h
+            elif which.start > 0:
+                x = self._returned(_Action("skip", action.call.children[which.start - 1]))
+            children = list(module)[which.start : which.stop]
+            if isinstance(module, FusedSequential):
+                x = run_chain(children, x)
+            else:
+                for child in children:
+                    x = child(x)
+            if which.ends:
+                raise _Reached(x)
+            return x
+
+        module.__dict__["forward"] = forward
+        try:
+            return module._call_impl(*args, **kwargs)
+        finally:
+            del module.__dict__["forward"]
+
+    def check(self) -> None:
+        """RuntimeError if a call of the dry run did not happen."""
+        for name, left in self._left.items():
+            if next(left, None) is not None:
+                raise self.differs(f"{name} was called less often")
+
+    def differs(self, what: str) -> RuntimeError:
+        return RuntimeError(
+            f"{type(self._model).__name__} called other submodules than when it was cut: {what}. A forward whose calls "
+            "depend on values, or on random numbers, cannot be run in segments"
+        )
