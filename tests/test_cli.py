@@ -250,7 +250,7 @@ def test_without_a_command_it_says_what_there_is(capsys):
     assert main([]) == 0
     said = capsys.readouterr()
     lines = said.out.splitlines()
-    assert len(lines) == 10 and max(map(len, lines)) <= 80 and said.err == ""
+    assert len(lines) == 12 and max(map(len, lines)) <= 80 and said.err == ""
     for command in ("train", "analyze", "plan", "info"):
         assert any(line.startswith(f"{command} ") for line in lines)
         (example,) = re.findall(rf"python -m auglocal_ext ({command} .*|{command})$", said.out, re.M)

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from .._version import __version__
 
-_COMMANDS = ("train", "analyze", "plan", "info")
+_COMMANDS = ("train", "analyze", "plan", "cuts", "info")
 
 _GUIDE = f"""\
 auglocal_ext {__version__}: train networks module by module, with local losses
@@ -21,6 +21,8 @@ analyze  what the layers of trained networks represent
              python -m auglocal_ext analyze --checkpoint runs/resnet32-auglocal
 plan     the memory of a training step, predicted
              python -m auglocal_ext plan --network resnet110 --batch-size 256
+cuts     where a network can be cut into local modules
+             python -m auglocal_ext cuts --network timm:vit_tiny_patch16_224
 info     versions, devices, and what is missing     python -m auglocal_ext info
 Options: python -m auglocal_ext COMMAND --help. Docs: README.md and docs/."""
 

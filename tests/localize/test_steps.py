@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from pathlib import Path
 
@@ -189,6 +190,16 @@ def test_analyses_read_the_layers_of_the_model():
     assert [f.shape for f in layer_features(net, SHAPE)] == [tuple(out.shape[1:]) for out in outputs]
     assert torch.equal(outputs[-1], net.primary(x))
     assert torch.equal(outputs[1], net.primary.blocks[0](torch.relu(net.primary.norm(net.primary.stem(x)))))
+
+
+def test_the_page_runs():
+    page = (Path(__file__).parents[2] / "docs/wrap-your-own.md").read_text()
+    pytest.importorskip("torchvision")
+    scope = {}
+    exec(re.search(r"```python\n(.*?)```", page, flags=re.S)[1], scope)
+    net, model = scope["net"], scope["model"]
+    net(torch.randn(2, 3, 64, 64), torch.tensor([1, 2])).loss.backward()
+    assert net.num_modules == 4 and net.primary is model
 
 
 def test_built_on_meta_and_given_values_later():

@@ -1,0 +1,99 @@
+"""``python -m auglocal_ext cuts``: where a network can be cut into local modules, and why not elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from typing import Any
+
+from torch import nn
+
+from ..layers import probe_input
+from ..models import check_name, default_input_shape, network_by_name
+from ..models.named import LIBRARIES
+from ..segments import Boundary, Passage, find_boundaries
+
+_EPILOG = """
+FLOPs are those of convolutions and matrix products, for one sample, forward, since the cut before. The network runs on
+fake tensors; no image is needed. localize(model, rule, modules=[NAME, ...]) cuts behind the submodules named.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds ``cuts``."""
+    parser = subparsers.add_parser(
+        "cuts",
+        usage="python -m auglocal_ext cuts --network NAME [options]",
+        help="list where a network can be cut into local modules",
+        description="List the submodules behind which exactly one tensor is needed later, so that a network can be cut "
+        "there.",
+        epilog=_EPILOG,
+    )
+    add = parser.add_argument
+    add(
+        "--network",
+        required=True,
+        metavar="NAME",
+        help="as for train, or MODULE:FUNCTION: a function without arguments that makes the network",
+    )
+    add("--input-shape", type=int, nargs="+", metavar="N", help="of one sample (default: what it was designed for)")
+    add("--output", metavar="NAME", help="what is learned from, of a network that returns more than one tensor")
+    add("--all", action="store_true", help="also list where it cannot be cut, with what crosses there")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the table; 1 with a message for a network that cannot be made or run."""
+    try:
+        print(_table(arguments))
+    except (TypeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _table(arguments: argparse.Namespace) -> str:
+    name = arguments.network
+    network, shape = _made(name, arguments.input_shape)
+    passage = find_boundaries(network, probe_input(network, shape), arguments.output)
+    lines = as_text(passage, refused=arguments.all)
+    where = f"{len(passage.boundaries)} of {len(passage.boundaries) + len(passage.refused)} places"
+    return f"{name} on {' x '.join(map(str, shape))}: it can be cut at {where}\n{lines}"
+
+
+def _made(name: str, shape: list[int] | None) -> tuple[nn.Module, tuple[int, ...]]:
+    path, _, function = name.partition(":")
+    if not function or path in LIBRARIES:
+        check_name(name)
+        size = shape[-1] if shape is not None and len(shape) == 3 else None
+        return network_by_name(name, image_size=size), tuple(shape or default_input_shape(name))
+    if shape is None:
+        raise ValueError(f"--input-shape is missing: the shape of one input of {name}, such as 3 32 32")
+    try:
+        made = getattr(importlib.import_module(path), function)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--network {name}: {error}") from error
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"{name} returns {type(made).__name__}, which is no module")
+    return made, tuple(shape)
+
+
+def as_text(passage: Passage, refused: bool = False) -> str:
+    """The boundaries as a table; with ``refused`` also where the model cannot be cut."""
+    rows = [("behind", "shape", "bytes per sample", "FLOPs")]
+    rows += [(str(each), _shape(each), f"{each.bytes:,}", _flops(each.flops)) for each in passage.boundaries]
+    rows.append(("(the output)", "", "", _flops(passage.tail_flops)))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip() for a, b, c, d in rows]
+    if refused:
+        lines += ["", "not behind"]
+        lines += [f"{each}: {each.refused}" for each in passage.refused]
+    return "\n".join(lines)
+
+
+def _shape(boundary: Boundary) -> str:
+    return " x ".join(map(str, boundary.shape or ()))
+
+
+def _flops(count: int) -> str:
+    return f"{count / 1e6:,.1f} M"
