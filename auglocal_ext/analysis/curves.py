@@ -30,7 +30,7 @@ class ModuleScore:
 
 
 def module_scores(
-    network: LocalSequential | nn.Sequential, batches: Iterable[tuple[Tensor, Tensor]], *, bars: bool = False
+    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, bars: bool = False
 ) -> list[ModuleScore]:
     """Mean local loss and accuracy of every local module through its own auxiliary network.
 
@@ -71,7 +71,7 @@ def module_scores(
     ]
 
 
-def _result(network: LocalSequential | nn.Sequential, images: Tensor, labels: Tensor) -> StepResult:
+def _result(network: nn.Module, images: Tensor, labels: Tensor) -> StepResult:
     if isinstance(network, LocalSequential):
         out, task = network(images, labels), network.task
         counts = out.module_counts if task.metric == "accuracy" else torch.full_like(out.module_losses, -1)

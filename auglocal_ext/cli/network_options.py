@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..models import NAMES
+from ..models import NAMES, check_name
 from ..training.rule_options import OPTIONS, help_of
 from ..training.values import reader
 
@@ -18,7 +18,12 @@ def add_network_options(group: Any, rules: Sequence[str]) -> None:
         rules: what ``--rule`` may be.
     """
     add = group.add_argument
-    add("--network", choices=NAMES, metavar="NAME", help=f"{', '.join(NAMES)} (default resnet32)")
+    add(
+        "--network",
+        type=network_name,
+        metavar="NAME",
+        help=f"{', '.join(NAMES)} (default resnet32); torchvision:NAME or timm:NAME, of the networks of these packages",
+    )
     add("--width", type=int, metavar="N", help="width of a CIFAR ResNet's first stage (default 16)")
     add(
         "--rule",
@@ -38,6 +43,15 @@ def add_network_options(group: Any, rules: Sequence[str]) -> None:
         const=False,
         help="torch's own layers instead of fused ones, which save memory (and on a CPU not always time)",
     )
+
+
+def network_name(text: str) -> str:
+    """The name of a network, as argparse reads it."""
+    try:
+        check_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def _typed(kind: Any) -> Callable[[str], Any]:

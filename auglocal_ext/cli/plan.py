@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from ..local_modules import RECOMPUTE
-from ..local_sequential import LocalSequential
-from ..models import build, input_shape
+from ..models import default_input_shape, network_by_name
 from ..rules import Greedy
 from ..step import MemoryPlan, StagePlan, plan_memory, plan_stages
 from ..training import SettingsError, TrainConfig
 from ..training.config import AMP, RULE_OPTIONS, make_rule
+from ..training.networks import cut, task_of
 from .network_options import add_network_options
 
 _EPILOG = """
@@ -39,7 +39,12 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument_group("step").add_argument
     add("--batch-size", type=int, metavar="N", required=True)
     add("--image-size", type=int, metavar="N", help="images of N x N (default: what the network was designed for)")
-    add("--classes", type=int, metavar="N", help="default 10 for CIFAR networks, 1000 for ImageNet ones")
+    add(
+        "--classes",
+        type=int,
+        metavar="N",
+        help="default 10 for CIFAR networks, 1000 for ImageNet ones, 21 for segmentation",
+    )
     add("--amp", choices=tuple(AMP), help="mixed precision (default none)")
     add("--channels-last", action="store_const", const=True, help="store images and activations channels last")
     add(
@@ -90,15 +95,15 @@ def _plan(arguments: argparse.Namespace) -> MemoryPlan | StagePlan:
                 "--recompute peak, --memory-budget and --overlap are for one process: leave them out with --stages, "
                 "--replicas and --shard"
             )
-    layers = build(config.network, num_classes=arguments.classes, width=config.width)
-    shape = input_shape(config.network)
+    task = task_of(config.network, arguments.classes)
+    network = network_by_name(config.network, task.outputs, width=config.width, image_size=config.image_size)
+    shape = default_input_shape(config.network)
     if config.image_size is not None:
         shape = (shape[0], config.image_size, config.image_size)
-    classes = next(p for p in reversed(list(layers.parameters()))).shape[0]
     if rule is None:  # one module, which is backpropagation, on torch's own layers as train runs it
-        net = LocalSequential(layers, Greedy(), classes, shape, 1, fused=False)
+        net = cut(network, Greedy(), task, shape, 1, fused=False)
     else:
-        net = LocalSequential(layers, rule, classes, shape, config.modules, fused=config.fused)
+        net = cut(network, rule, task, shape, config.modules, fused=config.fused)
     if config.channels_last:
         net.to(memory_format=torch.channels_last)
     budgeted = arguments.memory_budget is not None

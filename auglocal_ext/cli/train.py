@@ -92,6 +92,11 @@ def add_parser(subparsers: Any) -> None:
     add_network_options(group, tuple(RULE_OPTIONS))
     add = group.add_argument
     add(
+        "--network-weights",
+        metavar="FILE",
+        help="begin with published weights: a state dict in the format of torch.save or safetensors",
+    )
+    add(
         "--recompute",
         choices=RECOMPUTE_CHOICES,
         help="what runs a second time to save memory (default none); peak: only in the modules that need the most",
@@ -208,7 +213,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> int:
             return _list_recipes() if launch.rank == 0 else 0
         settings = with_recipe(given.get("recipe", "auto"), given)
         network, rule = settings.get("network", TrainConfig.network), settings.get("rule", TrainConfig.rule)
-        settings.setdefault("output", f"runs/{network}-{rule}")
+        settings.setdefault("output", f"runs/{network.replace(':', '-')}-{rule}")
         given["output"] = settings["output"]
         if arguments.config:
             if launch.rank == 0:
@@ -315,7 +320,7 @@ def _config(settings: dict[str, Any], given: dict[str, Any], resume: bool, launc
             given["recipe_file"] = settings["recipe_file"]
         if changed := differences(stored, given):
             raise CheckpointError(f"{path} belongs to a run with other settings:\n  " + "\n  ".join(changed))
-        return from_dict(stored | given)
+        return from_dict(stored | given | {"network_weights": None})  # the checkpoint has the weights
     if "data" not in settings:
         raise SettingsError("--data DIR is missing: the folder with the images")
     refuse_earlier_run(output)  # Trainer.fit would, after the images are loaded

@@ -8,7 +8,7 @@ local layer. ``build(name)`` makes one by name; ``input_shape(name)`` is the ima
 from .blocks import BasicBlock, Bottleneck, conv_bn_relu
 from .catalogue import NAMES, build, input_shape, resnet8, resnet20, resnet32, resnet56, resnet110
 from .fused import FusedBasicBlock, FusedBottleneck
-from .named import check_name, default_classes, default_input_shape, network_by_name
+from .named import check_name, default_classes, default_input_shape, is_segmentation, network_by_name
 from .resnet import resnet18, resnet34, resnet50, resnet101, resnet_cifar
 from .torchvision_weights import from_torchvision
 from .vgg import vgg13, vgg19
@@ -26,6 +26,7 @@ __all__ = [
     "default_input_shape",
     "from_torchvision",
     "input_shape",
+    "is_segmentation",
     "network_by_name",
     "resnet8",
     "resnet18",

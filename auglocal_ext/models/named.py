@@ -17,6 +17,9 @@ from .weights_file import load_published, read_state_dict
 
 LIBRARIES = ("torchvision", "timm")
 
+# Of torchvision's GoogLeNet, Inception and segmentation networks, which are built without them.
+_HEADS_FOR_TRAINING = ("aux1.", "aux2.", "AuxLogits.", "aux_classifier.")
+
 
 def check_name(name: str) -> None:
     """ValueError unless ``name`` is one of ``NAMES``, or begins with ``torchvision:`` or ``timm:``.
@@ -51,7 +54,8 @@ def network_by_name(
         image_size: height and width of the images, for networks made for one size, such as vision transformers.
 
     Returns:
-        An ``nn.Sequential`` for ``NAMES``, else the library's own class.
+        An ``nn.Sequential`` for ``NAMES``, else the library's own class, without the heads that torchvision's networks
+        have for training alone.
 
     Raises:
         ValueError: for an unknown name, a library that is not installed, an option that the network does not have, or
@@ -69,8 +73,8 @@ def network_by_name(
         raise ValueError(f"width applies to this package's CIFAR ResNets, not to {name}")
     elif library == "torchvision":
         network = _of_torchvision(rest, classes, image_size)
-        if state is not None and is_segmentation(name):  # whose published weights have a head for training alone
-            state = {key: value for key, value in state.items() if not key.startswith("aux_classifier.")}
+        if state is not None:
+            state = {key: value for key, value in state.items() if not key.startswith(_HEADS_FOR_TRAINING)}
     else:
         network = _of_timm(rest, classes, image_size)
     if state is not None:
@@ -123,7 +127,7 @@ def _of_torchvision(name: str, num_classes: int, image_size: int | None) -> nn.M
     if "weights_backbone" in inspect.signature(builder).parameters:  # whose default is a download
         options["weights_backbone"] = None
     if name in ("googlenet", "inception_v3"):  # which warn if it is left open
-        options["init_weights"] = True
+        options |= {"init_weights": True, "aux_logits": False}
     if name.startswith("vit_") and image_size is not None:
         options["image_size"] = image_size
     return builder(weights=None, **options)

@@ -59,9 +59,7 @@ def _unpickled(path: str) -> Any:
         raise ValueError(f"weights {path}: expected a state dict saved by torch.save ({reason})") from error
 
 
-def load_published(
-    network: nn.Module, state: Mapping[str, Tensor], classes: int, what: str, *, replaces: bool
-) -> None:
+def load_published(network: nn.Module, state: Mapping[str, Tensor], classes: int, what: str, *, replaces: bool) -> None:
     """Give ``network`` the weights of ``state``.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ..local_modules import RECOMPUTE, Recompute
-from ..models import NAMES
+from ..models import check_name
 from ..rules import Rule
 from . import rule_options
 from .errors import SettingsError
@@ -61,6 +61,8 @@ class TrainConfig(_RuleSettings):
     :class:`auglocal_ext.LocalSequential` has them, ``recompute="peak"``, ``memory_budget`` (such as "0.4GiB"),
     ``graph`` ("auto", "on", "off") and ``overlap`` (None, True, False) as :class:`auglocal_ext.step.LocalStep` has
     them. The rule ``"bp"`` is backpropagation of the same network, eager.
+    ``network`` is a name as :func:`auglocal_ext.models.network_by_name` takes it, and ``network_weights`` a file of the
+    weights to begin with.
     ``schedule`` is ``"published"`` or ``"short"`` (:func:`auglocal_ext.training.schedule.learning_rate`), None for the
     one that goes with ``epochs``: short below 100.
     ``mixup`` and ``cutmix`` are alpha of Beta(alpha, alpha) (:class:`auglocal_ext.training.mixing.MixedBatches`), None
@@ -80,6 +82,7 @@ class TrainConfig(_RuleSettings):
     recipe: str = "auto"
     recipe_file: str | None = None
     network: str = "resnet32"
+    network_weights: str | None = None
     width: int | None = None
     rule: str = "auglocal"
     fused: bool = True
@@ -116,7 +119,10 @@ class TrainConfig(_RuleSettings):
     gather_features: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("network", self.network, NAMES)
+        try:
+            check_name(self.network)
+        except ValueError as error:
+            raise SettingsError(f"--network: {error}") from error
         _one_of("rule", self.rule, RULE_OPTIONS)
         if self.recipe not in ("auto", *DATA_RECIPES):
             raise SettingsError(
@@ -236,6 +242,8 @@ def resolve(config: TrainConfig, dataset: str, streamed: bool) -> TrainConfig:
     recipe = {"schedule": default_schedule(epochs)} | recipe | {"epochs": epochs, "warmup": warmup}
     data = str(Path(config.data).expanduser().resolve())  # a run may be resumed from another folder
     known: dict[str, Any] = {"data": data, "dataset": dataset, "recipe": name, "device": str(device)}
+    if config.network_weights is not None:
+        known["network_weights"] = str(Path(config.network_weights).expanduser().resolve())
     config = replace(config, **known, **_missing(config, recipe))
     return replace(config, **_rule_defaults(config))
 
@@ -319,6 +327,8 @@ def _same(name: str, stored: Any, given: Any) -> bool:
         return rule_options.includes(stored, given)
     if name == "device":  # which of them changes nothing
         return str(stored).partition(":")[0] == str(given).partition(":")[0]
+    if name == "network_weights" and given is not None:
+        given = str(Path(given).expanduser().resolve())
     return stored == (list(given) if isinstance(given, tuple) else given)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..distributed import DisagreementError, Mesh, StepTimes
 from ..local_sequential import LocalSequential
 from ..memory import MemoryMeter
-from ..models import build
+from ..models import network_by_name
 from ..step import GraphCaptureError, LocalStep, MemoryPlan, plan_memory
 from ..step.fake_copy import FakeCopy, fake_mode_of
 from ..step.module_peaks import StepEstimate
@@ -21,6 +21,7 @@ from ..tasks import Classification
 from .config import AMP, GRAPH, TrainConfig, make_rule
 from .errors import CheckpointError, SettingsError
 from .metrics import StepResult
+from .networks import cut
 
 
 class Learner(Protocol):
@@ -89,18 +90,21 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager[object]:
 
 def make_network(
     config: TrainConfig, input_shape: tuple[int, int, int], task: Classification, device: torch.device
-) -> LocalSequential | nn.Sequential:
-    """The network of the resolved ``config`` with fresh weights on ``device``: as it is for backpropagation, cut into
-    local modules for a rule. SettingsError if they do not fit.
+) -> nn.Module:
+    """The network of the resolved ``config`` on ``device``, with fresh weights or those of its file: as it is for
+    backpropagation, cut into local modules for a rule. SettingsError if they do not fit.
     """
     rule = make_rule(config)
     try:
-        layers = build(config.network, num_classes=task.num_classes, width=config.width)
-        network: LocalSequential | nn.Sequential = layers
+        network = network_by_name(
+            config.network,
+            task.num_classes,
+            config.network_weights,
+            width=config.width,
+            image_size=input_shape[1] if input_shape[1] == input_shape[2] else None,
+        )
         if rule is not None:
-            network = LocalSequential(
-                layers, rule, task=task, input_shape=input_shape, modules=config.modules, fused=config.fused
-            )
+            network = cut(network, rule, task, input_shape, config.modules, fused=config.fused)
     except (TypeError, ValueError) as error:
         raise SettingsError(str(error)) from error
     network.to(device)
@@ -142,10 +146,12 @@ def _try(network: nn.Module, name: str, input_shape: tuple[int, int, int], devic
     network.eval()
     try:
         with torch.no_grad():
-            network(torch.zeros(1, *input_shape, device=device))
-    except RuntimeError as error:
+            found = network(torch.zeros(1, *input_shape, device=device))
+    except (RuntimeError, AssertionError) as error:  # as vision transformers refuse other sizes
         size = " x ".join(map(str, input_shape[1:]))
         raise SettingsError(f"{name} does not take images of {size}: {error}") from error
+    if not isinstance(found, Tensor) or found.dim() != 2:
+        raise SettingsError(f"{name} does not classify images: its output is no tensor (N, classes)")
 
 
 def sgd(config: TrainConfig, parameters: Any, fused: bool | None = None) -> torch.optim.SGD:

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..local_sequential import LocalSequential
 from ..tasks import Classification
 from . import saving
 from .batches import Batches, make_batches
@@ -27,7 +26,7 @@ class SavedRun:
     Attributes:
         path: the run folder.
         config: its settings, resolved, as they are stored.
-        network: with the trained weights, in eval mode on ``device``; an ``nn.Sequential`` for backpropagation.
+        network: with the trained weights, in eval mode on ``device``; for backpropagation the network itself.
         classes: names of the classes, in the order of the labels.
         input_shape: channels, height, width of an image.
         epochs: how many are finished.
@@ -36,7 +35,7 @@ class SavedRun:
 
     path: Path
     config: TrainConfig
-    network: LocalSequential | nn.Sequential
+    network: nn.Module
     classes: tuple[str, ...]
     input_shape: tuple[int, int, int]
     epochs: int
@@ -152,7 +151,8 @@ def load_run(path: str | Path, device: str = "auto") -> SavedRun:
     classes, shape = tuple(facts["classes"]), tuple(facts["input_shape"])
     try:
         config = from_dict(state["settings"])
-        network = make_network(config, shape, Classification(len(classes)), target)
+        fresh = replace(config, network_weights=None)  # the checkpoint has the weights
+        network = make_network(fresh, shape, Classification(len(classes)), target)
         saving.load_network(file, state, network)
     except (SettingsError, ValueError, RuntimeError) as error:
         reason = "\n".join(str(error).splitlines()[:3])  # torch lists every weight that does not fit

@@ -6,13 +6,13 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..models import input_shape
+from ..models import default_input_shape
 from ..nn import is_sharded
 from ..step import MemoryPlan
 from ..tasks import Classification
@@ -357,6 +357,8 @@ class Trainer:
         """Take up the run in ``config.output``; CheckpointError if it has other settings or data."""
         path = self.team.everyone(saving.find(self.output) or self.output / CHECKPOINT)[0]
         state = saving.read(path)
+        if self.config.network_weights is None:  # the checkpoint has the weights, the settings where they came from
+            self.config = replace(self.config, network_weights=state["settings"].get("network_weights"))
         changed = differences(state["settings"], to_dict(self.config))
         facts = self._data_facts()
         changed += [f"data: {k} was {v!r}, now {facts[k]!r}" for k, v in state["data"].items() if facts[k] != v]
@@ -429,7 +431,7 @@ def load_images(config: TrainConfig, bars: bool) -> ImageArrays | ImageFiles:
         config.data,
         config.dataset,
         image_size=config.image_size,
-        streamed_size=input_shape(config.network)[1],
+        streamed_size=default_input_shape(config.network)[1],
         train_images=config.train_images,
         seed=config.seed,
         workers=config.workers,

@@ -23,7 +23,7 @@ DATA_RECIPES = ("cifar10", "svhn", "stl10", "imagenet")
 #: The sections of a recipe file and the settings in each, with their types; [recipe] says what it is based on.
 SECTIONS: dict[str, dict[str, Any]] = {
     "data": {"data": str, "dataset": str, "image_size": int, "train_images": int, "workers": int},
-    "network": {"network": str, "width": int},
+    "network": {"network": str, "network_weights": str, "width": int},
     "rule": {"rule": str} | {name: option.kind for name, option in OPTIONS.items()},
     "step": {
         "fused": bool,
