@@ -10,33 +10,43 @@ from typing import Any
 import torch.nn.functional as F
 from _backbones import BACKBONES
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.checkpoint import checkpoint
 
-from auglocal_ext import AugLocal, LocalSequential, fuse, models
+from auglocal_ext import AugLocal, Greedy, LocalSequential, fuse, models
 from auglocal_ext.layers import group_children
 from auglocal_ext.local_modules import Recompute
+from auglocal_ext.step.fake_copy import FakeCopy
+from auglocal_ext.training.networks import cut, task_of
 
 BUDGET = 0.5  # activation_memory_budget of the compiled rival, about where the peak is lowest
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def build(network: str) -> nn.Sequential:
-    """A network of ``models.NAMES`` or ``BACKBONES``, or a CIFAR ResNet of any depth: ``"resnet1202"``."""
+def build(network: str) -> nn.Module:
+    """A network by its name (``models.network_by_name``), or a CIFAR ResNet of any depth: ``"resnet1202"``.
+
+    Those of ``BACKBONES`` are ``nn.Sequential``; others of torchvision and timm are what these packages make.
+    """
     if network in BACKBONES:
         return BACKBONES[network]()
     depth = _cifar_depth(network)
-    return models.build(network) if depth is None else models.resnet_cifar(depth)
+    if depth is not None:
+        return models.resnet_cifar(depth)
+    if network in models.NAMES:
+        return models.build(network)
+    with unset_fake_temporarily() as fake:  # other constructors read values, which fake tensors have not
+        net = models.network_by_name(network)
+    return net if fake is None else FakeCopy(net).net
 
 
 def input_shape(network: str) -> tuple[int, int, int]:
-    if network in BACKBONES:
-        return 3, 224, 224
-    return models.input_shape(network) if _cifar_depth(network) is None else (3, 32, 32)
+    return models.default_input_shape(network) if _cifar_depth(network) is None else (3, 32, 32)
 
 
 def num_classes(network: str) -> int:
-    return 10 if input_shape(network)[1] == 32 else 1000
+    return models.default_classes(network) if _cifar_depth(network) is None else 10
 
 
 def _cifar_depth(network: str) -> int | None:
@@ -53,10 +63,16 @@ def backpropagation(network: str, fused: bool = False) -> tuple[nn.Module, Loss]
 
 
 def checkpointing(network: str) -> tuple[nn.Module, Loss]:
-    """Every child but the classifier keeps its input alone and runs again in the backward pass."""
+    """Every child but the classifier keeps its input alone and runs again in the backward pass.
+
+    Of a network that is no ``nn.Sequential`` it is every part between two of its cuts.
+    """
     net = build(network)
-    *blocks, classifier = net
-    random = any(type(part).__name__ == "StochasticDepth" for part in net.modules())
+    if isinstance(net, nn.Sequential):
+        *blocks, classifier = net
+    else:
+        *blocks, classifier = local_of(net, network, Greedy(), None, False).local_modules
+    random = any(type(part).__name__ in ("StochasticDepth", "DropPath") for part in net.modules())
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         for block in blocks:
@@ -80,17 +96,20 @@ def local(
     network: str, rule: Any, modules: int | None, fused: bool, recompute: Recompute = "none"
 ) -> tuple[LocalSequential, Loss]:
     """The network under a rule, cut into ``modules``, or as many layers as it has; None leaves the cuts to the rule."""
-    layers = build(network)
-    net = LocalSequential(
-        layers,
-        rule=rule,
-        num_classes=num_classes(network),
-        input_shape=input_shape(network),
-        modules=None if modules is None else min(modules, len(group_children(layers))),
-        fused=fused,
-        recompute=recompute,
-    )
+    net = local_of(build(network), network, rule, modules, fused)
+    net.recompute = recompute
     return net, lambda x, y: net(x, y).loss
+
+
+def local_of(net: nn.Module, network: str, rule: Any, modules: int | None, fused: bool) -> LocalSequential:
+    """``net``, which is ``network``, under a rule, see :func:`local`."""
+    task, shape = task_of(network, num_classes(network)), input_shape(network)
+    if modules is not None:
+        layers = (
+            len(group_children(net)) if isinstance(net, nn.Sequential) else cut(net, Greedy(), task, shape).num_modules
+        )
+        modules = min(modules, layers)
+    return cut(net, rule, task, shape, modules, fused=fused)
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ from torch import nn
 from tqdm import tqdm
 
 from auglocal_ext import LocalSequential, models
+from auglocal_ext.cli.network_options import network_name
 from auglocal_ext.cost import count_macs, count_parameters, count_training_macs
 from auglocal_ext.memory import PlotRow, estimate_step, measure_step, plot_memory
 
@@ -176,9 +177,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--network",
         nargs="+",
         default=NETWORKS,
-        choices=(*models.NAMES, *BACKBONES),
+        type=network_name,
         metavar="NAME",
-        help=f"{', '.join(models.NAMES)}; of torchvision, with multiply-accumulates: {', '.join(BACKBONES)}",
+        help=f"{', '.join(models.NAMES)}, torchvision:NAME or timm:NAME; MACs are counted of {', '.join(BACKBONES)}",
     )
     parser.add_argument("--batch", type=int, default=1024, help="images per step (default 1024)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
@@ -208,6 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     parser = make_parser()
     options = parser.parse_args(arguments)
+    for network in filter(models.is_segmentation, options.network):
+        parser.error(f"--network {network}: the rows train classifiers")
     if options.batch < 2:
         parser.error(f"--batch is at least 2 (BatchNorm), got {options.batch}")
     if options.device == "cuda" and not torch.cuda.is_available():
