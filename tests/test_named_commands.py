@@ -92,6 +92,8 @@ def test_backpropagation_of_any_network(images, tmp_path, capsys):
     names = ["--network", SMALL, "--output", str(tmp_path / "bp"), "--epochs", "1"]
     assert main([*command, *names]) == 0
     assert type(load_run(tmp_path / "bp").network).__name__ == "SqueezeNet"
+    assert main(["analyze", "--checkpoint", str(tmp_path / "bp"), "--output", str(tmp_path / "analysis")]) == 1
+    assert "train it with --rule greedy --modules 1" in capsys.readouterr().err
     names = ["--network", "torchvision:lraspp_mobilenet_v3_large", "--output", str(tmp_path / "masks")]
     assert main([*command, *names, "--epochs", "1"]) == 1
     assert "does not classify images" in capsys.readouterr().err

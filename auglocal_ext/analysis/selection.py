@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from ..local_sequential import LocalSequential
 from ..training import CheckpointError, ImageArrays, ImageFiles, SavedRun, SettingsError, load_run
 from ..training.batches import Batches
 from ..training.curves import Curves, read_curves
@@ -93,6 +95,12 @@ def select(settings: Settings, bars: bool = True) -> Selection:
     """Load what ``settings`` name, and raise a TrainingError for what cannot be compared or is not there."""
     paths = list(settings.checkpoint) + ([settings.against] if settings.against is not None else [])
     loaded = {path: load_run(path, settings.device) for path in dict.fromkeys(paths)}
+    for path, run in loaded.items():
+        if not isinstance(run.network, LocalSequential | nn.Sequential):
+            raise SettingsError(
+                f"{path}: backpropagation trained {run.config.network} as a whole, whose layers are not known; train "
+                "it with --rule greedy --modules 1, which is backpropagation too"
+            )
     names = _names([loaded[path].path for path in settings.checkpoint], settings.checkpoint)
     runs = {name: loaded[path] for name, path in zip(names, settings.checkpoint, strict=True)}
     reference, reference_run = None, None
