@@ -64,9 +64,9 @@ class LocalizedModel(LocalSequential):
         layers = nn.Sequential()
         for begin, end in zip([None, *ends[:-1]], ends, strict=True):
             layers._modules["output" if end is None else str(end)] = _between(model, self.passage, begin, end)
-        _compare(model, layers, example, output)
         if isinstance(modules, Sequence) and any(isinstance(each, str) for each in modules):
             modules = _named(modules, [end for end in ends if end is not None], len(described.layers), self.passage)
+        _compare(model, layers, example, output)
         self._runs: list[Segment] = []
         cuts = cast("int | Sequence[int] | Balanced | None", modules)
         self._wrap(model, layers, described, rule, what, example, cuts, recompute, fused)
@@ -226,7 +226,9 @@ def _compare(model: nn.Module, layers: nn.Sequential, example: Tensor, output: s
     devices = [x.device] if x.is_cuda else []
     with torch.random.fork_rng(devices), evaluating(model):
         wanted, found = picked_output(model(x), output), layers(x)
-    if not torch.equal(wanted, found) and not torch.equal(wanted.isnan(), found.isnan() & wanted.isnan()):
+    # A GPU's libraries may choose other kernels from call to call.
+    tolerance = 1e-2 if wanted.is_cuda else 0.0
+    if wanted.shape != found.shape or not torch.allclose(wanted, found, tolerance, tolerance, equal_nan=True):
         raise ValueError(
             f"segments of {type(model).__name__} do not give what the model gives: its forward may keep state between "
             "calls, or draw random numbers in eval mode"

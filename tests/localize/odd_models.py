@@ -251,6 +251,16 @@ class Counting(Functional):
         return super().forward(x)
 
 
+class RemembersCalls(Functional):
+    """The second call in Python's eyes is not the first."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
 class Unused(Functional):
     def __init__(self):
         super().__init__()

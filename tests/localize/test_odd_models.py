@@ -81,6 +81,7 @@ REFUSED = {
     "reads values": (odd.ReadsValues, {}, "a dry run of ReadsValues on fake tensors"),
     "noise in two places": (odd.NoiseAcross, {"modules": ["one"]}, "mul in the forward of the model uses later"),
     "buffer of the forward": (odd.Counting, {}, "changes calls before it"),
+    "state of Python": (odd.RemembersCalls, {}, "do not give what the model gives"),
     "reentrant checkpoint": (lambda: odd.Checkpointed(reentrant=True), {}, "use_reentrant=False"),
     "inside a checkpoint": (
         lambda: odd.Checkpointed(together=2),
