@@ -31,7 +31,7 @@ Switch = Literal[True, False, "auto"]
 
 
 class LocalStep:
-    """A whole training step: per local module forward, loss, backward, optimizer step and release.
+    """A training step: forward pass, local loss, backward pass and update, one local module after the other.
 
     ::
 
@@ -40,41 +40,32 @@ class LocalStep:
         for x, y in loader:
             out = step(x, y)
 
-    The weights become those of ``net(x, y).loss.backward(); optimizer.step()``, to the bit for plain SGD on the CPU,
-    because no module's backward reads the parameters of an earlier one. But only one module's gradients exist at a
-    time. On CUDA the step is captured into one graph after some steps and then costs one launch.
+    The weights equal those of ``net(x, y).loss.backward(); optimizer.step()``, bit for bit with plain SGD on a CPU,
+    because no module's backward pass reads the parameters of an earlier one. But only one module's gradients exist at a
+    time, unless ``accumulate`` or ``clip`` needs all of them.
 
-    Call it with the network in training mode, with batches on the network's device. A batch of another shape runs
-    without the graph; the smaller last one of an epoch has its own from the second epoch on. Gradients never appear in
-    ``.grad`` between steps.
+    The network must be in training mode, and batches on its device. On CUDA the step is captured as one graph after a
+    few calls. A batch of another shape runs without the graph; the smaller last batch of an epoch gets a graph of its
+    own from the second epoch on.
 
-    Several processes train one network as ``mesh`` says, with a dimension ``"stage"``, ``"replica"``, or both::
+    Several processes train one network if they pass a ``mesh`` with a dimension ``"replica"``, ``"stage"``, or both::
 
         mesh = init_device_mesh("cuda", (stages, replicas), mesh_dim_names=("stage", "replica"))
         step = LocalStep(net, optimizer, mesh=mesh)
 
-    *Replicas* run the step on parts of a batch. The first one's weights are taken by all. A module's gradients are
-    averaged over the replicas while the next module runs, each replica counting the same, as in
-    DistributedDataParallel; clipping and the loss scaler go by the averaged gradients. BatchNorm sees a replica's part
-    of the batch alone unless ``sync_batch_norm``, losses that compare samples (PredSim, InfoPro's contrast) unless
-    ``gather_features``.
+    Each process returns the losses and counts of its own local modules, on its own part of the batch.
 
-    *Stages* hold a run of local modules each; ``net`` keeps the parameters of its own, and those of others move to the
-    meta device. Every stage is called with the same batches, the first of which is the largest. Features go forward
-    alone, sent before the backward pass begins and received one batch ahead, so a stage is at most two batches ahead of
-    the next. The weights are those of one process, to the bit on the CPU. ``net(x)`` is then :meth:`predict`, and
-    :meth:`close` ends a run.
-
-    With ``delay=D`` stage s trains, in call i, on the batch of call i - s D, from features that the stage before it has
-    made D calls ago. So D batches of features lie between two stages, and a stage that is late for a moment does not
-    stop the next. :meth:`drain` trains on what is in flight. One process that is given ``stage_cuts`` and ``delay``
-    replays such a run, to the bit on the CPU.
-
-    *Shards*: with ``shard=True`` replicas share parameters, gradients and optimizer state instead of each holding all
-    of them, by torch's ``fully_shard``. The parameters of a local module are whole only while it runs, and while the
-    one before it does. ``net.parameters()`` are then DTensors, and other objects than before.
-
-    A process returns the losses and counts of its own part of the batch and its own modules.
+    - *Replicas* split the batch. They start from the weights of the first one and average each module's gradients while
+      the next module runs. All replicas have equal weight, as in DistributedDataParallel.
+    - *Shards* (``shard=True``): replicas share parameters, gradients and optimizer state. A module's parameters are
+      gathered before it runs. ``net.parameters()`` are then ``DTensor`` objects, not the ones from before.
+    - *Stages* split the network. Each holds a run of local modules; the parameters of all others move to the meta
+      device. All stages are called with the same batches, of which the first must be the largest. Weights equal those
+      of one process, bit for bit on a CPU. Use :meth:`predict` in place of ``net(x)``, and call :meth:`close` at the
+      end.
+    - *Delay* (``delay=D``): in call i, stage s trains on the batch of call i - s D, so a stage that is late for a
+      moment does not stop the next one. :meth:`drain` trains on the batches in flight. One process that is given the
+      ``stage_cuts`` and the ``delay`` of such a run replays it, bit for bit on a CPU.
 
     Args:
         net: the network.
@@ -83,8 +74,8 @@ class LocalStep:
         params: parameter groups for ``optimizer``, for example one without weight decay; default all parameters.
         graph: ``"auto"`` captures where it can and records in :attr:`eager_reason` why not; True raises
             :class:`auglocal_ext.step.GraphCaptureError` instead; False never does.
-        overlap: run the backward of module k beside the forward of module k + 1, on two CUDA streams. Up to two
-            modules' activations are then alive. ``"auto"`` is off unless there is a ``memory_budget``.
+        overlap: run the backward pass of module k beside the forward pass of module k + 1, on two CUDA streams. The
+            activations of up to two modules are then alive. ``"auto"`` is off unless there is a ``memory_budget``.
         autocast: None leaves it to a surrounding ``torch.autocast``; ``torch.float16`` makes a ``GradScaler``.
         grad_scaler: a scaler of your own.
         clip_norm: largest 2-norm of gradients.
@@ -96,23 +87,26 @@ class LocalStep:
         memory_budget: bytes, ``"400MB"`` or ``"0.4GiB"``: the least recomputation that fits, by prediction; with
             ``overlap="auto"`` modules overlap if that costs no more. See :func:`auglocal_ext.step.plan_memory`.
         batch_size: images per call, for ``recompute="peak"``, ``memory_budget`` and ``Balanced(by="time")``.
-        sync_batch_norm: BatchNorm takes its statistics over all replicas. Changes the class of the layers, see
-            :func:`auglocal_ext.nn.sync_batch_norm`, and costs a message of 2 C + 1 numbers per layer and pass.
         mesh: a ``DeviceMesh``. Steps of several processes run eagerly, on one stream, and are not planned:
             ``graph=True``, ``overlap=True``, ``recompute="peak"`` and ``memory_budget`` raise. Over stages so do fp16,
             ``clip="global"`` and parameters that stages share.
-        stage_cuts: the first local module of every stage but the first; None, or ``Balanced(by="flops")``, for stages
-            of about equal FLOPs. ``Balanced(by="time")``: the first process measures seven steps on random inputs of
-            ``batch_size`` before the run, on a copy of the network, and all take the cuts that it finds. Its device
-            then holds the whole network twice, with gradients and optimizer state of the copy.
-        check_batches: stages compare the samples they are given, which costs a read of a value per batch. Without it
-            they compare the number of samples, on the CPU alone.
-        gather_features: losses that compare samples see those of all replicas: each gathers what is compared, N rows
-            of C or D numbers per module and pass, and computes the loss of the whole batch. Parts may differ in size.
-        shard: shard parameters, gradients and optimizer state over the replicas. Optimizers that cannot step DTensors
-            raise, among them Adafactor, Rprop and the fused SGD; so do parameters that local modules share.
-        delay: calls from making features to training on them, between one stage and the next; a multiple of
-            ``accumulate``. What several stages cannot honour raises in a replay too.
+        sync_batch_norm: BatchNorm uses the statistics of all replicas. Changes the class of the layers, see
+            :func:`auglocal_ext.nn.sync_batch_norm`, and sends 2 C + 1 numbers per layer and pass.
+        stage_cuts: the first local module of every stage but the first. None, or ``Balanced(by="flops")``, balances the
+            stages' FLOPs. ``Balanced(by="time")`` balances time: the first process measures seven steps of a copy of
+            the network on random inputs of ``batch_size``, and all processes use the cuts it finds. During that its
+            device holds the whole network twice, with gradients and optimizer state of the copy.
+        check_batches: stages compare the samples they are given, which reads a value from the device per batch. Without
+            it they compare the number of samples, on CPUs only.
+        gather_features: losses that compare samples (PredSim, InfoPro's contrast) see those of all replicas, whose
+            parts may then differ in size. Each replica gathers what is compared, N rows of C or D numbers per module
+            and pass, and computes the loss of the whole batch.
+        shard: shard parameters, gradients and optimizer state over the replicas. Raises for optimizers that cannot step
+            ``DTensor`` parameters, among them Adafactor, Rprop and the fused SGD, and for parameters that local modules
+            share.
+        delay: calls between making features and training on them, from one stage to the next; a multiple of
+            ``accumulate``. Steps run eagerly. fp16, ``clip="global"``, ``graph=True``, ``overlap=True``,
+            ``recompute="peak"`` and ``memory_budget`` raise, in a replay too.
 
     Attributes:
         net: the network.
@@ -122,9 +116,10 @@ class LocalStep:
     Raises:
         MemoryBudgetError: if no choice fits ``memory_budget``.
         DisagreementError: in all processes, if they differ in the network, in options or in versions.
-        RuntimeError: in a process group of more than one process without ``mesh``.
-        TypeError: if ``net`` is no :class:`LocalSequential` or ``optimizer`` makes no optimizer.
-        ValueError: for an option out of range, one that several replicas cannot honour, or an optimizer that cannot be
+        RuntimeError: in a process group of more than one process without ``mesh``; for a network that another step has
+            spread over stages or shards, or that your own ``fully_shard`` holds.
+        TypeError: if ``net`` is no :class:`LocalSequential`, ``optimizer`` makes no optimizer or ``mesh`` is no mesh.
+        ValueError: for an option out of range, a combination that is not supported, or an optimizer that cannot be
             stepped module by module.
     """
 
@@ -273,7 +268,7 @@ class LocalStep:
 
     @property
     def times(self) -> StepTimes | None:
-        """Where this process's time went, among several on CPUs: work, waiting, sending, averaging; else None."""
+        """Where this process's time went: work, waiting, sending, averaging. None for one process, and on CUDA."""
         return self._processes.times
 
     def __call__(self, x: Tensor, y: Tensor) -> LocalOutput:
@@ -335,13 +330,14 @@ class LocalStep:
         return self._processes.cuts
 
     def drain(self) -> list[LocalOutput]:
-        """With ``delay``, train on the batches in flight until every stage has trained on every batch; in all stages.
+        """With ``delay``, train on the batches in flight until every stage has trained on every batch.
 
-        At the end of a run, or before weights are compared with those of another. The next call begins a run anew, and
-        later stages wait for its first batches. Learning rates stay as they are.
+        Call it in all stages at the end of a run, or before weights are compared or published. The next call begins a
+        new run, in which later stages wait for the first batches again. Learning rates stay as they are.
 
         Returns:
-            What as many further calls would: ``delay`` for every stage but one; none without a delay.
+            An output for each call that this takes: ``delay`` times the number of stages minus one. Empty without a
+            delay, and if nothing is in flight.
         """
         self._processes.refuse_broken()
         pipeline = self._processes.pipeline
@@ -356,10 +352,10 @@ class LocalStep:
         return outs
 
     def close(self) -> None:
-        """End a run of several stages, in all of them: each has asked for the features of a batch that will not come.
+        """End a run over stages; call it in all of them, before the processes end.
 
-        With ``delay`` the batches in flight are trained on first, see :meth:`drain`, unless a step broke off. Before
-        the processes end. A further call begins a new run.
+        Each stage has requested the features of a batch that will not come. With ``delay`` the batches in flight are
+        trained on first, see :meth:`drain`, unless a step broke off. A further call begins a new run.
         """
         pipeline = self._processes.pipeline
         if pipeline is not None:
@@ -379,7 +375,7 @@ class LocalStep:
         writes all of it.
 
         Raises:
-            RuntimeError: with batches in flight (``delay``), and for stages with a rule that follows older parameters:
+            RuntimeError: with batches in flight (``delay``), and over stages for a rule that follows older parameters.
                 :meth:`save` writes both.
         """
         run = in_flight.state_dict(self._processes.where(self.net), self._processes.stage is not None)
