@@ -1,13 +1,13 @@
 """Several processes that train one network, on torch.distributed."""
 
-from .agreement import DisagreementError, agree, shapes_of
-from .checkpoint import CheckpointError, Stored, everyone, together, write
+from .agreement import DisagreementError, agree, everyone, shapes_of
+from .checkpoint import CheckpointError, Stored, together, write
 from .edges import ParameterEdge
 from .link import Form
 from .mesh import Mesh, group_like, mesh_groups
 from .replicas import Average, Replicas
 from .shards import Shards
-from .stages import Stage, balanced_cuts, crossing
+from .stages import Stage, balanced_cuts, checked_cuts, crossing_inputs
 from .times import Span, StepTimes
 
 __all__ = [
@@ -25,7 +25,8 @@ __all__ = [
     "Stored",
     "agree",
     "balanced_cuts",
-    "crossing",
+    "checked_cuts",
+    "crossing_inputs",
     "everyone",
     "group_like",
     "mesh_groups",

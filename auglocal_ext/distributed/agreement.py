@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+_Value = TypeVar("_Value")
+
 
 class DisagreementError(RuntimeError):
     """Processes that are to train one network differ in something; raised in all of them."""
+
+
+def everyone(value: _Value, group: Any) -> list[_Value]:
+    """The value of each process, in order of rank; a collective call. ``group``: None for one process."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
 
 
 def agree(facts: Mapping[str, Any], group: Any, whose: str = "replicas", among: Any = None) -> None:
@@ -25,10 +36,8 @@ def agree(facts: Mapping[str, Any], group: Any, whose: str = "replicas", among: 
     Raises:
         DisagreementError: naming what differs first, with both values and ranks. In all processes, so none waits.
     """
-    everyone: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(everyone, (among, dict(facts)), group=group)
     firsts: dict[Any, tuple[int, dict[str, Any]]] = {}
-    for rank, (kind, theirs) in enumerate(everyone):
+    for rank, (kind, theirs) in enumerate(everyone((among, dict(facts)), group)):
         first_rank, first = firsts.setdefault(kind, (rank, theirs))
         for name in [*first, *(name for name in theirs if name not in first)]:
             here, there = first.get(name, "nothing"), theirs.get(name, "nothing")

@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .agreement import everyone
+
 FORMAT = 1
 _REST = "rest.pt"
 _Value = TypeVar("_Value")
@@ -29,15 +31,6 @@ _Value = TypeVar("_Value")
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be saved, read or applied; raised in all processes if in one."""
-
-
-def everyone(value: _Value, group: Any) -> list[_Value]:
-    """The value of each process, in order of rank; a collective call. ``group``: None for one process."""
-    if group is None:
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(values, value, group=group)
-    return values
 
 
 def together(work: Callable[[], _Value], group: Any) -> _Value:

@@ -82,7 +82,7 @@ class ParameterEdge:
 
     def values(self) -> list[Tensor]:
         """What the reader's present step reads."""
-        version = max(0, (self._step - self._lag) // self._every * self._every)
+        version = self._version(self._step)
         while version not in self._copies:
             self._arrive()
         return self._copies[version]
@@ -99,7 +99,7 @@ class ParameterEdge:
 
     def close(self, step: int, kept: Sequence[int]) -> None:
         """End the run before step ``step``; in both stages. ``kept``: versions that a further run reads."""
-        last = max(0, (step - self._lag) // self._every * self._every) + self._ahead
+        last = self._version(step) + self._ahead
         if self.owns:
             if self._sent is not None:
                 for _ in range(step // self._every * self._every + self._every, last + 1, self._every):
@@ -113,6 +113,10 @@ class ParameterEdge:
                 self._arrive()
             self._next = None
         self._copies = {v: copies for v, copies in self._copies.items() if v in kept}
+
+    def _version(self, step: int) -> int:
+        """Which one the reader's step reads."""
+        return max(0, (step - self._lag) // self._every * self._every)
 
     def _send(self) -> None:
         self._finish()
@@ -136,7 +140,7 @@ class ParameterEdge:
         self._sending.clear()
 
     def _ask(self, step: int) -> None:
-        needed = max(0, (step - self._lag) // self._every * self._every)
+        needed = self._version(step)
         for old in [v for v in self._copies if v < needed]:
             del self._copies[old]
         if self._next is None:

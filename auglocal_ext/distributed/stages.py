@@ -39,6 +39,29 @@ def balanced_cuts(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     return tuple(reversed(cuts))
 
 
+def checked_cuts(cuts: Sequence[int], stages: int | None, modules: int) -> tuple[int, ...]:
+    """``stage_cuts`` as a tuple.
+
+    Args:
+        cuts: the first local module of every stage but the first.
+        stages: how many there are; None for any number of at least two.
+        modules: of the network.
+
+    Raises:
+        ValueError: for cuts that do not give every stage a module.
+    """
+    cuts = tuple(cuts)
+    wrong = len(cuts) < 1 if stages is None else len(cuts) != stages - 1
+    if wrong or list(cuts) != sorted(set(cuts)) or not all(0 < c < modules for c in cuts):
+        of = "the stages" if stages is None else f"the {stages} stages"
+        numbers = "increasing numbers" if stages is None else f"{stages - 1} increasing numbers"
+        raise ValueError(
+            f"stage_cuts names the first local module of each of {of} but the first: {numbers} within 1 .. "
+            f"{modules - 1}; got {cuts}"
+        )
+    return cuts
+
+
 class Stage:
     """This process's place in the row of stages.
 
@@ -67,7 +90,7 @@ class Stage:
         self.index, self.count = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
         bounds = [0, *cuts, modules]
         self.first, self.last = bounds[self.index], bounds[self.index + 1] - 1
-        self._supplied, self._supplies = crossing(kept, self.first), crossing(kept, self.last + 1)
+        self._supplied, self._supplies = crossing_inputs(kept, self.first), crossing_inputs(kept, self.last + 1)
         self._check_batches = check_batches
         self._digest: Tensor | None = None
         self._largest: int | None = None
@@ -169,7 +192,7 @@ class Stage:
                 link.close(device, count)
 
 
-def crossing(kept: Sequence[frozenset[int]], first: int) -> list[int]:
+def crossing_inputs(kept: Sequence[frozenset[int]], first: int) -> list[int]:
     """Module inputs, by index, that cross a cut before module ``first`` besides the features.
 
     The network's input, which is that of module 0, comes from every stage's own loader.

@@ -53,7 +53,7 @@ def crossings(modules: Sequence[LocalModule], cuts: Sequence[int]) -> list[Cross
                         "another stage: choose stage_cuts that keep them together"
                     )
     found: dict[tuple[Any, ...], Crossing] = {}
-    for module, part in _followers(modules):
+    for module, part in followers(modules):
         stage, follows = _stage(module.index, cuts), list(part.follows())
         what = f"{type(part).__name__} of local module {module.index}"
         if not follows:
@@ -82,7 +82,8 @@ def _stage(module: int, cuts: Sequence[int]) -> int:
     return sum(cut <= module for cut in cuts)
 
 
-def _followers(modules: Sequence[LocalModule]) -> Iterator[tuple[LocalModule, Auxiliary]]:
+def followers(modules: Sequence[LocalModule]) -> Iterator[tuple[LocalModule, Auxiliary]]:
+    """Local modules whose auxiliary network, or a part of it, reads parameters of other layers, with that part."""
     for module in modules:
         for part in [] if module.auxiliary is None else parts_of(module.auxiliary):
             if isinstance(part, Auxiliary) and part.follows_layers:

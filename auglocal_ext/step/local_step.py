@@ -429,7 +429,7 @@ class LocalStep:
         rest = {"grad_scaler": self._scaler_state(), "extra": dict(extra or {})}
         where = {"the number of batches": self._batches}
         place = self._processes.where(self.net)
-        checkpoint.save(folder, self.net, self.optimizer, rest, where, place, self._processes.everyone())
+        checkpoint.save(folder, self.net, self.optimizer, rest, where, place, self._processes.world())
 
     def load(self, folder: str | os.PathLike[str]) -> dict[str, Any]:
         """Load this process's part of a checkpoint written by :meth:`save`; call it in all processes.
@@ -446,7 +446,7 @@ class LocalStep:
                 partly loaded.
         """
         place = self._processes.where(self.net)
-        optimizer, rest = checkpoint.load(folder, self.net, self.optimizer, place, self._processes.everyone())
+        optimizer, rest = checkpoint.load(folder, self.net, self.optimizer, place, self._processes.world())
         self._load_state({"optimizer": optimizer, "grad_scaler": rest["grad_scaler"]})
         self.net.empty = False
         if self._processes.alone:

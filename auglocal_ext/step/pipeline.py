@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..distributed import Shards, Stage, crossing
+from ..distributed import Shards, Stage, crossing_inputs
 from ..local_modules import LocalModule, LocalOutput, OneStream, Relay, local_pass
 from .course import Batch, Course
 from .edges import Edges
@@ -101,7 +101,7 @@ class Queued:
 
     def __init__(self, cuts: Sequence[int], kept: Sequence[frozenset[int]]) -> None:
         self._firsts = (0, *cuts)
-        self._inputs = [crossing(kept, first) if first else [] for first in self._firsts]
+        self._inputs = [crossing_inputs(kept, first) if first else [] for first in self._firsts]
         self._rows: list[deque[list[Tensor]]] = [deque() for _ in self._firsts]
 
     def given(self, batch: Batch) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import Replicas, crossing
-from ..distributed.link import Form
+from ..distributed import Form, Replicas, crossing_inputs
 from ..local_modules import LocalModule, OneStream, Relay
 from .pipeline import passing
 
@@ -43,7 +42,7 @@ class PlannedStage(OneStream):
         replicas: int,
     ) -> None:
         self.first, self.last = first, last
-        self._supplied, self._supplies = crossing(kept, first), crossing(kept, last + 1)
+        self._supplied, self._supplies = crossing_inputs(kept, first), crossing_inputs(kept, last + 1)
         self._arriving, self._sends = arriving, sends
         self.leaving: list[Form] = []
         self.sent = 0

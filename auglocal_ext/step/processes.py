@@ -20,6 +20,7 @@ from ..distributed import (
     StepTimes,
     agree,
     balanced_cuts,
+    checked_cuts,
     everyone,
     group_like,
     mesh_groups,
@@ -66,7 +67,7 @@ class Processes:
         self.broken_by: str | None = None
         on_host = mesh is not None and mesh.device_type == "cpu"
         self.times = StepTimes() if on_host and not self.alone else None
-        self._everyone: Any | None = None
+        self._world: Any | None = None
         self.pipeline: Pipeline | None = None
         self.cuts: tuple[int, ...] = ()
         self.synced, self._check_batches = options.pop("sync_batch_norm"), options.pop("check_batches")
@@ -127,7 +128,7 @@ class Processes:
                     raise ValueError(
                         f"one process replays the stages of a run by their stage_cuts, such as (4, 9); got {cuts!r}"
                     )
-                self._replay(net, _checked(cuts, None, len(modules)))
+                self._replay(net, checked_cuts(cuts, None, len(modules)))
             return modules
         cuts = cuts if cuts is None or isinstance(cuts, Balanced) else tuple(cuts)
         self._agree({**_facts(net), "stage_cuts": cuts, "delay": self._delay})
@@ -137,7 +138,7 @@ class Processes:
         cuts = Balanced(by="flops") if cuts is None else cuts
         if isinstance(cuts, Balanced):
             cuts = self._balanced(cuts, costs, count)
-        cuts = _checked(cuts, count, len(modules))
+        cuts = checked_cuts(cuts, count, len(modules))
         found = crossings(modules, cuts)
         if self._shard and found:
             _refuse_crossing_shards(found[0])
@@ -191,7 +192,7 @@ class Processes:
 
     def _told(self, find: Callable[[], Any]) -> Any:
         """What ``find()`` returns in the first process, in all of them; its error is raised in all of them too."""
-        group = self.everyone()
+        group = self.world()
         found, error = None, None
         if torch.distributed.get_rank(group) == 0:
             try:
@@ -208,7 +209,7 @@ class Processes:
     def _agree(self, facts: dict[str, Any], among: Any = None) -> None:
         """DisagreementError in all stages and replicas, unless those with the same ``among`` say the same."""
         if self._stages is not None and self._group is not None:
-            agree(facts, self.everyone(), "ranks", among)
+            agree(facts, self.world(), "ranks", among)
         else:
             agree(facts, self._stages, "stages")
 
@@ -291,13 +292,13 @@ class Processes:
             what, todo = "the other processes have gone on or wait for it", f"end all of them, and {todo}"
         raise RuntimeError(f"a step of this process broke off with {self.broken_by}, and {what}: {todo}")
 
-    def everyone(self) -> Any | None:
+    def world(self) -> Any | None:
         """A process group of all processes of the mesh, on their hosts; None where there is one. Collective once."""
-        if self._everyone is None and not self.alone:
+        if self._world is None and not self.alone:
             assert self._mesh is not None
             ranks = self._mesh.mesh.flatten().tolist()
-            self._everyone = group_like(self._stages or self._group, ranks, on_hosts=True)
-        return self._everyone
+            self._world = group_like(self._stages or self._group, ranks, on_hosts=True)
+        return self._world
 
     def timed(self) -> AbstractContextManager[Any]:
         """Entered for a step and what is received and sent for it."""
@@ -417,20 +418,6 @@ def _refuse_crossing_shards(crossing: Crossing) -> None:
         f"shard=True: local module {crossing.module} reads parameters of stage {crossing.owner}, and shards are not "
         "sent between stages: leave shard out, or choose stage_cuts that keep them together"
     )
-
-
-def _checked(cuts: Sequence[int], count: int | None, modules: int) -> tuple[int, ...]:
-    """``stage_cuts`` of ``count`` stages, None: of any number."""
-    cuts = tuple(cuts)
-    wrong = len(cuts) < 1 if count is None else len(cuts) != count - 1
-    if wrong or list(cuts) != sorted(set(cuts)) or not all(0 < c < modules for c in cuts):
-        of = "the stages" if count is None else f"the {count} stages"
-        numbers = "increasing numbers" if count is None else f"{count - 1} increasing numbers"
-        raise ValueError(
-            f"stage_cuts names the first local module of each of {of} but the first: {numbers} within 1 .. "
-            f"{modules - 1}; got {cuts}"
-        )
-    return cuts
 
 
 def _facts(net: LocalSequential) -> dict[str, Any]:

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..auxiliary.base import Auxiliary, parts_of
-from ..distributed import balanced_cuts
-from ..distributed.link import Form
+from ..distributed import Form, balanced_cuts, checked_cuts
 from ..local_modules import Recompute
 from ..local_sequential import LocalSequential
 from ..memory.meter import BUFFERS, INPUTS, OPTIMIZER_STATE, PARAMETERS, rounded
+from .edges import followers
 from .module_peaks import StepEstimate, module_flops
 from .optimizers import OptimizerFactory, listed
 from .planned_stage import PlannedStage
@@ -163,12 +162,9 @@ def plan_stages(
         raise ValueError(f"{stages} stages need as many local modules, and the network has {net.num_modules}")
     if stages > 1:
         _refuse_edges(net)
-    cuts = balanced_cuts(module_flops(net, optimizer, recompute), stages) if stage_cuts is None else tuple(stage_cuts)
-    if len(cuts) != stages - 1 or list(cuts) != sorted(set(cuts)) or not all(0 < c < net.num_modules for c in cuts):
-        raise ValueError(
-            f"stage_cuts names the first local module of each of the {stages} stages but the first: {stages - 1} "
-            f"increasing numbers within 1 .. {net.num_modules - 1}; got {cuts}"
-        )
+    if stage_cuts is None:
+        stage_cuts = balanced_cuts(module_flops(net, optimizer, recompute), stages)
+    cuts = checked_cuts(stage_cuts, stages, net.num_modules)
     bounds = [0, *cuts, net.num_modules]
     kept = [module.kept for module in net.local_modules]
     params = list(net.parameters()) if params is None else listed(params)
@@ -232,10 +228,8 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _refuse_edges(net: LocalSequential) -> None:
-    for module in net.local_modules:
-        for part in [] if module.auxiliary is None else parts_of(module.auxiliary):
-            if isinstance(part, Auxiliary) and part.follows_layers:
-                raise ValueError(
-                    f"{type(part).__name__} of local module {module.index} reads parameters of the next module, whose "
-                    "messages are not planned: plan this rule in one stage"
-                )
+    for module, part in followers(net.local_modules):
+        raise ValueError(
+            f"{type(part).__name__} of local module {module.index} reads parameters of later layers, whose messages "
+            "are not planned: plan this rule in one stage"
+        )

@@ -90,7 +90,7 @@ def test_shards_divide_parameters_and_state():
         ("greedy", {"stages": 0}, "stages must be a whole number of at least 1, got 0"),
         ("greedy", {"stages": 2, "shard": True}, "shard divides parameters among replicas"),
         ("greedy", {"stages": 2, "stage_cuts": (1, 2)}, r"1 increasing numbers .* got \(1, 2\)"),
-        ("man", {"stages": 2}, "reads parameters of the next module"),
+        ("man", {"stages": 2}, "reads parameters of later layers"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(rule, options, message):
