@@ -57,6 +57,7 @@ INTERNAL = {
         "refuse_sharding",
         "shard_like",
         "sharded",
+        "waiting_for",
     },
 }
 PACKAGES = (

@@ -59,7 +59,7 @@ def add_parser(subparsers: Any) -> None:
         default="auto",
         help="two modules at a time; auto: if the budget allows it without more recomputation (default)",
     )
-    add = parser.add_argument_group("many processes").add_argument
+    add = parser.add_argument_group("several processes").add_argument
     add("--stages", type=int, metavar="S", help="split the network over S processes, with balanced FLOPs")
     add("--replicas", type=int, metavar="R", help="copies of each stage, each with a batch of --batch-size (default 1)")
     add("--shard", action="store_true", help="divide parameters, gradients and optimizer state among replicas")

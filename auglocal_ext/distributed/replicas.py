@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..nn import waiting_for
 from .agreement import DisagreementError, agree, shapes_of
 from .times import spent
 
@@ -44,18 +45,8 @@ class Average:
             bucket.put_back(self._replicas)
 
 
-@contextmanager
-def _waiting(module: int, where: str) -> Iterator[None]:
-    """Name what was waited for, where torch's error does not."""
-    try:
-        yield
-    except DisagreementError:
-        raise
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"the gradients of local module {module} were not averaged (this is {where}): another replica has ended, "
-            f"or works on another step for longer than the time-out of the process group. {error}"
-        ) from error
+def _waiting(module: int, where: str) -> AbstractContextManager[None]:
+    return waiting_for(f"the gradients of local module {module} were not averaged", where, (DisagreementError,))
 
 
 class Bucket:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn import waiting_for
 from .replicas import Average, Bucket, Message, Replicas, refuse_sparse
 
 
@@ -97,17 +98,12 @@ class Shards(Replicas):
                 self._release(module)
 
     def _gather(self, module: int, then: int | None, auxiliary: bool) -> None:
-        try:
+        with waiting_for(f"the parameters of local module {module} were not gathered", self.where):
             for index in (module, then):
                 for group in () if index is None else self._chosen(index, auxiliary):
                     group.unshard(async_op=True)  # nothing, if it has been asked for before
             for group in self._chosen(module, auxiliary):
                 group.unshard()
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"the parameters of local module {module} were not gathered (this is {self.where}): another replica "
-                f"has ended, or works on another step for longer than the time-out of the process group. {error}"
-            ) from error
 
     def _chosen(self, module: int, auxiliary: bool) -> list[Any]:
         body, head = self._groups[module]

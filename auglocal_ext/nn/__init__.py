@@ -16,6 +16,7 @@ from .recompute import recomputed
 from .residual import FusedResidual
 from .sharding import in_process_group, is_sharded, refuse_sharding, shard_like, sharded
 from .synced_norm import sync_batch_norm, synced_statistics, unsync_batch_norm
+from .waiting import waiting_for
 
 __all__ = [
     "BatchNormAct1d",
@@ -40,12 +41,13 @@ __all__ = [
     "norm_act_conv",
     "norm_shortcut_act",
     "recomputed",
-    "run_chain",
     "refuse_sharding",
+    "run_chain",
     "shard_like",
     "sharded",
     "sync_batch_norm",
     "synced_statistics",
     "unfuse",
     "unsync_batch_norm",
+    "waiting_for",
 ]

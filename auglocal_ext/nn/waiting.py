@@ -9,15 +9,18 @@ import torch
 
 
 @contextmanager
-def waiting_for(failed: str, where: str) -> Iterator[None]:
+def waiting_for(failed: str, where: str, through: tuple[type[RuntimeError], ...] = ()) -> Iterator[None]:
     """Name a failed exchange with other replicas: torch's own error names neither what failed nor when.
 
     Args:
         failed: what has not happened, a clause.
         where: this process, as in ``"rank 1, batch 7"``; its rank if empty.
+        through: errors that say enough themselves.
     """
     try:
         yield
+    except through:
+        raise
     except RuntimeError as error:
         where = where or f"rank {torch.distributed.get_rank()}"
         raise RuntimeError(

@@ -98,9 +98,9 @@ class LocalStep:
             device holds the whole network twice, with gradients and optimizer state of the copy.
         check_batches: stages compare the samples they are given, which reads a value from the device per batch. Without
             it they compare the number of samples, on CPUs only.
-        gather_features: losses that compare samples (PredSim, InfoPro's contrast) see those of all replicas, whose
-            parts may then differ in size. Each replica gathers what is compared, N rows of C or D numbers per module
-            and pass, and computes the loss of the whole batch.
+        gather_features: losses that compare samples (PredSim, InfoPro's contrast) see those of all replicas. Each
+            replica gathers what is compared, N rows of C or D numbers per module and pass, and computes the loss of the
+            whole batch. Parts may differ in size.
         shard: shard parameters, gradients and optimizer state over the replicas. Raises for optimizers that cannot step
             ``DTensor`` parameters, among them Adafactor, Rprop and the fused SGD, and for parameters that local modules
             share.

@@ -1,4 +1,4 @@
-"""What ``LocalStep`` does among several processes: its replicas, its stage, and what neither can honour."""
+"""What ``LocalStep`` does among several processes: its replicas, its shards and its stage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
-from ..auxiliary.base import parts_of
 from ..distributed import (
     Mesh,
     Replicas,
@@ -30,9 +29,10 @@ from ..local_modules import LocalModule, OneStream, Relay
 from ..local_sequential import LocalSequential
 from ..nn import gathered_features, refuse_sharding, sync_batch_norm, synced_statistics
 from ..partition import Balanced
-from .edges import Crossing, Edges, crossings
+from .edges import Edges, crossings
 from .in_flight import Place
 from .pipeline import Boundaries, Pipeline, Queued, Sent, passing
+from .refusals import check_delay, refuse, refuse_crossing_shards, refuse_nothing_to_gather, refuse_shared_parameters
 
 StageCuts = Sequence[int] | Balanced | None
 
@@ -77,18 +77,18 @@ class Processes:
         for name, asked in asked_of_replicas.items():
             if asked and self._group is None:
                 raise ValueError(f"{name}=True is for several replicas: pass mesh=, or leave it out")
-        _check_delay(self._delay, self._stages is not None, options)
+        check_delay(self._delay, self._stages is not None, options)
         if self._stages is None and self._check_batches:
             raise ValueError("check_batches=True is for several stages: pass a mesh that has them, or leave it out")
         if not self.alone:
-            _refuse(options, "graph", "overlap", what="several processes")
+            refuse(options, "graph", "overlap", what="several processes")
             if options["recompute"] == "peak" or options["memory_budget"] is not None:
                 raise ValueError(
                     'recompute="peak" and memory_budget are planned for one process, not for several: name the '
                     "recomputation, or leave them out"
                 )
         if self._stages is not None:
-            _refuse(options, "grad_scaler", what="several stages, each of which would find a scale of its own")
+            refuse(options, "grad_scaler", what="several stages, each of which would find a scale of its own")
             if options["clip_norm"] is not None and options["clip"] == "global":
                 raise ValueError(
                     'clip="global" needs the gradients of all stages at once, and each steps by itself; take '
@@ -141,7 +141,7 @@ class Processes:
         cuts = checked_cuts(cuts, count, len(modules))
         found = crossings(modules, cuts)
         if self._shard and found:
-            _refuse_crossing_shards(found[0])
+            refuse_crossing_shards(found[0])
         # Replicas of a stage take the first one's weights.
         self._agree({"stage_cuts": cuts, "the initial weights (another seed?)": _checksum(net)}, self._replica)
         kept = [module.kept for module in modules]
@@ -162,7 +162,7 @@ class Processes:
         if not self._shard:
             net.materialise(self._mesh.device_type)
             return
-        _refuse_sharing(modules)
+        refuse_shared_parameters(modules)
         ours = {id(t) for m in modules for part in m.parts() for t in (*part.parameters(), *part.buffers())}
         parameters = [(name, p) for name, p in net.named_parameters() if id(p) in ours]
         buffers = [(name, b) for name, b in net.named_buffers() if id(b) in ours]
@@ -272,7 +272,7 @@ class Processes:
         if self.synced:
             sync_batch_norm(net)
         if self._gathers:
-            _refuse_nothing_to_gather(net)
+            refuse_nothing_to_gather(net)
             self._hosts = group_like(self._group, on_hosts=True)
 
     @property
@@ -349,75 +349,6 @@ class _Whole(OneStream):
     def module(self, index: int) -> AbstractContextManager[Any]:
         super().module(index)
         return self._shards.whole(index, None if index == self._last else index + 1)
-
-
-def _check_delay(delay: int, several: bool, options: dict[str, Any]) -> None:
-    """ValueError for a delay that cannot be honoured; ``several``: whether other processes hold the other stages."""
-    if isinstance(delay, bool) or not isinstance(delay, int) or delay < 0:
-        raise ValueError(f"delay is a number of batches, at least 0; got {delay!r}")
-    cuts, accumulate = options.pop("stage_cuts"), options.pop("accumulate")
-    if not several and cuts is not None and not delay:
-        raise ValueError(
-            'stage_cuts is for several stages: pass a mesh with a dimension "stage", or delay= to replay a run over '
-            "such stages, or leave it out"
-        )
-    if not delay:
-        return
-    if not several and cuts is None:
-        raise ValueError(
-            f'delay={delay} is between stages: pass a mesh with a dimension "stage", or, to replay such a run without '
-            "one, its stage_cuts"
-        )
-    _refuse(options, "graph", "overlap", what="stages with a delay")
-    _refuse(options, "grad_scaler", what="stages with a delay, each of which would find a scale of its own")
-    if options["recompute"] == "peak" or options["memory_budget"] is not None:
-        raise ValueError(
-            'recompute="peak" and memory_budget do not plan the batches that delay= keeps: name the recomputation, or '
-            "leave them out"
-        )
-    if options["clip_norm"] is not None and options["clip"] == "global":
-        raise ValueError('clip="global" clips gradients of one batch, and with delay= stages train on different ones')
-    if isinstance(accumulate, int) and accumulate > 0 and delay % accumulate:
-        raise ValueError(
-            f"accumulate={accumulate} with delay={delay}: stages would be at different places of an accumulation. Take "
-            "a delay that is a multiple of accumulate"
-        )
-
-
-def _refuse_sharing(modules: Sequence[LocalModule]) -> None:
-    """ValueError for parameters of several local modules, which would have to be whole while either runs."""
-    owner: dict[int, int] = {}
-    for module in modules:
-        for parameter in module.parameters():
-            first = owner.setdefault(id(parameter), module.index)
-            if first != module.index:
-                raise ValueError(
-                    f"shard=True: local modules {first} and {module.index} share a parameter of shape "
-                    f"{tuple(parameter.shape)}, and a parameter is whole only while its module runs: choose modules= "
-                    "that keep them together, or leave shard out"
-                )
-
-
-def _refuse(options: dict[str, Any], *names: str, what: str) -> None:
-    for name in names:
-        if options[name] not in (None, False, "auto"):
-            raise ValueError(f"{name}={options[name]!r} cannot be honoured among {what}; leave it out")
-
-
-def _refuse_nothing_to_gather(net: LocalSequential) -> None:
-    parts = parts_of(net.auxiliary)
-    if not any(part.compares_samples or part.settings.task.compares_samples for part in parts):
-        raise ValueError(
-            f"gather_features=True is for losses that compare the samples of a batch, and {net.rule!r} has none: leave "
-            "it out"
-        )
-
-
-def _refuse_crossing_shards(crossing: Crossing) -> None:
-    raise ValueError(
-        f"shard=True: local module {crossing.module} reads parameters of stage {crossing.owner}, and shards are not "
-        "sent between stages: leave shard out, or choose stage_cuts that keep them together"
-    )
 
 
 def _facts(net: LocalSequential) -> dict[str, Any]:

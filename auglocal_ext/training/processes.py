@@ -30,7 +30,8 @@ class Launch:
         self._started = "RANK" in environment and "WORLD_SIZE" in environment
         self.rank = int(environment["RANK"]) if self._started else 0
         self.size = int(environment["WORLD_SIZE"]) if self._started else 1
-        self._store: Any = None
+        self._store: Any = None  # of this attempt
+        self._lasting: Any = None  # of all attempts
 
     def grid(self, stages: int | None, replicas: int | None, before: tuple[int, int] | None = None) -> tuple[int, int]:
         """Stages and replicas of all processes.
