@@ -23,7 +23,7 @@ class Followed:
 
     Step u = 0, 1, ... is the u-th training pass of the auxiliary network's local module. In it :meth:`values` are the
     parameters as they were when step ``every * floor((u - lag) / every)`` began, before the layers were updated in that
-    step; before there is such a step, the initial ones. With ``every=1, lag=0`` these are the parameters themselves.
+    step; until there is such a step, the initial ones. With ``every=1, lag=0`` these are the parameters themselves.
     Otherwise copies are kept: at most ``floor(lag / every) + 2`` of them. They are part of what
     :meth:`auglocal_ext.LocalStep.save` writes, and in no state dict.
 

@@ -156,7 +156,7 @@ def add_parser(subparsers: Any) -> None:
         "--replicas",
         type=int,
         metavar="R",
-        help="processes that share each batch, whose size --batch-size is (default: all processes divided by --stages)",
+        help="processes that share each batch of --batch-size images (default: all processes divided by --stages)",
     )
     add(
         "--stage-cuts",

@@ -17,12 +17,12 @@ class ParameterEdge:
     owner begins the call in which the reader takes step v; it is sent once the owner has updated them in the call
     before. Step u reads version ``max(0, every * floor((u - lag) / every))``.
 
-    Nothing can block in a circle. The reader waits for what the owner has sent in an earlier call. The owner waits
-    before it sends a version until the one before has arrived, which the reader has asked for in an earlier call. So
-    the reader holds ``ceil(lag / every) + 1`` versions, and the owner one.
+    There is no deadlock. The reader waits for what the owner has sent in an earlier call. Before the owner sends a
+    version, it waits until the previous one has arrived, which the reader has requested in an earlier call. The reader
+    holds ``ceil(lag / every) + 1`` versions, and the owner one.
 
     Args:
-        group: process group of the stages, in which these two send nothing else: receives that were asked for ahead
+        group: process group of the stages, in which these two send nothing else: receives that were requested ahead
             hold up what is sent after them.
         owner, reader: the two stages, by rank in the group.
         parameters: the parameters as they are now; in the reader they have no memory.

@@ -1,4 +1,4 @@
-"""Features on their way from one stage to the next: sent as soon as they exist, asked for ahead."""
+"""Features on their way from one stage to the next: sent as soon as they exist, requested ahead of time."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Form:
         return message.permute([self.order.index(axis) for axis in range(len(self.order))])
 
 
-#: In place of a batch's size: none comes any more.
+#: In place of a batch's size: the run has ended.
 _END = -1
 
 
@@ -68,13 +68,13 @@ class _Message:
 
 
 class Link:
-    """What leaves one stage and arrives at the next.
+    """The channel from one stage to the next.
 
-    Both ends meet in the first batch, whose size is the largest there may be: smaller ones travel in messages of that
-    size. From then on the receiver, which takes a batch ``delay`` calls after it was sent, has always asked for ``delay
-    + 1`` batches before it works on one. The sender waits before it sends a batch until the one before has arrived. So
-    in calls the sender is at most two ahead of the receiver, which holds at most ``delay + 1`` batches of features
-    besides the one that it works on; the sender holds one.
+    With the first batch the sender tells the receiver its form and size, which is the largest there may be: smaller
+    batches travel in messages of that size. The receiver takes a batch ``delay`` calls after it was sent. Before it
+    works on one, it has requested the next ``delay + 1``. Before the sender sends a batch, it waits until the previous
+    one has arrived. So the sender is at most two calls ahead. The receiver holds at most ``delay + 1`` batches of
+    features besides the one it works on; the sender holds one.
 
     Args:
         group: process group of the stages.
@@ -180,14 +180,14 @@ class Link:
         self._meet(batch, device)
         self._take(self._arrived, batch)
 
-    def waiting(self, sizes: Sequence[int]) -> list[list[Tensor]]:
+    def in_flight(self, sizes: Sequence[int]) -> list[list[Tensor]]:
         """The features that were sent and not yet received, as many as ``sizes``, of so many samples each."""
         resumed = list(self._resumed)
         return resumed + [self._take(at, size) for at, size in enumerate(sizes[len(resumed) :])]
 
-    def resume(self, waiting: Sequence[list[Tensor]]) -> None:
-        """Begin the next run with features that :meth:`waiting` returned; after :meth:`close`."""
-        self._resumed.extend(waiting)
+    def resume(self, in_flight: Sequence[list[Tensor]]) -> None:
+        """Begin the next run with features that :meth:`in_flight` returned; after :meth:`close`."""
+        self._resumed.extend(in_flight)
 
     def _meet(self, batch: int, device: torch.device) -> None:
         """The first contact of a run."""
@@ -231,23 +231,23 @@ class Link:
             with self._named("did not send"):
                 self._asked.append(_Message(self._forms, self._largest, device, self._sender, self._group))
 
-    def close(self, device: torch.device, waiting: int = 0) -> None:
+    def close(self, device: torch.device, left: int = 0) -> None:
         """End the run, at both ends: the receiver has asked for batches that will not come, and is sent zeros.
 
-        ``waiting``: how many batches were sent and not received; their features are dropped.
+        ``left``: how many batches were sent and not received; their features are dropped.
         """
         if self._forms is None:
             self._resumed.clear()
             return
         if torch.distributed.get_rank() == self._sender:
             self.finish()
-            for _ in range(self._delay + 1 - waiting):
+            for _ in range(self._delay + 1 - left):
                 self._send(_number(_END, device))
                 for form in self._forms:
                     self._send(form.empty(self._largest, device).zero_())
             self.finish()
         else:
-            dropped = waiting - len(self._resumed)
+            dropped = left - len(self._resumed)
             for message in list(self._asked)[self._arrived :]:
                 self._wait(message.works, "did not close")
             ends = [int(message.number) == _END for message in self._asked]

@@ -5,9 +5,9 @@ Its groups are thin modules around the parts of a local module, for two reasons.
 ``nn.Module``. And ``fully_shard`` puts hooks on the module that it is given and changes its class, which would take a
 user's layers out of the chains that run as one op.
 
-Its hooks for gradients are not used. They belong to ``backward()`` and wait for the gradients at its end. The training
-pass takes gradients by ``torch.autograd.grad``, so they are at hand here: they are reduced and scattered in one message
-per module and dtype, which is waited for once the next module's gradients are there, as replicas do.
+Its hooks for gradients are not used, because they belong to ``backward()`` and wait at its end. The training pass calls
+``torch.autograd.grad`` and has each module's gradients at once: they are reduced and scattered in one message per
+module and dtype. As with replicas, the step waits for it when the next module's gradients are there.
 """
 
 from __future__ import annotations

@@ -94,8 +94,8 @@ class Stage:
         self._check_batches = check_batches
         self._digest: Tensor | None = None
         self._largest: int | None = None
-        # Messages of its own, as the next training batch has been asked for already: what else is sent among these
-        # processes, by inference or by another network's step, must not be taken for it.
+        # Training has a group of its own, because the next batch has been requested already: what else is sent among
+        # these processes, by inference or by another network's step, must not be taken for it.
         training, self._inference = group_like(group), group_like(group)
         self._from: Link | None = None
         self._to: Link | None = None
@@ -125,16 +125,16 @@ class Stage:
             self._digest = _digest(x) + _digest(y)
 
     def fill(self, samples: int, device: torch.device) -> None:
-        """While a run fills the stages: wait for the features that are sent in this call, for a later one."""
+        """At the beginning of a run with a delay: wait for the features sent in this call, which a later one takes."""
         assert self._from is not None
         self._from.fill(samples, device)
 
     def receive(
         self, x: Tensor, *, inference: bool = False, sent: int | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """What the stage's first module takes in, and the inputs of the modules before it, as far as they are needed.
+        """The input of the stage's first module, and the inputs of the modules before it, as far as they are needed.
 
-        ``inference``: nothing is asked for ahead, and sizes may change from call to call.
+        ``inference``: nothing is requested ahead, and sizes may change from call to call.
         ``sent``: of how many samples the stage before sends features in this call; None where it sends none.
         """
         history: list[Tensor | None] = [None] * self.first
@@ -170,24 +170,24 @@ class Stage:
                 f"places of the batch, the first at {differ[0]}: give every stage the same batches in the same order"
             )
 
-    def waiting(self, sizes: Sequence[int]) -> list[list[Tensor]]:
+    def in_flight(self, sizes: Sequence[int]) -> list[list[Tensor]]:
         """Features that were sent to this stage and not received, batch by batch, with the inputs supplied."""
         if self._from is None or not sizes:
             return []
-        return [tensors[: 1 + len(self._supplied)] for tensors in self._from.waiting(sizes)]
+        return [tensors[: 1 + len(self._supplied)] for tensors in self._from.in_flight(sizes)]
 
-    def resume(self, waiting: Sequence[list[Tensor]]) -> None:
-        """Begin the next run with what :meth:`waiting` returned; after :meth:`close`."""
+    def resume(self, in_flight: Sequence[list[Tensor]]) -> None:
+        """Begin the next run with what :meth:`in_flight` returned; after :meth:`close`."""
         if self._from is not None:
-            self._from.resume(waiting)
+            self._from.resume(in_flight)
 
-    def close(self, device: torch.device, waiting: Sequence[int] = (0, 0)) -> None:
+    def close(self, device: torch.device, left: Sequence[int] = (0, 0)) -> None:
         """End the run; in all stages. A further batch begins a new one.
 
-        ``waiting``: how many batches were sent and not received, before this stage and behind it.
+        ``left``: how many batches were sent and not received, before this stage and behind it.
         """
         self._largest = None
-        for link, count in zip((self._from, self._to), waiting, strict=True):
+        for link, count in zip((self._from, self._to), left, strict=True):
             if link is not None:
                 link.close(device, count)
 

@@ -61,14 +61,13 @@ class Course:
         """How many training passes of the stage are over, after a call."""
         return self.begun + min(self.batches, max(0, self._calls - stage * self.delay))
 
-    def in_flight(self, stage: int) -> int:
+    def behind(self, stage: int) -> int:
         """How many batches of features lie before a stage, after a call."""
         return 0 if stage == 0 else self.steps(stage - 1) - self.steps(stage)
 
-    def waiting(self, stage: int) -> list[Batch]:
+    def in_flight(self, stage: int) -> list[Batch]:
         """The batches of these features, oldest first; of a stage of this process."""
-        count = self.in_flight(stage)
-        return self.kept(stage)[:count]
+        return self.kept(stage)[: self.behind(stage)]
 
     def kept(self, stage: int) -> list[Batch]:
         """Batches that a stage of this process is still to train on, oldest first; after a call."""

@@ -137,7 +137,7 @@ class Graphs:
     """The captured steps of a :class:`LocalStep`, by the form of the batch, and why there is none.
 
     A step is captured after ``warmup + phases`` batches of its form in a row, or of what is the most frequent form so
-    far; the smaller last batch of an epoch when it comes for the second time. All graphs are let go of when something
+    far; the smaller last batch of an epoch when it comes for the second time. All graphs are released when something
     changes that they have built in.
 
     Args:

@@ -70,7 +70,7 @@ def collect(place: Place) -> tuple[dict[str, Tensor], dict[str, Any]]:
     named: dict[str, Tensor] = {}
     for age, (x, y) in enumerate(reversed(course.kept(place.pipeline.stages[-1]))):
         named |= {f"batch.{age}.x": x, f"batch.{age}.y": y}
-    for stage, batches in place.pipeline.waiting().items():
+    for stage, batches in place.pipeline.in_flight().items():
         for i, features in enumerate(batches):
             named |= {f"features.{stage}.{i}.{j}": each for j, each in enumerate(features)}
     for name, tensor in named.items():
@@ -100,8 +100,8 @@ class Resumed:
         """Go on where the checkpoint was written; in all processes."""
         pipeline, facts = self.place.pipeline, self.facts
         if pipeline is not None:
-            kept, waiting = self._in_flight() if facts["flight"] else ([], {})
-            pipeline.restart(facts["begun"], facts["flight"][3] if facts["flight"] else 0, kept, waiting)
+            kept, features = self._in_flight() if facts["flight"] else ([], {})
+            pipeline.restart(facts["begun"], facts["flight"][3] if facts["flight"] else 0, kept, features)
         for key, followed in self.place.followed():
             steps, versions = facts["followed"][key]
             name, count = f"followed.{'.'.join(map(str, key))}", len(followed.parameters)
@@ -117,14 +117,14 @@ class Resumed:
         }
         ages = sum(name.startswith("batch.") and name.endswith(".x") for name in found)
         kept = [(found[f"batch.{age}.x"], found[f"batch.{age}.y"]) for age in reversed(range(ages))]
-        waiting: dict[int, dict[tuple[int, int], Tensor]] = {}
+        features: dict[int, dict[tuple[int, int], Tensor]] = {}
         for name, tensor in found.items():
             if name.startswith("features."):
                 stage, i, j = map(int, name.split(".")[1:])
-                waiting.setdefault(stage, {})[i, j] = tensor
+                features.setdefault(stage, {})[i, j] = tensor
         rows = {
             stage: [[row[at] for at in sorted(row) if at[0] == i] for i in sorted({i for i, _ in row})]
-            for stage, row in waiting.items()
+            for stage, row in features.items()
         }
         return kept, rows
 

@@ -174,13 +174,24 @@ class LocalStep:
         if autocast == torch.float16 and grad_scaler is None:
             grad_scaler = torch.amp.GradScaler(device)
         self.grad_scaler = grad_scaler
-        shared = {"grad_scaler": grad_scaler, "clip_norm": clip_norm, "clip": clip}
-        planned = {"recompute": recompute, "memory_budget": memory_budget}
         self._processes = Processes(
             mesh,
-            {**shared, **planned, "graph": graph, "overlap": overlap, "stage_cuts": stage_cuts}
-            | {"sync_batch_norm": sync_batch_norm, "check_batches": check_batches}
-            | {"gather_features": gather_features, "shard": shard, "delay": delay, "accumulate": accumulate},
+            {
+                "graph": graph,
+                "overlap": overlap,
+                "grad_scaler": grad_scaler,
+                "clip_norm": clip_norm,
+                "clip": clip,
+                "accumulate": accumulate,
+                "recompute": recompute,
+                "memory_budget": memory_budget,
+                "sync_batch_norm": sync_batch_norm,
+                "stage_cuts": stage_cuts,
+                "check_batches": check_batches,
+                "gather_features": gather_features,
+                "shard": shard,
+                "delay": delay,
+            },
         )
         params = list(net.parameters()) if params is None else listed(params)
         everywhere = {id(p) for p in net.parameters()}

@@ -42,7 +42,7 @@ class Boundaries(Protocol):
         ...
 
     def fill(self, stage: int, before: Batch) -> None:
-        """A stage that trains on nothing yet: the one before sends the features of ``before`` in this call."""
+        """The stage trains on nothing yet, and the one before it sends the features of ``before`` in this call."""
         ...
 
     def receive(self, stage: int, batch: Batch, before: Batch | None) -> tuple[Tensor, list[Tensor | None]]:
@@ -53,12 +53,12 @@ class Boundaries(Protocol):
         """The stage's last module has made its output."""
         ...
 
-    def waiting(self, stage: int, sizes: Sequence[int]) -> list[list[Tensor]]:
+    def in_flight(self, stage: int, sizes: Sequence[int]) -> list[list[Tensor]]:
         """Features that the stage is still to receive, of so many samples: each with the inputs that cross the cut."""
         ...
 
-    def restart(self, left: tuple[int, int], waiting: Mapping[int, list[list[Tensor]]]) -> None:
-        """End the run, and begin the next with what :meth:`waiting` returned, by stage.
+    def restart(self, left: tuple[int, int], in_flight: Mapping[int, list[list[Tensor]]]) -> None:
+        """End the run, and begin the next with what :meth:`in_flight` returned, by stage.
 
         ``left``: how many batches of features were sent and not received, to the first stage here and by the last.
         """
@@ -83,12 +83,12 @@ class Sent:
     def send(self, stage: int, h: Tensor, history: Sequence[Tensor | None]) -> None:
         self._stage.send(h, history)
 
-    def waiting(self, stage: int, sizes: Sequence[int]) -> list[list[Tensor]]:
-        return self._stage.waiting(sizes)
+    def in_flight(self, stage: int, sizes: Sequence[int]) -> list[list[Tensor]]:
+        return self._stage.in_flight(sizes)
 
-    def restart(self, left: tuple[int, int], waiting: Mapping[int, list[list[Tensor]]]) -> None:
+    def restart(self, left: tuple[int, int], in_flight: Mapping[int, list[list[Tensor]]]) -> None:
         self._stage.close(self._device, left)
-        self._stage.resume(waiting.get(self._stage.index, []))
+        self._stage.resume(in_flight.get(self._stage.index, []))
 
 
 class Queued:
@@ -125,13 +125,13 @@ class Queued:
             inputs = [history[index] for index in self._inputs[stage + 1]]
             self._rows[stage + 1].append([h, *(tensor for tensor in inputs if tensor is not None)])
 
-    def waiting(self, stage: int, sizes: Sequence[int]) -> list[list[Tensor]]:
+    def in_flight(self, stage: int, sizes: Sequence[int]) -> list[list[Tensor]]:
         return list(self._rows[stage])
 
-    def restart(self, left: tuple[int, int], waiting: Mapping[int, list[list[Tensor]]]) -> None:
+    def restart(self, left: tuple[int, int], in_flight: Mapping[int, list[list[Tensor]]]) -> None:
         for stage, row in enumerate(self._rows):
             row.clear()
-            row.extend(waiting.get(stage, []))
+            row.extend(in_flight.get(stage, []))
 
 
 class Pipeline:
@@ -142,8 +142,8 @@ class Pipeline:
         count: of all stages.
         delay: calls from making features to training on them.
         boundaries: what the stages receive and send.
-        edges: parameters that cross cuts, besides.
-        region: entered for the whole of a step; takes the number of samples trained on, and of the call.
+        edges: parameters that cross cuts.
+        region: entered for the whole of a step; takes the number of samples trained on, and the number of the call.
         outputs: of the network, per sample.
         shards: hold the parameters of this process's modules, if they are sharded.
     """
@@ -239,13 +239,13 @@ class Pipeline:
         """The stages of this process, by number."""
         return [stage for stage, _, _ in self._stages]
 
-    def waiting(self) -> dict[int, list[list[Tensor]]]:
+    def in_flight(self) -> dict[int, list[list[Tensor]]]:
         """For each stage of this process the features that it is still to receive, oldest first."""
         course, found = self.course, {}
         for stage in self.stages:
-            sizes = [len(x) for x, _ in course.waiting(stage)]
+            sizes = [len(x) for x, _ in course.in_flight(stage)]
             if sizes:
-                found[stage] = self._boundaries.waiting(stage, sizes)
+                found[stage] = self._boundaries.in_flight(stage, sizes)
         return found
 
     def restart(
@@ -253,11 +253,11 @@ class Pipeline:
         begun: int,
         batches: int = 0,
         kept: Sequence[Batch] = (),
-        waiting: Mapping[int, list[list[Tensor]]] | None = None,
+        in_flight: Mapping[int, list[list[Tensor]]] | None = None,
     ) -> None:
         """End the run in all stages, whatever is in flight, and begin one that is ``batches`` old; see ``Course``."""
-        left = (self.course.in_flight(self.stages[0]), self.course.in_flight(self.stages[-1] + 1))
-        self._boundaries.restart(left, waiting or {})
+        left = (self.course.behind(self.stages[0]), self.course.behind(self.stages[-1] + 1))
+        self._boundaries.restart(left, in_flight or {})
         if self._edges is not None:
             self._edges.close(self.course.steps)
         self.course.resume(begun, batches, kept)

@@ -38,11 +38,11 @@ StageCuts = Sequence[int] | Balanced | None
 
 
 class Processes:
-    """This process among those that train one network; all are one where there is no mesh.
+    """This process's role among those that train one network; without a mesh it is the only one.
 
     Args:
         mesh: as :class:`auglocal_ext.LocalStep` has it.
-        options: of the step, by name: which cannot be honoured among several processes raise.
+        options: of the step, by name; those that several processes cannot honour raise.
 
     Attributes:
         alone: whether no other process takes part.
@@ -103,8 +103,8 @@ class Processes:
         Its own get memory on the mesh's device, where they are on the meta device, and are sharded if asked for.
 
         Args:
-            cuts: the first local module of every stage but the first, or what is balanced; None for FLOPs.
-            costs: of each local module, in ``"flops"`` or ``"time"``.
+            cuts: the first local module of every stage but the first, or how to balance them; None balances FLOPs.
+            costs: returns what each local module costs, in ``"flops"`` or ``"time"``.
         """
         modules = net.local_modules
         if net.held is not None:
@@ -155,7 +155,7 @@ class Processes:
         return ours
 
     def _settle(self, net: LocalSequential, modules: Sequence[LocalModule]) -> None:
-        """Give this process's modules memory, and shard each before the next one gets its own."""
+        """Give this process's modules memory; with ``shard``, shard each before the next one gets memory."""
         if self._mesh is None:
             return
         refuse_sharding(net)
@@ -251,7 +251,7 @@ class Processes:
         return Place(modules, self.pipeline, self.cuts, replica, replicas, device)
 
     def meet(self, net: LocalSequential, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> None:
-        """Processes find out whether they agree, and replicas take the first one's weights."""
+        """Compare what the processes were given; replicas take the first one's weights."""
         options = {**options, "sync_batch_norm": self.synced, "gather_features": self._gathers}
         if self.stage is not None:
             kind = f"{type(optimizer).__name__} {optimizer.defaults}"
@@ -277,13 +277,13 @@ class Processes:
 
     @property
     def eager_reason(self) -> str | None:
-        """Why steps are not captured; None where they may be."""
+        """Why steps are not captured as graphs; None where they may be."""
         if not self.alone:
             return "steps of several processes run eagerly"
         return "steps with a delay run eagerly" if self._delay else None
 
     def refuse_broken(self) -> None:
-        """RuntimeError after a step that broke off here: the stages, or the processes, are no longer in order."""
+        """RuntimeError after a step that broke off here: stages, or processes, have seen different batches since."""
         if self.broken_by is None or (self.alone and not self._delay):
             return
         what = "some of its stages have trained on their batch and others have not"
@@ -320,7 +320,7 @@ class Processes:
             yield
 
     def streams(self, modules: Sequence[LocalModule]) -> OneStream:
-        """Where the modules of a step run that is not cut into stages."""
+        """Where the modules run in a step that is not cut into stages."""
         return OneStream() if self.shards is None else _Whole(self.shards, modules[-1].index)
 
     @torch.no_grad()

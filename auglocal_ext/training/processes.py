@@ -19,7 +19,7 @@ _Value = TypeVar("_Value")
 
 
 class Launch:
-    """What torchrun, or nobody, has started this process as.
+    """How this process was started: by torchrun, as one of several, or by itself.
 
     Attributes:
         rank, size: this process among all; 0 and 1 without torchrun.
@@ -89,7 +89,7 @@ class Launch:
         return int(self._environment.get("TORCHELASTIC_RESTART_COUNT", 0))
 
     def begins(self, output: Path) -> None:
-        """The run in this folder is under way: should torchrun start its processes anew, they go on with it."""
+        """Note that the run in this folder has begun: processes that torchrun restarts go on with it."""
         if self._store is not None:
             self._lasting.set(f"run {output.resolve()}", "begun")
 
@@ -101,7 +101,7 @@ class Launch:
         return self._store is not None and self._attempt > 0 and self._lasting.check([f"run {output.resolve()}"])
 
     def join(self, stages: int, replicas: int, device: torch.device) -> Team:
-        """Form the process group of all processes, over NCCL on CUDA and else gloo."""
+        """Form the process group of all processes, over NCCL on CUDA, otherwise over gloo."""
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=torch.distributed.PrefixStore("group", self._store),
