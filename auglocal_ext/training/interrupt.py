@@ -17,8 +17,8 @@ def ignore_interrupts(_: int) -> None:
 class InterruptRequest:
     """While entered, the first SIGINT sets ``requested``; the second one raises KeyboardInterrupt as usual.
 
-    Outside the main thread, where Python allows no signal handlers, SIGINT keeps its meaning. ``quiet``: without a
-    word, in all processes of a run but one.
+    Outside the main thread, where Python allows no signal handlers, SIGINT keeps its meaning. ``quiet``: print
+    nothing, as in all processes of a run but one.
     """
 
     def __init__(self, quiet: bool = False) -> None:

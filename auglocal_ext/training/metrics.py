@@ -101,7 +101,7 @@ class EpochSums:
         return whole
 
     def load_part(self, state: dict[str, Any], stage: int, replica: int, first: int) -> None:
-        """Load all, or go on as one process of several: the first replica has the sums, each stage its modules'."""
+        """Load this process's part of the sums of a run: the first replica takes them, each stage its modules'."""
         whole = state["sums"]
         modules, count = (len(whole) - 2) // 2, self._modules
         self.load_state_dict({**state, "sums": torch.zeros_like(self._sums)})

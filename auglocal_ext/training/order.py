@@ -23,7 +23,8 @@ class Part:
     Attributes:
         index: the replica's number.
         count: of replicas.
-        led: a part begins with the image before it, with which mixing pairs its first; before the first is the last.
+        led: whether a part begins with the image before it, with which mixing pairs its first image. The first part
+            begins with the last image.
     """
 
     index: int = 0
@@ -55,7 +56,7 @@ WHOLE = Part()
 
 
 def steps_per_epoch(count: int, batch_size: int, parts: int = 1) -> int:
-    """``ceil(count / batch_size)``, less a last batch of one image per part, in which BatchNorm finds no variance."""
+    """``ceil(count / batch_size)``, but no last batch of one image per part: BatchNorm would find no variance in it."""
     return max(1, count // batch_size + (count % batch_size // parts > 1))
 
 
