@@ -1,4 +1,4 @@
-"""What a process says whose exchange with others fails."""
+"""The error of a process whose exchange with other processes fails."""
 
 from __future__ import annotations
 
