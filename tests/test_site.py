@@ -40,6 +40,7 @@ INTERNAL = {
         "balanced_cuts",
         "checked_cuts",
         "crossing_inputs",
+        "cut_numbers",
         "everyone",
         "group_like",
         "mesh_groups",

@@ -7,7 +7,7 @@ from .link import Form
 from .mesh import Mesh, group_like, mesh_groups
 from .replicas import Average, Replicas
 from .shards import Shards
-from .stages import Stage, balanced_cuts, checked_cuts, crossing_inputs
+from .stages import Stage, balanced_cuts, checked_cuts, crossing_inputs, cut_numbers
 from .times import Span, StepTimes
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "balanced_cuts",
     "checked_cuts",
     "crossing_inputs",
+    "cut_numbers",
     "everyone",
     "group_like",
     "mesh_groups",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,16 @@ def balanced_cuts(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     return tuple(reversed(cuts))
 
 
+def cut_numbers(cuts: Any) -> tuple[int, ...]:
+    """``stage_cuts`` as a tuple of whole numbers; TypeError for anything else."""
+    try:
+        return tuple(map(operator.index, cuts))
+    except TypeError:
+        raise TypeError(
+            f"stage_cuts are the numbers of local modules, such as (4, 9), or Balanced(); got {cuts!r}"
+        ) from None
+
+
 def checked_cuts(cuts: Sequence[int], stages: int | None, modules: int) -> tuple[int, ...]:
     """``stage_cuts`` as a tuple.
 
@@ -48,9 +59,10 @@ def checked_cuts(cuts: Sequence[int], stages: int | None, modules: int) -> tuple
         modules: of the network.
 
     Raises:
+        TypeError: for cuts that are no numbers.
         ValueError: for cuts that do not give every stage a module.
     """
-    cuts = tuple(cuts)
+    cuts = cut_numbers(cuts)
     wrong = len(cuts) < 1 if stages is None else len(cuts) != stages - 1
     if wrong or list(cuts) != sorted(set(cuts)) or not all(0 < c < modules for c in cuts):
         of = "the stages" if stages is None else f"the {stages} stages"

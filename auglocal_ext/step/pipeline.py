@@ -143,7 +143,7 @@ class Pipeline:
         delay: calls from making features to training on them.
         boundaries: what the stages receive and send.
         edges: parameters that cross cuts.
-        region: entered for the whole of a step; takes the number of samples trained on, and the number of the call.
+        region: entered for each stage; takes the number of samples it trains on, and the number of the call.
         outputs: of the network, per sample.
         shards: hold the parameters of this process's modules, if they are sharded.
     """
@@ -189,12 +189,12 @@ class Pipeline:
         course.call(batch)
         if self._edges is not None:
             self._edges.begin(course.step)
-        trained = course.batch(self.stages[-1])
-        samples = 0 if trained is None else len(trained[0])
-        with self._region(samples, course.calls - 1), updating(updates, autocast, like.device) as scale:
-            outs = []
+        outs = []
+        with updating(updates, autocast, like.device) as scale:
             for stage, begin, end in self._stages:
-                outs.append(self._through(stage, modules[begin - first : end - first + 1], updates, scale, like))
+                trained = course.batch(stage)
+                with self._region(0 if trained is None else len(trained[0]), course.calls - 1):
+                    outs.append(self._through(stage, modules[begin - first : end - first + 1], updates, scale, like))
         if self._edges is not None:
             self._edges.trained()
         course.called()

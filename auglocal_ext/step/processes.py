@@ -20,6 +20,7 @@ from ..distributed import (
     agree,
     balanced_cuts,
     checked_cuts,
+    cut_numbers,
     everyone,
     group_like,
     mesh_groups,
@@ -130,7 +131,7 @@ class Processes:
                     )
                 self._replay(net, checked_cuts(cuts, None, len(modules)))
             return modules
-        cuts = cuts if cuts is None or isinstance(cuts, Balanced) else tuple(cuts)
+        cuts = cuts if cuts is None or isinstance(cuts, Balanced) else cut_numbers(cuts)
         self._agree({**_facts(net), "stage_cuts": cuts, "delay": self._delay})
         count = torch.distributed.get_world_size(self._stages)
         if len(modules) < count:
@@ -306,7 +307,7 @@ class Processes:
 
     @contextmanager
     def region(self, samples: int, batch: int) -> Iterator[None]:
-        """Entered for the whole of a step, on batch number ``batch`` with so many samples in this process."""
+        """Entered for a stage's part of a step, on batch number ``batch`` with so many samples in this process."""
         if self.replicas is None:
             yield
             return

@@ -208,10 +208,17 @@ def _grid(rank, stages, folder):
     step.drain()
     if stages == 1 and rank == 0:
         torch.save(net.state_dict(), folder / "state.pt")
+    gathers = LocalStep(network("predsim"), sgd, mesh=grid, stage_cuts=(2,), delay=1, gather_features=True)
+    for batch in parts(2, 3):
+        gathers(*batch[grid.get_local_rank("replica")])
+    gathers.close()
+    if stages == 1 and rank == 0:
+        torch.save(gathers.net.state_dict(), folder / "gathered.pt")
     if stages == 2:
-        state = torch.load(folder / "state.pt")
-        for key, value in net.state_dict().items():
-            assert value.is_meta or torch.equal(value, state[key]), key
+        for trained, name in ((net, "state.pt"), (gathers.net, "gathered.pt")):
+            state = torch.load(folder / name)
+            for key, value in trained.state_dict().items():
+                assert value.is_meta or torch.equal(value, state[key]), key
         step.save(folder / "drained")
         step(*next(parts(1))[0])
         step.save(folder / "in flight")
@@ -374,5 +381,8 @@ def test_what_a_delay_cannot_honour_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             LocalStep(net, sgd, **options)
+    for cuts in (1, "1", (1.0,), [None]):
+        with pytest.raises(TypeError, match="stage_cuts are the numbers of local modules, .* got"):
+            LocalStep(net, sgd, stage_cuts=cuts, delay=1)
     step = LocalStep(net, sgd, stage_cuts=(1,), delay=1)
     assert step.eager_reason == "steps with a delay run eagerly" and step.stage_cuts == (1,)
