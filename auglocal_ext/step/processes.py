@@ -33,7 +33,14 @@ from ..partition import Balanced
 from .edges import Edges, crossings
 from .in_flight import Place
 from .pipeline import Boundaries, Pipeline, Queued, Sent, passing
-from .refusals import check_delay, refuse, refuse_crossing_shards, refuse_nothing_to_gather, refuse_shared_parameters
+from .refusals import (
+    check_delay,
+    refuse,
+    refuse_crossing_shards,
+    refuse_nothing_to_gather,
+    refuse_other_devices,
+    refuse_shared_parameters,
+)
 
 StageCuts = Sequence[int] | Balanced | None
 
@@ -122,6 +129,7 @@ class Processes:
                 "shard=True gathers the parameters of whole submodules, and a localized model's forward may use "
                 "parameters by itself, such as a position embedding: leave shard out, or wrap an nn.Sequential"
             )
+        refuse_other_devices(net, None if self._mesh is None else self._mesh.device_type)
         if self._stages is None:
             self._settle(net, modules)
             if cuts is not None:

@@ -44,6 +44,16 @@ def check_delay(delay: int, several: bool, options: dict[str, Any]) -> None:
         )
 
 
+def refuse_other_devices(net: LocalSequential, device: str | None) -> None:
+    """ValueError for tensors that processes on ``device`` cannot send; None: of no mesh."""
+    found = {t.device.type for t in (*net.parameters(), *net.buffers()) if not t.is_meta}
+    if device is not None and found - {device}:
+        raise ValueError(
+            f'the network is on {" and ".join(sorted(found))}, and mesh is of {device}: call net.to("{device}") before '
+            "the step is built, and train it on batches that are there"
+        )
+
+
 def refuse_shared_parameters(modules: Sequence[LocalModule]) -> None:
     """ValueError for parameters of several local modules, which would have to be whole while either runs."""
     owner: dict[int, int] = {}

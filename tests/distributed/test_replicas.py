@@ -366,6 +366,14 @@ def test_meshes_that_are_not_understood_are_refused(lonely, shape, names, messag
         LocalStep(network(), sgd, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names))
 
 
+@pytest.mark.parametrize("lonely", [2], indirect=True)
+@pytest.mark.parametrize("name", ["stage", "replica"])
+def test_a_network_on_another_device_than_the_mesh_is_refused(lonely, name):
+    cuda = init_device_mesh("cuda", (2,), mesh_dim_names=(name,))
+    with pytest.raises(ValueError, match=r'the network is on cpu, and mesh is of cuda: call net.to\("cuda"\) before'):
+        LocalStep(network(), sgd, mesh=cuda)
+
+
 def test_what_is_no_mesh_is_refused():
     with pytest.raises(TypeError, match="mesh must be a DeviceMesh, .*got int"):
         LocalStep(network(), sgd, mesh=2)
