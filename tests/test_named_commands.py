@@ -62,6 +62,7 @@ def test_a_sequence_is_cut_between_its_children_and_any_other_network_by_its_for
     assert isinstance(task_of("torchvision:fcn_resnet50"), Segmentation) and task_of(SMALL).outputs == 1000
 
 
+@pytest.mark.slow
 def test_training_from_published_weights(images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     theirs = torchvision.models.squeezenet1_1(weights=None)

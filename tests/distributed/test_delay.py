@@ -121,6 +121,7 @@ def test_one_process_equals_a_plain_loop():
     assert differ(*man)
 
 
+@pytest.mark.slow
 def test_two_stages_equal_the_replay():
     names = ("auglocal", "man")
     run(2, _train, {name: replayed(name, 2, 1) for name in names}, 2, 1, {"check_batches": True})

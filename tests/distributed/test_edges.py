@@ -110,6 +110,7 @@ def _train(rank, wanted, stages, options):
         step.close()
 
 
+@pytest.mark.slow
 def test_two_stages_equal_one_process_to_the_bit():
     rules = [RULES["man"], ReadoutRule()]
     run(2, _train, [(rule, one_process(rule)) for rule in rules], 2, {})

@@ -8,7 +8,7 @@ from chains import assert_equal_to_chain
 
 from auglocal_ext import DGL, Greedy, localize
 
-QUICK = ("resnet18", "mobilenet_v3_small")
+QUICK = ("resnet18",)
 TORCHVISION = {
     "alexnet": 64,
     "vgg11_bn": 32,

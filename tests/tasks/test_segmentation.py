@@ -121,10 +121,20 @@ def test_every_module_learns_the_pixels_and_counts_them(rule, upsample):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("rule", [RULES["auglocal"], RULES["contsup"], RULES["infopro"]], ids=["a", "c", "i"])
-@pytest.mark.parametrize("options", [{}, {"recompute": "all"}, {"modules": 2}], ids=["plain", "recompute", "two"])
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("auglocal", {}),
+        ("infopro", {"recompute": "all"}),
+        *(
+            pytest.param(rule, options, marks=pytest.mark.slow)
+            for rule in ("auglocal", "contsup", "infopro")
+            for options in ({}, {"recompute": "all"}, {"modules": 2})
+        ),
+    ],
+)
 def test_a_step_trains_and_is_planned(rule, options):
-    net = network(rule, **options)
+    net = network(RULES[rule], **options)
     x, y = batch()
     assert plan_memory(net, 4, sgd).predicted_bytes > 0 and count_training_macs(net, (3, 12, 16)) > 0
     step = LocalStep(net, sgd)

@@ -74,6 +74,7 @@ def rows(output):
     return found
 
 
+@pytest.mark.slow
 def test_two_stages_train_what_one_process_does(train, capsys):
     one = trained(train, "one", 1)
     output, done = train("two", 2, "--stages", "2")
