@@ -31,8 +31,9 @@ def _measured(rank, plans):
         x, y = batch()
         for _ in range(3):
             step(x, y)
-        links = stage._from, stage._to
-        messages = [t for link in links if link is not None for _, t in (*link._asked, *link._sending)]
+        links = [link for link in (stage._from, stage._to) if link is not None]
+        messages = [t for link in links for asked in link._asked for t in (asked.number, *asked.tensors)]
+        messages += [t for link in links for _, t in link._sending]
         modules = net.local_modules[stage.first : stage.last + 1]
         parts = nn.ModuleList([part for module in modules for part in module.parts()])
         planned = plan.stages[stage.index]
