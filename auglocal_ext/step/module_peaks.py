@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from ..cost import FlopMeter
 from ..local_modules import LocalModule, OneStream, Recompute
@@ -254,8 +255,28 @@ def empty_batch(net: LocalSequential, batch_size: int) -> tuple[Tensor, Tensor]:
 def module_flops(net: LocalSequential, optimizer: OptimizerFactory, recompute: Recompute | None = None) -> list[int]:
     """FLOPs of each local module in a training step, counted on fake tensors for two samples.
 
-    ``recompute``: None for that of ``net``.
+    An optimizer that reads values back, which these have none of, is counted as SGD.
+
+    Args:
+        recompute: None for that of ``net``.
+
+    Raises:
+        ValueError: if the network reads values back.
     """
+    try:
+        return _flops(net, optimizer, recompute)
+    except DataDependentOutputException:  # by the network or by the optimizer: ASGD and Adafactor read values back
+        pass
+    try:
+        return _flops(net, torch.optim.SGD, recompute)
+    except DataDependentOutputException as error:
+        raise ValueError(
+            f"FLOPs are counted without data, and the network reads values of tensors back ({error}): name the cuts, "
+            'such as stage_cuts=(4, 9), or balance measured time, Balanced(by="time")'
+        ) from error
+
+
+def _flops(net: LocalSequential, optimizer: OptimizerFactory, recompute: Recompute | None) -> list[int]:
     estimate = StepEstimate(
         net,
         2,

@@ -21,7 +21,7 @@ from auglocal_ext.memory import MemoryMeter
 from auglocal_ext.memory.meter import rounded
 from auglocal_ext.step import LocalStep, MemoryBudgetError, plan_memory
 from auglocal_ext.step.choice import Choice, Costs, cheapest_within, lowest_peak
-from auglocal_ext.step.module_peaks import ModuleCost, StepCost, StepEstimate
+from auglocal_ext.step.module_peaks import ModuleCost, StepCost, StepEstimate, module_flops
 from auglocal_ext.step.module_times import module_times
 from auglocal_ext.step.plan import parse_bytes
 from auglocal_ext.step.updates import updating_pass
@@ -418,6 +418,21 @@ def test_flops_are_counted_as_torch_counts_them():
         with FlopMeter() as meter:
             step()
         assert meter.flops == count_flops(step) > 0
+
+
+class ReadsBack(nn.Module):
+    def forward(self, x):
+        return x if x.sum().item() > 0 else -x
+
+
+def test_flops_do_not_depend_on_values_that_are_read_back():
+    net = LocalSequential(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)), Greedy(), 3, (6,))
+    for optimizer in (torch.optim.ASGD, torch.optim.Adafactor):
+        assert module_flops(net, optimizer) == module_flops(net, torch.optim.SGD)
+    layers = nn.Sequential(nn.Linear(6, 6), ReadsBack(), nn.Linear(6, 3))
+    net = LocalSequential(layers, Greedy(), 3, example_input=torch.ones(2, 6))
+    with pytest.raises(ValueError, match="the network reads values of tensors back .* name the cuts"):
+        module_flops(net, torch.optim.SGD)
 
 
 @pytest.mark.slow
