@@ -92,6 +92,7 @@ def test_stages(capsys):
         (["--stages", "9"], "9 stages need as many local modules"),
         (["--stages", "2", "--shard"], "shard divides parameters among replicas"),
         (["--stages", "2", "--recompute", "peak"], "are for one process"),
+        (["--replicas", "3"], "does not divide into 3 replicas"),
         (["--replicas", "2", "--memory-budget", "1GB"], "are for one process"),
         (["--stages", "2", "--overlap", "on"], "are for one process"),
     ):

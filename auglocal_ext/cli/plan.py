@@ -108,12 +108,18 @@ def _plan(arguments: argparse.Namespace) -> MemoryPlan | StagePlan:
         net.to(memory_format=torch.channels_last)
     budgeted = arguments.memory_budget is not None
     if many:
+        replicas = 1 if arguments.replicas is None else arguments.replicas
+        if replicas > 0 and arguments.batch_size % replicas:
+            raise SettingsError(
+                f"--batch-size {arguments.batch_size} does not divide into {replicas} replicas: it is that of all "
+                "replicas together, as in train"
+            )
         return plan_stages(
             net,
-            arguments.batch_size,
+            arguments.batch_size // max(1, replicas),
             _optimizer,
             stages=1 if arguments.stages is None else arguments.stages,
-            replicas=1 if arguments.replicas is None else arguments.replicas,
+            replicas=replicas,
             shard=arguments.shard,
             autocast=AMP[config.amp],
             recompute=arguments.recompute or "none",

@@ -109,7 +109,8 @@ class StagePlan:
         processes = f"{len(self.stages)} stages{replicas}{sharded}"
         return "\n".join(
             [
-                f"{processes}: predicted bytes per process, batch size {self.batch_size}",
+                f"{processes}: predicted bytes per process, batch size {self.batch_size}"
+                + (" of each replica" if self.replicas > 1 else ""),
                 *table,
                 "activations: alive at the peak beyond what is alive between steps, gradients included. Library "
                 "workspaces are not counted",
