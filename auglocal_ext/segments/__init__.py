@@ -11,7 +11,6 @@ __all__ = [
     "Ghost",
     "Passage",
     "Segment",
-    "fake_tensors",
     "find_boundaries",
     "picked_output",
 ]
