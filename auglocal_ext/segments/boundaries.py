@@ -216,7 +216,10 @@ class _Look:
 
     def changed(self, call: Call) -> str:
         """What a module around ``call`` changes before it, and would change again in the next segment."""
-        around = {each.name: each.start for each in call.ancestors()}
+        around = {each.name for each in call.ancestors()}
+        for outer in call.ancestors():
+            if outer.assigns:
+                return f"{outer.name or 'the model'} around it replaces its buffer {outer.assigns[0]}"
         for operator in self.recording.operators[: call.end]:
             if operator.writes and operator.caller in around:
                 return (
@@ -288,7 +291,7 @@ def _unfit(call: Call, form: Form, look: _Look, compiled: frozenset[str]) -> str
     if not form.per_sample:
         return "what crosses it is one number per sample"
     if call.opaque:
-        return f"it returns a {call.opaque}"
+        return f"it returns {call.opaque}"
     for around in call.ancestors():
         if around.name in compiled:
             return f"it lies in {around.name or 'the model'}, which is compiled"
@@ -298,7 +301,7 @@ def _unfit(call: Call, form: Form, look: _Look, compiled: frozenset[str]) -> str
         return "torch.utils.checkpoint runs it together with others"
     for before in look.recording.root.walk():
         if before.end <= call.end and before.opaque and before.data and before not in call.ancestors():
-            return f"{before.name} before it returns a {before.opaque}, which a segment cannot do without"
+            return f"{before.name} before it returns {before.opaque}, which a segment cannot do without"
     return ""
 
 

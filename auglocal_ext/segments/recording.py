@@ -79,7 +79,8 @@ class Call:
         data: whether any of it is data, or it returns no tensor at all: it is skipped where it lies before a segment.
         outputs: for each leaf the dry run's number of the tensor; -1 for others.
         checkpointed: whether ``torch.utils.checkpoint`` ran it: "no", "alone", "with others" or "reentrant".
-        opaque: the type of something in its output that no skipped call can return; empty if there is none.
+        opaque: what is in its output that no skipped call can return, such as "a DynamicCache"; empty if nothing is.
+        assigns: names of the module's own buffers that its forward replaces by others.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Call:
     outputs: list[int] = field(default_factory=list)
     checkpointed: str = "no"
     opaque: str = ""
+    assigns: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[str, int]:
@@ -256,8 +258,11 @@ class _Calls:
             self._counts[name] = nth + 1
             this = Call(name, nth, outer, len(trace.operators), checkpointed=_checkpointed())
             self._now, trace.caller = this, name
+            buffers = dict(module._buffers)
             try:
-                return self._end(this, module._call_impl(*args, **kwargs))
+                out = self._end(this, module._call_impl(*args, **kwargs))
+                this.assigns = tuple(key for key, each in module._buffers.items() if buffers.get(key) is not each)
+                return out
             finally:
                 self._now, trace.caller = outer, "" if outer is None else outer.name
 
@@ -275,7 +280,7 @@ class _Calls:
         tensors = [number for number in call.outputs if number >= 0]
         call.data = not tensors or any(number in self._trace.data for number in tensors)
         odd = [leaf for leaf in leaves if not isinstance(leaf, (Tensor, *_PLAIN))]
-        call.opaque = type(odd[0]).__name__ if odd else ""
+        call.opaque = f"a {type(odd[0]).__name__}" if odd else ""
         if call.parent is None:
             self.root = call
         else:
@@ -331,7 +336,11 @@ def record(model: nn.Module, example: Tensor, training: bool, output: str | int 
     if [call.key for call in calls[0]] != [call.key for call in calls[1]]:
         raise ValueError(f"{type(model).__name__} calls other modules for another batch size")
     for one, two in zip(*calls, strict=True):
-        one.leaves = [_form(a, b) for a, b in zip(one.leaves, two.leaves, strict=True)]
+        pairs = list(zip(one.leaves, two.leaves, strict=True))
+        one.leaves = [_form(a, b) for a, b in pairs]
+        changing = [a for a, b in pairs if isinstance(a, (bool, float, complex, str)) and a != b]
+        if changing:
+            one.opaque = one.opaque or f"a {type(changing[0]).__name__} that differs from call to call"
     first.input = _form(runs[0][1], runs[1][1])
     return first
 
@@ -389,7 +398,7 @@ def picked_output(out: Any, output: str | int | None) -> Tensor:
     found = None
     if isinstance(output, str):
         found = out.get(output) if isinstance(out, dict) else getattr(out, output, None)
-    elif isinstance(output, int) and isinstance(out, (tuple, list)) and output < len(out):
+    elif isinstance(output, int) and isinstance(out, (tuple, list)) and -len(out) <= output < len(out):
         found = out[output]
     if not isinstance(found, Tensor):
         fields = list(out) if isinstance(out, dict) else getattr(out, "_fields", range(len(out or ())))
