@@ -80,6 +80,8 @@ class _Script:
         self.actions: dict[str, list[_Action]] = {}
         #: Names of the outermost submodules that run from beginning to end.
         self.whole: list[str] = []
+        #: Names of those that are entered, but do not run from beginning to end; the model itself first.
+        self.partly: list[str] = []
         recording = passage.recordings[training]
         self.first, self.last = (None if key is None else passage.call(key, training) for key in ends)
         leaves = passage.leaves[training]
@@ -121,6 +123,7 @@ class _Script:
 
     def _partly(self, model: nn.Module, call: Call, does: Literal["run", "stop"]) -> None:
         children = self._children(model, call)
+        self.partly.append(call.name)
         self._add(_Action(does, call, self.leaves[1], children))
         inside = call.children
         if children is not None:
@@ -135,6 +138,8 @@ class _Script:
         """Which children a partly run ``nn.Sequential`` calls; None for other modules."""
         module = model.get_submodule(call.name)
         if not isinstance(module, nn.Sequential) or eager_type(module).forward is not nn.Sequential.forward:
+            return None
+        if "forward" in vars(module):  # a forward of the user's own
             return None
         called = [model.get_submodule(child.name) for child in call.children]
         if len(called) != len(module) or any(a is not b for a, b in zip(called, module, strict=True)):
@@ -208,7 +213,7 @@ class Segment(nn.Module):
         run = _Run(self.model, script, h)
         with run.patched():
             try:
-                out = self.model(h if self.first is None else run.ghost(script.input))
+                out = self.model(h if self.first is None else run.ghost_input())
             except _Reached as reached:
                 out, reached.out = reached.out, None
                 reached.__traceback__ = None  # whose frames hold activations
@@ -231,6 +236,11 @@ class Segment(nn.Module):
         for name, owner, key in self._tensors():
             if (parameter := owner._parameters.get(key)) is not None:
                 yield start + name, parameter
+            elif key not in owner._parameters and key not in owner._buffers:
+                raise RuntimeError(
+                    f"the model has no {name} any more, which it had when it was cut: localize it after adapters, "
+                    "pruning and parametrizations are added, not before"
+                )
 
     def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
         start = prefix + ("." if prefix else "") + "model."
@@ -282,12 +292,21 @@ class _Run:
         dtype = self._h.dtype if form.dtype == self._recorded else form.dtype
         return Ghost(form.meta(len(self._h), dtype), self._h.device)
 
+    def ghost_input(self) -> Ghost:
+        """Of the network's input, which autocast leaves as it is."""
+        form = self._script.input
+        if not self._h.is_meta and torch.is_autocast_enabled(self._h.device.type):
+            return Ghost(form.meta(len(self._h), form.dtype), self._h.device)
+        return self.ghost(form)
+
     @contextmanager
     def patched(self) -> Iterator[None]:
         if id(self._model) in _RUNNING:
             raise RuntimeError("a segment of this model runs already: segments run one at a time")
         _RUNNING.add(id(self._model))
         before: list[tuple[nn.Module, Any]] = []
+        partly = [self._model.get_submodule(name) for name in self._script.partly]
+        attributes = [(module, dict(vars(module))) for module in partly]
         try:
             for name in self._script.actions:
                 module = self._model.get_submodule(name)
@@ -300,6 +319,12 @@ class _Run:
                     module.__dict__.pop(SLOT, None)
                 else:
                     module.__dict__[SLOT] = slot
+            for module, held in attributes:  # what a forward keeps of an earlier segment is not there
+                for key in [key for key, value in vars(module).items() if isinstance(value, Ghost)]:
+                    if key in held:
+                        module.__dict__[key] = held[key]
+                    else:
+                        del module.__dict__[key]
             _RUNNING.discard(id(self._model))
 
     def _patch(self, name: str, module: nn.Module, compiled: Any) -> Callable[..., Any]:
@@ -343,6 +368,8 @@ class _Run:
         assert which is not None
 
         def forward(x: Tensor) -> Tensor:
+            if get_ident() != self._thread:
+                return cast("Tensor", type(module).forward(module, x))
             if which.given:
                 x = self._h
             elif which.start > 0:

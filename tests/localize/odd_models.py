@@ -261,6 +261,84 @@ class RemembersCalls(Functional):
         return super().forward(x) * self.calls
 
 
+class Averaging(Functional):
+    """Replaces a buffer by another in the forward of the model itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        x = F.relu(self.one(x))
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean((0, 2, 3)).detach()
+        x = F.relu(self.two(x - self.mean[:, None, None]))
+        return self.head(F.adaptive_avg_pool2d(self.three(x), 2).flatten(1))
+
+
+class Keeping(Functional):
+    """Keeps its features as attributes."""
+
+    def forward(self, x):
+        self.low = F.relu(self.one(x))
+        self.middle = F.relu(self.two(self.low))
+        return self.head(F.adaptive_avg_pool2d(self.three(self.middle), 2).flatten(1))
+
+
+class Scaled(nn.Module):
+    """The first block returns a number beside the features, which is used at the end."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number, self.one, self.head = number, NumberBlock(number), nn.Linear(8, 5)
+        self.two, self.three = conv(8, 8), conv(8, 8)
+
+    def forward(self, x):
+        x, number = self.one(x)
+        x = F.relu(self.three(F.relu(self.two(x))))
+        return self.head(x.mean((2, 3)) * number)
+
+
+class NumberBlock(nn.Module):
+    def __init__(self, number):
+        super().__init__()
+        self.number, self.conv = number, conv(3, 8)
+
+    def forward(self, x):
+        return F.relu(self.conv(x)), self.number(len(x))
+
+
+class Contained(nn.Module):
+    """A container of which several segments are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8), nn.ReLU(), conv(8, 8))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.features(x).mean((2, 3)))
+
+
+class TableOfInput(Functional):
+    """Makes a table in the input's dtype."""
+
+    def forward(self, x):
+        table = torch.sin(torch.arange(8).to(x.dtype) * 1.2345 + 100.3)[:, None, None]
+        x = F.relu(self.two(F.relu(self.one(x)))) * table
+        return self.head(F.adaptive_avg_pool2d(self.three(x), 2).flatten(1))
+
+
+class Counter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x
+
+
 class Unused(Functional):
     def __init__(self):
         super().__init__()

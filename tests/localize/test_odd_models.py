@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
+import types
 import warnings
 
 import odd_models as odd
@@ -11,8 +13,9 @@ import pytest
 import torch
 from chains import assert_equal_to_chain
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
-from auglocal_ext import DGL, Greedy, LocalStep, localize
+from auglocal_ext import DGL, Greedy, LocalStep, localize, segments
 
 SHAPE = (3, 8, 8)
 
@@ -81,6 +84,14 @@ REFUSED = {
     "reads values": (odd.ReadsValues, {}, "a dry run of ReadsValues on fake tensors"),
     "noise in two places": (odd.NoiseAcross, {"modules": ["one"]}, "mul in the forward of the model uses later"),
     "buffer of the forward": (odd.Counting, {}, "changes calls before it"),
+    "replaced buffer": (odd.Averaging, {}, "the model around it replaces its buffer mean"),
+    "a number of the batch": (
+        lambda: odd.Scaled(lambda n: 1.0 / n),
+        {"modules": ["two"]},
+        "one before it returns a float that differs from call to call",
+    ),
+    "half the batch": (lambda: odd.Scaled(lambda n: n // 2), {}, "depend on the batch size otherwise than linearly"),
+    "no such output": (lambda: odd.Outputs("tuple"), {"output": -5}, "output="),
     "state of Python": (odd.RemembersCalls, {}, "do not give what the model gives"),
     "reentrant checkpoint": (lambda: odd.Checkpointed(reentrant=True), {}, "use_reentrant=False"),
     "inside a checkpoint": (
@@ -281,3 +292,91 @@ def test_a_layer_with_code_between_its_submodules_is_not_copied():
     localize(odd.PreActivation(), MAN(), 5, input_shape=SHAPE)
     with pytest.raises(ValueError, match="computes something between its submodules"):
         localize(odd.Functional(), MAN(), 5, ["one"], input_shape=SHAPE)
+
+
+def test_a_number_that_grows_with_the_batch_is_right_for_any():
+    net = wrapped(odd.Scaled(lambda n: 2 * n + 1))
+    assert_equal_to_chain(net, torch.randn(7, *SHAPE), torch.randint(0, 5, (7,)))
+
+
+def test_features_that_the_model_keeps_are_real_after_a_pass():
+    model = odd.Keeping()
+    x, y = batch()
+    net = wrapped(model)
+    kept = {type(model.low), type(model.middle)}
+    net(x, y)
+    assert kept | {type(model.low), type(model.middle)} == {torch.Tensor}
+    low, middle = model.low, model.middle
+    model(x)
+    assert torch.equal(low, model.low) and torch.equal(middle, model.middle)
+
+
+def test_a_forward_that_the_user_gave_a_container_stays():
+    model, calls = odd.Contained(), []
+
+    def forward(self, x):
+        calls.append(1)
+        return nn.Sequential.forward(self, x)
+
+    mine = model.features.forward = types.MethodType(forward, model.features)
+    net = wrapped(model)
+    assert_equal_to_chain(net, *batch())
+    assert vars(model.features)["forward"] is mine
+    calls.clear()
+    net(*batch())
+    assert calls
+
+
+def test_inference_by_another_thread_during_a_pass():
+    model = odd.Contained()
+    net = wrapped(model)
+    x, y = batch()
+    wanted, found = model(x).detach(), []
+
+    def infer():
+        with torch.no_grad():
+            found.append(model(x))
+
+    def during(module, args):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=infer)
+            thread.start()
+            thread.join()
+
+    for child in model.features:
+        child.register_forward_pre_hook(during)
+    net(x, y)
+    assert len(found) == len(model.features) and all(torch.equal(each, wanted) for each in found)
+
+
+@pytest.mark.parametrize("change", ["weight_norm", "prune"])
+def test_a_parameter_that_is_replaced_after_wrapping_is_not_left_untrained(change):
+    model = odd.Functional()
+    net = wrapped(model)
+    if change == "prune":
+        prune.l1_unstructured(model.two, "weight", 0.5)
+    else:
+        parametrizations.weight_norm(model.two)
+    with pytest.raises(RuntimeError, match=r"the model has no two\.weight any more"):
+        net(*batch())
+    again = wrapped(model)
+    again(*batch()).loss.backward()
+    assert all(p.grad is not None for p in again.parameters())
+
+
+def test_autocast_leaves_the_dtype_of_the_input():
+    net = wrapped(odd.TableOfInput())
+    x, y = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_equal_to_chain(net, x, y)
+
+
+def test_wrapping_changes_no_buffer():
+    model = odd.Contained()
+    model.features[1] = odd.Counter()
+    wrapped(model)
+    assert model.features[1].calls == 0
+
+
+def test_all_that_segments_names_is_there():
+    assert all(hasattr(segments, name) for name in segments.__all__)
