@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.checkpoint import checkpoint
 
-from auglocal_ext import AugLocal, Greedy, LocalSequential, fuse, models
+from auglocal_ext import AugLocal, Balanced, Greedy, LocalSequential, fuse, models
 from auglocal_ext.layers import group_children
 from auglocal_ext.local_modules import Recompute
 from auglocal_ext.step.fake_copy import FakeCopy
@@ -93,7 +93,7 @@ def auglocal(network: str, depth: int, fused: bool, recompute: Recompute = "none
 
 
 def local(
-    network: str, rule: Any, modules: int | None, fused: bool, recompute: Recompute = "none"
+    network: str, rule: Any, modules: int | Balanced | None, fused: bool, recompute: Recompute = "none"
 ) -> tuple[LocalSequential, Loss]:
     """The network under a rule, cut into ``modules``, or as many layers as it has; None leaves the cuts to the rule."""
     net = local_of(build(network), network, rule, modules, fused)
@@ -101,10 +101,12 @@ def local(
     return net, lambda x, y: net(x, y).loss
 
 
-def local_of(net: nn.Module, network: str, rule: Any, modules: int | None, fused: bool) -> LocalSequential:
+def local_of(
+    net: nn.Module, network: str, rule: Any, modules: int | Balanced | None, fused: bool
+) -> LocalSequential:
     """``net``, which is ``network``, under a rule, see :func:`local`."""
     task, shape = task_of(network, num_classes(network)), input_shape(network)
-    if modules is not None:
+    if isinstance(modules, int):
         layers = (
             len(group_children(net)) if isinstance(net, nn.Sequential) else cut(net, Greedy(), task, shape).num_modules
         )

@@ -4,6 +4,7 @@
     python benchmarks/memory.py --network resnet34 --rows BP AugLocal --dtype bf16
     python benchmarks/memory.py --network torchvision:mobilenet_v2 --rows BP AugLocal
     python benchmarks/memory.py --rules                      # a row for each learning rule, with its arithmetic
+    python benchmarks/memory.py --localized --network torchvision:vit_b_16 --batch 256    # a network as it comes
     python benchmarks/memory.py --limit 500 --resume         # goes on where --limit, or a kill, ended the last command
 
 Without a GPU the peaks are predicted: tensor bytes under fake tensors, no library workspace. With one they
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from _backbones import BACKBONES
 from _environment import environment
+from _localized_rows import localized_rows
 from _memory_rows import PAPER, PAPER_BATCH, Row, build_step, rows
 from _memory_table import GB, Result, as_json, from_json, table
 from _networks import compiling, input_shape
@@ -187,7 +189,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="cpu: predict, also beside a GPU"
     )
     parser.add_argument("--rows", nargs="+", metavar="TEXT", help="only rows whose name contains one of these")
-    parser.add_argument(
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--localized",
+        action="store_true",
+        help="backpropagation, checkpointing, four balanced modules without and with recomputation, and Greedy and "
+        "AugLocal at every cut, in place of the papers' rows",
+    )
+    chosen.add_argument(
         "--rules",
         action="store_true",
         help="a row for each learning rule and for some combinations, in place of the rivals and of AugLocal's depths; "
@@ -217,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--device cuda: torch sees no CUDA device; leave it out to predict")
     cuda = options.device != "cpu" and torch.cuda.is_available()
     wanted = [text.lower() for text in options.rows or [""]]
-    known = rule_rows() if options.rules else rows(cuda)
+    known = localized_rows() if options.localized else rule_rows() if options.rules else rows(cuda)
     possible = [row for row in known if options.compile or not row.compiled]
     chosen = [row for row in possible if any(text in row.name.lower() for text in wanted)]
     if not chosen:
@@ -240,7 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         },
         **environment(),
     }
-    stem = options.output / f"{'rules' if options.rules else 'memory'}-{kind}"
+    what = "localized" if options.localized else "rules" if options.rules else "memory"
+    stem = options.output / f"{what}-{kind}"
     report = Report(stem.with_suffix(".json"), head, known, cuda, options.rules, options.resume)
     try:
         finished = run(options, chosen, cuda, report, start + options.limit)
