@@ -101,9 +101,7 @@ def local(
     return net, lambda x, y: net(x, y).loss
 
 
-def local_of(
-    net: nn.Module, network: str, rule: Any, modules: int | Balanced | None, fused: bool
-) -> LocalSequential:
+def local_of(net: nn.Module, network: str, rule: Any, modules: int | Balanced | None, fused: bool) -> LocalSequential:
     """``net``, which is ``network``, under a rule, see :func:`local`."""
     task, shape = task_of(network, num_classes(network)), input_shape(network)
     if isinstance(modules, int):

@@ -26,6 +26,11 @@ from _tables_results import (
 NETWORKS = {"resnet32": "ResNet-32", "resnet110": "ResNet-110", "resnet34": "ResNet-34", "resnet101": "ResNet-101"}
 NETWORKS |= {"vgg13": "VGG13", "torchvision:mobilenet_v2": "MobileNetV2"}
 NETWORKS |= {"torchvision:efficientnet_b0": "EfficientNet-B0", "torchvision:regnet_x_400mf": "RegNetX-400MF"}
+NETWORKS |= {"torchvision:vit_b_16": "ViT-B/16", "torchvision:resnet50": "ResNet-50"}
+NETWORKS |= {"torchvision:mobilenet_v3_large": "MobileNetV3-Large", "torchvision:regnet_y_400mf": "RegNetY-400MF"}
+NETWORKS |= {"torchvision:densenet121": "DenseNet-121", "timm:mixer_b16_224": "Mixer-B/16 (timm)"}
+NETWORKS |= {"timm:resnetv2_50": "ResNetV2-50 (timm)", "torchvision:convnext_tiny": "ConvNeXt-T"}
+NETWORKS |= {"timm:efficientnet_b0": "EfficientNet-B0 (timm)", "torchvision:swin_t": "Swin-T"}
 OVERVIEW = (
     "BP",
     "BP checkpointing",
@@ -109,6 +114,25 @@ def _backbones(words: Sequence[str]) -> str:
                 [NETWORKS[network], _label(name), *pairs, found["flops"], f"{found['peak']} ({found['share']}%)"]
             )
     return markdown([*columns, "FLOPs, × BP", "peak, GB (of BP)"], lines, text=2)
+
+
+def _localized(words: Sequence[str]) -> str:
+    expect(words, "")
+    found = {network: network_rows("localized", network) for network in read("localized")["networks"]}
+    names = list(max(found.values(), key=len))
+    lines = []
+    for network, rows in found.items():
+        cells = []
+        for name in names:
+            if name not in rows:
+                cells.append("not predicted yet")
+            elif rows[name]["error"]:
+                cells.append("refused")
+            else:
+                values = fields(rows[name], rows["BP"])
+                cells.append(f"{values['peak']} ({values['share']}%)")
+        lines.append([NETWORKS[network], *cells])
+    return markdown(["network, GB (of BP)", *map(_label, names)], lines)
 
 
 def _overview(words: Sequence[str]) -> str:
@@ -201,13 +225,14 @@ def _shards(words: Sequence[str]) -> str:
 
 
 def _label(name: str) -> str:
-    return LABELS.get(name, name.replace("d=", "d = "))
+    return LABELS.get(name, name.replace("d=", "d = ").replace("K=", "K = "))
 
 
 TABLES: dict[str, Callable[[Sequence[str]], str]] = {
     "overview": _overview,
     "memory": _memory,
     "backbones": _backbones,
+    "localized": _localized,
     "rules": _rules,
     "step": _step,
     "depth": _scaling("depth", "layers"),

@@ -21,6 +21,7 @@ SOURCES = {
     "memory-bf16": "bf16/memory-predicted.json",
     "memory-imagenet": "imagenet/memory-predicted.json",
     "backbones": "backbones/memory-predicted.json",
+    "localized": "localized/localized-predicted.json",
     "rules": "rules/rules-predicted.json",
     "step": "step-cpu.json",
     "scaling": "step-cpu-scaling.json",

@@ -16,6 +16,7 @@ A name is words, quoted where one has a space. Tables::
     overview [bf16]                   six ways of training ResNet-32 and ResNet-110: peak and arithmetic
     memory NETWORK... [bf16]          every row of benchmarks/memory.py
     backbones                         the networks of torchvision among those rows
+    localized                         every row of benchmarks/memory.py --localized
     rules NETWORK                     every row of benchmarks/memory.py --rules
     step                              peaks and operators of benchmarks/step.py, ResNet-32 and ResNet-110
     depth, batch                      peaks over layers of the network, over images of a step

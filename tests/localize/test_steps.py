@@ -11,8 +11,9 @@ import odd_models as odd
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from auglocal_ext import DGL, AugLocal, ContSup, Greedy, LocalStep, localize
+from auglocal_ext import DGL, AugLocal, ContSup, Greedy, LocalSequential, LocalStep, localize
 from auglocal_ext.memory import MemoryMeter
 from auglocal_ext.step import plan_memory
 
@@ -125,8 +126,6 @@ def test_the_predicted_peak_is_the_meters_on_real_tensors(name, recompute):
 
 
 def test_the_predicted_peak_is_a_hand_made_sequentials():
-    from auglocal_ext import LocalSequential
-
     model = Residual()
     tail = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.head)
     layers = nn.Sequential(model.stem, model.norm, nn.ReLU(), *model.blocks, *tail)
@@ -134,6 +133,38 @@ def test_the_predicted_peak_is_a_hand_made_sequentials():
     net = localize(model, Greedy(), 5, 3, input_shape=SHAPE)
     ours, theirs = (plan_memory(each, 16, sgd).predicted_bytes for each in (net, hand))
     assert abs(ours - theirs) <= 0.05 * theirs
+
+
+def resnet_layers(model):
+    stages = [block for name in ("layer1", "layer2", "layer3", "layer4") for block in getattr(model, name)]
+    return nn.Sequential(
+        model.conv1, model.bn1, model.relu, model.maxpool, *stages, model.avgpool, nn.Flatten(), model.fc
+    )
+
+
+def vgg_layers(model):
+    return nn.Sequential(*model.features, model.avgpool, nn.Flatten(), *model.classifier)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "layers_of", "cuts"),
+    [
+        ("resnet50", resnet_layers, ["layer1", "layer2", "layer3"]),
+        ("vgg19", vgg_layers, ["features.9", "features.18", "features.27"]),  # behind pools
+    ],
+)
+def test_the_predicted_peak_of_torchvisions_models_is_a_hand_made_sequentials(name, layers_of, cuts):
+    torchvision = pytest.importorskip("torchvision", exc_type=Exception, reason="needs torchvision")
+    with FakeTensorMode():
+        hand = layers_of(getattr(torchvision.models, name)())
+        model = getattr(torchvision.models, name)()
+        shape = (3, 224, 224)
+        net = localize(model, Greedy(), 1000, cuts, input_shape=shape)
+        hand = LocalSequential(hand, Greedy(), 1000, shape, net.network.ends[:-1], fused=False)
+    for recompute in ("none", "all"):
+        ours, theirs = (plan_memory(each, 32, sgd, recompute=recompute).predicted_bytes for each in (net, hand))
+        assert abs(ours - theirs) <= 0.05 * theirs
 
 
 @pytest.mark.parametrize("fused", [True, False])
