@@ -91,6 +91,7 @@ def _command(words: Sequence[str]) -> str:
 
 FIGURES: dict[str, Callable[[Sequence[str]], str]] = {
     "memory": _memory,
+    "localized": _of_network("localized"),
     "rules": _of_network("rules"),
     "step": _of_network("step"),
     "depth": _of_scaling("depth"),

@@ -33,6 +33,7 @@ Figures, with the names of rows, runs and layers that the result files have::
     step NETWORK ROW FIELD            deployed (M parameters), training and inference (M MACs), operators, host_reads;
     depth LAYERS ROW FIELD            a field that a file does not have is refused
     batch IMAGES ROW FIELD
+    localized NETWORK ROW FIELD
     kernels OP [compile | memory]     least and most of eager's time that the cpu provider takes; torch.compile; the
                                       cpu provider's peak memory
     accuracy ROW FIELD                FIELD: last, best, last-BP, best-BP
