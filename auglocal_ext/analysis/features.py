@@ -92,7 +92,7 @@ def layer_features(network: nn.Module, input_shape: tuple[int, ...]) -> tuple[Fe
         if features is None:
             raise ValueError(
                 f"{handed[stop].why_unknown} which axis of layer {name}'s output {handed[stop].shape} holds the "
-                "channels: wrap the network in LocalSequential(..., layout=...)"
+                "channels: wrap the network with layout="
             )
         found.append(features)
     return tuple(found)

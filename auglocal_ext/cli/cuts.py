@@ -13,6 +13,7 @@ from ..layers import probe_input
 from ..models import check_name, default_input_shape, network_by_name
 from ..models.named import LIBRARIES
 from ..segments import Boundary, Passage, find_boundaries
+from .show import show
 
 _EPILOG = """
 FLOPs are those of convolutions and matrix products, for one sample, forward, since the cut before. The network runs on
@@ -45,7 +46,7 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints the table; 1 with a message for a network that cannot be made or run."""
     try:
-        print(_table(arguments))
+        show(_table(arguments))
     except (TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import platform
-import sys
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from .. import native
 from .._version import __version__
 from ..native.architectures import from_ptx
 from ..ops import providers
+from .show import show
 
 
 def add_parser(subparsers: Any) -> None:
@@ -28,11 +27,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report; returns the exit status."""
     found = report()
-    try:
-        print(json.dumps(found, indent=2) if args.json else as_text(found), flush=True)
-    except BrokenPipeError:
-        # The reader, `head` for one, has enough. What is left in the buffer must not fail once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    show(json.dumps(found, indent=2) if args.json else as_text(found))
     return 0
 
 

@@ -17,6 +17,7 @@ from ..training import SettingsError, TrainConfig
 from ..training.config import AMP, RULE_OPTIONS, make_rule
 from ..training.networks import cut, task_of
 from .network_options import add_network_options
+from .show import show
 
 _EPILOG = """
 The step is that of the command train: SGD with Nesterov momentum and weight decay, each module stepped as soon as its
@@ -68,7 +69,7 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints the table; 1 with a message for wrong settings and for a budget that nothing fits."""
     try:
-        print(_plan(arguments))
+        show(str(_plan(arguments)))
     except (SettingsError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -30,7 +30,7 @@ Kind = Literal["basic", "bottleneck", "conv", "linear", "other"]
 LayoutChoice = Layout | Sequence[Layout | None] | None
 #: What to do where nothing tells which axis holds the channels.
 SAY_LAYOUT = (
-    "say LocalSequential(..., layout='channels_first') for (C, *positions), 'channels_last' for (*positions, C) and "
+    "say layout='channels_first' for (C, *positions), 'channels_last' for (*positions, C) and "
     "tokens (T, C), 'class_token' for tokens of which heads read the first; or one for each layer"
 )
 

@@ -89,7 +89,7 @@ class Network:
             raise ValueError(
                 f"{who} needs images of channels, height and width; the network's inputs are of shape "
                 f"{self.input_shape}, and no layer tells which axis holds the channels: say "
-                "LocalSequential(..., layout='channels_first') or 'channels_last', which holds for the input too"
+                "layout='channels_first' or 'channels_last', which holds for the input too"
             )
         return self.input
 
