@@ -165,6 +165,9 @@ def test_all_steps_share_the_second_stream(monkeypatch):
     class OnCuda:
         is_cuda, device = True, torch.device("cuda", 0)
 
+        def __len__(self):
+            return 1
+
     for _ in range(3):
         step._run(OnCuda(), None)
     assert used == made * 3 and len(made) == 1
