@@ -161,14 +161,17 @@ class AugLocal(Rule):
     def build_auxiliary(self, network: Network, module: int) -> Auxiliary:
         here, features = network.last_layer(module), network.features(module)
         blocks: list[nn.Module] = []
+        chosen = self.sampled(network, module)
+        if not chosen:
+            return self._ended(network, module, blocks, features)
         if self._copies(network):
             self._refuse_sizes()
-            for index in self.sampled(network, module):
+            for index in chosen:
                 repeated = self.sampling == "repeated"
                 block, features = copied_block(network, here.index if repeated else index, features, "AugLocal")
                 blocks.append(block)
             return self._ended(network, module, blocks, features)
-        for index, stride in zip(self.sampled(network, module), self.strides(network, module), strict=True):
+        for index, stride in zip(chosen, self.strides(network, module), strict=True):
             sampled = network.layers[index]
             model = sampled if self.sampling in ("uniform", "sequential") else here
             sized = sampled if self._downsamples else here
