@@ -504,14 +504,12 @@ def halving():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "context", "fused"),
     [
         (halving, "R1E", True),
-        *(
-            pytest.param(lambda: models.resnet_cifar(14, width=4), *case, marks=pytest.mark.slow)
-            for case in (("R1E", False), ("R1E", True), ("R2", False))
-        ),
+        *((lambda: models.resnet_cifar(14, width=4), *case) for case in (("R1E", False), ("R1E", True), ("R2", False))),
     ],
 )
 def test_a_compiled_network_with_context(make, context, fused):
