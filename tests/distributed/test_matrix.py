@@ -10,11 +10,13 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from auglocal_ext import DGL, MAN, AugLocal, ContSup, Greedy, InfoPro, LocalStep, PredSim
 from auglocal_ext.auxiliary.base import parts_of
+from auglocal_ext.rules import FCNHead
 from auglocal_ext.rules.base import HEADS
 
 WEIGHTS = ((0.5, 1.0), (1.0, 0.5))
 CASES = RULES | COMPARING
 CASES |= {f"head {head}": Greedy(head) for head in HEADS}
+CASES["head fcn"] = Greedy(FCNHead(dropout=0))  # each stage draws its own random numbers
 CASES |= {
     "man dgl": MAN(head=DGL()),
     "man infopro": MAN(head=InfoPro(*WEIGHTS)),
