@@ -124,6 +124,8 @@ def describe(layers: nn.Sequential, example: Tensor, layout: LayoutChoice = None
                 f"normalisation, but turns {handed[index].shape} into {handed[index + 1].shape}; put it and the layer "
                 "before it into an nn.Sequential of their own"
             )
+    if layout == "class_token":  # which maps before the tokens have not
+        said = [each if len(handed[stop].shape) <= 2 else None for each, (_, stop) in zip(said, ranges, strict=True)]
     classifier = classifier_start(layers)
     found = []
     for index, (start, stop) in enumerate(ranges):

@@ -66,8 +66,8 @@ class LocalSequential(CheckedBatches):
         example_input: an input ``(1, *input_shape)`` in place of ``input_shape``, such as integer tokens ``(1, T)``; of
             a batch the first one is used.
         layout: how the layers' outputs are laid out where they have positions: ``"channels_first"``,
-            ``"channels_last"`` (tokens ``(T, C)`` too), or ``"class_token"``: tokens of which heads read the first. One
-            for all layers, or one (or None) for each. None: inferred from the types of the layers.
+            ``"channels_last"`` (tokens ``(T, C)`` too), or ``"class_token"``: tokens of which heads read the first
+            (maps stay). One for all layers, or one (or None) for each. None: inferred from the types of the layers.
         label_smoothing: of every local cross-entropy, in [0, 1].
         ignore_index: label that counts nowhere.
         recompute: what keeps only its input and runs a second time for its backward: ``"none"``, the blocks of the
