@@ -288,6 +288,13 @@ def test_a_diverged_run_ends_with_status_1_and_its_curves(images, tmp_path, caps
     assert load(output / "checkpoint.pt")["progress"]["epochs"] == 1
 
 
+@pytest.mark.parametrize("flag", ["--shard", "--sync-batch-norm", "--gather-features"])
+def test_options_of_replicas_are_refused_where_there_is_one(flag, tmp_path, capsys):
+    assert main(["train", "--data", str(tmp_path), "--output", str(tmp_path / "run"), flag]) == 1
+    assert f"{flag} is for several replicas: add --replicas R, or leave it out" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_help_names_every_option_group(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["train", "--help"])

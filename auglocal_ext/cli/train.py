@@ -223,6 +223,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> int:
         launch.grid(arguments.stages, arguments.replicas)  # before anything else, as far as the options say it
         resume = arguments.resume or launch.restarted(output) and find(output) is not None
         config = _config(settings, given, resume, launch)
+        _refuse_alone(given, config)
         team = None
         if launch.size > 1:
             team = launch.join(config.stages, config.replicas, launch.device(config.device))
@@ -256,6 +257,14 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> int:
         return 1
     say(f"\n{ending(trainer, summary)}")
     return 0
+
+
+def _refuse_alone(given: dict[str, Any], config: TrainConfig) -> None:
+    """SettingsError for options of several replicas where there is one; a run's own are kept for other grids."""
+    for name in ("sync_batch_norm", "shard", "gather_features"):
+        if given.get(name) and config.replicas == 1:
+            flag = "--" + name.replace("_", "-")
+            raise SettingsError(f"{flag} is for several replicas: add --replicas R, or leave it out")
 
 
 def _command(trainer: Trainer | None) -> str:

@@ -58,8 +58,8 @@ class LocalSequential(CheckedBatches):
             :class:`auglocal_ext.Balanced` for K modules of balanced memory or FLOPs. One module is ordinary
             backpropagation.
         task: what is learned (:mod:`auglocal_ext.tasks`): :class:`auglocal_ext.Classification`,
-            :class:`auglocal_ext.Binary`, :class:`auglocal_ext.MultiLabel`, :class:`auglocal_ext.Regression`, or your
-            own.
+            :class:`auglocal_ext.Binary`, :class:`auglocal_ext.MultiLabel`, :class:`auglocal_ext.Regression`,
+            :class:`auglocal_ext.Segmentation`, or your own.
         criterion: with ``outputs``, short for ``task=Criterion(criterion, outputs)``: any
             ``criterion(output, target) -> scalar``.
         outputs: outputs of the network, and of every head, per sample.
