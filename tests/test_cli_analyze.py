@@ -282,7 +282,12 @@ def test_ctrl_c_loses_only_the_run_in_progress(analyze, tmp_path, capsys, monkey
         return linear_probes(*arguments, **options)
 
     monkeypatch.setattr(report, "linear_probes", interrupted)
-    assert analyze("--checkpoint", "bp", "auglocal", "--analyses", "probes", "curves", *FAST[:2]) == 130
+    # A shell's background job ignores Ctrl-C, and Python then has no handler.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert analyze("--checkpoint", "bp", "auglocal", "--analyses", "probes", "curves", *FAST[:2]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "stopped; what was finished is in" in capsys.readouterr().err
     table = rows(tmp_path / "out" / "probes.csv")
     assert [row["run"] for row in table] == ["bp"] * 5
