@@ -99,14 +99,20 @@ _NORMALISED = {
 }
 
 
+def _factors(channels: int, device: str) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a BatchNorm, the weight off zero: it would make equal values, whose maximum is a tie."""
+    return torch.rand(channels, device=device) + 0.5, torch.randn(channels, device=device)
+
+
 def _keep_off_the_edge(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> None:
     """Moves, in place, what the activation would see as next to zero, where rounding decides whether it lets it pass.
 
     One element on the other side of the mask is seen in a gradient that sums over all positions.
     """
+    edge = max(1e-4, 4 * torch.finfo(x.dtype).eps)
     y = F.batch_norm(x.double(), None, None, weight.double(), bias.double(), True)
     moved = x if residual is None else residual
-    moved += 0.01 * ((y if residual is None else y + residual).abs() < 1e-4)
+    moved += 8 * edge * ((y if residual is None else y + residual).abs() < edge)
 
 
 def _batch_norm_act(device: str, dtype: torch.dtype) -> Iterator[Case]:
@@ -114,7 +120,7 @@ def _batch_norm_act(device: str, dtype: torch.dtype) -> Iterator[Case]:
         _NORMALISED[device], (torch.contiguous_format, torch.channels_last), (False, True)
     ):
         x, grad, residual = (torch.randn(shape, device=device).to(dtype, memory_format=layout) for _ in range(3))
-        weight, bias = (torch.randn(shape[1], device=device) for _ in range(2))
+        weight, bias = _factors(shape[1], device)
         running = torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)
         _keep_off_the_edge(x, weight, bias, residual if with_residual else None)
         leaves = (x, weight, bias, residual if with_residual else None)
@@ -159,7 +165,7 @@ def _batch_norm_act_max_pool(device: str, dtype: torch.dtype) -> Iterator[Case]:
         images, channels, height, width = shape
         x = torch.randn(shape, device=device).to(dtype, memory_format=layout)
         grad = torch.randn(images, channels, height // 2, width // 2, device=device).to(dtype, memory_format=layout)
-        weight, bias = (torch.randn(channels, device=device) for _ in range(2))
+        weight, bias = _factors(channels, device)
         _keep_off_the_edge(x, weight, bias)
         running = torch.zeros(channels, device=device), torch.ones(channels, device=device)
         for tensor in (x, weight, bias):
@@ -205,6 +211,7 @@ def _reconstruction_loss(device: str, dtype: torch.dtype) -> Iterator[Case]:
             inputs=(logits, image, mean, std),
             composition=_reconstruct,
             fused=_fused_reconstruct,
+            grad=torch.tensor(2.0**14, device=device),  # a loss scale: without it fp16's gradients are subnormal
             # Logits and image in and the gradient out; the factor of the loss comes after it, so the gradient is read
             # and written once more.
             bytes=logits.numel() * (4 * logits.element_size() + image.element_size()),
@@ -304,6 +311,10 @@ OPS = tuple(_CASES)
 
 
 def cases(device: str, dtype: torch.dtype, ops: Sequence[str] = OPS, first_only: bool = False) -> Iterator[Case]:
-    """The ops at their shapes (or the first of them): those of the networks on CUDA, small ones on the CPU."""
+    """The ops at their shapes (or the first of them): those of the networks on CUDA, small ones on the CPU.
+
+    Seeds torch's generators, so that every run compares and times the same values.
+    """
     for op in ops:
+        torch.manual_seed(0)
         yield from islice(_CASES[op](device, dtype), 1 if first_only else None)
