@@ -12,7 +12,7 @@ from ..auxiliary.base import Auxiliary, LossContext, parts_of
 from ..auxiliary.context import ContextSupply
 from ..auxiliary.followed import Followed
 from ..nn import FusedSequential, recomputed, run_chain
-from ..segments import Segment
+from ..segments import Carrying, Segment, carried, carry, detached
 from ..tasks import Scored, Task
 
 Recompute = Literal["none", "auxiliary", "all"]
@@ -30,7 +30,7 @@ class LocalModule:
             out = module(h, history)
             loss = module.local_loss(out, y, x)
             loss.backward()
-            h = out.detach()
+            h = module.hand_on(out)
 
     Attributes:
         index: k, from 0.
@@ -69,7 +69,7 @@ class LocalModule:
         """Output of the module's layers, ``(N, *shape)``; of the last module that of the network.
 
         Args:
-            h: detached output of the previous module; the network's input for the first.
+            h: what :meth:`hand_on` of the previous module returned; the network's input for the first.
             history: inputs of the modules before this one. The module appends its own and releases those that
                 no later module needs. Required only if the rule supplies context.
         """
@@ -77,7 +77,11 @@ class LocalModule:
         if self.recompute == "all":
             container = FusedSequential if self.fused else nn.Sequential
             for group in self.groups:
-                h = recomputed(container(*group), h)
+                if self.segment is None:
+                    h = recomputed(container(*group), h)
+                else:
+                    out, *beside = recomputed(Carrying(container(*group)), h, *carried(h))
+                    h = carry(out, beside)
             return h
         if self.segment is not None:
             return self.segment(h)
@@ -88,6 +92,10 @@ class LocalModule:
         return h
 
     __call__ = forward
+
+    def hand_on(self, out: Tensor) -> Tensor:
+        """What the next module takes: ``out.detach()``, with what skip connections carry over the cut, detached too."""
+        return detached(out)
 
     def supply(self, h: Tensor, history: list[Tensor | None] | None) -> Tensor:
         """``h`` with the module's context added; records the result in ``history``."""
@@ -103,7 +111,9 @@ class LocalModule:
                     "with one list that starts empty for each batch"
                 )
             # The history is copied: entries are released before a recomputation reads them.
+            beside = carried(h)
             h = recomputed(self.context, h, tuple(history)) if self.recompute == "all" else self.context(h, history)
+            h = carry(h, beside)
         if history is not None:
             history.append(h.detach())
             for i in range(len(history)):

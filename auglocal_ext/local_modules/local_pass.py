@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..auxiliary.base import LossContext
+from ..segments import carried, detached
 from .local_module import LocalModule, Relay
 
 
@@ -161,7 +162,7 @@ class OneStream:
         return nullcontext()
 
     def handed_on(self, index: int, h: Tensor, history: Sequence[Tensor | None]) -> None:
-        """Module ``index`` has made its output ``h``; the next may receive it and ``history``."""
+        """Module ``index`` has made its output ``h``; the next may receive it, ``history`` and what ``h`` carries."""
 
     def join(self) -> None:
         """The pass is over: what it made is ready for the current stream."""
@@ -203,9 +204,10 @@ def local_pass(
         with streams.module(module.index):
             with _uncached_autocast(x.device.type):
                 h = relay.through(module)
-                streams.handed_on(module.index, h.detach(), relay.history or ())
+                passed = detached(h)
+                streams.handed_on(module.index, passed, (*(relay.history or ()), *carried(passed)))
                 scored = module.objective(h, context)
-            relay.h = h = h.detach()
+            relay.h = h = passed
             output = scored.output
             losses.append(scored.loss.detach())
             counts.append(scored.tally)

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import cast
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,13 @@ from ..layers import (
     evaluating,
     group_children,
     modules_of,
+    starts_layer,
 )
 from ..local_modules import LocalModule, Recompute
 from ..nn import refuse_sharding, unfuse
 from ..partition import Balanced
 from ..rules.base import Rule
-from ..segments import Boundary, Passage, Segment, find_boundaries, picked_output
+from ..segments import Boundary, Passage, Segment, Skips, find_boundaries, picked_output
 from ..tasks import Task
 from .arguments import one_input, what_is_learned
 from .sequential import LocalSequential
@@ -53,24 +54,29 @@ class LocalizedModel(LocalSequential):
         recompute: Recompute | Sequence[Recompute],
         fused: bool,
         output: str | int | None,
+        skips: Skips,
     ) -> None:
         nn.Module.__init__(self)
-        self.passage = find_boundaries(model, example, output)
+        names = _names(modules, skips)
+        self.passage = find_boundaries(model, example, output, skips)
         _refuse_unused(model, self.passage)
-        if not self.passage.boundaries:
+        found = [each for each in self.passage.boundaries if not each.crossing or not names.isdisjoint(each.names)]
+        if not found:
             raise ValueError(_nowhere(model, self.passage))
-        ends: list[Boundary | None] = [*self.passage.boundaries, None]
+        ends: list[Boundary | None] = [*found, *_before_classifier(model, self.passage, found[-1]), None]
         described, ends = _layers(model, self.passage, ends, example, layout)
         self._ends = tuple(ends)
         layers = nn.Sequential()
         for begin, end in zip([None, *ends[:-1]], ends, strict=True):
             layers._modules["output" if end is None else str(end)] = _between(model, self.passage, begin, end)
-        if isinstance(modules, Sequence) and any(isinstance(each, str) for each in modules):
+        if names:
+            assert isinstance(modules, Sequence)
             modules = _named(modules, [end for end in ends if end is not None], len(described.layers), self.passage)
         _compare(model, layers, example, output)
         self._runs: list[Segment] = []
         cuts = cast("int | Sequence[int] | Balanced | None", modules)
         self._wrap(model, layers, described, rule, what, example, cuts, recompute, fused)
+        _refuse_lost(model, self.passage, [self._segment(k) for k in range(self.num_modules)])
 
     def _children(self) -> list[nn.Module]:
         return list(self.network.primary)
@@ -78,7 +84,7 @@ class LocalizedModel(LocalSequential):
     def _followable(self) -> list[nn.Module]:
         return [module for child in self._children() for module in modules_of(child)]
 
-    def _segment(self, k: int) -> Segment | None:
+    def _segment(self, k: int) -> Segment:
         if len(self._runs) != self.num_modules:
             begin = None
             for index in self.network.ends:
@@ -114,6 +120,7 @@ def localize(
     recompute: Recompute | Sequence[Recompute] = "none",
     fused: bool = False,
     output: str | int | None = None,
+    skips: Skips = "refuse",
 ) -> LocalizedModel:
     """Local learning of any model, which stays as it is.
 
@@ -129,6 +136,20 @@ def localize(
     behind a submodule if exactly one tensor, with the batch first, is needed later; dry runs on fake tensors find these
     places. ``net`` is a :class:`auglocal_ext.LocalSequential` and used like one.
 
+    ``skips="detach"`` also cuts where more than one tensor is needed later, behind submodules named in ``modules``:
+    across the skip connections of a U-Net or a dense block, or behind a submodule that returns a tuple. All tensors
+    that cross a cut become inputs of the next local modules, detached. What is learned, and what is not:
+
+    - The local loss of a module sees its output alone: what the named submodule returns, of a tuple the first tensor
+      that is needed and can be handed on.
+    - Within a local module gradients flow through skip connections as always.
+    - Through a cut none flow. What makes a skip connection is not trained by what later local modules do with it. They
+      learn to use it as it is.
+    - Parameters that would be trained by no loss at all are refused.
+
+    What crosses a cut stays in memory until the last local module that needs it has run. What a forward computes of it
+    between submodules is computed again in each local module that needs it.
+
     Args:
         model: takes one tensor. Neither its class nor its parameters, keys, modes or hooks change.
         rule, num_classes, task, criterion, outputs, input_shape, example_input, layout, label_smoothing, ignore_index,
@@ -137,6 +158,7 @@ def localize(
             ``["layer1", "layer2", "layer3"]``. A layer is the finest part between two cuts that has weights.
         fused: as there; it changes the class of the model's parts, so it is off unless asked for.
         output: name or index of what is learned from, where the model returns a dictionary, a dataclass or a tuple.
+        skips: ``"refuse"``: one tensor crosses a cut; ``"detach"``: more may, see above.
 
     Raises:
         TypeError: if ``model`` is no module or is scripted, ``rule`` no rule or ``task`` no task.
@@ -158,7 +180,7 @@ def localize(
     example = one_input(model, input_shape, example_input)
     unfuse(model)
     with _buffers_kept(model):
-        return LocalizedModel(model, rule, what, example, modules, layout, recompute, fused, output)
+        return LocalizedModel(model, rule, what, example, modules, layout, recompute, fused, output, skips)
 
 
 @contextmanager
@@ -183,6 +205,43 @@ def _refuse_unused(model: nn.Module, passage: Passage) -> None:
             f"the output does not depend on {names}, which no loss would train: freeze them by requires_grad_(False), "
             "remove them, or say output= if they make another output"
         )
+
+
+def _names(modules: Modules, skips: Skips) -> frozenset[str]:
+    """The submodules named in ``modules``, if any."""
+    given = modules if isinstance(modules, Sequence) else ()
+    names = frozenset(each for each in given if isinstance(each, str))
+    if skips not in get_args(Skips):
+        raise ValueError(f'skips must be "refuse" or "detach", got {skips!r}')
+    if skips == "detach" and not names:
+        raise ValueError(
+            'skips="detach" cuts skip connections where you say so: name the submodules that local modules end with, '
+            f"modules=[...], got modules={modules!r}. auglocal_ext cuts --skips detach lists them"
+        )
+    return names
+
+
+def _before_classifier(model: nn.Module, passage: Passage, last: Boundary) -> list[Boundary]:
+    """Where to divide what runs behind ``last``, if skip connections cross it: the classifier is no layer by itself."""
+    for end in reversed(passage.boundaries[passage.boundaries.index(last) + 1 :] if last.crossing else ()):
+        if all(starts_layer(_between(model, passage, *ends)) for ends in ((last, end), (end, None))):
+            return [end]
+    return []
+
+
+def _refuse_lost(model: nn.Module, passage: Passage, segments: Sequence[Segment]) -> None:
+    """ValueError for parameters that only a detached skip connection depends on: no loss would train them."""
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for segment in segments:
+        begin = 0 if segment.first is None else passage.call(segment.first.key, True).end
+        lost = () if segment.last is None else segment.last.lost
+        names = [name for name, depends, used in lost if depends < begin <= used and name in trainable]
+        if names:
+            raise ValueError(
+                f"only what crosses the cut behind {segment.last}, detached, depends on {', '.join(sorted(names)[:4])}"
+                + (" and others" if len(names) > 4 else "")
+                + ": no loss would train them. Cut elsewhere, or freeze them by requires_grad_(False)"
+            )
 
 
 def _nowhere(model: nn.Module, passage: Passage) -> str:
@@ -211,10 +270,16 @@ def _pieces(model: nn.Module, passage: Passage, ends: list[Boundary | None]) -> 
 
 
 def _outermost(passage: Passage, ranges: list[tuple[int, int]], ends: list[Boundary | None]) -> list[Boundary | None]:
-    """``ends`` without those with which a layer would take the beginning of the next block, such as its first norm."""
+    """``ends`` without those with which a layer would take the beginning of the next block, such as its first norm.
+
+    Those that something crosses are there because they were asked for; they stay.
+    """
     kept: list[Boundary | None] = []
     for start, stop in ranges:
         depths = [0 if end is None else len(list(passage.call(end.key, False).ancestors())) for end in ends[start:stop]]
+        asked = [end is not None and bool(end.crossing) for end in ends[start:stop]]
+        if any(asked) and stop < len(ends):
+            depths = [0 if each else 1 for each in asked]
         last = max(index for index, depth in enumerate(depths) if depth == min(depths))
         kept += ends[start : stop if stop == len(ends) else start + last + 1]
     return kept
@@ -268,9 +333,10 @@ def _named(names: Sequence[object], ends: Sequence[Boundary], layers: int, passa
 
 
 def _why_not(name: str, passage: Passage) -> str:
-    reasons = [each.refused for each in passage.refused if name in each.names]
-    if reasons:
-        return reasons[0]
+    for each in passage.refused:
+        if name in each.names:
+            way = '. skips="detach" allows it, with no gradient through what crosses' if each.crossing else ""
+            return each.refused + way
     if any(name in each.names for each in passage.boundaries):
         return "it ends within a layer, or with the classifier, which belongs to the last local module"
     return "no call of it ends where something is needed later"

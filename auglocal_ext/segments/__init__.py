@@ -1,16 +1,22 @@
 """A model's own forward run in parts: where it can be cut, and what runs between two cuts."""
 
-from .boundaries import Boundary, Passage, find_boundaries
+from .boundaries import Boundary, Passage, Skips, find_boundaries
+from .carried import Carrying, carried, carry, detached
 from .ghost import CrossingError, Ghost
 from .recording import picked_output
 from .segment import Segment
 
 __all__ = [
     "Boundary",
+    "Carrying",
     "CrossingError",
     "Ghost",
     "Passage",
     "Segment",
+    "Skips",
+    "carried",
+    "carry",
+    "detached",
     "find_boundaries",
     "picked_output",
 ]

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -60,6 +61,9 @@ class Form:
             return None
         return tuple(size.fixed for size in rest)
 
+    def bytes(self, batch: int) -> int:
+        return prod(size.at(batch) for size in self.sizes) * self.dtype.itemsize
+
     def meta(self, batch: int, dtype: torch.dtype) -> Tensor:
         sizes, strides = ([each.at(batch) for each in of] for of in (self.sizes, self.strides))
         return torch.empty_strided(sizes, strides, dtype=dtype, device="meta")
@@ -101,6 +105,10 @@ class Call:
     def key(self) -> tuple[str, int]:
         return self.name, self.nth
 
+    def returned(self, leaf: int) -> tuple[str, int, int]:
+        """What names a leaf of its output."""
+        return self.name, self.nth, leaf
+
     def walk(self) -> Iterator[Call]:
         """The calls inside, in the order in which they begin."""
         for child in self.children:
@@ -128,6 +136,7 @@ class Operator:
         flops: of it, for the batch.
         writes: the model's parameters and buffers that it writes to.
         mark: whether the dry run itself added it, at the end of a call.
+        random: whether it draws random numbers.
     """
 
     name: str
@@ -140,6 +149,7 @@ class Operator:
     flops: int
     writes: frozenset[str]
     mark: bool
+    random: bool
 
 
 @dataclass(eq=False)
@@ -202,7 +212,8 @@ class _Trace(TorchDispatchMode):
                 if id(each) not in self._own and (storage := _storage(each)) is not None:
                     numbers += self._shared.get(storage, [])
         meets = own.union(*(self._sources.get(number, frozenset()) for number in taken))
-        data = any(number in self.data for number in taken) or torch.Tag.nondeterministic_seeded in func.tags
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        data = random or any(number in self.data for number in taken)
         if data:
             self.data.update(numbers)
         else:
@@ -221,6 +232,7 @@ class _Trace(TorchDispatchMode):
                 0 if formula is None else int(formula(*args, **kwargs, out_val=out)),
                 writes,
                 self.marking,
+                random,
             )
         )
         return out

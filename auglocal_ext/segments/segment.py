@@ -1,9 +1,10 @@
 """``Segment``: the part of a model's own forward between two boundaries, as a module that runs alone.
 
 A call runs the model's ``forward``. Submodules that finish before the segment return ghosts at once; the one it begins
-behind returns the segment's input; the one it ends behind breaks off the forward with its output. Everything between
-is the model's own code, functional parts, dropout and control flow included. What is changed for the time of a call is
-one entry in the ``__dict__`` of each of these submodules, and nothing stays behind.
+behind returns the segment's input; the one it ends behind breaks off the forward with its output. Where more tensors
+than one cross a cut, the submodules that made them return those. Everything between is the model's own code, functional
+parts, dropout and control flow included. What is changed for the time of a call is one entry in the ``__dict__`` of
+each of these submodules, and nothing stays behind.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..nn import FusedSequential, eager_type, run_chain
 from .boundaries import Boundary, Passage
+from .carried import carried, carry
 from .ghost import CrossingError, Ghost
 from .recording import SLOT, Call, Form, Linear, picked_output
 
@@ -56,16 +58,14 @@ class _Action:
     """What one call of a submodule does while a segment runs.
 
     Attributes:
-        does: "run": as always; "skip": returns ghosts; "give": returns the segment's input; "stop": runs, and ends the
-            segment.
+        does: "run": as always; "skip": returns what the segment is given of its output, and ghosts; "stop": runs, and
+            ends the segment.
         call: as recorded.
-        leaf: which leaf of its output crosses the boundary.
         children: what it runs of an ``nn.Sequential``; None: all.
     """
 
-    does: Literal["run", "skip", "give", "stop"]
+    does: Literal["run", "skip", "stop"]
     call: Call
-    leaf: int = 0
     children: _Children | None = None
 
     @property
@@ -76,20 +76,31 @@ class _Action:
 class _Script:
     """What each submodule does in a segment, call by call, in one mode of the model; never changed once made."""
 
-    def __init__(self, model: nn.Module, passage: Passage, ends: tuple[Any, Any], training: bool) -> None:
+    def __init__(
+        self, model: nn.Module, passage: Passage, ends: tuple[Boundary | None, Boundary | None], training: bool
+    ) -> None:
         self.actions: dict[str, list[_Action]] = {}
         #: Names of the outermost submodules that run from beginning to end.
         self.whole: list[str] = []
         #: Names of those that are entered, but do not run from beginning to end; the model itself first.
         self.partly: list[str] = []
         recording = passage.recordings[training]
-        self.first, self.last = (None if key is None else passage.call(key, training) for key in ends)
+        self.first, self.last = (None if end is None else passage.call(end.key, training) for end in ends)
         leaves = passage.leaves[training]
-        self.leaves = tuple(0 if call is None else leaves[call.key] for call in (self.first, self.last))
+        #: Which leaf of which call, for all tensors that the segment takes and returns; its input and output first.
+        self.takes, self.returns = (
+            [("", 0, 0)] if end is None else [(*end.key, leaves[end.key]), *(each.key for each in end.crossing)]
+            for end in ends
+        )
+        #: Of calls, the leaves of their output that the segment returns beside its own.
+        self.keeps: dict[tuple[str, int], list[int]] = {}
+        for name, nth, leaf in self.returns[1:]:
+            self.keeps.setdefault((name, nth), []).append(leaf)
         self.input = recording.input
         self._begun, self._done = self.first is None, False
         self._partly(model, recording.root, "run")
-        skipping = {name for name, does in self.actions.items() if not all(each.as_always for each in does)}
+        kept = {name for name, _ in self.keeps}
+        skipping = {n for n, does in self.actions.items() if n in kept or not all(each.as_always for each in does)}
         self.actions = {name: does for name, does in self.actions.items() if name in skipping}
 
     def __deepcopy__(self, memo: Any) -> _Script:
@@ -104,7 +115,7 @@ class _Script:
         ends_inside = self.last is not None and child in self.last.ancestors()
         does: Literal["run", "stop"] = "stop" if child is self.last and not contained else "run"
         if child is self.first:
-            self._add(_Action("give", child, self.leaves[0]))
+            self._add(_Action("skip", child))
             self._begun = True
         elif begins_inside or ends_inside:
             self._partly(model, child, does)
@@ -117,14 +128,14 @@ class _Script:
         self._done = self._done or child is self.last
 
     def _entirely(self, call: Call, does: Literal["run", "stop"]) -> None:
-        self._add(_Action(does, call, self.leaves[1]))
+        self._add(_Action(does, call))
         for inside in call.walk():
             self._add(_Action("run", inside))
 
     def _partly(self, model: nn.Module, call: Call, does: Literal["run", "stop"]) -> None:
         children = self._children(model, call)
         self.partly.append(call.name)
-        self._add(_Action(does, call, self.leaves[1], children))
+        self._add(_Action(does, call, children))
         inside = call.children
         if children is not None:
             self._begun = self._begun or children.given
@@ -160,8 +171,9 @@ class _Script:
 class Segment(nn.Module):
     """The part of ``model.forward`` behind boundary ``first`` and up to ``last``; None is its beginning, or its end.
 
-    ``(N, *shape) -> (N, *shape)``. Its parameters and buffers are those that are used in it, under the names that they
-    have in the model, and its modules are those that it runs. The model is left as it is.
+    ``(N, *shape) -> (N, *shape)``, with what else crosses the two boundaries on these tensors
+    (:func:`auglocal_ext.segments.carried`). Its parameters and buffers are those that are used in it, under the names
+    that they have in the model, and its modules are those that it runs. The model is left as it is.
 
     Args:
         model: whose forward is run; not copied.
@@ -189,8 +201,7 @@ class Segment(nn.Module):
         self.passage = passage
         self._own = tuple(name.rpartition(".") for name in own)
         self._shared = shared
-        ends = (None if first is None else first.key, None if last is None else last.key)
-        self._scripts = tuple(_Script(model, passage, ends, training) for training in (False, True))
+        self._scripts = tuple(_Script(model, passage, (first, last), training) for training in (False, True))
         self.shape = passage.input_shape if first is None else first.shape
 
     @property
@@ -200,7 +211,9 @@ class Segment(nn.Module):
 
     @property
     def chained(self) -> bool:
-        """Whether it calls :attr:`whole` one after another and does nothing else."""
+        """Whether it calls :attr:`whole` one after another, each on the output of the one before, and does no more."""
+        if any(end is not None and end.crossing for end in (self.first, self.last)):
+            return False
         return self.passage.chained(self.first, self.last)
 
     def __repr__(self) -> str:
@@ -210,10 +223,16 @@ class Segment(nn.Module):
         if self.shape is not None and tuple(h.shape[1:]) != self.shape:
             raise ValueError(f"{self!r} takes (N, {', '.join(map(str, self.shape))}), got {tuple(h.shape)}")
         script = self._scripts[self.model.training]
+        if len(carried(h)) != len(script.takes) - 1:
+            names = ", ".join(map(str, self.first.crossing)) if self.first is not None else "none"
+            raise ValueError(
+                f"{self!r} needs what crosses its beginning beside its input ({names}) and is given {len(carried(h))} "
+                "such tensors: hand on module.hand_on(out), which keeps them, in place of out.detach()"
+            )
         run = _Run(self.model, script, h)
         with run.patched():
             try:
-                out = self.model(h if self.first is None else run.ghost_input())
+                out = self.model(run.input())
             except _Reached as reached:
                 out, reached.out = reached.out, None
                 reached.__traceback__ = None  # whose frames hold activations
@@ -223,9 +242,10 @@ class Segment(nn.Module):
                     raise run.differs(f"{self.last} was not reached")
                 run.check()
                 out = picked_output(out, self.passage.output)
-        if isinstance(out, Ghost):
+        beside = run.kept()
+        if any(isinstance(each, Ghost) for each in (out, *beside)):
             raise CrossingError(f"the output of {self!r} depends on something before it that its input does not carry")
-        return cast("Tensor", out)
+        return carry(out.view_as(out) if beside and out is h else cast("Tensor", out), beside)
 
     def _tensors(self) -> Iterator[tuple[str, nn.Module, str]]:
         for path, dot, key in self._own:
@@ -284,7 +304,8 @@ class _Run:
         self._h = h
         self._thread = get_ident()
         self._left = {name: iter(actions) for name, actions in script.actions.items()}
-        recorded = script.input if script.first is None else script.first.leaves[script.leaves[0]]
+        self._values = dict(zip(script.takes, (h, *carried(h)), strict=True))
+        recorded = script.input if script.first is None else script.first.leaves[script.takes[0][2]]
         self._recorded: torch.dtype = recorded.dtype
 
     def ghost(self, form: Form) -> Ghost:
@@ -292,8 +313,10 @@ class _Run:
         dtype = self._h.dtype if form.dtype == self._recorded else form.dtype
         return Ghost(form.meta(len(self._h), dtype), self._h.device)
 
-    def ghost_input(self) -> Ghost:
-        """Of the network's input, which autocast leaves as it is."""
+    def input(self) -> Tensor:
+        """The network's input; a ghost of it, which autocast leaves as it is, where it is not needed."""
+        if ("", 0, 0) in self._values:
+            return self._values["", 0, 0]
         form = self._script.input
         if not self._h.is_meta and torch.is_autocast_enabled(self._h.device.type):
             return Ghost(form.meta(len(self._h), form.dtype), self._h.device)
@@ -337,26 +360,37 @@ class _Run:
             action = next(left, None)
             if action is None:
                 raise self.differs(f"{name} was called once more")
-            if action.does in ("skip", "give"):
-                return self._returned(action)
+            if action.does == "skip":
+                return self._returned(action.call)
             if action.children is None:
                 out = as_always(*args, **kwargs)
             else:
                 out = self._of_children(cast("nn.Sequential", module), action, args, kwargs)
+            for leaf in self._script.keeps.get(action.call.key, ()):
+                self._values[action.call.returned(leaf)] = tree_flatten(out)[0][leaf]
             if action.does == "stop":
-                raise _Reached(tree_flatten(out)[0][action.leaf])
+                raise self._reached(out)
             return out
 
         return call
 
-    def _returned(self, action: _Action) -> Any:
-        """What a skipped call returns; for the one that a segment begins behind with the segment's input in it."""
-        call = action.call
+    def _reached(self, out: Any) -> _Reached:
+        return _Reached(tree_flatten(out)[0][self._script.returns[0][2]])
+
+    def kept(self) -> list[Tensor]:
+        """What the segment returns beside its output."""
+        for key in self._script.returns[1:]:
+            if key not in self._values:
+                raise CrossingError(f"{key[0]} crosses the end of a segment that neither runs it nor is given it")
+        return [self._values[key] for key in self._script.returns[1:]]
+
+    def _returned(self, call: Call) -> Any:
+        """What a skipped call returns: what the segment is given of it, and ghosts."""
         assert call.spec is not None
         leaves: list[Any] = []
         for index, leaf in enumerate(call.leaves):
-            if action.does == "give" and index == action.leaf:
-                leaves.append(self._h)
+            if call.returned(index) in self._values:
+                leaves.append(self._values[call.returned(index)])
             elif isinstance(leaf, Form):
                 leaves.append(self.ghost(leaf))
             else:
@@ -370,10 +404,8 @@ class _Run:
         def forward(x: Tensor) -> Tensor:
             if get_ident() != self._thread:
                 return cast("Tensor", type(module).forward(module, x))
-            if which.given:
-                x = self._h
-            elif which.start > 0:
-                x = self._returned(_Action("skip", action.call.children[which.start - 1]))
+            if which.start > 0:
+                x = self._returned(action.call.children[which.start - 1])
             children = list(module)[which.start : which.stop]
             if isinstance(module, FusedSequential):
                 x = run_chain(children, x)
@@ -381,7 +413,7 @@ class _Run:
                 for child in children:
                     x = child(x)
             if which.ends:
-                raise _Reached(x)
+                raise self._reached(x)
             return x
 
         module.__dict__["forward"] = forward

@@ -33,12 +33,30 @@ class Crossing:
     last: int
 
 
+def crossed(module: LocalModule) -> str:
+    """What crosses the cut before ``module`` besides its input; empty if nothing does."""
+    first = None if module.segment is None else module.segment.first
+    return "" if first is None else ", ".join(map(str, first.crossing))
+
+
+def refuse_crossed(modules: Sequence[LocalModule], cuts: Sequence[int]) -> None:
+    """ValueError where stages would be cut across a skip connection: a stage sends its output alone."""
+    for cut in cuts:
+        if crossed(modules[cut]):
+            free = [module.index for module in modules[1:] if not crossed(module)]
+            raise ValueError(
+                f"stages cannot be cut before local module {cut}: the outputs of {crossed(modules[cut])} cross this "
+                f"cut, and a stage sends its last output alone. Stages can be cut before {free or 'no local module'}"
+            )
+
+
 def crossings(modules: Sequence[LocalModule], cuts: Sequence[int]) -> list[Crossing]:
     """What crosses the cuts besides features, in the same order in every process.
 
     Raises:
         ValueError: for what one stage would have to read of another and cannot.
     """
+    refuse_crossed(modules, cuts)
     trained_by: dict[int, int] = {}  # the last module that trains a parameter
     owner: dict[int, int] = {}
     for module in modules:

@@ -16,6 +16,7 @@ from ..local_modules import LocalModule, OneStream, Recompute
 from ..local_sequential import LocalSequential
 from ..memory import MemoryMeter
 from ..memory.meter import rounded
+from ..segments import carried
 from ..tasks import Criterion
 from .fake_copy import FakeCopy, fake_mode_of
 from .optimizers import ModuleOptimizers, OptimizerFactory, held
@@ -31,7 +32,7 @@ class ModuleCost:
     Attributes:
         before: live when it begins; its input and what the pass keeps so far are in it.
         added: how much more is live at its peak.
-        input: bytes of its input; 0 for the first, whose input is the batch.
+        input: bytes of its input and what crosses the cut beside it; 0 for the first, whose input is the batch.
         flops: of forward, backward and recomputation.
     """
 
@@ -216,7 +217,7 @@ class _Watch(OneStream):
         return super().module(index)
 
     def handed_on(self, index: int, h: Tensor, history: Sequence[Tensor | None]) -> None:
-        self._inputs.append(h.untyped_storage().nbytes())
+        self._inputs.append(sum(each.untyped_storage().nbytes() for each in (h, *carried(h))))
         self._stage.handed_on(index, h, history)
 
     def join(self) -> None:

@@ -20,6 +20,7 @@ import torch
 from ..local_modules import RECOMPUTE, Recompute
 from ..local_sequential import LocalSequential
 from .choice import Choice, Costs, cheapest_within, lowest_peak
+from .edges import crossed
 from .memory_plan import MemoryPlan, amount
 from .module_peaks import StepEstimate
 from .optimizers import OptimizerFactory, listed
@@ -123,7 +124,7 @@ def plan_memory(
         way: estimate.cost([way if way in ways else "none" for ways in possible])
         for way in dict.fromkeys(sum(possible, ()))
     }
-    costs = Costs(uniform, possible, history=len(net.context) > 0)
+    costs = Costs(uniform, possible, history=len(net.context) > 0 or any(map(crossed, net.local_modules)))
     if budget is not None:
         chosen = _within(costs, budget, overlap, batch_size)
     elif recompute == "peak":

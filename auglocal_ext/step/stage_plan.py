@@ -13,7 +13,7 @@ from ..distributed import Form, balanced_cuts, checked_cuts
 from ..local_modules import Recompute
 from ..local_sequential import LocalSequential
 from ..memory.meter import BUFFERS, INPUTS, OPTIMIZER_STATE, PARAMETERS, rounded
-from .edges import followers
+from .edges import followers, refuse_crossed
 from .module_peaks import StepEstimate, module_flops
 from .optimizers import OptimizerFactory, listed
 from .planned_stage import PlannedStage
@@ -166,6 +166,7 @@ def plan_stages(
     if stage_cuts is None:
         stage_cuts = balanced_cuts(module_flops(net, optimizer, recompute), stages)
     cuts = checked_cuts(stage_cuts, stages, net.num_modules)
+    refuse_crossed(net.local_modules, cuts)
     bounds = [0, *cuts, net.num_modules]
     kept = [module.kept for module in net.local_modules]
     params = list(net.parameters()) if params is None else listed(params)

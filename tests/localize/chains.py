@@ -1,8 +1,12 @@
-"""What a localized model must equal: hooks on the untouched model that train and detach at each cut."""
+"""What a localized model must equal: hooks on the untouched model that train and detach at each cut.
+
+What crosses a cut beside the output, as submodules returned it, is detached in place.
+"""
 
 from __future__ import annotations
 
 import copy
+import itertools
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -17,7 +21,7 @@ def detached_chain(net, x, y):
     model.plain = True  # no hook can train within torch.utils.checkpoint
     boundaries = [net._segment(k).last for k in range(net.num_modules - 1)]
     leaves = net.passage.leaves[model.training]
-    handles = []
+    handles, returned = [], {}
     for k, boundary in enumerate(boundaries):
         calls = []
 
@@ -31,9 +35,18 @@ def detached_chain(net, x, y):
             losses.append(scored.loss.detach())
             scored.loss.backward()
             flat[leaf] = flat[leaf].detach()
+            for crossing in boundary.crossing:
+                tree_flatten(returned[crossing.name, crossing.nth])[0][crossing.leaf].detach_()
             return tree_unflatten(flat, spec)
 
         handles.append(model.get_submodule(boundary.name).register_forward_hook(train))
+    for name in {crossing.name for boundary in boundaries for crossing in boundary.crossing}:
+        calls = itertools.count()
+
+        def note(module, args, output, name=name, calls=calls):
+            returned[name, next(calls)] = output
+
+        handles.append(model.get_submodule(name).register_forward_hook(note))
     loss = net.task.score(net._infer(x), y).loss * net.rule.classifier_weight
     losses.append(loss.detach())
     loss.backward()
