@@ -12,6 +12,18 @@ from torch import nn
 from auglocal_ext.cli import main
 
 
+class Dense(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6 + i, 1) for i in range(5))
+        self.head = nn.Linear(11, 2)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.cat([x, layer(x)], 1)
+        return self.head(x)
+
+
 class Skip(nn.Module):
     def __init__(self):
         super().__init__()
@@ -26,7 +38,7 @@ class Skip(nn.Module):
 @pytest.fixture
 def module(monkeypatch):
     made = ModuleType("models_of_a_user")
-    made.skip, made.number = Skip, lambda: 3
+    made.skip, made.dense, made.number = Skip, Dense, lambda: 3
     monkeypatch.setitem(sys.modules, "models_of_a_user", made)
 
 
@@ -51,6 +63,18 @@ def test_a_function_that_makes_a_network_and_what_crosses(module, capsys):
     assert "it can be cut at 1 of 3 places" in lines[0]
     crossing = "the output of one, which add in the forward of the model uses later, crosses it"
     assert f"two: {crossing}" in lines and f"three: {crossing}" in lines
+
+
+def test_where_skips_may_be_detached(module, capsys):
+    assert main(["cuts", "--network", "models_of_a_user:skip", "--input-shape", "6", "--skips", "detach"]) == 0
+    lines = lines_of(capsys)
+    assert "it can be cut at 3 of 3 places" in lines[0]
+    assert lines[1].endswith("crossing beside it, bytes per sample")
+    assert [line.split()[0] for line in lines[2:5]] == ["one", "two", "three"]
+    assert lines[2].endswith(" M") and lines[3].endswith("M  one 24") and lines[4].endswith("M  one 24")
+    assert main(["cuts", "--network", "models_of_a_user:dense", "--input-shape", "6", "--skips", "detach"]) == 0
+    beside = "M  the input 24, layers.0 4, layers.1 4 and 1 more, 36 in all"
+    assert next(line for line in lines_of(capsys) if line.startswith("layers.3 ")).endswith(beside)
 
 
 @pytest.mark.parametrize(

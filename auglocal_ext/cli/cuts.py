@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from ..layers import probe_input
 from ..models import check_name, default_input_shape, network_by_name
 from ..models.named import LIBRARIES
-from ..segments import Boundary, Passage, find_boundaries
+from ..segments import Boundary, Passage, Skips, find_boundaries
 from .show import show
 
 _EPILOG = """
 FLOPs are those of convolutions and matrix products, for one sample, forward, since the cut before. The network runs on
-fake tensors; no image is needed. localize(model, rule, modules=[NAME, ...]) cuts behind the submodules named.
+fake tensors; no image is needed. localize(model, rule, modules=[NAME, ...]) cuts behind the submodules named; where
+something crosses beside the output, with skips="detach".
 """
 
 
@@ -40,6 +41,12 @@ def add_parser(subparsers: Any) -> None:
     )
     add("--input-shape", type=int, nargs="+", metavar="N", help="of one sample (default: what it was designed for)")
     add("--output", metavar="NAME", help="what is learned from, of a network that returns more than one tensor")
+    add(
+        "--skips",
+        choices=get_args(Skips),
+        default="refuse",
+        help="detach: also list where skip connections are cut, with what crosses beside the output, and its bytes",
+    )
     add("--all", action="store_true", help="also list where it cannot be cut, with what crosses there")
 
 
@@ -56,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _table(arguments: argparse.Namespace) -> str:
     name = arguments.network
     network, shape = _made(name, arguments.input_shape)
-    passage = find_boundaries(network, probe_input(network, shape), arguments.output)
+    passage = find_boundaries(network, probe_input(network, shape), arguments.output, arguments.skips)
     lines = as_text(passage, refused=arguments.all)
     where = f"{len(passage.boundaries)} of {len(passage.boundaries) + len(passage.refused)} places"
     return f"{name} on {' x '.join(map(str, shape))}: it can be cut at {where}\n{lines}"
@@ -81,15 +88,34 @@ def _made(name: str, shape: list[int] | None) -> tuple[nn.Module, tuple[int, ...
 
 def as_text(passage: Passage, refused: bool = False) -> str:
     """The boundaries as a table; with ``refused`` also where the model cannot be cut."""
-    rows = [("behind", "shape", "bytes per sample", "FLOPs")]
-    rows += [(str(each), _shape(each), f"{each.bytes:,}", _flops(each.flops)) for each in passage.boundaries]
-    rows.append(("(the output)", "", "", _flops(passage.tail_flops)))
+    crossed = any(each.crossing for each in passage.boundaries)
+    rows = [("behind", "shape", "bytes per sample", "FLOPs", "crossing beside it, bytes per sample")[: 4 + crossed]]
+    rows += [
+        (str(each), _shape(each), f"{each.bytes:,}", _flops(each.flops), _crossing(each))[: 4 + crossed]
+        for each in passage.boundaries
+    ]
+    rows.append(("(the output)", "", "", _flops(passage.tail_flops), "")[: 4 + crossed])
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip() for a, b, c, d in rows]
+    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
     if refused:
         lines += ["", "not behind"]
         lines += [f"{each}: {each.refused}" for each in passage.refused]
     return "\n".join(lines)
+
+
+def _aligned(row: tuple[str, ...], widths: list[int]) -> list[str]:
+    behind, shape, size, flops = (
+        cell.ljust(width) if column < 2 else cell.rjust(width)
+        for column, (cell, width) in enumerate(zip(row, widths, strict=False))
+    )
+    return [behind, shape, size, flops, *row[4:]]
+
+
+def _crossing(boundary: Boundary) -> str:
+    shown = ", ".join(f"{each} {each.bytes:,}" for each in boundary.crossing[:3])
+    total = sum(each.bytes for each in boundary.crossing)
+    more = len(boundary.crossing) - 3
+    return f"{shown} and {more} more, {total:,} in all" if more > 0 else shown
 
 
 def _shape(boundary: Boundary) -> str:
