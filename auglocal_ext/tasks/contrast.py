@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..nn import gathered
 from ..ops import labels
@@ -24,14 +27,22 @@ class SupervisedContrast(Task):
         features: outputs of a head per sample.
         classes: the network's task, a :class:`Classification` without label smoothing.
         temperature: t.
+        mean_over: the loss is the mean over the ``"anchors"``, the samples that have another one of their class, or
+            over the ``"batch"``, in which other samples count as 0. Samples of the ignored label are in neither.
 
     Raises:
-        ValueError: for another task, and for label smoothing, which has no meaning in this loss.
+        ValueError: for another task or ``mean_over``, and for label smoothing, which has no meaning in this loss.
     """
 
     compares_samples = True
 
-    def __init__(self, features: int, classes: Task, temperature: float = 0.07) -> None:
+    def __init__(
+        self,
+        features: int,
+        classes: Task,
+        temperature: float = 0.07,
+        mean_over: Literal["anchors", "batch"] = "anchors",
+    ) -> None:
         super().__init__(features)
         known = classes_of(classes, _NAME)
         if known.label_smoothing:
@@ -39,7 +50,10 @@ class SupervisedContrast(Task):
                 f"{_NAME} cannot smooth labels (label_smoothing={known.label_smoothing}): it asks which samples are of "
                 'one class. Leave label_smoothing out, or take loss="softmax"'
             )
+        if mean_over not in ("anchors", "batch"):
+            raise ValueError(f"mean_over is 'anchors' or 'batch'; got {mean_over!r}")
         self.temperature = temperature
+        self.mean_over = mean_over
         self._classes = (known.num_classes, known.ignore_index)
 
     def check_form(self, target: Tensor, samples: int) -> None:
@@ -49,7 +63,19 @@ class SupervisedContrast(Task):
         num_classes, ignore_index = self._classes
         output, target = gathered(output, target)
         target = labels.ignoring_bad_labels(target, num_classes, ignore_index)
-        return supervised_contrast(output, target, self.temperature, ignore_index)
+        loss = supervised_contrast(output, target, self.temperature, ignore_index)
+        if self.mean_over == "anchors":
+            return loss
+        return loss * _share_of_anchors(target, ignore_index, loss.dtype)
 
     def example(self, samples: int, device: torch.device | None = None) -> Tensor:
         return torch.zeros(samples, dtype=torch.int64, device=device)
+
+
+def _share_of_anchors(target: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """How large a share of the samples has another one of its class; the ignored label is left out of both."""
+    ordered = target.sort().values
+    equal = (ordered[1:] == ordered[:-1]).to(torch.int64)
+    counted = ordered != ignore_index
+    anchors = (F.pad(equal, (0, 1)) + F.pad(equal, (1, 0)) > 0) & counted
+    return anchors.sum(dtype=dtype) / counted.sum(dtype=dtype).clamp(min=1)
