@@ -25,7 +25,9 @@ _LEFT_OUT = tuple(
 )
 
 
-def _conv_block(layer: Layer, children: list[nn.Module], in_channels: int, out_channels: int, pool: bool) -> nn.Module:
+def _conv_block(
+    layer: Layer, children: list[nn.Module], in_channels: int, out_channels: int, pool: bool, as_torch: bool
+) -> nn.Module:
     """Convolution with the sampled layer's kernel, stride 1, and its normalisation and activation, fresh."""
     source = cast("nn.Conv2d", layer.block)
     kernel, dilation = (cast("tuple[int, int]", size) for size in (source.kernel_size, source.dilation))
@@ -42,7 +44,8 @@ def _conv_block(layer: Layer, children: list[nn.Module], in_channels: int, out_c
         )
     )
     made = nn.Sequential(*parts, *_rest(layer, children, out_channels))
-    initialise(made)
+    if not as_torch:
+        initialise(made)
     return made
 
 
@@ -133,6 +136,7 @@ def make_block(
     stride: int,
     factory: BlockFactory | None = None,
     width: int | None = None,
+    as_torch: bool = False,
 ) -> nn.Module:
     """A fresh, independently initialised block of the kind of ``layer``; only its width is taken over.
 
@@ -143,6 +147,7 @@ def make_block(
         stride: inferred stride. A ``conv`` block realises stride 2 as a 2x2 max pooling in front.
         factory: makes the block instead, for kinds not known here.
         width: base width of the block, if not the layer's.
+        as_torch: leave the convolution of a ``conv`` block as torch initialises it.
 
     Raises:
         ValueError: if no block can be made of the layer's kind and there is no factory.
@@ -170,5 +175,5 @@ def make_block(
                 part.eps, part.momentum = block.eps, block.momentum
         return made
     if layer.kind == "conv":
-        return _conv_block(layer, children, in_channels, out_channels, stride == 2)
+        return _conv_block(layer, children, in_channels, out_channels, stride == 2, as_torch)
     return _linear_block(layer, children, in_channels, out_channels)

@@ -42,10 +42,10 @@ class ImageEncoder(nn.Module):
     """Context "E": two 3x3 convolutions with BatchNorm and ReLU at full resolution, then average pooling.
 
     ``(N, in_channels, S, S) -> (N, out_channels, *size)``, ``hidden`` channels in between; with 12 of them 360 + 111 C
-    parameters for RGB images.
+    parameters for RGB images. Biases of the convolutions start at 0, or at torch's random values.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, hidden: int = 12) -> None:
+    def __init__(self, in_channels: int, out_channels: int, hidden: int = 12, zero_biases: bool = True) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
             nn.Conv2d(in_channels, hidden, 3, padding=1),
@@ -55,7 +55,7 @@ class ImageEncoder(nn.Module):
             nn.BatchNorm2d(out_channels),
             nn.ReLU(inplace=True),
         )
-        initialise(self)
+        initialise(self, zero_biases)
 
     def forward(self, image: Tensor, size: torch.Size) -> Tensor:
         return _match_size(self.encoder(image), size)
@@ -64,15 +64,16 @@ class ImageEncoder(nn.Module):
 class InputEncoder(nn.Module):
     """Context "R": a 1x1 convolution with BatchNorm and ReLU at the source's resolution, then average pooling.
 
-    ``(N, in_channels, H', W') -> (N, out_channels, *size)``; ``C_out (C_in + 3)`` parameters.
+    ``(N, in_channels, H', W') -> (N, out_channels, *size)``; ``C_out (C_in + 3)`` parameters. The convolution's bias
+    starts at 0, or at torch's random values.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, zero_biases: bool = True) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
             nn.Conv2d(in_channels, out_channels, 1), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)
         )
-        initialise(self)
+        initialise(self, zero_biases)
 
     def forward(self, source: Tensor, size: torch.Size) -> Tensor:
         return _match_size(self.encoder(source), size)
@@ -97,13 +98,19 @@ class ContextSupply(nn.Module):
         image: features of the image, if an :class:`ImageEncoder` supplies it; else None.
         inputs: features of the supplied module inputs, by index (:func:`supplied_inputs`).
         hidden: channels inside an :class:`ImageEncoder`.
+        zero_biases: whether the biases of the encoders' convolutions start at 0 rather than torch's random values.
 
     Raises:
         ValueError: for features without height and width, which 2-D convolutions cannot encode.
     """
 
     def __init__(
-        self, features: Features, image: Features | None, inputs: Mapping[int, Features], hidden: int = 12
+        self,
+        features: Features,
+        image: Features | None,
+        inputs: Mapping[int, Features],
+        hidden: int = 12,
+        zero_biases: bool = True,
     ) -> None:
         super().__init__()
         for read in (features, *([] if image is None else [image]), *inputs.values()):
@@ -116,8 +123,8 @@ class ContextSupply(nn.Module):
         self._image = image
         self._inputs = dict(inputs)
         channels = features.channels
-        self.image = None if image is None else ImageEncoder(image.channels, channels, hidden)
-        self.inputs = nn.ModuleList(InputEncoder(source.channels, channels) for source in inputs.values())
+        self.image = None if image is None else ImageEncoder(image.channels, channels, hidden, zero_biases)
+        self.inputs = nn.ModuleList(InputEncoder(source.channels, channels, zero_biases) for source in inputs.values())
 
     @property
     def needed(self) -> frozenset[int]:

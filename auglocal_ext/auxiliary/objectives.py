@@ -93,6 +93,8 @@ class SimilarityLoss(Term):
     Args:
         features: those of ``h``.
         settings: of a classification with class indices.
+        normal: the convolution starts from a normal distribution of variance 2 / (k C), with kernels of k values, as in
+            AugLocal's released code; else as torch makes it. The linear layer always does.
 
     Raises:
         ValueError: for another task.
@@ -103,7 +105,7 @@ class SimilarityLoss(Term):
     can_recompute = True
     compares_samples = True
 
-    def __init__(self, features: Features, settings: LossSettings) -> None:
+    def __init__(self, features: Features, settings: LossSettings, normal: bool = False) -> None:
         super().__init__(settings)
         self.features = features
         self.encoder: nn.Module
@@ -113,6 +115,8 @@ class SimilarityLoss(Term):
         elif len(features.positions) in _CONVOLUTIONS:
             kind = _CONVOLUTIONS[len(features.positions)]
             self.encoder = kind(channels, channels, 3, padding=1, bias=False)
+            if normal:
+                nn.init.kaiming_normal_(self.encoder.weight, mode="fan_out", nonlinearity="relu")
         else:
             raise ValueError(f"PredSim's similarity loss is known of maps of 1 to 3 axes, not of {features}")
 
@@ -154,6 +158,7 @@ class ReconstructionLoss(Term):
         std: per channel, in the same units.
         settings: of any task.
         hidden: channels of the decoder between its two convolutions.
+        zero_biases: whether the biases of the convolutions start at 0 rather than torch's random values.
 
     Raises:
         ValueError: for features or inputs that have no height and width, and for a ``mean`` of another length.
@@ -171,6 +176,7 @@ class ReconstructionLoss(Term):
         std: Sequence[float],
         settings: LossSettings,
         hidden: int = 12,
+        zero_biases: bool = True,
     ) -> None:
         super().__init__(settings)
         self.check_features(features, image, mean)
@@ -182,7 +188,7 @@ class ReconstructionLoss(Term):
             nn.ReLU(inplace=True),
             nn.Conv2d(hidden, image.channels, 3, padding=1),
         )
-        initialise(self)
+        initialise(self, zero_biases)
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)

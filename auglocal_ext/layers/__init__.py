@@ -1,6 +1,6 @@
 """The layers of a network: which children form one, of what kind it is, and what it hands on."""
 
-from .features import LAYOUTS, Features, Layout, pooled_size, pooling, vectors
+from .features import LAYOUTS, Features, Layout, padded_pooling, pooled_size, pooling, vectors
 from .groups import (
     classifier_start,
     evaluating,
@@ -39,6 +39,7 @@ __all__ = [
     "modules_of",
     "nesting_hint",
     "observe",
+    "padded_pooling",
     "pooled_size",
     "pooling",
     "probe_input",

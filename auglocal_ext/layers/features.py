@@ -118,3 +118,25 @@ def pooling(positions: tuple[int, ...], size: tuple[int, ...]) -> nn.Module | No
         return None
     kind = kinds[len(positions)]
     return nn.Identity() if kind is None else nn.Sequential(kind(size), nn.Flatten())
+
+
+def padded_pooling(positions: tuple[int, ...], size: tuple[int, ...]) -> nn.Module | None:
+    """:func:`pooling` with windows of a power of two, over positions padded with zeros that count.
+
+    An axis of s positions is pooled to ceil(s / k) windows of k. Half a window of zeros is at either end where k does
+    not divide s.
+    """
+    kinds: dict[int, Any] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+    if len(positions) not in kinds:
+        return pooling(positions, size)
+    windows = tuple(_window(old, new) for old, new in zip(positions, size, strict=True))
+    padding = tuple(0 if old % window == 0 else window // 2 for old, window in zip(positions, windows, strict=True))
+    return nn.Sequential(kinds[len(positions)](windows, padding=padding), nn.Flatten())
+
+
+def _window(old: int, new: int) -> int:
+    """The smallest power of two of which ``new`` cover ``old`` positions."""
+    window = 1
+    while -(-old // window) > new:
+        window *= 2
+    return window

@@ -90,10 +90,31 @@ class Described:
     Attributes:
         layers: in order.
         input: the input's features; None where nothing tells which axis holds the channels.
+        classified: what the network's classifier takes; None where a single layer is all there is.
     """
 
     layers: tuple[Layer, ...]
     input: Features | None
+    classified: Handed | None = None
+
+    def with_classifier_apart(self, layers: nn.Sequential) -> Described:
+        """The same with the classifier as a layer of its own, behind the one that it belonged to.
+
+        Args:
+            layers: the network, of whose children the layers are runs.
+
+        Raises:
+            ValueError: where a single layer is all there is.
+        """
+        last, start = self.layers[-1], classifier_start(layers)
+        if self.classified is None or start >= len(layers):
+            raise ValueError("the network has a single layer, so that its classifier is no layer of its own")
+        shape, features = self.classified.shape, _said(self.classified, last.layout)
+        unknown = self.classified.why_unknown if features is None else ""
+        hidden = replace(last, stop=start, shape=shape, features=features, unknown=unknown)
+        # Its block and width stay those of the layer before it, the network's last ones as heads ask for them.
+        classifier = replace(last, index=last.index + 1, start=start, kind="other", what="the classifier")
+        return replace(self, layers=(*self.layers[:-1], hidden, classifier))
 
 
 def describe(layers: nn.Sequential, example: Tensor, layout: LayoutChoice = None) -> Described:
@@ -148,7 +169,7 @@ def describe(layers: nn.Sequential, example: Tensor, layout: LayoutChoice = None
     taken = handed[0].features()
     if taken is None and isinstance(layout, str) and layout != "class_token":
         taken = Features(handed[0].shape, layout)
-    return Described(tuple(found), taken)
+    return Described(tuple(found), taken, handed[classifier] if classifier < len(children) else None)
 
 
 def _told_by_later(layers: list[Layer]) -> list[Layer]:
@@ -183,10 +204,14 @@ def _first_output(
 ) -> Features | None:
     """What is behind the first child that has parameters; None if nothing tells its axes."""
     position = next((i for i in range(start, stop) if has_parameters(children[i])), stop - 1)
+    return _said(handed[position + 1], layout)
+
+
+def _said(handed: Handed, layout: Layout | None) -> Features | None:
     try:
-        return handed[position + 1].features(layout)
-    except ValueError:  # what is said of the layer's output is not true of what it starts with
-        return handed[position + 1].features()
+        return handed.features(layout)
+    except ValueError:  # what is said of the layer's output is not true of what is inside it
+        return handed.features()
 
 
 def _classify(

@@ -139,6 +139,14 @@ class LocalSequential(CheckedBatches):
             template = probe_input(primary, (), 0)
             what.to(template.device, template.dtype)
         what.check_output(described.layers[-1].shape, "the network's output")
+        if rule.classifier_apart:
+            rule.refuse_classifier_apart()
+            if isinstance(modules, Balanced):
+                raise ValueError(
+                    f"{rule!r} makes the classifier a local module by itself, which Balanced would join with layers: "
+                    "give a number of modules, or cut points"
+                )
+            described = described.with_classifier_apart(layers)
         network = Network(
             primary=layers,
             layers=described.layers,

@@ -133,17 +133,18 @@ def conv_bn_relu(
     return layer
 
 
-def initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module, zero_biases: bool = True) -> None:
     """Convolutions from N(0, sqrt(2 / (k*k*out_channels))), BatchNorm 1 and 0, ``nn.Linear`` left as torch makes it.
 
     The initialisation of both papers' released code (AugLocal, ContSup). Grouped convolutions divide the fan by
-    the number of groups as ``nn.init.kaiming_normal_(mode="fan_out")`` does.
+    the number of groups as ``nn.init.kaiming_normal_(mode="fan_out")`` does. Biases of convolutions become 0, or keep
+    the random values of torch.
     """
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
             fan_out = part.kernel_size[0] * part.kernel_size[1] * part.out_channels // part.groups
             nn.init.normal_(part.weight, 0.0, math.sqrt(2.0 / fan_out))
-            if part.bias is not None:
+            if part.bias is not None and zero_biases:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.BatchNorm2d | nn.BatchNorm1d) and part.affine:
             nn.init.ones_(part.weight)

@@ -23,7 +23,7 @@ def _vgg(depth: int, num_classes: int) -> nn.Sequential:
             layer = conv_bn_relu(channels, width, bias=True, pool_before=stage > 0 and i == 0)
             parts[f"layer{stage + 1}_{i}"] = layer
             channels = width
-    parts["classifier"] = nn.Sequential(
+    classifier = nn.Sequential(
         OrderedDict(
             maxpool=nn.MaxPool2d(2),
             pool=nn.AdaptiveAvgPool2d(7),
@@ -37,6 +37,11 @@ def _vgg(depth: int, num_classes: int) -> nn.Sequential:
             fc3=nn.Linear(4096, num_classes),
         )
     )
+    for part in classifier:
+        if isinstance(part, nn.Linear):  # as in torchvision's VGG and AugLocal's released code
+            nn.init.normal_(part.weight, 0.0, 0.01)
+            nn.init.zeros_(part.bias)
+    parts["classifier"] = classifier
     return nn.Sequential(parts)
 
 

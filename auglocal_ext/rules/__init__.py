@@ -3,9 +3,10 @@
 from .auglocal import SAMPLING, AugLocal
 from .base import HEADS, Head, Network, Rule, resolved
 from .contsup import ContSup
+from .dgl_head import DGL_HEADS, DGLHead
 from .fcn_head import FCNHead
 from .greedy import DGL, Greedy
-from .heads import CONV_HEADS, DGL_HEADS, ConvHead, DGLHead, LinearHead, PredictionHead, VGGHead
+from .heads import CONV_HEADS, ConvHead, LinearHead, PredictionHead, VGGHead
 from .infopro import INFOPRO_WEIGHTS, InfoPro
 from .man import MAN
 from .options import Option, head_option, option

@@ -20,8 +20,8 @@ from ..models.blocks import conv_bn_relu
 from ..partition import cut_points
 from .base import Head, Network, Rule, resolved
 from .copied import copied_block, taken_by
-from .heads import LinearHead
-from .options import head_option, option
+from .heads import LinearHead, check_widths, widened
+from .options import check_init, head_option, init_option, option
 
 Sampling = Literal["uniform", "sequential", "repeated", "conv1x1", "conv3x3"]
 #: Values of AugLocal's ``sampling``.
@@ -62,12 +62,17 @@ class AugLocal(Rule):
             convolutions take the widths and strides of uniformly sampled layers.
         block: ``factory(in_channels, out_channels, stride, layer)`` that makes the auxiliary blocks in place of all
             this. It does not go with sampling of convolutions, which copy no layer.
+        widen: width factor of the blocks (``aux_net_widen`` in the released code); strides stay those of the sampled
+            widths.
+        init: ``"released"`` leaves the convolutions of blocks modelled on single convolutions (VGG) as torch makes
+            them, weights and biases; ``"own"`` initialises all convolutions alike. Residual blocks and linear layers
+            are the same either way.
 
     Raises:
-        ValueError: for depth < 1, a slope outside [0, 1], an unknown head, a head that is itself made of later layers,
-            or options that exclude each other; when wrapped, for layers of which no fresh copy can be made, for
-            widths and strides that a copy cannot take, for strides of a factory or of convolutions where the sampled
-            layers become narrower, and for a network too shallow.
+        ValueError: for depth < 1, a slope outside [0, 1], an unknown head or ``init``, a head that is itself made of
+            later layers, or options that exclude each other; when wrapped, for layers of which no fresh copy can be
+            made, for widths, strides and an ``init`` that a copy cannot take, for strides of a factory or of
+            convolutions where the sampled layers become narrower, and for a network too shallow.
 
     Source: Ma et al., Scaling Supervised Local Learning with Augmented Auxiliary Networks, ICLR 2024.
     """
@@ -79,10 +84,12 @@ class AugLocal(Rule):
     pyramid: float = option(0.5, "slope of the pyramidal depth, 0..1", metavar="TAU")
     joint_tail: bool = option(True, "train the last layers, as many as --depth, as one module")
     head: Head = head_option("linear")
-    single_layer_norm: bool | None = None
+    single_layer_norm: bool | None = option(None, "BatchNorm before the linear layer where at most a layer is sampled")
     block: BlockFactory | None = None
     sampling: Sampling = option("uniform", ", ".join(SAMPLING), kind=str)
     downsampling: bool | None = option(None, "auxiliary blocks take widths and strides of the sampled layers")
+    widen: float = option(1.0, "width factor of the auxiliary blocks")
+    init: str = init_option()
 
     def __post_init__(self) -> None:
         if isinstance(self.depth, bool) or not isinstance(self.depth, int) or self.depth < 1:
@@ -112,6 +119,13 @@ class AugLocal(Rule):
             raise ValueError(f"sampling is one of {', '.join(SAMPLING)}; got {self.sampling!r}")
         if self.block is not None and self.sampling in _KERNELS:
             raise ValueError(f"sampling={self.sampling!r} makes all blocks itself: leave out block=factory")
+        check_widths(self.widen, None)
+        if self.widen != 1 and self.depth == 1:
+            raise ValueError(f"widen={self.widen:g} is the width factor of auxiliary blocks, and depth=1 has none")
+        check_init(self.init)
+        if self.init == "released" and (self.block is not None or self.sampling in _KERNELS):
+            made = "block=factory" if self.block is not None else f"sampling={self.sampling!r}"
+            raise ValueError(f"init='released' is for blocks modelled on layers; {made} has no released code")
 
     def ends(self, num_layers: int, modules: int | Sequence[int] | None) -> tuple[int, ...]:
         if modules is not None or not self.joint_tail:
@@ -165,7 +179,7 @@ class AugLocal(Rule):
         if not chosen:
             return self._ended(network, module, blocks, features)
         if self._copies(network):
-            self._refuse_sizes()
+            self._refuse_options_of_blocks()
             for index in chosen:
                 repeated = self.sampling == "repeated"
                 block, features = copied_block(network, here.index if repeated else index, features, "AugLocal")
@@ -177,14 +191,17 @@ class AugLocal(Rule):
             sized = sampled if self._downsamples else here
             if self.sampling in _KERNELS:
                 _needs_map(features, f"sampling={self.sampling!r} makes convolutions")
-                blocks.append(conv_bn_relu(features.channels, sized.out_channels, _KERNELS[self.sampling], stride))
-                features = features.with_channels(sized.out_channels)
+                channels = widened(sized.out_channels, self.widen)
+                blocks.append(conv_bn_relu(features.channels, channels, _KERNELS[self.sampling], stride))
+                features = features.with_channels(channels)
                 continue
             if self.block is None:
                 features = self._fit(model, features, blocks)
-            children = network.children_of(model)
-            blocks.append(make_block(model, children, features.channels, stride, self.block, sized.width))
-            features = features.with_channels(model.out_channels * sized.width // model.width)
+            children, width = network.children_of(model), widened(sized.width, self.widen)
+            blocks.append(
+                make_block(model, children, features.channels, stride, self.block, width, self.init == "released")
+            )
+            features = features.with_channels(model.out_channels * width // model.width)
         if blocks and type(resolved(self.head)) is not LinearHead:
             features = _output(nn.Sequential(*blocks), network, module, features)
         return self._ended(network, module, blocks, features)
@@ -214,7 +231,13 @@ class AugLocal(Rule):
         told = all(_width_tells_stride(*pair) for pair in pairwise(seen))
         return self._downsamples and not (told and _narrower(seen[0], seen[1:]) is None)
 
-    def _refuse_sizes(self) -> None:
+    def _refuse_options_of_blocks(self) -> None:
+        for name, own, value in (("widen", 1.0, self.widen), ("init", "own", self.init)):
+            if value != own:
+                raise ValueError(
+                    f"AugLocal copies the layers of this network, each with its own width and initialisation: leave "
+                    f"out {name}={value!r}, or pass {FACTORY}"
+                )
         if self._downsamples == (self.sampling == "repeated"):
             raise ValueError(
                 "AugLocal copies the layers of this network, and a copy has the width and stride of its layer: leave "

@@ -166,6 +166,22 @@ class Rule(ABC):
         return 1.0 if self.head_rule is None else self.head_rule.classifier_weight
 
     @property
+    def classifier_apart(self) -> bool:
+        """Whether the network's own classifier is a local module by itself, behind that of the last layer."""
+        return self.head_rule is not None and self.head_rule.classifier_apart
+
+    def refuse_classifier_apart(self) -> None:
+        """ValueError for a rule made of the layers behind a module, to which the classifier would be one of them."""
+        rule: Rule | None = self
+        while rule is not None:
+            if rule.follows_layers:
+                raise ValueError(
+                    f"{type(rule).__name__} makes auxiliary networks of the layers behind a module, which the "
+                    "classifier as a local module by itself (PredSim(classifier_apart=True)) is not: leave it out"
+                )
+            rule = rule.head_rule
+
+    @property
     def supplies_context(self) -> bool:
         """Whether :meth:`build_context` ever builds anything; a head must not."""
         return type(self).build_context is not Rule.build_context
@@ -206,7 +222,7 @@ def made_like(primary: nn.Module, make: Callable[[], Made]) -> Made:
 
 #: The classifier of an auxiliary network: a rule, or a name in ``HEADS``.
 Head = Rule | str
-#: Heads by name; filled by :mod:`auglocal_ext.rules.heads`.
+#: Heads by name; filled by the files of heads.
 HEADS: dict[str, Any] = {}
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from ..auxiliary.base import Auxiliary
 from ..auxiliary.context import ContextSupply, parse_context, supplied_inputs
 from .base import Head, Network, Rule, resolved
-from .heads import CONV_HEADS, ConvHead, check_widths, widened
-from .options import head_option, option
+from .heads import check_widths, sized_head, unread_widths, why_unread, widened
+from .options import check_init, head_option, init_option, option
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,11 @@ class ContSup(Rule):
             with a decoder.
         widen: width factor of the image encoders (12 channels inside) and of a head given by name.
         feature_dim: features of the hidden linear layers of a head given by name; default 128.
+        init: ``"released"`` leaves the biases of the encoders' convolutions as torch makes them; ``"own"`` has zeros.
 
     Raises:
-        ValueError: for an unknown context or head, a factor that is not positive or leaves no channels, and an option
-            that nothing uses: a head that is a rule has its own ``widen`` and ``feature_dim``.
+        ValueError: for an unknown context, head or ``init``, a factor that is not positive or leaves no channels, and
+            an option that nothing uses: a head that is a rule has its own ``widen`` and ``feature_dim``.
 
     Source: Go beyond End-to-End Training: Boosting Greedy Local Learning with Context Supply, arXiv 2312.07636;
     cross-entropy as local loss, without InfoPro's decoder.
@@ -40,37 +41,24 @@ class ContSup(Rule):
 
     context: str = option("R1E", "R0, E, R1, R1E, R2, R4, R8, R16, ...", metavar="C")
     head: Head = head_option("1c2f")
-    widen: float = 1.0
-    feature_dim: int | None = None
+    widen: float = option(1.0, "width factor of the image encoders and of a named head")
+    feature_dim: int | None = option(None, "features of a named head's hidden layers (default 128)")
+    init: str = init_option()
 
     def __post_init__(self) -> None:
         _, image = parse_context(self.context)
         resolved(self.head)
         check_widths(self.widen, self.feature_dim)
-        unread = self._unread_by_head
+        check_init(self.init)
+        unread = unread_widths(self.head)
         if self.feature_dim is not None and "feature_dim" in unread:
-            raise ValueError(f"feature_dim={self.feature_dim} is read by nothing here: {self._why_unread}")
+            raise ValueError(f"feature_dim={self.feature_dim} is read by nothing here: {why_unread(self.head)}")
         if self.widen != 1 and "widen" in unread and not image:
-            raise ValueError(f"widen={self.widen} is read by nothing here: {self._why_unread}")
-
-    @property
-    def _unread_by_head(self) -> tuple[str, ...]:
-        if isinstance(self.head, str) and self.head in CONV_HEADS:
-            return ConvHead.unread_of(self.head)
-        return ("widen", "feature_dim")
-
-    @property
-    def _why_unread(self) -> str:
-        if isinstance(self.head, str) and self.head in CONV_HEADS:
-            return f"head {self.head!r} has no layers of such a width"
-        return f"head={self.head!r} has options of its own, such as ConvHead('1c2f', widen=2)"
+            raise ValueError(f"widen={self.widen} is read by nothing here: {why_unread(self.head)}")
 
     @property
     def head_rule(self) -> Rule:
-        if isinstance(self.head, str) and self.head in CONV_HEADS:
-            widen = 1.0 if "widen" in self._unread_by_head else self.widen
-            return ConvHead(self.head, widen, 128 if self.feature_dim is None else self.feature_dim)
-        return resolved(self.head)
+        return sized_head(self.head, self.widen, self.feature_dim)
 
     @property
     def supplies_context(self) -> bool:
@@ -91,4 +79,6 @@ class ContSup(Rule):
             for index in supplied_inputs(module, count, image)
         }
         hidden = widened(12, self.widen) if image else 12
-        return ContextSupply(network.features(module - 1), network.image(who) if image else None, inputs, hidden)
+        image_features = network.image(who) if image else None
+        zero_biases = self.init == "own"
+        return ContextSupply(network.features(module - 1), image_features, inputs, hidden, zero_biases)

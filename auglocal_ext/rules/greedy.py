@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from ..auxiliary.base import Auxiliary
 from .base import Head, Network, Rule, resolved
-from .options import head_option
+from .dgl_head import DGL_HEADS, DGLHead
+from .options import check_init, head_option, init_option
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class Greedy(Rule):
         resolved(self.head)
 
     def build_auxiliary(self, network: Network, module: int) -> Auxiliary:
-        return resolved(self.head).build_auxiliary(network, module)
+        head = self.head_rule
+        assert head is not None
+        return head.build_auxiliary(network, module)
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,13 @@ class DGL(Greedy):
     """Each local module is trained through a classifier of its own: ``CE(head(h), y)``; all modules on the same batch.
 
     Args:
-        head: ``"mlp-sr"`` (pooled to a quarter, 1x1 convolutions, hidden linear layers), ``"mlp"`` or ``"cnn"``, see
-            :class:`auglocal_ext.rules.DGLHead`; or any other head.
+        head: ``"mlp-sr"`` (pooled to a quarter, 1x1 convolutions, hidden linear layers), ``"mlp"``, ``"cnn"`` or
+            ``"mlp-sr-auglocal"``, see :class:`auglocal_ext.rules.DGLHead`; or any other head.
+        init: as :class:`auglocal_ext.rules.DGLHead` has it; other heads have no such option.
 
     Raises:
-        ValueError: for an unknown head; when wrapped, for a module whose output the head cannot take.
+        ValueError: for an unknown head or ``init``, and for ``init`` with a head that is none of DGL's by name; when
+            wrapped, for a module whose output the head cannot take.
 
     Source: Belilovsky, Eickenberg and Oyallon, Decoupled Greedy Learning of CNNs, ICML 2020, algorithm 1 (all modules
     are updated on the same batch).
@@ -48,3 +53,19 @@ class DGL(Greedy):
     name = "dgl"
 
     head: Head = head_option("mlp-sr")
+    init: str = init_option()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_init(self.init)
+        if self.init != "own" and self.head not in DGL_HEADS:
+            raise ValueError(
+                f"init={self.init!r} is for DGL's heads by name ({', '.join(DGL_HEADS)}); head={self.head!r} has "
+                "options of its own, such as DGLHead('cnn', init='released')"
+            )
+
+    @property
+    def head_rule(self) -> Rule:
+        if isinstance(self.head, str) and self.head in DGL_HEADS:
+            return DGLHead(self.head, self.init)
+        return resolved(self.head)

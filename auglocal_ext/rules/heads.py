@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from ..auxiliary.base import LossSettings
 from ..auxiliary.heads import AuxiliaryNetwork, Head
-from ..layers import Features, pooled_size, pooling, vectors
+from ..layers import Features, padded_pooling, pooled_size, pooling, vectors
 from ..models.blocks import conv_bn_relu
-from .base import HEADS, Network, Rule
+from .base import HEADS, Network, Rule, resolved
+from .options import check_init
 
 #: Kinds of :class:`ConvHead`.
 CONV_HEADS = ("0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")
-#: Kinds of :class:`DGLHead`.
-DGL_HEADS = ("mlp-sr", "mlp", "cnn")
 
 
 def check_widths(widen: float, feature_dim: int | None) -> None:
@@ -43,7 +42,8 @@ def refuse_pooling(network: Network, head: str) -> None:
         )
 
 
-def _alone(head: Head) -> AuxiliaryNetwork:
+def alone(head: Head) -> AuxiliaryNetwork:
+    """A head without blocks before it."""
     return AuxiliaryNetwork(nn.Sequential(), head)
 
 
@@ -60,7 +60,7 @@ class LinearHead(Rule):
     norm: bool = False
 
     def build_auxiliary(self, network: Network, module: int) -> AuxiliaryNetwork:
-        return _alone(_Linear(network.features(module), network.settings(module), self.norm))
+        return alone(_Linear(network.features(module), network.settings(module), self.norm))
 
 
 class _Linear(Head):
@@ -156,6 +156,32 @@ class ConvHead(Rule):
         return AuxiliaryNetwork(nn.Sequential(*blocks), head)
 
 
+def unread_widths(head: Rule | str) -> tuple[str, ...]:
+    """Of a rule's ``widen`` and ``feature_dim``, those that its ``head`` does not use.
+
+    A rule as head has options of its own.
+    """
+    if isinstance(head, str) and head in CONV_HEADS:
+        return ConvHead.unread_of(head)
+    return ("widen", "feature_dim")
+
+
+def why_unread(head: Rule | str) -> str:
+    """The reason for :func:`unread_widths`, for messages."""
+    if isinstance(head, str) and head in CONV_HEADS:
+        return f"head {head!r} has no layers of such a width"
+    return f"head={head!r} has options of its own, such as ConvHead('1c2f', widen=2)"
+
+
+def sized_head(head: Rule | str, widen: float, feature_dim: int | None) -> Rule:
+    """The rule that ``head`` is or names; a name in ``CONV_HEADS`` with these widths, where it has such layers."""
+    unread = unread_widths(head)
+    if len(unread) == 2:
+        return resolved(head)
+    assert isinstance(head, str)
+    return ConvHead(head, widen, 128 if feature_dim is None or "feature_dim" in unread else feature_dim)
+
+
 class _Hidden(Head):
     """Pooling, linear layers with ReLU, and the last linear layer."""
 
@@ -203,7 +229,7 @@ class VGGHead(Rule):
 
     def build_auxiliary(self, network: Network, module: int) -> AuxiliaryNetwork:
         refuse_pooling(network, "head 'vgg'")
-        return _alone(_VGG(network.features(module), network.settings(module)))
+        return alone(_VGG(network.features(module), network.settings(module)))
 
 
 class _VGG(Head):
@@ -228,75 +254,6 @@ class _VGG(Head):
 
 
 @dataclass(frozen=True)
-class DGLHead(Rule):
-    """The classifiers of Decoupled Greedy Learning, on maps with height and width.
-
-    ``"mlp-sr"``: average pool to a quarter of the height and width, three 1x1 convolutions with BatchNorm and ReLU,
-    average pool to 2x2, three linear layers of 4 C features with BatchNorm and ReLU. ``"mlp"``: the same without the
-    convolutions. ``"cnn"``: two 3x3 convolutions with BatchNorm and ReLU at full size, average pool to 2x2, BatchNorm.
-    Each ends in a linear layer on the 2x2 positions.
-
-    Args:
-        kind: one of ``DGL_HEADS``.
-
-    Raises:
-        ValueError: for another kind; when wrapped, for a module that puts out anything but maps, and for a task whose
-            outputs have positions.
-
-    Source: Belilovsky, Eickenberg and Oyallon, Decoupled Greedy Learning of CNNs, ICML 2020.
-    """
-
-    kind: str = "mlp-sr"
-
-    def __post_init__(self) -> None:
-        if self.kind not in DGL_HEADS:
-            raise ValueError(f"unknown auxiliary head {self.kind!r}; choose one of {', '.join(DGL_HEADS)}")
-
-    def build_auxiliary(self, network: Network, module: int) -> AuxiliaryNetwork:
-        refuse_pooling(network, f"DGL's head {self.kind!r}")
-        features = network.features(module)
-        if not features.is_2d:
-            raise ValueError(
-                f"DGL's heads pool feature maps with height and width, but local module {module} puts out {features}; "
-                "use another head, such as '0c2f', or Greedy()"
-            )
-        return _alone(_DGL(self.kind, features, network.settings(module)))
-
-
-class _DGL(Head):
-    def __init__(self, kind: str, features: Features, settings: LossSettings) -> None:
-        super().__init__(settings)
-        self._map = features
-        width, size = features.channels, features.positions
-        parts: list[nn.Module] = []
-        if kind == "mlp-sr":
-            parts.append(nn.AdaptiveAvgPool2d((math.ceil(size[0] / 4), math.ceil(size[1] / 4))))
-            parts += [conv_bn_relu(width, width, kernel_size=1) for _ in range(3)]
-        elif kind == "cnn":
-            parts += [conv_bn_relu(width, width) for _ in range(2)]
-        parts.append(nn.AdaptiveAvgPool2d(2))
-        if kind == "cnn":
-            parts.append(nn.BatchNorm2d(width))
-        parts.append(nn.Flatten())
-        if kind != "cnn":
-            for _ in range(3):
-                parts += [nn.Linear(4 * width, 4 * width), nn.BatchNorm1d(4 * width), nn.ReLU(inplace=True)]
-        self.hidden = nn.Sequential(*parts)
-        self.read = vectors(4 * width)
-        self.linear = nn.Linear(4 * width, settings.task.outputs)
-
-    def features(self, h: Tensor) -> Tensor:
-        h = self._map.channels_first(h)
-        if not self.settings.recompute:
-            return self.hidden(h)
-        convolutions = [i for i, part in enumerate(self.hidden) if isinstance(part, nn.Sequential)]
-        starts = [0, *convolutions[1:]]
-        for start, stop in zip(starts, [*starts[1:], len(self.hidden)], strict=True):
-            h = self.run(self.hidden[start:stop], h)
-        return h
-
-
-@dataclass(frozen=True)
 class PredictionHead(Rule):
     """PredSim's classifier: average pool until at most ``limit`` features are left, flatten, linear from zeros.
 
@@ -304,39 +261,49 @@ class PredictionHead(Rule):
 
     Args:
         limit: largest number of features (``dim_in_decoder`` in the released code); channels are never pooled.
+        zero_padding: pool windows of a power of two over positions padded with zeros, as the released code does, rather
+            than adaptively. It changes only axes whose size is no multiple of their window.
+        init: the linear layer starts from zeros (``"own"``), from weights of 0 and torch's random biases
+            (``"released"``), or as torch makes it (``"auglocal"``: AugLocal's version of PredSim).
 
     Raises:
-        ValueError: for a limit below 1; when wrapped, for features of more than three position axes, and for a task
-            whose outputs have positions.
+        ValueError: for a limit below 1 or an unknown ``init``; when wrapped, for features of more than three position
+            axes, and for a task whose outputs have positions.
 
     Source: Noekland and Eidnes, Training Neural Networks with Local Error Signals, ICML 2019.
     """
 
     limit: int = 2048
+    zero_padding: bool = False
+    init: str = "own"
 
     def __post_init__(self) -> None:
         if self.limit < 1:
             raise ValueError(f"limit is a number of features, at least 1; got {self.limit!r}")
+        check_init(self.init, ("released", "auglocal"))
 
     def build_auxiliary(self, network: Network, module: int) -> AuxiliaryNetwork:
         refuse_pooling(network, "PredSim's prediction layer")
-        return _alone(_Prediction(network.features(module), self.limit, network.settings(module)))
+        return alone(_Prediction(self, network.features(module), network.settings(module)))
 
 
 class _Prediction(Head):
-    def __init__(self, features: Features, limit: int, settings: LossSettings) -> None:
+    def __init__(self, rule: PredictionHead, features: Features, settings: LossSettings) -> None:
         super().__init__(settings)
         self._map = features
-        size = pooled_size(features.channels, features.seen_positions, limit)
-        pool = pooling(features.seen_positions, size)
+        size = pooled_size(features.channels, features.seen_positions, rule.limit)
+        make = padded_pooling if rule.zero_padding else pooling
+        pool = make(features.seen_positions, size)
         if pool is None:
             raise ValueError(f"PredSim's prediction layer pools maps of 1 to 3 axes, not {features}")
         self.pool = pool
         width = features.channels * math.prod(size)
         self.read = vectors(width)
         self.linear = nn.Linear(width, settings.task.outputs)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        if rule.init != "auglocal":
+            nn.init.zeros_(self.linear.weight)
+        if rule.init == "own":
+            nn.init.zeros_(self.linear.bias)
 
     def features(self, h: Tensor) -> Tensor:
         return self.pool(self._map.seen(h))
@@ -346,5 +313,4 @@ HEADS |= {
     "linear": LinearHead,
     **{kind: partial(ConvHead, kind) for kind in CONV_HEADS},
     "vgg": VGGHead,
-    **{kind: partial(DGLHead, kind) for kind in DGL_HEADS},
 }

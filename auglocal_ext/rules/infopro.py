@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from itertools import groupby
+from typing import Any, Literal, get_args
 
 from ..auxiliary.objectives import Objectives, ReconstructionLoss
 from ..tasks import SupervisedContrast
 from .base import Head, Network, Rule, resolved
-from .options import Option, head_option, option
+from .heads import check_widths, sized_head, unread_widths, why_unread, widened
+from .options import Option, check_init, head_option, init_option, option
 
 Weights = tuple[float, float]
+Loss = Literal["softmax", "contrast", "contrast_batch"]
 
 
 @dataclass(frozen=True)
@@ -19,25 +22,34 @@ class InfoPro(Rule):
     """``lambda1(k) mean(BCE(decoder(h), image)) + lambda2(k) L_task(h, y)``, the weights linear over the local modules.
 
     L_task is the cross-entropy of the head's logits, or the supervised contrastive loss of its features. The last
-    module is trained by the cross-entropy of the network's own classifier alone. With ``loss="contrast"`` replicas
-    compare the samples of their own part of a batch, unless ``LocalStep(gather_features=True)``.
+    module is trained by the cross-entropy of the network's own classifier alone. With contrast replicas compare the
+    samples of their own part of a batch, unless ``LocalStep(gather_features=True)``.
 
     Args:
         first: ``(lambda1, lambda2)`` of the first local module.
         last: those of the last one that has an auxiliary network.
-        loss: ``"softmax"`` or ``"contrast"`` (temperature 0.07).
+        loss: ``"softmax"``, ``"contrast"`` (temperature 0.07), or ``"contrast_batch"``: the contrastive loss divided by
+            the size of the batch, as in the released code, and not by the number of samples that have another one of
+            their class.
         head: the classifier on a module's output, by name as for :class:`auglocal_ext.ContSup`, or a rule whose
-            auxiliary networks are used, such as ``AugLocal(depth=3)``. With ``loss="contrast"`` it puts out
-            ``feature_dim`` features.
-        feature_dim: features of the contrastive loss, 128 by default; no other loss uses it.
+            auxiliary networks are used, such as ``AugLocal(depth=3)``. With contrast it puts out ``feature_dim``
+            features.
+        feature_dim: features of the contrastive loss and of the hidden linear layers of a head given by name; None:
+            128.
         mean: per channel, in units of [0, 1]: the network's input is ``(image - mean) / std``. The defaults are for
             images in [0, 1] that were not normalised.
         std: per channel, in the same units.
+        widen: width factor of the decoder (12 channels inside) and of a head given by name.
+        stage_steps: None: the weights are linear over the local modules. S: the weights of a module are ``first + (last
+            - first) s / S``, where s is the stage, from 1, of the layer whose output is decoded: the number of widths
+            up to it. MAN's released code has it so, with S = K - 2.
+        init: ``"released"`` leaves the biases of the decoder's convolutions as torch makes them; ``"own"`` has zeros.
 
     Raises:
-        ValueError: for negative weights, an unknown loss or head, a ``feature_dim`` that nothing uses; when wrapped,
-            for modules that put out no maps, for a ``mean`` that does not fit the image's channels, and for a
-            contrastive loss with any task but classification without label smoothing.
+        ValueError: for negative weights, an unknown loss, head or ``init``, and a ``feature_dim`` or ``widen`` that
+            nothing uses; when wrapped, for modules that put out no maps, for a ``mean`` that does not fit the image's
+            channels, for more stages than make weights of at least 0, and for a contrastive loss with any task but
+            classification without label smoothing.
 
     Source: Wang et al., Revisiting Locally Supervised Learning: an Alternative to End-to-end Training, ICLR 2021;
     ``INFOPRO_WEIGHTS`` holds its weights.
@@ -47,27 +59,38 @@ class InfoPro(Rule):
 
     first: Weights
     last: Weights
-    loss: Literal["softmax", "contrast"] = option("softmax", "softmax, contrast", kind=str)
+    loss: Loss = option("softmax", ", ".join(get_args(Loss)), kind=str)
     head: Head = head_option("1c2f")
-    feature_dim: int | None = None
+    feature_dim: int | None = option(None, "features of contrast and of a named head's hidden layers (default 128)")
     mean: Sequence[float] = (0.0, 0.0, 0.0)
     std: Sequence[float] = (1.0, 1.0, 1.0)
+    widen: float = option(1.0, "width factor of the decoder and of a named head")
+    stage_steps: int | None = option(None, "weights change by stage, in this many steps, not by module", metavar="S")
+    init: str = init_option()
 
     def __post_init__(self) -> None:
         for name in ("first", "last"):
             weights = getattr(self, name)
             if len(weights) != 2 or min(weights) < 0:
                 raise ValueError(f"{name} is (lambda1, lambda2), neither negative; got {weights!r}")
-        if self.loss not in ("softmax", "contrast"):
-            raise ValueError(f"loss is 'softmax' or 'contrast'; got {self.loss!r}")
+        if self.loss not in get_args(Loss):
+            raise ValueError(f"loss is {', '.join(map(repr, get_args(Loss)))}; got {self.loss!r}")
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean and std need one value per channel each; got {self.mean!r} and {self.std!r}")
-        if self.feature_dim is not None and (self.loss != "contrast" or self.feature_dim < 1):
-            raise ValueError(
-                f"feature_dim is the number of features of loss='contrast', at least 1; got {self.feature_dim} with "
-                f"loss={self.loss!r}"
-            )
         resolved(self.head)
+        check_widths(self.widen, self.feature_dim)
+        check_init(self.init)
+        unread = unread_widths(self.head)
+        if self.feature_dim is not None and self.loss == "softmax" and "feature_dim" in unread:
+            raise ValueError(f"feature_dim={self.feature_dim} is read by nothing here: {why_unread(self.head)}")
+        if self.widen != 1 and "widen" in unread and not (self.first[0] or self.last[0]):
+            raise ValueError(f"widen={self.widen} is read by nothing here: no decoder, and {why_unread(self.head)}")
+        if self.stage_steps is not None and self.stage_steps < 1:
+            raise ValueError(f"stage_steps is a number of steps, at least 1; got {self.stage_steps}")
+
+    @property
+    def head_rule(self) -> Rule:
+        return sized_head(self.head, self.widen, self.feature_dim)
 
     @classmethod
     def options(cls) -> list[Option]:
@@ -94,21 +117,40 @@ class InfoPro(Rule):
 
     def weights(self, network: Network, module: int) -> Weights:
         """``(lambda1, lambda2)`` of local module ``module``."""
-        share = module / max(1, network.num_modules - 2)
+        if self.stage_steps is None:
+            share = module / max(1, network.num_modules - 2)
+        else:
+            share = _stage(network, module) / self.stage_steps
         reconstruction, task = (a + (b - a) * share for a, b in zip(self.first, self.last, strict=True))
+        if min(reconstruction, task) < 0:
+            raise ValueError(
+                f"stage_steps={self.stage_steps} makes the weights of local module {module}, in stage "
+                f"{_stage(network, module)}, ({reconstruction:g}, {task:g}): a negative one would maximise its loss. "
+                "Take at least as many steps as there are stages"
+            )
         return reconstruction, task
 
     def build_auxiliary(self, network: Network, module: int) -> Objectives:
         features, image, settings = network.features(module), network.image("InfoPro"), network.settings(module)
         ReconstructionLoss.check_features(features, image, self.mean)
         looked_at = network
-        if self.loss == "contrast":
+        if self.loss != "softmax":
             dim = 128 if self.feature_dim is None else self.feature_dim
-            looked_at = replace(network, task=SupervisedContrast(dim, network.task))
-        head = resolved(self.head).build_auxiliary(looked_at, module)
+            mean_over: Literal["anchors", "batch"] = "anchors" if self.loss == "contrast" else "batch"
+            looked_at = replace(network, task=SupervisedContrast(dim, network.task, mean_over=mean_over))
+        head = self.head_rule.build_auxiliary(looked_at, module)
         reconstruction, classification = self.weights(network, module)
-        decoder = ReconstructionLoss(features, image, self.mean, self.std, settings)
+        decoder = ReconstructionLoss(
+            *(features, image, self.mean, self.std, settings, widened(12, self.widen)),
+            zero_biases=self.init == "own",
+        )
         return Objectives(head, classification, [(reconstruction, decoder)])
+
+
+def _stage(network: Network, module: int) -> int:
+    """Number of runs of layers of equal width up to the one with which a local module ends."""
+    widths = [layer.width for layer in network.layers[: network.ends[module] + 1]]
+    return len(list(groupby(widths)))
 
 
 #: ``(first, last)`` of the paper's contrastive experiments, by data set, network and number of local modules. The

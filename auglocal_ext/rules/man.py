@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from ..auxiliary.base import Auxiliary, LossContext
 from ..auxiliary.followed import Followed
+from ..models.blocks import initialise
 from ..nn import sharded
 from ..tasks import Scored
 from .base import Head, Network, Rule, resolved
 from .body import body
-from .options import head_option, option
+from .options import check_init, head_option, init_option, option
 
 
 class MomentumNetwork(Auxiliary):
@@ -28,20 +29,30 @@ class MomentumNetwork(Auxiliary):
         block: the next block of the network. It is looked at, not owned.
         head: auxiliary network on the block's output.
         momentum: m.
+        afresh: whether the copies' convolutions and BatchNorms are initialised again, each on its own.
 
     Raises:
-        ValueError: for parameters of a dtype in which the average would stand still.
+        ValueError: for parameters of a dtype in which the average would stand still, and where there is nothing to
+            initialise again.
     """
 
     can_recompute = True
     follows_layers = True
 
-    def __init__(self, block: nn.Module, head: Auxiliary, momentum: float) -> None:
+    def __init__(self, block: nn.Module, head: Auxiliary, momentum: float, afresh: bool = False) -> None:
         super().__init__(head.settings)
         for parameter in block.parameters():
             _refuse_standstill(parameter.dtype, momentum)
         self.trained = _copied(block)
         self.average = _copied(block).requires_grad_(False)
+        if afresh:
+            if not any(isinstance(part, nn.Conv2d) for part in block.modules()):
+                raise ValueError(
+                    "MAN(init='released') initialises the convolutions of the next block's copies again, but a next "
+                    "block here has none: leave init out"
+                )
+            initialise(self.trained)
+            initialise(self.average)
         self.head = head
         self.momentum = momentum
         self._followed = Followed((block,))
@@ -97,16 +108,20 @@ class MAN(Rule):
     """Each local module is trained through ``head(trained(h) + average(h))``, two copies of the next block.
 
     One is trained with the module; the other is a moving average of the next block's parameters, updated after the
-    module's backward, before the block is stepped for this batch. Both start as copies of the block. The block is the
-    next layer; if that is the last one, it is taken without the classifier and the pooling and flattening before it.
+    module's backward, before the block is stepped for this batch. Both start as copies of the block, unless ``init``
+    says otherwise. The block is the next layer; if that is the last one, it is taken without the classifier and the
+    pooling and flattening before it.
 
     Args:
         momentum: m in ``average = m average + (1 - m) block``, within 0 .. 1.
         head: the classifier on the block's output: a name as for :class:`auglocal_ext.ContSup`, or a rule whose
             auxiliary networks take its place, such as ``DGL()`` or ``InfoPro(...)``, the two that the paper uses.
+        init: ``"own"``: exact copies. ``"released"``: the convolutions (variance 2 / (k C)) and BatchNorms of each copy
+            are initialised again after copying, so that it starts from values of its own.
 
     Raises:
-        ValueError: for a momentum outside 0 .. 1 or an unknown head.
+        ValueError: for a momentum outside 0 .. 1, an unknown head or ``init``; when wrapped, for ``init="released"``
+            where the next block has no convolution.
 
     Source: Su et al., Momentum Auxiliary Network for Supervised Local Learning, ECCV 2024; m = 0.995 there. The paper's
     "learnable bias" is the trained copy, as in the released code.
@@ -117,8 +132,10 @@ class MAN(Rule):
 
     momentum: float = option(0.995, "m in average = m average + (1 - m) block", name="average_momentum")
     head: Head = head_option("1c2f")
+    init: str = init_option()
 
     def __post_init__(self) -> None:
+        check_init(self.init)
         if not 0.0 <= self.momentum <= 1.0:
             raise ValueError(f"momentum is within 0 .. 1; got {self.momentum!r}")
         resolved(self.head)
@@ -134,4 +151,5 @@ class MAN(Rule):
         # To the head the module ends one layer later, before the classifier if that layer holds it.
         ends = tuple(after if k == module else end for k, end in enumerate(network.ends))
         seen = replace(network, ends=ends).with_features(module, features)
-        return MomentumNetwork(block, resolved(self.head).build_auxiliary(seen, module), self.momentum)
+        head = resolved(self.head).build_auxiliary(seen, module)
+        return MomentumNetwork(block, head, self.momentum, afresh=self.init == "released")

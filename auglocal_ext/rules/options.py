@@ -66,6 +66,20 @@ def head_option(default: Any, help: str = "a head or a rule") -> Any:
     return option(default, help, kind=str, metavar="H")
 
 
+def init_option(others: tuple[str, ...] = ("released",)) -> Any:
+    """The field ``init`` of a rule: whose initial values its auxiliary networks have, ``"own"`` or those of ``others``.
+
+    ``"released"`` is the code of the rule's paper, ``"auglocal"`` AugLocal's version of that rule.
+    """
+    return option("own", f"initial values of the auxiliary networks: {', '.join(('own', *others))}", kind=str)
+
+
+def check_init(init: str, others: tuple[str, ...] = ("released",)) -> None:
+    """ValueError unless ``init`` is ``"own"`` or one of ``others``."""
+    if init not in ("own", *others):
+        raise ValueError(f"init is one of own, {', '.join(others)}; got {init!r}")
+
+
 def _not_none(hint: Any) -> Any:
     """``bool`` of ``bool | None``; what is no such union stays."""
     kinds = [kind for kind in get_args(hint) if kind is not NoneType] if get_origin(hint) is UnionType else []
