@@ -150,7 +150,7 @@ def test_printed_settings_are_a_recipe(images, tmp_path, capsys):
     arguments = ["--data", str(images), "--rule", "dgl", "--epochs", "1", *SMALL]
     assert main(["train", *arguments, "--config"]) == 0
     printed = capsys.readouterr().out
-    assert "rule = dgl\nhead = mlp-sr\n" in printed and "warmup = 0\nschedule = short\n" in printed
+    assert "rule = dgl\ninit = own\nhead = mlp-sr\n" in printed and "warmup = 0\nschedule = short\n" in printed
     assert not (tmp_path / "runs").exists()
     (tmp_path / "printed.ini").write_text(printed)
     assert main(["train", "--recipe", str(tmp_path / "printed.ini"), "--config"]) == 0

@@ -15,14 +15,35 @@ from auglocal_ext.training import RECIPES, SettingsError, TrainConfig, recipes
 from auglocal_ext.training.config import differences, make_rule, resolve, to_recipe
 from auglocal_ext.training.recipes import DATA_RECIPES, SECTIONS
 
+MAN_HEAD = "infopro:loss=softmax,weights=5,0.5,0,0,stage_steps=14,init=released,head=2c2f"
+
 # name: data set, network, local modules, epochs, batch, peak rate, and settings of the rule
 SHIPPED = [
     ("auglocal", "cifar10", "resnet32", 11, 400, 1024, 0.8, {"depth": 6, "pyramid": 0.5}),
     ("auglocal", "stl10", "resnet32", 11, 400, 128, 0.1, {"depth": 6, "flip": True, "padding_mode": "zero"}),
-    ("auglocal-imagenet", "folder", "resnet34", 17, 200, 1024, 0.4, {"depth": 5, "pyramid": 0, "warmup": 0}),
+    ("auglocal-imagenet", "folder", "resnet34", 17, 200, 1024, 0.4, {"single_layer_norm": False, "warmup": 0}),
     ("bp", "svhn", "resnet32", 1, 400, 1024, 0.8, {"flip": False, "padding": 2}),
-    ("dgl", "svhn", "resnet32", 16, 400, 1024, 0.8, {"head": "mlp-sr"}),
-    ("predsim", "cifar10", "resnet32", 16, 400, 1024, 0.8, {"beta": 0.99, "limit": 512, "scale_classifier": False}),
+    ("dgl", "svhn", "resnet32", 16, 400, 1024, 0.8, {"head": "mlp-sr-auglocal"}),
+    (
+        "predsim",
+        "cifar10",
+        "resnet32",
+        16,
+        400,
+        1024,
+        0.8,
+        {"beta": 0.99, "limit": 512, "scale_classifier": False, "zero_padding": True, "init": "auglocal"},
+    ),
+    (
+        "man",
+        "cifar10",
+        "resnet32",
+        15,
+        400,
+        1024,
+        0.8,
+        {"average_momentum": 0.995, "init": "released", "head": MAN_HEAD, "modules": tuple(range(1, 15))},
+    ),
     (
         "infopro-softmax-resnet32",
         "cifar10",
@@ -31,14 +52,23 @@ SHIPPED = [
         400,
         1024,
         0.8,
-        {"loss": "softmax", "weights": (5, 0.05, 0.2, 0.5)},
+        {"loss": "softmax", "weights": (5, 0.05, 0.2, 0.5), "init": "released"},
     ),
     ("infopro-softmax-resnet110", "cifar10", "resnet110", 55, 400, 1024, 0.8, {"weights": (5, 0, 0.5, 1)}),
-    ("infopro", "svhn", "resnet110", 16, 160, 1024, 0.8, {"loss": "contrast", "weights": (5, 0.2, 0.5, 1)}),
+    ("infopro", "svhn", "resnet110", 16, 160, 1024, 0.8, {"loss": "contrast_batch", "init": "released"}),
     ("infopro-balanced", "stl10", "resnet110", 4, 160, 128, 0.1, {"weights": (20, 0.5, 10, 1)}),
     ("greedy", "cifar10", "resnet110", 16, 160, 1024, 0.8, {"warmup": 10}),
-    ("contsup", "cifar10", "resnet32", 16, 160, 1024, 0.8, {"context": "R1E", "head": "1c2f"}),
-    ("contsup-contrast", "cifar10", "resnet32", 16, 160, 1024, 0.8, {"context": "R1E"}),
+    ("contsup", "cifar10", "resnet32", 16, 160, 1024, 0.8, {"init": "released", "head": "1c2f"}),
+    (
+        "contsup-contrast",
+        "cifar10",
+        "resnet32",
+        16,
+        160,
+        1024,
+        0.8,
+        {"context": "R1E", "head": "infopro:loss=contrast_batch,weights=0,1,0,1"},
+    ),
     (
         "contsup-decoder",
         "stl10",
@@ -47,7 +77,7 @@ SHIPPED = [
         160,
         128,
         0.1,
-        {"head": "infopro:loss=contrast,weights=20,0.5,10,0.1"},
+        {"head": "infopro:loss=contrast_batch,init=released,weights=20,0.5,10,0.1"},
     ),
 ]
 
@@ -150,7 +180,7 @@ def test_a_file_of_ones_own(tmp_path):
     assert (settings.modules, settings.context, settings.mean) == ((15,), "E", (1, 2, 3))
     assert (settings.padding_mode, settings.fused, settings.overlap) == ("zero", False, False)
     assert (settings.epochs, settings.network, settings.recipe) == (160, "resnet110", "cifar10")
-    assert settings.head == "infopro:loss=contrast,weights=5,0.1,0,0"
+    assert settings.head == "infopro:loss=contrast_batch,init=released,weights=5,0.1,0,0"
     assert settings.recipe_file == str(own)
 
 

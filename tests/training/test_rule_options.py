@@ -28,6 +28,18 @@ MADE = [
         {"rule": "infopro", "weights": WEIGHTS, "loss": "contrast", "head": "auglocal:depth=2"},
         InfoPro(WEIGHTS[:2], WEIGHTS[2:], "contrast", AugLocal(depth=2)),
     ),
+    ({"rule": "dgl", "head": "mlp-sr-auglocal", "init": "released"}, DGL("mlp-sr-auglocal", "released")),
+    ({"rule": "auglocal", "depth": 1, "single_layer_norm": True}, AugLocal(1, single_layer_norm=True)),
+    ({"rule": "auglocal", "widen": 2.0, "init": "released"}, AugLocal(widen=2, init="released")),
+    ({"rule": "contsup", "widen": 2.0, "feature_dim": 64}, ContSup(widen=2, feature_dim=64)),
+    (
+        {"rule": "infopro", "weights": WEIGHTS, "loss": "contrast_batch", "widen": 2.0, "stage_steps": 14},
+        InfoPro(WEIGHTS[:2], WEIGHTS[2:], "contrast_batch", widen=2, stage_steps=14),
+    ),
+    (
+        {"rule": "predsim", "zero_padding": True, "classifier_apart": True, "init": "auglocal"},
+        PredSim(zero_padding=True, classifier_apart=True, init="auglocal"),
+    ),
     ({"rule": "man", "average_momentum": 0.5}, MAN(momentum=0.5)),
     ({"rule": "man", "head": "dgl:head=mlp"}, MAN(head=DGL(head="mlp"))),
     (
@@ -55,7 +67,7 @@ def test_the_table_is_that_of_the_rules():
     kinds = {field.name: field.type for field in fields(TrainConfig)}
     for name, option in OPTIONS.items():
         assert kinds[name] == option.kind | None, name
-    missing = {"single_layer_norm", "block", "widen", "feature_dim", "mean", "std", "first", "last"}
+    missing = {"block", "mean", "std", "first", "last"}
     for rule, cls in RULES.items():
         owns = {name: OPTIONS[name].rules[rule] for name in RULE_OPTIONS[rule]}
         assert {own.field for own in owns.values()} - {""} == {field.name for field in fields(cls)} - missing, rule
@@ -113,7 +125,7 @@ def test_a_head_may_leave_out_what_was_filled_in():
         ({"rule": "predsim", "beta": 1.5}, "beta is the weight"),
         ({"rule": "infopro", "weights": (1.0, 2.0)}, "four numbers"),
         ({"rule": "infopro", "weights": (1.0, 2.0, -1.0, 0.0)}, "neither negative"),
-        ({"rule": "infopro", "loss": "hinge"}, "loss is 'softmax' or 'contrast'"),
+        ({"rule": "infopro", "loss": "hinge"}, "loss is 'softmax', 'contrast', 'contrast_batch'; got"),
         ({"rule": "man", "average_momentum": 2.0}, "momentum is within"),
         ({"rule": "auglocal", "sampling": "random"}, "sampling is one of uniform"),
     ],
