@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.batch_norm_act import ACTIVATIONS, batch_norm_act
+from ..ops.transforms import transforms_active
 from .fusable import counted, norm_call
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
     """y = act(batch_norm(x) + residual) over (N, C, H, W), activation "relu", "leaky_relu" or "none".
 
-    The first five arguments, initialisation, running statistics and state-dict keys are those of ``nn.BatchNorm2d``.
-    ``forward(x, residual=None)`` takes a residual of x's shape and dtype. Between forward and backward only x, and
-    where there is an activation the residual, is held.
+    The first five arguments, ``device`` and ``dtype``, initialisation, running statistics and state-dict keys are those
+    of ``nn.BatchNorm2d``. ``forward(x, residual=None)`` takes a residual of x's shape and dtype. Between forward and
+    backward only x, and where there is an activation the residual, is held.
+
+    Empty batches, an ``eps`` that is not positive, transforms of ``torch.func`` and forward-mode AD are left to
+    ``nn.BatchNorm2d`` and torch's activation.
     """
 
     def __init__(
@@ -28,8 +34,10 @@ class BatchNormAct2d(nn.BatchNorm2d):
         *,
         activation: str = "relu",
         negative_slope: float = 0.01,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if activation not in ACTIVATIONS:
             raise ValueError(f"expected activation {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
         self.activation = activation
@@ -37,6 +45,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """See :func:`auglocal_ext.ops.batch_norm_act`."""
+        if x.numel() == 0 or not self.eps > 0 or (not torch.compiler.is_compiling() and transforms_active()):
+            return self._by_torch(x, residual)
         self._check_input_dim(x)
         weight, bias, mean, var, batches, training, momentum, eps, _ = counted(norm_call(self))
         return batch_norm_act(
@@ -53,6 +63,14 @@ class BatchNormAct2d(nn.BatchNorm2d):
             activation=self.activation,
             negative_slope=self.negative_slope,
         )
+
+    def _by_torch(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        y = super().forward(x)
+        if residual is not None:
+            y = y + residual
+        if self.activation == "none":
+            return y
+        return F.relu(y) if self.activation == "relu" else F.leaky_relu(y, self.negative_slope)
 
     def extra_repr(self) -> str:
         slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""

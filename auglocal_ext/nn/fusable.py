@@ -4,7 +4,8 @@ Nothing is remembered between calls. Every call inspects all its parts before it
 parametrization or another layer that was added later is honoured: the part it affects runs eagerly. Detecting a
 change exactly would mean reading the same things: class, hooks, forward, and the options of every part. Reading them
 takes 4 us per unit in a loop of its own, and several times that between operators, whose code displaces Python's in
-the caches. ``torch.compile``, ``torch.export``, tracing and ``torch.func`` transforms see the eager forward.
+the caches. ``torch.compile``, ``torch.export``, tracing, ``torch.func`` and forward-mode AD see the eager
+forward.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+
+from ..ops.transforms import transforms_active
 
 
 class Activation(NamedTuple):
@@ -50,6 +53,8 @@ def norm_hindrance(module: nn.Module | None) -> str | None:
     """Why a normalisation layer stays eager; None for an ``nn.BatchNorm2d`` that can be fused."""
     if module is None or type(module) not in FUSABLE_NORMS:
         return f"is of type {type(module).__name__}, not nn.BatchNorm2d"
+    if module.eps <= 0:  # type: ignore[operator]
+        return f"has eps {module.eps}, which torch judges"
     return replaced_call(module)
 
 
@@ -93,15 +98,16 @@ def activation_of(module: nn.Module | None) -> Activation | None:
 
 
 def must_be_eager(x: Tensor) -> bool:
-    """Whether this call cannot go through autograd nodes of our own: tracers and function transforms look inside.
+    """Whether this call cannot go through autograd nodes of our own.
 
-    Global module hooks want every module's call; an empty batch is torch's to judge.
+    Tracers, function transforms and forward-mode AD look inside. Global module hooks want every module's call; an
+    empty batch is torch's to judge.
     """
     return (
         not isinstance(x, Tensor)
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
+        or transforms_active()
         or _has_any_global_hook()
         or x.numel() == 0
     )

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.batch_norm_act import Passes, check_map, passes, slope_of
+from ..ops.batch_norm_act import Passes, check_eps, check_map, passes, slope_of
 from ..ops.registry import refuse_create_graph
+from ..ops.transforms import refuse_transforms
 from .fusable import ConvCall, NormCall
 from .norm_act import PLAIN, count_as_updated, input_grads, normalised
 
@@ -48,9 +49,12 @@ def norm_act_conv(
     kept for backward.
 
     Differentiable once. Raises ValueError for vectors that do not fit x and, as torch does, for one value per channel
-    in training; RuntimeError for ``create_graph=True``.
+    in training; RuntimeError for ``create_graph=True``; NotImplementedError under ``torch.func`` and for tensors with a
+    tangent of forward-mode AD.
     """
+    refuse_transforms("norm_act_conv", PLAIN, x, weight, bias, residual, conv_weight, conv_bias)
     check_map(x)
+    check_eps(eps, training)
     norm = (weight, bias, running_mean, running_var, num_batches_tracked, training, float(momentum), float(eps), None)
     how = tuple(stride), tuple(padding), tuple(dilation), False, (0,) * len(stride), groups
     run = passes(x, provider)

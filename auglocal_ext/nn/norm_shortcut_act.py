@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.batch_norm_act import Passes, check_map, passes, slope_of
+from ..ops.batch_norm_act import Passes, check_eps, check_map, passes, slope_of
 from ..ops.registry import refuse_create_graph
+from ..ops.transforms import refuse_transforms
 from .fusable import NormCall
 from .norm_act import PLAIN, count_as_updated, factors, input_grads, normalised
 
@@ -47,14 +48,17 @@ def norm_shortcut_act(
     lives while it is added, and again while backward makes the gradients of the main branch. Differentiable once.
 
     Raises ValueError where the two branches or their vectors do not fit each other, RuntimeError for
-    ``create_graph=True``.
+    ``create_graph=True``, NotImplementedError under ``torch.func`` and for tensors with a tangent of forward-mode AD.
     """
+    refuse_transforms("norm_shortcut_act", PLAIN, *main[:3], *shortcut[:3])
     if main.x.shape != shortcut.x.shape or main.x.dtype != shortcut.x.dtype:
         raise ValueError(
             f"expected two maps of one shape and dtype, got {tuple(main.x.shape)} in {main.x.dtype} and "
             f"{tuple(shortcut.x.shape)} in {shortcut.x.dtype}"
         )
     check_map(main.x)
+    for branch in (main, shortcut):
+        check_eps(branch.eps, branch.training)
     slope = slope_of(activation, negative_slope)
     count_as_updated([main.norm, shortcut.norm])
     return norm_shortcut_act_call(passes(main.x, provider), main.x, main.norm, shortcut.x, shortcut.norm, slope)

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from . import providers, registry
 from .layout import empty_like
+from .transforms import refuse_transforms
 
 NAME = "batch_norm_act"
+_INSTEAD = "F.batch_norm"
 ACTIVATIONS = ("relu", "leaky_relu", "none")
 
 
@@ -50,8 +52,10 @@ def batch_norm_act(
     backward makes the normalised value and the mask again. Differentiable once.
 
     Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or option and, as torch does, for one
-    value per channel in training, RuntimeError for a provider that is not available.
+    value per channel in training, RuntimeError for a provider that is not available, NotImplementedError under
+    ``torch.func`` and for tensors with a tangent of forward-mode AD.
     """
+    refuse_transforms(NAME, _INSTEAD, x, weight, bias, residual)
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     check_tensors(x, vectors, residual)
     slope = slope_of(activation, negative_slope)
@@ -86,6 +90,8 @@ def batch_norm_factors(
     As in :func:`batch_norm_act`. Without running statistics nothing is updated, which a second run of the same
     forward pass (recomputation) needs. Not differentiable.
     """
+    refuse_transforms("batch_norm_factors", _INSTEAD)
+    check_eps(eps, training)
     if training:
         check_map(x)
         count_as_written(running_mean, running_var, num_batches_tracked)
@@ -324,6 +330,12 @@ def check_map(x: Tensor) -> None:
         raise TypeError(f"expected x in float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
+def check_eps(eps: float, training: bool) -> None:
+    """ValueError for an ``eps`` that can make infinities of a constant channel, as F.batch_norm has it."""
+    if eps < 0 or (training and eps == 0):
+        raise ValueError(f"expected a positive eps{'' if training else ' or 0'}, got {eps}")
+
+
 def check_tensors(x: Tensor, vectors: dict[str, Tensor | None], residual: Tensor | None) -> None:
     check_map(x)
     for name, vector in vectors.items():
@@ -484,4 +496,4 @@ registry.composite(
     _gradients,
 )
 registry.composite(TABLE, NAME, f"(Tensor x, {_FACTORS}, bool training) -> Tensor", _fake_forward, _forward)
-registry.autograd(TABLE, _backward, _setup_context, instead="F.batch_norm")
+registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD)

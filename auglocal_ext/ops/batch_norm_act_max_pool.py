@@ -10,10 +10,13 @@ from torch import Tensor
 
 from . import registry
 from .batch_norm_act import batch_norm_factors, check_tensors, refuse_stand_in, slope_of
+from .deferred import check_values
 from .layout import empty_like
-from .reference.batch_norm_act_max_pool import Window, empty_pooled, pooled_size
+from .reference.batch_norm_act_max_pool import Window, empty_pooled, first_inside, outside, pooled_size
+from .transforms import refuse_transforms
 
 NAME = "batch_norm_act_max_pool"
+_INSTEAD = "F.batch_norm and F.max_pool2d"
 
 
 def batch_norm_act_max_pool(
@@ -46,8 +49,10 @@ def batch_norm_act_max_pool(
     of y (the place in its window) and the (C,) vectors are held, and no normalised map. Differentiable once.
 
     Raises TypeError for a wrong dtype, ValueError for a wrong shape, device, window or option and for one value per
-    channel in training, RuntimeError for a provider that is not available.
+    channel in training, RuntimeError for a provider that is not available, NotImplementedError under ``torch.func`` and
+    for tensors with a tangent of forward-mode AD.
     """
+    refuse_transforms(NAME, _INSTEAD, x, weight, bias)
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     check_tensors(x, vectors, None)
     window = _window(x, kernel_size, stride, padding)
@@ -109,9 +114,12 @@ def batch_norm_act_max_pool_reduce(
 
     g is the gradient of the normalised value: ``grad``, (N, C, H', W') in x's dtype and any strides, at the element
     which ``indices`` names, times act'.
+
+    Raises ValueError for indices that name no element of x, on CUDA in a later call, as for wrong labels; until then
+    they count as gradients of 0.
     """
     window, slope = _window(x, kernel_size, stride, padding), slope_of(activation, negative_slope)
-    _check_pooled(grad, indices, x, window)
+    grad, indices = _checked_pooled(grad, indices, x, window)
     return registry.chosen(NAME, x, provider, f"{NAME}_reduce")(
         grad, indices, x, mean, rstd, weight, bias, slope, *window
     )
@@ -136,9 +144,12 @@ def batch_norm_act_max_pool_input_grad(
     padding: int | Sequence[int] = 1,
     provider: str | None = None,
 ) -> Tensor:
-    """Gradient of x, laid out as x; in eval mode (``training=False``) the sums are not read and may be None."""
+    """Gradient of x, laid out as x; in eval mode (``training=False``) the sums are not read and may be None.
+
+    Raises as :func:`batch_norm_act_max_pool_reduce`.
+    """
     window, slope = _window(x, kernel_size, stride, padding), slope_of(activation, negative_slope)
-    _check_pooled(grad, indices, x, window)
+    grad, indices = _checked_pooled(grad, indices, x, window)
     sums = (sum_g, sum_g_xhat) if training else (None, None)
     arguments = (grad, indices, x, mean, rstd, weight, bias, slope, *sums, *window)
     return registry.chosen(NAME, x, provider, f"{NAME}_input_grad")(*arguments)
@@ -173,11 +184,25 @@ def _window(
     return window
 
 
-def _check_pooled(grad: Tensor, indices: Tensor, x: Tensor, window: Window) -> None:
+def _checked_pooled(grad: Tensor, indices: Tensor, x: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """Both as the kernels can take them, which read x wherever an index says; autograd has no need of it."""
     shape = (*x.shape[:2], *pooled_size(x, window))
     for name, tensor, dtype in (("grad", grad, x.dtype), ("indices", indices, torch.uint8)):
         if tensor.shape != shape or tensor.dtype != dtype:
             raise ValueError(f"expected {name} {shape} in {dtype}, got {tuple(tensor.shape)} in {tensor.dtype}")
+    bad = outside(indices, x, window)
+    expected = f"expected those that {NAME}_apply returned for this x and kernel_size, stride and padding {window}"
+
+    def at_once(bad: Tensor) -> str:
+        first = tuple(bad.nonzero()[0].tolist())
+        return f"index {int(indices[first])} at {first} names no element of x {tuple(x.shape)}: {expected}"
+
+    def late(count: int) -> str:
+        return f"{count} indices of an earlier call named no element of x, and counted as gradients of 0: {expected}"
+
+    check_values(indices, lambda: bad, at_once, late)
+    # Where the host cannot look, nothing outside of x is read.
+    return grad.masked_fill(bad, 0), torch.where(bad, first_inside(indices, window), indices)
 
 
 def _fake_apply(
@@ -252,4 +277,4 @@ registry.primitive(
 registry.composite(
     TABLE, NAME, f"({_FACTORS}, {_WINDOW}, bool training) -> (Tensor y, Tensor indices)", _fake_apply, _forward
 )
-registry.autograd(TABLE, _backward, _setup_context, instead="F.batch_norm and F.max_pool2d")
+registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD)

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from . import labels, providers, registry
 from .reference.pooled_cross_entropy import Outputs
+from .transforms import refuse_transforms
 
 NAME = "pooled_cross_entropy"
+_INSTEAD = "PooledLinear's forward and F.cross_entropy"
 
 
 class PooledCrossEntropy(NamedTuple):
@@ -66,7 +68,9 @@ def pooled_cross_entropy(
         TypeError: for a wrong dtype.
         ValueError: for a wrong shape, device, label or option.
         RuntimeError: for a provider that is not available.
+        NotImplementedError: under ``torch.func``, and for inputs with a tangent of forward-mode AD.
     """
+    refuse_transforms(NAME, _INSTEAD, x, weight, bias)
     _check(x, weight, bias, target, label_smoothing, reduction)
     if check_labels:
         labels.check_labels(target, weight.shape[0], ignore_index)
@@ -207,5 +211,5 @@ registry.primitive(
     _fake,
     "forward",
 )
-registry.autograd(TABLE, _backward, _setup_context, instead="PooledLinear's forward and F.cross_entropy")
+registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD)
 registry.flops(TABLE, _flops)

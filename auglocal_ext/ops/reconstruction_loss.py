@@ -9,8 +9,10 @@ from torch import Tensor
 
 from . import providers, registry
 from .layout import empty_like
+from .transforms import refuse_transforms
 
 NAME = "reconstruction_loss"
+_INSTEAD = "F.binary_cross_entropy_with_logits"
 
 
 def reconstruction_loss(
@@ -39,7 +41,9 @@ def reconstruction_loss(
         TypeError: for a wrong dtype.
         ValueError: for a wrong shape or device.
         RuntimeError: for a provider that is not available.
+        NotImplementedError: under ``torch.func``, and for inputs with a tangent of forward-mode AD.
     """
+    refuse_transforms(NAME, _INSTEAD, logits)
     _check(logits, image, mean, std)
     op = registry.chosen(NAME, logits, provider)
     return op(logits, image, mean, std, torch.is_grad_enabled() and logits.requires_grad)[0]
@@ -89,6 +93,8 @@ def _backward(provider: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tu
     # A scale of one dimension keeps its dtype beside a 16-bit map, where a scalar would be rounded to 16 bits first;
     # the product is rounded as it is written.
     scale = (grad_loss / grad.numel()).view(1)
+    if grad.dtype == scale.dtype:
+        return grad * scale, *nothing
     return torch.mul(grad, scale, out=torch.empty_like(grad)), *nothing
 
 
@@ -101,4 +107,4 @@ registry.primitive(
     _fake,
     "forward",
 )
-registry.autograd(TABLE, _backward, _setup_context, instead="F.binary_cross_entropy_with_logits")
+registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD)

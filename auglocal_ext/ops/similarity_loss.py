@@ -11,8 +11,10 @@ from torch.autograd.function import once_differentiable
 from . import labels, providers, registry
 from .layout import empty_like
 from .reference.similarity_loss import Outputs, statistics
+from .transforms import refuse_transforms
 
 NAME = "similarity_loss"
+_INSTEAD = "the formula in its docstring, in torch's own functions"
 
 
 def similarity_loss(
@@ -53,9 +55,11 @@ def similarity_loss(
         TypeError: for a wrong dtype.
         ValueError: for a wrong shape, device, label or number of classes.
         RuntimeError: for a provider that is not available.
+        NotImplementedError: under ``torch.func``, and for inputs with a tangent of forward-mode AD.
 
     Source: Noekland and Eidnes, Training Neural Networks with Local Error Signals, ICML 2019, section 2.2.
     """
+    refuse_transforms(NAME, _INSTEAD, z)
     _check(z, target, num_classes)
     if check_labels:
         labels.check_labels(target, num_classes, ignore_index)
@@ -74,6 +78,7 @@ def channel_std(z: Tensor) -> Tensor:
 
     In float32, float64 for a double z. For backward z is stored, and two ``(N, C)`` tensors.
     """
+    refuse_transforms("channel_std", "z.flatten(2).std(dim=2)", z)
     return _ChannelStd.apply(z)
 
 
@@ -176,5 +181,5 @@ registry.primitive(
     _fake_input_grad,
     "input_grad",
 )
-registry.autograd(TABLE, _backward, _setup_context, instead="torch's own functions")
+registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD)
 registry.flops(TABLE, _flops)

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from . import labels, providers, registry
 from .reference.supervised_contrast import Outputs
+from .transforms import refuse_transforms
 
 NAME = "supervised_contrast"
+_INSTEAD = "the formula in its docstring, in torch's own functions"
 
 
 def supervised_contrast(
@@ -28,7 +30,8 @@ def supervised_contrast(
     anchor the loss is 0.
 
     The matrix of all pairs never exists: at most 256 of its rows do. (N, D) numbers are stored for backward, which only
-    scales what the forward pass made, so the loss can be differentiated once. Autocast changes nothing.
+    scales what the forward pass made, so the loss can be differentiated once. Autocast changes nothing. The matrix
+    products are torch's, whose last bits may depend on the number of CPU threads.
 
     Args:
         features: ``(N, D)`` in float16, bfloat16, float32 or float64, any strides.
@@ -45,9 +48,11 @@ def supervised_contrast(
         TypeError: for a wrong dtype.
         ValueError: for a wrong shape, device or temperature.
         RuntimeError: for a provider that is not available.
+        NotImplementedError: under ``torch.func``, and for inputs with a tangent of forward-mode AD.
 
     Source: Khosla et al., Supervised Contrastive Learning, NeurIPS 2020, eq. 2, one view per image.
     """
+    refuse_transforms(NAME, _INSTEAD, features)
     _check(features, target, temperature)
     op = registry.chosen(NAME, features, provider)
     arguments = (
@@ -121,5 +126,5 @@ registry.primitive(
     _fake,
     "forward",
 )
-registry.autograd(TABLE, _backward, _setup_context, instead="torch's own functions")
+registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD)
 registry.flops(TABLE, _flops)

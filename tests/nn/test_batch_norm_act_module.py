@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from auglocal_ext import fuse
 from auglocal_ext.nn import BatchNormAct1d, BatchNormAct2d
+from auglocal_ext.ops import batch_norm_act
 
 ACTIVATIONS = {"relu": F.relu, "leaky_relu": lambda z: F.leaky_relu(z, 0.2), "none": lambda z: z}
 
@@ -67,6 +69,53 @@ def test_one_dimension(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(fused.state_dict(), eager.state_dict())
     with pytest.raises(ValueError, match="expected 2D or 3D input"):
         fused(torch.randn(2, 6, 3, 3))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(0, 6, 3, 3), (2, 6, 0, 3)], ids=str)
+def test_empty_batches_are_torchs(shape: tuple[int, ...], training: bool) -> None:
+    fused, eager = BatchNormAct2d(6).train(training), nn.BatchNorm2d(6).train(training)
+    x = torch.randn(shape, requires_grad=True)
+    out = fused(x, torch.zeros(shape))
+    assert out.shape == shape and eager(x).shape == shape
+    out.sum().backward()
+    assert torch.equal(fused.weight.grad, torch.zeros(6)) and x.grad.shape == shape
+    torch.testing.assert_close(fused.state_dict(), eager.state_dict())
+
+
+def outcome(net: nn.Module) -> tuple[str, str]:
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    try:
+        return "value", f"{net(x).relu().sum().item():.2f}"
+    except ValueError as error:
+        return "error", str(error)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("eps", [0.0, -1.0, 1e-3])
+def test_eps_is_judged_by_torch(eps: float, training: bool) -> None:
+    expected = outcome(nn.BatchNorm2d(3, eps=eps).train(training))
+    assert outcome(BatchNormAct2d(3, eps=eps).train(training)) == expected
+    chain = nn.Sequential(nn.BatchNorm2d(3, eps=eps), nn.ReLU()).train(training)
+    fuse(chain)
+    assert outcome(chain) == expected
+
+
+@pytest.mark.parametrize(("eps", "training"), [(0.0, True), (-1e-5, True), (-1e-5, False)])
+def test_the_op_refuses_an_eps_that_is_not_positive(eps: float, training: bool) -> None:
+    vectors = (None, None, torch.zeros(3), torch.ones(3))
+    with pytest.raises(ValueError, match=f"expected a positive eps.*, got {eps}"):
+        batch_norm_act(torch.randn(2, 3, 4, 4), *vectors, training=training, eps=eps)
+
+
+def test_device_and_dtype_are_those_of_batch_norm() -> None:
+    for kind in (BatchNormAct1d, BatchNormAct2d):
+        fused, eager = (
+            kind(6, device="meta", dtype=torch.float64),
+            nn.BatchNorm2d(6, device="meta", dtype=torch.float64),
+        )
+        for ours, theirs in zip(fused.state_dict().values(), eager.state_dict().values(), strict=True):
+            assert ours.is_meta and ours.dtype == theirs.dtype
 
 
 def test_wrong_use_is_explained() -> None:

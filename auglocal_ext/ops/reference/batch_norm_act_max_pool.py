@@ -44,6 +44,24 @@ def empty_pooled(x: Tensor, window: Window, dtype: torch.dtype) -> Tensor:
     return x.new_empty((x.shape[0], height, width, x.shape[1]), dtype=dtype).movedim(-1, 1)
 
 
+def outside(indices: Tensor, x: Tensor, window: Window) -> Tensor:
+    """Which ``indices`` name no element of x: none of the window, or one of it that lies beside the map."""
+    kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w = window
+    places = indices.int()
+    row = places // kernel_w + _starts(indices.shape[2], stride_h, padding_h, x).unsqueeze(1)
+    column = places % kernel_w + _starts(indices.shape[3], stride_w, padding_w, x)
+    inside = (row >= 0) & (row < x.shape[2]) & (column >= 0) & (column < x.shape[3])
+    return ~inside | (places >= kernel_h * kernel_w)
+
+
+def first_inside(indices: Tensor, window: Window) -> Tensor:
+    """For each window (H', W') the index of its first element that lies in the map, in the dtype of ``indices``."""
+    _, kernel_w, stride_h, stride_w, padding_h, padding_w = window
+    row = (-_starts(indices.shape[2], stride_h, padding_h, indices)).clamp(min=0).unsqueeze(1)
+    column = (-_starts(indices.shape[3], stride_w, padding_w, indices)).clamp(min=0)
+    return (row * kernel_w + column).to(indices.dtype)
+
+
 def apply(
     x: Tensor,  # feature map, (N, C, H, W)
     mean: Tensor,  # (C,)

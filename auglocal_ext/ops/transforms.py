@@ -1,0 +1,35 @@
+"""Transforms of ``torch.func`` and forward-mode AD, which the fused ops cannot be part of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def transforms_active() -> bool:
+    """Whether ``torch.func`` transforms what is called now, or a level of forward-mode AD is open."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def refuse_transforms(name: str, instead: str, *tensors: Tensor | None) -> None:
+    """NotImplementedError under a transform of ``torch.func``, and for tensors with a tangent of forward-mode AD.
+
+    torch itself speaks of batching rules and autograd functions there, or leaves a tangent out without a word.
+
+    Args:
+        name: the op.
+        instead: what has the derivatives that it has not.
+        tensors: its differentiable inputs.
+    """
+    if torch.compiler.is_compiling() or not transforms_active():
+        return
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"{name} does not work under torch.func (vmap, grad, jvp, jacrev, hessian, ...). Take gradients by "
+            f"backward() or torch.autograd.grad, or under torch.func use {instead}"
+        )
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            f"{name} has no forward-mode derivative. Take gradients by backward(), or for forward mode use {instead}"
+        )
