@@ -59,10 +59,7 @@ def cut_points(num_layers: int, modules: int | Sequence[int] | None) -> tuple[in
             f"got {type(modules).__name__}"
         ) from None
     if not 1 <= count <= num_layers:
-        raise ValueError(
-            f"modules={count} local modules asked for, but the network has {num_layers} layers; "
-            f"choose 1 .. {num_layers}"
-        )
+        raise ValueError(f"modules={count}: the network has {num_layers} layers; choose 1 .. {num_layers}")
     ends, last = [], -1
     for size in equal_sizes(num_layers, count):
         last += size

@@ -21,6 +21,7 @@ def test_a_table_for_each_way(capsys):
         assert main([*SMALL, *(["--recompute", way] if way else [])]) == 0
         said = capsys.readouterr()
         assert said.err == "" and "modules" in said.out and "batch size 8" in said.out
+        assert said.out.startswith("resnet8, width 4 on 3 x 32 x 32, 10 outputs\nauglocal: 3 local modules; depth 2\n")
         sizes[way] = predicted(said.out)
     assert sizes[None] == sizes["none"] >= sizes["all"] >= sizes["peak"]
 
@@ -56,13 +57,17 @@ def test_budget(capsys):
     assert main([*SMALL, "--memory-budget", "1KB"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: no choice of recomputation fits") and "the least is" in error
+    assert "by --recompute peak and overlap off" in error
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--memory-budget", "plenty"], "a number of bytes is expected"),
-        (["--memory-budget", "1GB", "--recompute", "peak"], "Leave recompute out"),
+        (
+            ["--memory-budget", "1GB", "--recompute", "peak"],
+            "--memory-budget chooses the least recomputation that fits",
+        ),
+        (["--memory-budget", "1GB", "--recompute", "all"], "it takes no --recompute all beside it"),
         (["--context", "E"], "--context belongs to the rule contsup"),
         (["--network", "resnet18"], "width applies to CIFAR ResNets"),
         (["--modules", "99"], "99"),

@@ -505,7 +505,7 @@ def test_errors_when_built():
         LocalSequential(layers, AugLocal(2), 10, (4, 16, 16))
     with pytest.raises(ValueError, match="output has shape \\(N, 10\\), expected \\(N, num_classes\\) = \\(N, 100\\)"):
         LocalSequential(layers, AugLocal(2), 100, (3, 16, 16))
-    with pytest.raises(ValueError, match="modules=9 local modules asked for, but the network has 4 layers"):
+    with pytest.raises(ValueError, match="modules=9: the network has 4 layers"):
         LocalSequential(layers, AugLocal(2), 10, (3, 16, 16), modules=9)
     with pytest.raises(ValueError, match="label_smoothing"):
         LocalSequential(layers, AugLocal(2), 10, (3, 16, 16), label_smoothing=1.5)

@@ -74,7 +74,7 @@ def test_published_balanced_partitions(table, per_stage):
 @pytest.mark.parametrize(
     ("modules", "error", "message"),
     [
-        (17, ValueError, "modules=17 local modules asked for, but the network has 16 layers"),
+        (17, ValueError, "modules=17: the network has 16 layers"),
         (0, ValueError, "choose 1 .. 16"),
         ([3, 3], ValueError, "ascending"),
         ([15], ValueError, "within 0 .. 14"),

@@ -42,6 +42,9 @@ class Objectives(Auxiliary):
         network: auxiliary network with a loss. With weight 0 it is not trained and only counts.
         weight: its weight.
         terms: weights and terms; those of weight 0 are left out.
+
+    Raises:
+        ValueError: if all weights are 0, which would train nothing.
     """
 
     can_recompute = True
@@ -51,6 +54,8 @@ class Objectives(Auxiliary):
         self.network = network
         self.weight = weight
         kept = [(weight, term) for weight, term in terms if weight != 0]
+        if weight == 0 and not kept:
+            raise ValueError("all losses of a local module have weight 0, so nothing trains it; give one a weight")
         self.weights = [weight for weight, _ in kept]
         self.terms = nn.ModuleList(term for _, term in kept)
         if weight == 0:

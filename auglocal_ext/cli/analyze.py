@@ -10,6 +10,7 @@ from typing import Any
 from ..analysis.report import IMAGES, INFORMATION_EPOCHS, PROBE_BLOCKS, PROBE_EPOCHS, Report
 from ..analysis.selection import ANALYSES, Settings, select
 from ..training import TrainingError
+from .spelling import whole
 from .train import INTERRUPTED
 
 _EPILOG = """
@@ -42,25 +43,25 @@ def add_parser(subparsers: Any) -> None:
 
     add = parser.add_argument_group("data").add_argument
     add("--data", metavar="DIR", help="where the images lie now (default: where they lay when the runs were trained)")
-    add("--images", type=int, metavar="N", help=f"test images for CKA (default {IMAGES}, or all there are)")
-    add("--train-images", type=int, metavar="N", help="fewer training images for probes and information")
-    add("--batch-size", type=int, default=256, metavar="N", help="default 256")
+    add("--images", type=whole, metavar="N", help=f"test images for CKA (default {IMAGES}, or all there are)")
+    add("--train-images", type=whole, metavar="N", help="fewer training images for probes and information")
+    add("--batch-size", type=whole, default=256, metavar="N", help="default 256")
 
     add = parser.add_argument_group("training of probes and decoders").add_argument
-    add("--probe-epochs", type=int, metavar="N", help=f"of the linear probes (default {PROBE_EPOCHS})")
+    add("--probe-epochs", type=whole, metavar="N", help=f"of the linear probes (default {PROBE_EPOCHS})")
     add(
         "--information-epochs",
-        type=int,
+        type=whole,
         metavar="N",
         help=f"of decoders and strong classifiers (default {INFORMATION_EPOCHS})",
     )
     add(
         "--probe-blocks",
-        type=int,
+        type=whole,
         metavar="N",
         help=f"residual blocks per stage of the strong classifiers (default {PROBE_BLOCKS}: the size of ResNet-32)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of everything that is drawn (default 0)")
+    add("--seed", type=whole, default=0, metavar="N", help="of everything that is drawn (default 0)")
     add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda, cuda:1, ...")
 
 

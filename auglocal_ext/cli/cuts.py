@@ -14,6 +14,7 @@ from ..models import check_name, default_input_shape, network_by_name
 from ..models.named import LIBRARIES
 from ..segments import Boundary, Passage, Skips, find_boundaries
 from .show import show
+from .spelling import as_options, too_large, whole
 
 _EPILOG = """
 FLOPs are those of convolutions and matrix products, for one sample, forward, since the cut before. The network runs on
@@ -39,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="NAME",
         help="as for train, or MODULE:FUNCTION: a function without arguments that makes the network",
     )
-    add("--input-shape", type=int, nargs="+", metavar="N", help="of one sample (default: what it was designed for)")
+    add("--input-shape", type=whole, nargs="+", metavar="N", help="of one sample (default: what it was designed for)")
     add("--output", metavar="NAME", help="what is learned from, of a network that returns more than one tensor")
     add(
         "--skips",
@@ -54,10 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the table; 1 with a message for a network that cannot be made or run."""
     try:
         show(_table(arguments))
+        return 0
     except (TypeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        said = as_options(str(error), vars(arguments))
+    except RuntimeError as error:
+        said = too_large(error)
+    print(f"error: {said}", file=sys.stderr)
+    return 1
 
 
 def _table(arguments: argparse.Namespace) -> str:

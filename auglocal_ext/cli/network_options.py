@@ -9,6 +9,7 @@ from typing import Any
 from ..models import NAMES, check_name
 from ..training.rule_options import OPTIONS, help_of
 from ..training.values import reader
+from .spelling import whole
 
 
 def add_network_options(group: Any, rules: Sequence[str]) -> None:
@@ -24,7 +25,7 @@ def add_network_options(group: Any, rules: Sequence[str]) -> None:
         metavar="NAME",
         help=f"{', '.join(NAMES)} (default resnet32); torchvision:NAME or timm:NAME, of the networks of these packages",
     )
-    add("--width", type=int, metavar="N", help="width of a CIFAR ResNet's first stage (default 16)")
+    add("--width", type=whole, metavar="N", help="width of a CIFAR ResNet's first stage (default 16)")
     add(
         "--rule",
         choices=rules,

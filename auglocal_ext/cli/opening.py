@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..cost import count_parameters
-from ..training import Summary, Trainer
+from ..training import Summary, TrainConfig, Trainer
 from ..training.records import LOG
 from ..training.rule_options import RULE_OPTIONS
 from ..training.saving import find
@@ -37,7 +37,7 @@ def opening(trainer: Trainer) -> str:
     return _aligned(
         [
             ("network", f"{config.network}: {trained:,} parameters trained, {deployed:,} deployed"),
-            ("rule", _rule(trainer)),
+            ("rule", rule_text(config, trainer.describe()["data"]["local_modules"])),
             ("data", f"{facts['train_images']:,} train and {facts['test_images']:,} test images of {size}, "
              f"{len(facts['classes'])} classes, {where}"),
             *_memory(trainer),
@@ -103,8 +103,8 @@ def files(trainer: Trainer) -> list[tuple[str, str]]:
     ]
 
 
-def _rule(trainer: Trainer) -> str:
-    config, modules = trainer.config, trainer.describe()["data"]["local_modules"]
+def rule_text(config: TrainConfig, modules: int) -> str:
+    """The rule with the options it was given, and into how many local modules it cuts the network."""
     if config.rule == "bp":
         return "bp: backpropagation of the whole network, no local modules"
     options = [
@@ -112,7 +112,8 @@ def _rule(trainer: Trainer) -> str:
         for name in RULE_OPTIONS[config.rule]
         if name != "modules" and (value := getattr(config, name)) is not None
     ]
-    return f"{config.rule}: {modules} local modules" + (f"; {', '.join(options)}" if options else "")
+    count = f"{config.rule}: {modules} local module" + ("s" if modules != 1 else "")
+    return count + (f"; {', '.join(options)}" if options else "")
 
 
 def _size(count: int) -> str:

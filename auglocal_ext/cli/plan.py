@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..local_modules import RECOMPUTE
+from ..local_sequential import LocalSequential
 from ..models import default_input_shape, network_by_name
 from ..rules import Greedy
 from ..step import MemoryPlan, StagePlan, plan_memory, plan_stages
@@ -17,7 +18,9 @@ from ..training import SettingsError, TrainConfig
 from ..training.config import AMP, RULE_OPTIONS, make_rule
 from ..training.networks import cut, task_of
 from .network_options import add_network_options
+from .opening import rule_text
 from .show import show
+from .spelling import as_options, size, too_large, whole
 
 _EPILOG = """
 The step is that of the command train: SGD with Nesterov momentum and weight decay, each module stepped as soon as its
@@ -38,11 +41,11 @@ def add_parser(subparsers: Any) -> None:
     )
     add_network_options(parser.add_argument_group("network and rule"), tuple(RULE_OPTIONS))
     add = parser.add_argument_group("step").add_argument
-    add("--batch-size", type=int, metavar="N", required=True)
-    add("--image-size", type=int, metavar="N", help="images of N x N (default: what the network was designed for)")
+    add("--batch-size", type=whole, metavar="N", required=True)
+    add("--image-size", type=whole, metavar="N", help="images of N x N (default: what the network was designed for)")
     add(
         "--classes",
-        type=int,
+        type=whole,
         metavar="N",
         help="default 10 for CIFAR networks, 1000 for ImageNet ones, 21 for segmentation",
     )
@@ -53,7 +56,12 @@ def add_parser(subparsers: Any) -> None:
         choices=(*RECOMPUTE, "peak"),
         help="what runs a second time (default none); peak: only what lowers the peak of the step",
     )
-    add("--memory-budget", metavar="SIZE", help="the least recomputation that fits SIZE: 400MB, 0.4GiB, ... or bytes")
+    add(
+        "--memory-budget",
+        type=size,
+        metavar="SIZE",
+        help="the least recomputation that fits SIZE: 400MB, 0.4GiB, ... or bytes",
+    )
     add(
         "--overlap",
         choices=("auto", "on", "off"),
@@ -61,22 +69,31 @@ def add_parser(subparsers: Any) -> None:
         help="two modules at a time; auto: if the budget allows it without more recomputation (default)",
     )
     add = parser.add_argument_group("several processes").add_argument
-    add("--stages", type=int, metavar="S", help="split the network over S processes, with balanced FLOPs")
-    add("--replicas", type=int, metavar="R", help="copies of each stage, each with a batch of --batch-size (default 1)")
+    add("--stages", type=whole, metavar="S", help="split the network over S processes, with balanced FLOPs")
+    add(
+        "--replicas",
+        type=whole,
+        metavar="R",
+        help="copies of each stage, which share each batch of --batch-size images (default 1)",
+    )
     add("--shard", action="store_true", help="divide parameters, gradients and optimizer state among replicas")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the table; 1 with a message for wrong settings and for a budget that nothing fits."""
     try:
-        show(str(_plan(arguments)))
+        show(_plan(arguments))
+        return 0
     except (SettingsError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        said = as_options(str(error), vars(arguments), ("overlap",))
+    except RuntimeError as error:
+        said = too_large(error)
+    print(f"error: {said}", file=sys.stderr)
+    return 1
 
 
-def _plan(arguments: argparse.Namespace) -> MemoryPlan | StagePlan:
+def _plan(arguments: argparse.Namespace) -> str:
+    """What is planned, in a line, and the table."""
     given = {
         field.name: value
         for field in fields(TrainConfig)
@@ -107,6 +124,15 @@ def _plan(arguments: argparse.Namespace) -> MemoryPlan | StagePlan:
         net = cut(network, rule, task, shape, config.modules, fused=config.fused)
     if config.channels_last:
         net.to(memory_format=torch.channels_last)
+    width = "" if config.width is None else f", width {config.width}"
+    size = " x ".join(map(str, shape))
+    subject = f"{config.network}{width} on {size}, {task.outputs} outputs\n{rule_text(config, net.num_modules)}"
+    return f"{subject}\n{_planned(arguments, config, net, many)}"
+
+
+def _planned(
+    arguments: argparse.Namespace, config: TrainConfig, net: LocalSequential, many: bool
+) -> MemoryPlan | StagePlan:
     budgeted = arguments.memory_budget is not None
     if many:
         replicas = 1 if arguments.replicas is None else arguments.replicas

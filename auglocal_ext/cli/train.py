@@ -29,6 +29,7 @@ from ..training.schedule import SCHEDULES
 from ..training.trainer import CHECKPOINT, CURVES
 from .network_options import add_network_options
 from .opening import ending, opening
+from .spelling import as_options, size, whole
 
 _USAGE = "python -m auglocal_ext train --data DIR [--network NAME] [--rule NAME] [options]"
 
@@ -71,19 +72,19 @@ def add_parser(subparsers: Any) -> None:
     add("--dataset", choices=DATASETS, help="what lies in --data; auto: by the files there (default)")
     add(
         "--image-size",
-        type=int,
+        type=whole,
         metavar="N",
         help="resize the images of a folder to N x N, read from disk each epoch",
     )
     add(
         "--train-images",
-        type=int,
+        type=whole,
         metavar="N",
         help="train on N images drawn once, the same ones for equal --seed",
     )
     add(
         "--workers",
-        type=int,
+        type=whole,
         metavar="N",
         help="processes that read images (default: one per core, at most 16)",
     )
@@ -103,6 +104,7 @@ def add_parser(subparsers: Any) -> None:
     )
     add(
         "--memory-budget",
+        type=size,
         metavar="SIZE",
         help="such as 0.4GiB: the cheapest recomputation whose predicted step fits; the plan is printed",
     )
@@ -121,11 +123,11 @@ def add_parser(subparsers: Any) -> None:
 
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
-    add("--epochs", type=int, metavar="N")
-    add("--batch-size", type=int, metavar="N")
+    add("--epochs", type=whole, metavar="N")
+    add("--batch-size", type=whole, metavar="N")
     add("--lr", type=float, metavar="X", help="peak learning rate")
     add("--weight-decay", type=float, metavar="X")
-    add("--warmup", type=int, metavar="N", help="epochs of linear warm-up")
+    add("--warmup", type=whole, metavar="N", help="epochs of linear warm-up")
     add(
         "--schedule",
         choices=SCHEDULES,
@@ -139,7 +141,7 @@ def add_parser(subparsers: Any) -> None:
         help="mix images in pairs, shares from Beta(A, A); labels become probabilities",
     )
     add("--cutmix", type=float, metavar="A", help="the same by rectangles; with both, either is drawn for each batch")
-    add("--seed", type=int, metavar="N", help="default 1234")
+    add("--seed", type=whole, metavar="N", help="default 1234")
     add("--amp", choices=tuple(AMP), help="mixed precision (default none)")
     add("--channels-last", action="store_const", const=True, help="store images and activations channels last")
     add("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:1, ...")
@@ -148,13 +150,13 @@ def add_parser(subparsers: Any) -> None:
     add = group.add_argument
     add(
         "--stages",
-        type=int,
+        type=whole,
         metavar="S",
         help="runs of local modules, each trained by processes of its own (default 1)",
     )
     add(
         "--replicas",
-        type=int,
+        type=whole,
         metavar="R",
         help="processes that share each batch of --batch-size images (default: all processes divided by --stages)",
     )
@@ -253,7 +255,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> int:
         launch.fail(f"{error}\n{_curves(trainer)}".rstrip())
         return 1
     except (TrainingError, DisagreementError) as error:
-        launch.fail(str(error))
+        launch.fail(as_options(str(error), options, ("graph",)))
         return 1
     say(f"\n{ending(trainer, summary)}")
     return 0

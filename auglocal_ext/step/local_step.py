@@ -431,7 +431,10 @@ class LocalStep:
         Raises:
             CheckpointError: in all processes, if one of them fails.
             RuntimeError: within an accumulation, whose gradients would be lost.
+            TypeError: if ``extra`` is no dict.
         """
+        if extra is not None and not isinstance(extra, Mapping):
+            raise TypeError(f'extra is a dict of what else to save, such as {{"epoch": 3}}; got {type(extra).__name__}')
         if self._updates.calls:
             raise RuntimeError(
                 f"{self._updates.calls} of {self._updates.accumulate} calls of an optimizer step are done, and their "

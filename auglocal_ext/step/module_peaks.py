@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -81,6 +82,9 @@ class StepEstimate:
         optimizer: of their parameters.
         gradients: bytes of gradients that are alive when a module's are finished, at most.
         categories: bytes live between steps, by :data:`auglocal_ext.memory.CATEGORIES`, once :meth:`cost` has run.
+
+    Raises:
+        ValuesReadBackError: if the network or the optimizer reads values of tensors, of which there are none.
     """
 
     def __init__(
@@ -163,6 +167,15 @@ class StepEstimate:
         task = self._net.task
         try:
             self._call(alike=True)
+        except DataDependentOutputException as error:
+            way = "change its forward pass"
+            who = "the network"
+            if _raised_by_an_optimizer(error):
+                who, way = type(self.optimizer).__name__, "predict with another optimizer that has as much state"
+            raise ValuesReadBackError(
+                f"memory is predicted without data, but {who} reads values of tensors ({error}): {way}, or train "
+                'without a prediction, with recompute="none", "auxiliary" or "all" and no memory_budget'
+            ) from error
         except Exception as error:
             if not isinstance(task, Criterion) or task.example_said:
                 raise
@@ -186,6 +199,15 @@ class StepEstimate:
         updating_pass(lookalikes, self._x, self._y, self._updates, self._autocast, streams, relay)
         self._updates.count()
         return trials
+
+
+class ValuesReadBackError(ValueError):
+    """The network or the optimizer reads values of tensors, and nothing can be predicted without data."""
+
+
+def _raised_by_an_optimizer(error: BaseException) -> bool:
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(isinstance(frame.f_locals.get("self"), torch.optim.Optimizer) for frame, _ in frames)
 
 
 class _NotingUpdates(Updates):
@@ -266,14 +288,14 @@ def module_flops(net: LocalSequential, optimizer: OptimizerFactory, recompute: R
     """
     try:
         return _flops(net, optimizer, recompute)
-    except DataDependentOutputException:  # by the network or by the optimizer: ASGD and Adafactor read values back
+    except ValuesReadBackError:  # by the network or by the optimizer: ASGD and Adafactor read values back
         pass
     try:
         return _flops(net, torch.optim.SGD, recompute)
-    except DataDependentOutputException as error:
+    except ValuesReadBackError as error:
         raise ValueError(
-            f"FLOPs are counted without data, and the network reads values of tensors back ({error}): name the cuts, "
-            'such as stage_cuts=(4, 9), or balance measured time, Balanced(by="time")'
+            f"FLOPs are counted without data, and the network reads values of tensors back ({error.__cause__}): name "
+            'the cuts, such as stage_cuts=(4, 9), or balance measured time, Balanced(by="time")'
         ) from error
 
 

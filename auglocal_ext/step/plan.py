@@ -95,7 +95,8 @@ def plan_memory(
 
     Raises:
         MemoryBudgetError: if nothing fits.
-        ValueError: for an option out of range, and for a ``recompute`` that a part of the network cannot honour.
+        ValueError: for an option out of range, for a ``recompute`` that a part of the network cannot honour, and for a
+            network or an optimizer that reads values of tensors, as ASGD and Adafactor do.
     """
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:

@@ -252,3 +252,8 @@ def test_terms_recompute_to_the_same_numbers(name):
     assert kept[1] == 0 < kept[0]
     for plain, again in zip(*results, strict=True):
         assert torch.equal(plain, again)
+
+
+def test_weights_that_train_nothing_are_refused():
+    with pytest.raises(ValueError, match="all losses of a local module have weight 0"):
+        Objectives(linear(), 0, [(0, SimilarityLoss(MAP, settings(3)))])

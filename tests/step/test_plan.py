@@ -464,3 +464,19 @@ def test_measured_times_are_those_of_the_modules(accumulate):
     for key, value in net.state_dict().items():
         assert torch.equal(value, before[key]), key
     assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.ASGD, torch.optim.Adafactor])
+def test_an_optimizer_that_reads_values_is_named(optimizer):
+    net = LocalSequential(models.resnet_cifar(8, width=4), Greedy(), num_classes=10, input_shape=(3, 32, 32))
+    with pytest.raises(ValueError, match=f"{optimizer.__name__} reads values of tensors .*predict with another"):
+        plan_memory(net, 4, lambda params: optimizer(params, lr=0.1), recompute="peak")
+
+
+@pytest.mark.parametrize("extra", [[1, 2], "epoch"])
+def test_what_is_saved_besides_is_a_dict(extra, tmp_path):
+    net = LocalSequential(models.resnet_cifar(8, width=4), Greedy(), num_classes=10, input_shape=(3, 32, 32))
+    step = LocalStep(net, lambda params: torch.optim.SGD(params, lr=0.1))
+    with pytest.raises(TypeError, match=f"extra is a dict .* got {type(extra).__name__}"):
+        step.save(tmp_path / "run", extra=extra)
+    assert not list(tmp_path.iterdir())

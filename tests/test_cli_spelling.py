@@ -1,0 +1,55 @@
+"""Messages of the library name options as the command line spells them; numbers are read with their limits."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from auglocal_ext.cli import main
+from auglocal_ext.cli.spelling import as_options, size, too_large, whole
+
+OPTIONS = {"recompute", "overlap", "memory_budget", "stage_cuts", "depth", "joint_tail", "modules", "fused", "loss"}
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("choose depth <= 3, joint_tail=False, or", "choose depth <= 3, --no-joint-tail, or"),
+        ("AugLocal(depth=6, joint_tail=True) trains", "AugLocal(depth=6, joint_tail=True) trains"),
+        ('by recompute="peak" and overlap=True, of', "by --recompute peak and --overlap on, of"),
+        ("memory_budget takes no recompute='all' beside it", "--memory-budget takes no --recompute all beside it"),
+        ("such as stage_cuts=(4, 9), or", "such as --stage-cuts 4,9, or"),
+        ("leave modules= out", "leave --modules out"),
+        ("fused=False runs", "--eager runs"),
+        ("in a head infopro:loss=contrast,depth=3", "in a head infopro:loss=contrast,depth=3"),
+        ("--stage-cuts is for stages, in runs/memory_budget", "--stage-cuts is for stages, in runs/memory_budget"),
+    ],
+)
+def test_python_becomes_options(message: str, expected: str) -> None:
+    assert as_options(message, OPTIONS, ("overlap",)) == expected
+
+
+def test_numbers_have_limits() -> None:
+    assert whole("-3") == -3 and size("0.4GiB") == "0.4GiB" and size("400") == "400"
+    for read, text, message in (
+        (whole, "1e3", "expected a whole number, got '1e3'"),
+        (whole, "9" * 20, r"expected a number below 2\^63"),
+        (size, "1kb", r"expected bytes, such as 400MB .* got '1kb'"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            read(text)
+
+
+def test_other_errors_of_torch_stay_errors() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        too_large(RuntimeError("shapes cannot be multiplied"))
+
+
+@pytest.mark.parametrize(
+    "options", [("--width", "1000000"), ("--batch-size", str(2**62)), ("--image-size", str(2**62))]
+)
+def test_sizes_beyond_memory_are_one_line(options: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--network", "resnet8", "--rule", "greedy", "--batch-size", "4", *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the network or the batch is too large to be made here: ") and error.count("\n") == 1
