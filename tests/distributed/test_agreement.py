@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from ranks import run
-from test_replicas import network, sgd
+from replicated import network, sgd
 from torch.distributed.device_mesh import init_device_mesh
 
 from auglocal_ext import AugLocal, Balanced, LocalSequential, LocalStep, __version__, models

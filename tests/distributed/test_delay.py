@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 from ranks import run
+from replicated import network, parts, sgd
 from test_edges import ReadoutRule
-from test_replicas import network, parts, sgd
 from test_stages import mesh
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 

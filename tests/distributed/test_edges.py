@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from ranks import run
-from test_replicas import network, parts, sgd
+from replicated import network, parts, sgd
 from test_stages import mesh
 from torch import nn
 

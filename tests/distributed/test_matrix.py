@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import run
-from test_replicas import COMPARING, RULES, network, one_process, parts, sgd, whole_batch
+from replicated import COMPARING, RULES, network, one_process, parts, sgd, whole_batch
+from test_stages import alone, assert_stage_equals
 from torch.distributed.device_mesh import init_device_mesh
 
 from auglocal_ext import DGL, MAN, AugLocal, ContSup, Greedy, InfoPro, LocalStep, PredSim
@@ -27,66 +28,63 @@ CASES |= {
     "predsim auglocal": PredSim(head=AugLocal(2)),
     "infopro auglocal": InfoPro(*WEIGHTS, head=AugLocal(2)),
 }
-STEPS = 10
+STEPS = 6  # a stage is at most two batches ahead of the next, and there are up to four
 
 
 def expected(name):
-    """The state after all steps: of one process, of one that takes the parts in turn, of one with the whole batch."""
-    alone = network(CASES[name])
-    step = LocalStep(alone, sgd)
-    for batch in parts(1, STEPS):
-        step(*batch[0])
-    in_turn, whole = one_process(network(CASES[name]), 2, steps=STEPS), network(CASES[name])
-    return [net.state_dict() for net in (alone, in_turn, whole_batch(whole, 2, steps=STEPS))]
+    """What one process comes to alone, when it takes the parts in turn, and when it takes the whole batch."""
+    in_turn = one_process(network(CASES[name]), 2, steps=STEPS)
+    whole = whole_batch(network(CASES[name]), 2, steps=STEPS)
+    return alone(network(CASES[name])), in_turn.state_dict(), whole.state_dict()
 
 
-def compared(net):
-    parts = parts_of(net.auxiliary)
-    return any(part.compares_samples or part.settings.task.compares_samples for part in parts)
+def as_one(name):
+    """Options with which replicas equal one process with the whole batch."""
+    parts = parts_of(network(CASES[name]).auxiliary)
+    compared = any(part.compares_samples or part.settings.task.compares_samples for part in parts)
+    return {"sync_batch_norm": True, "gather_features": compared}
 
 
-def _trained(name, mesh, data, replica=0, **options):
+def _assert_close(name, what, mesh, replica, wanted, tolerance, **options):
     net = network(CASES[name])
     step = LocalStep(net, sgd, mesh=mesh, **options)
-    for batch in data:
+    for batch in parts(2, STEPS):
         step(*batch[replica])
     step.close()
-    return {key: value for key, value in net.state_dict().items() if not value.is_meta}
+    held = {key: value for key, value in net.state_dict().items() if not value.is_meta}
+    assert held
+    for key, value in held.items():
+        difference = (value - wanted[key]).abs().max() if value.numel() else 0
+        assert difference <= tolerance, f"{name}, {what}: {key} differs by {difference}"
 
 
-def _equal(name, what, state, wanted, tolerance):
-    assert state
-    for key, value in state.items():
-        if tolerance is None:
-            assert torch.equal(value, wanted[key]), f"{name}, {what}: {key}"
-        else:
-            difference = (value - wanted[key]).abs().max() if value.numel() else 0
-            assert difference <= tolerance, f"{name}, {what}: {key} differs by {difference}"
+def _two_processes(rank, names, path):
+    stages, replicas = (init_device_mesh("cpu", (2,), mesh_dim_names=(kind,)) for kind in ("stage", "replica"))
+    for name in names:
+        wanted, in_turn, whole = torch.load(f"{path}/{name}.pt")
+        assert_stage_equals(f"{name}, 2 stages", network(CASES[name]), wanted, stages)
+        _assert_close(name, "2 replicas", replicas, rank, in_turn, 1e-10)
+        _assert_close(name, "2 replicas as one", replicas, rank, whole, 1e-8, **as_one(name))
 
 
 def _three_stages(rank, names, path):
     mesh = init_device_mesh("cpu", (3,), mesh_dim_names=("stage",))
     for name in names:
-        alone, *_ = torch.load(f"{path}/{name}.pt")
-        _equal(name, "3 stages", _trained(name, mesh, parts(1, STEPS)), alone, None)
+        wanted, *_ = torch.load(f"{path}/{name}.pt")
+        assert_stage_equals(f"{name}, 3 stages", network(CASES[name]), wanted, mesh)
 
 
 def _four_processes(rank, names, path):
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "replica"))
     row = init_device_mesh("cpu", (4,), mesh_dim_names=("stage",))
+    replica = grid.get_local_rank("replica")
     for name in names:
-        alone, in_turn, whole = torch.load(f"{path}/{name}.pt")
-        _equal(name, "2 stages", _trained(name, grid["stage"], parts(1, STEPS)), alone, None)
-        if network(CASES[name]).num_modules == 4:
-            _equal(name, "4 stages", _trained(name, row, parts(1, STEPS)), alone, None)
-        meshes = [("2 replicas", grid["replica"], rank % 2), ("2 stages of 2 replicas", grid, rank % 2)]
-        gathers = compared(network(CASES[name]))
-        for what, mesh, replica in meshes:
-            state = _trained(name, mesh, parts(2, STEPS), replica)
-            _equal(name, what, state, in_turn, 1e-10)
-            options = {"sync_batch_norm": True, "gather_features": gathers}
-            state = _trained(name, mesh, parts(2, STEPS), replica, **options)
-            _equal(name, f"{what} as one", state, whole, 1e-8)
+        wanted, in_turn, whole = torch.load(f"{path}/{name}.pt")
+        net = network(CASES[name])
+        if net.num_modules == 4:
+            assert_stage_equals(f"{name}, 4 stages", net, wanted, row)
+        _assert_close(name, "2 stages of 2 replicas", grid, replica, in_turn, 1e-10)
+        _assert_close(name, "2 stages of 2 replicas as one", grid, replica, whole, 1e-8, **as_one(name))
 
 
 @pytest.mark.slow
@@ -95,5 +93,5 @@ def test_every_rule_on_every_mesh(third, tmp_path):
     names = list(CASES)[third::3]
     for name in names:
         torch.save(expected(name), tmp_path / f"{name}.pt")
-    run(3, _three_stages, names, str(tmp_path))
-    run(4, _four_processes, names, str(tmp_path))
+    for world, work in ((2, _two_processes), (3, _three_stages), (4, _four_processes)):
+        run(world, work, names, str(tmp_path))

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from ranks import run
-from test_replicas import everyone_agrees, network, parts, sgd
+from replicated import everyone_agrees, network, parts, sgd
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import run
-from test_replicas import network, sgd
+from replicated import network, sgd
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run
-from test_replicas import RULES, network, parts, sgd
+from replicated import network, parts, sgd
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -29,9 +29,8 @@ def batches():
         yield x, torch.randint(0, 10, (size,), generator=generator)
 
 
-def expected(name, **options):
+def alone(net, **options):
     """State, losses per step and test output of one process."""
-    net = build(name)
     step = LocalStep(net, sgd, **options)
     losses = [step(*batch).module_losses for batch in batches()]
     net.eval()
@@ -40,52 +39,55 @@ def expected(name, **options):
     return net.state_dict(), torch.stack(losses), output
 
 
-def build(name):
-    if name == "channels last":
-        return network("auglocal").to(memory_format=torch.channels_last)
-    return network(name)
+def assert_stage_equals(what, net, wanted, mesh, **options):
+    """This process's stage of ``net`` comes to what one process does alone, to the bit."""
+    state, losses, output = wanted
+    step = LocalStep(net, sgd, mesh=mesh, **options)
+    stage = step._processes.stage
+    ours = [out.module_losses for out in (step(*batch) for batch in batches())]
+    assert torch.equal(torch.stack(ours), losses[:, stage.first : stage.last + 1]), what
+    held = {key: value for key, value in net.state_dict().items() if not value.is_meta}
+    assert 0 < len(held) < len(state)
+    for key, value in held.items():
+        assert torch.equal(value, state[key]), f"{what}: {key}"
+    counted = torch.tensor(len(held))
+    torch.distributed.all_reduce(counted, group=mesh.get_group("stage"))
+    assert counted == len(state)  # every tensor is held by one process
+    net.eval()
+    found = step.predict(next(batches())[0])
+    assert (found is None) == (stage.last < net.num_modules - 1)
+    assert found is None or torch.equal(found, output)
+    with pytest.raises(RuntimeError, match="this process holds local modules .* train by step.x, y."):
+        net(next(batches())[0])
+    step.close()
 
 
-def _train(rank, wanted, stages, cuts, options):
-    for name, (state, losses, output) in wanted.items():
-        net = build(name)
-        step = LocalStep(net, sgd, mesh=mesh(stages), stage_cuts=cuts, **options)
-        stage = step._processes.stage
-        ours = [out.module_losses for out in (step(*batch) for batch in batches())]
-        assert torch.equal(torch.stack(ours), losses[:, stage.first : stage.last + 1]), name
-        held = {key: value for key, value in net.state_dict().items() if not value.is_meta}
-        assert 0 < len(held) < len(state)
-        for key, value in held.items():
-            assert torch.equal(value, state[key]), f"{name}: {key}"
-        counted = torch.tensor(len(held))
-        torch.distributed.all_reduce(counted)
-        assert counted == len(state)  # every tensor is held by one process
-        net.eval()
-        found = step.predict(next(batches())[0])
-        assert (found is None) == (rank < stages - 1)
-        assert found is None or torch.equal(found, output)
-        with pytest.raises(RuntimeError, match="this process holds local modules .* train by step.x, y."):
-            net(next(batches())[0])
-        step.close()
+def channels_last(net):
+    return net.to(memory_format=torch.channels_last)
+
+
+def _two_stages(rank, wanted):
+    for name in ("auglocal", "contsup"):
+        assert_stage_equals(name, network(name), wanted[name], mesh(2))
+    assert_stage_equals("channels last", channels_last(network("auglocal")), wanted["channels last"], mesh(2))
 
 
 def test_two_stages_equal_one_process_to_the_bit():
-    names = ("auglocal", "contsup", "channels last")
-    run(2, _train, {name: expected(name) for name in names}, 2, None, {})
+    wanted = {name: alone(network(name)) for name in ("auglocal", "contsup")}
+    run(2, _two_stages, wanted | {"channels last": alone(channels_last(network("auglocal")))})
+
+
+OPTIONS = ({"accumulate": 2, "clip_norm": 0.1}, {"recompute": "all"})
+
+
+def _options(rank, wanted):
+    for options, expected in zip(OPTIONS, wanted, strict=True):
+        assert_stage_equals(options, network("contsup"), expected, mesh(3), stage_cuts=(1, 3), **options)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stages", [2, 3, 4])
-def test_every_rule_over_stages(stages):
-    names = [name for name in RULES if build(name).num_modules >= stages]
-    assert names
-    run(stages, _train, {name: expected(name) for name in names}, stages, None, {})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [{"accumulate": 2, "clip_norm": 0.1}, {"recompute": "all"}], ids=str)
-def test_options_over_stages(options):
-    run(3, _train, {"contsup": expected("contsup", **options)}, 3, (1, 3), options)
+def test_options_over_stages():
+    run(3, _options, [alone(network("contsup"), **options) for options in OPTIONS])
 
 
 def test_cuts_are_balanced():

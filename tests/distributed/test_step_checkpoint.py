@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 from ranks import run
-from test_replicas import mesh as replicas
-from test_replicas import network, parts, sgd
+from replicated import mesh as replicas
+from replicated import network, parts, sgd
 from test_stages import mesh
 from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
