@@ -8,39 +8,54 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import multiprocessing
 
-#: What a process of these tests imports sooner or later, the part that is slow to import.
+import auglocal_ext
+
+#: What takes long to import, of all that these tests use.
 PRELOADED = [
     "torch",
+    "torch._dynamo",
     "torch.distributed.checkpoint",
     "torch.distributed.device_mesh",
     "torch.distributed.fsdp",
-    "torch._dynamo",
     "auglocal_ext",
     "auglocal_ext.distributed",
-    "auglocal_ext.step",
     "pytest",
 ]
 
 
 def run(world: int, work: Callable[..., None], *args: Any) -> None:
     """Call ``work(rank, *args)`` in ``world`` processes of one gloo group; what fails in one fails here."""
-    multiprocessing.set_forkserver_preload(PRELOADED)
     call = pickle.dumps((work, args))  # in shared memory each tensor would need a file descriptor
     with tempfile.TemporaryDirectory() as folder:
-        meeting = str(Path(folder) / "meeting")
-        multiprocessing.start_processes(_enter, (world, meeting, call), nprocs=world, start_method="forkserver")
+        _serve(folder)
+        given = (world, str(Path(folder) / "meeting"), auglocal_ext.__file__, call)
+        multiprocessing.start_processes(_enter, given, nprocs=world, start_method="forkserver")
 
 
-def _enter(rank: int, world: int, meeting: str, call: bytes) -> None:
+def _serve(folder: str) -> None:
+    """Start the server where there is none, in an empty folder: before Python 3.12.4 it has no ``sys.path`` of ours."""
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PYTHONPATH", path)
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        forkserver.ensure_running()
+
+
+def _enter(rank: int, world: int, meeting: str, package: str, call: bytes) -> None:
+    assert auglocal_ext.__file__ == package, f"the server has imported {auglocal_ext.__file__}, the tests {package}"
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
