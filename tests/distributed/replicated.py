@@ -90,8 +90,8 @@ def everyone_agrees(net):
         assert torch.equal(first, tensor), name
 
 
-def assert_close(net, expected):
-    for (name, value), theirs in zip(net.state_dict().items(), expected.state_dict().values(), strict=True):
+def assert_close(net, state):
+    for (name, value), theirs in zip(net.state_dict().items(), state.values(), strict=True):
         torch.testing.assert_close(value, theirs, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
 
 

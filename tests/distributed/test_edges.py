@@ -110,20 +110,22 @@ def _train(rank, wanted, stages, options):
         step.close()
 
 
-@pytest.mark.slow
-def test_two_stages_equal_one_process_to_the_bit():
-    rules = [RULES["man"], ReadoutRule()]
-    run(2, _train, [(rule, one_process(rule)) for rule in rules], 2, {})
+READOUTS = [ReadoutRule(*numbers) for numbers in ((3, 2), (1, 0), (1, 5), (2, 7))]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stages", "options"), [(2, {}), (3, {"accumulate": 2, "clip_norm": 0.1}), (3, {}), (4, {})], ids=str
-)
-def test_every_number_of_stages(stages, options):
+def test_every_number_of_stages():
     """Four stages of one local module each, too."""
-    rules = [*RULES.values(), *(ReadoutRule(*numbers) for numbers in ((3, 2), (1, 0), (1, 5), (2, 7)))]
-    run(stages, _train, [(rule, one_process(rule, **options)) for rule in rules], stages, options)
+    wanted = [(rule, one_process(rule)) for rule in (RULES["man"], *READOUTS)]
+    for stages in (2, 3, 4):
+        run(stages, _train, wanted, stages, {})
+
+
+@pytest.mark.slow
+def test_options_over_stages():
+    options = {"accumulate": 2, "clip_norm": 0.1}
+    wanted = [(rule, one_process(rule, **options)) for rule in (*RULES.values(), *READOUTS)]
+    run(3, _train, wanted, 3, options)
 
 
 def _replicas(rank, folder, stages):
