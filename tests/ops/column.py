@@ -50,19 +50,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def need(device: str, name: str) -> None:
     """Skip where a provider cannot run, with its reason; fail where the environment promises that it was built."""
-    if name == "triton" and device == "cpu" and not providers.interpreted():
-        pytest.skip("runs in Triton's interpreter: see test_without_gpu.py")
     reason = providers.missing(name, device)
     if reason is not None:
         if os.environ.get("AUGLOCAL_FORCE_EXT") == "1" and name in ("cpu", "cuda"):
             pytest.fail(f"{name} must be there: {reason}")
         pytest.skip(reason)
-
-
-def serves(op: str, name: str, dtype: torch.dtype) -> None:
-    """Skip a dtype which the provider does not take."""
-    if dtype not in providers.TABLES[op].row(name).dtypes:
-        pytest.skip(f"{name} does not take {dtype}")
 
 
 def op(name: str, provider: str) -> Any:

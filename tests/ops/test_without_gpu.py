@@ -58,7 +58,8 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_cuda_kernels_on_the_emulator(emulator: dict[str, str]) -> None:
-    run_cases(HERE, 90, "-k", "cpu-cuda", "-p", "emulated", **emulator)
+    """In every case, also those that the others leave out because pairs of parameters do not need them."""
+    run_cases(HERE, 90, "-m", "not large", "-k", "cpu-cuda and not opcheck", "-p", "emulated", **emulator)
 
 
 @pytest.mark.slow
