@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
 import warnings
-import weakref
 
 import pytest
 import torch
@@ -217,73 +215,6 @@ def test_gradients_left_by_another_pass_are_not_added():
     assert_same_state(net, other)
 
 
-def test_fp16_skips_the_module_that_overflows_and_steps_the_others():
-    net = small()
-    hit = net.local_modules[1]
-    next(iter(hit.parameters())).register_hook(lambda g: g * float("inf"))
-    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
-    step = LocalStep(net, sgd, autocast=torch.float16, grad_scaler=scaler)
-    before = {id(p): p.detach().clone() for p in net.parameters()}
-    step(*next(batches(1)))
-    for module in net.local_modules:
-        moved = [not torch.equal(p, before[id(p)]) for p in module.parameters()]
-        assert any(moved) == (module.index != hit.index)
-    assert scaler.get_scale() == 8.0
-
-
-def test_fp16_is_the_plain_loop_with_a_scaler():
-    net, other = twins()
-    scaler, ours = (torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=2) for _ in range(2))
-    plain, step = sgd(other.parameters()), LocalStep(net, sgd, autocast=torch.float16, grad_scaler=ours)
-    for x, y in batches(3):
-        with torch.autocast("cpu", dtype=torch.float16):
-            out = other(x, y, grad_scaler=scaler)
-        plain.zero_grad()
-        scaler.scale(out.loss).backward()
-        scaler.step(plain)
-        scaler.update()
-        step(x, y)
-    for (name, value), (_, theirs) in zip(net.state_dict().items(), other.state_dict().items(), strict=True):
-        torch.testing.assert_close(value, theirs, rtol=1e-5, atol=1e-6, msg=name)
-    assert step.state_dict()["grad_scaler"]["scale"] == scaler.get_scale() == 32.0
-    assert isinstance(LocalStep(net, sgd, autocast=torch.float16).grad_scaler, torch.amp.GradScaler)
-
-
-def test_fp16_goes_on_after_a_step_that_broke_off():
-    net = small()
-    broken = net.local_modules[2].layers[0]
-    step = LocalStep(net, sgd, autocast=torch.float16)
-    x, y = next(batches(1))
-    handle = broken.register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        step(x, y)
-    handle.remove()
-    assert all(p.grad is None for p in net.parameters())
-    step(x, y)
-
-
-@pytest.mark.parametrize("how", ["argument", "surrounding"])
-def test_autocast_is_that_of_the_plain_loop(how):
-    net, other = twins()
-    plain = sgd(other.parameters())
-    step = LocalStep(net, sgd, autocast=torch.bfloat16 if how == "argument" else None)
-    for x, y in batches(3):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = other(x, y)
-        plain.zero_grad()
-        out.loss.backward()
-        plain.step()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "surrounding"):
-            step(x, y)
-    assert_same_state(net, other)
-
-
-def test_fp16_without_a_scaler_is_warned_of():
-    step = LocalStep(small(), sgd)
-    with torch.autocast("cpu", dtype=torch.float16), pytest.warns(UserWarning, match="grad_scaler"):
-        step(*next(batches(1)))
-
-
 def test_a_parameter_shared_by_two_modules_is_stepped_once_with_both_gradients():
     def build():
         torch.manual_seed(3)
@@ -407,69 +338,3 @@ def test_a_bad_batch_changes_nothing():
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name]), name
     step(x, y)
-
-
-class Counting(torch.optim.SGD):
-    """Counts its steps in an option, with gradients or without, as some optimizers do."""
-
-    def __init__(self, params):
-        super().__init__(params, lr=0.1, momentum=0.9, weight_decay=1e-2)
-        self.param_groups[0]["k"] = 0
-
-    def step(self, closure=None):
-        self.param_groups[0]["k"] += 1
-        return super().step(closure)
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_by_hand_after_an_update_does_nothing(accumulate):
-    net, other = twins()
-    step, plain = (LocalStep(each, Counting, accumulate=accumulate) for each in (net, other))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        scheduler = torch.optim.lr_scheduler.StepLR(step.optimizer, 1, gamma=1.0)
-        assert not step.updated
-        for i, (x, y) in enumerate(batches(4)):
-            plain(x, y)
-            if accumulate == 1:
-                assert step.optimizer.step(lambda: step(x, y)).module_losses.isfinite().all()  # noqa: B023
-            else:
-                step(x, y)
-            assert step.updated == ((i + 1) % accumulate == 0)
-            if step.updated:
-                step.optimizer.step()
-                scheduler.step()
-    assert_same_state(net, other)
-    assert step.optimizer.param_groups[0]["k"] == plain.optimizer.param_groups[0]["k"]
-
-
-def test_a_step_by_hand_within_an_accumulation_is_refused():
-    step = LocalStep(small(), sgd, accumulate=3)
-    x, y = next(batches(1))
-    step(x, y)
-    step(x, y)
-    with pytest.raises(RuntimeError, match="after 2 of the 3 calls.*only where step.updated is true"):
-        step.optimizer.step()
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_by_hand_applies_the_gradients_of_another_pass(accumulate):
-    net, other = twins()
-    step, plain = LocalStep(net, sgd, accumulate=accumulate), sgd(other.parameters())
-    x, y = next(batches(1))
-    plain_step(other, plain, x, y)
-    net(x, y).loss.backward()
-    step.optimizer.step()
-    assert_same_state(net, other)
-
-
-def test_the_step_by_hand_makes_no_cycle():
-    step = LocalStep(small(), sgd)
-    step(*next(batches(1)))
-    gone = weakref.ref(step.optimizer)
-    gc.disable()
-    try:
-        del step
-        assert gone() is None
-    finally:
-        gc.enable()
