@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn import is_sharded, own_part
+
 
 class ParameterEdge:
     """Hands parameters of one stage to an earlier one, renewed every ``every`` steps and read ``lag`` steps later.
@@ -29,6 +31,8 @@ class ParameterEdge:
         every, lag: numbers of steps.
         device: of the reader's copies.
         module: local module that reads them, for messages.
+        shards: the mesh of replicas that share the parameters. Each sends its shards to the reader's replica of the
+            same number, which gets ``DTensor``s of them. None: parameters are whole.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class ParameterEdge:
         lag: int,
         device: torch.device,
         module: int,
+        shards: Any = None,
     ) -> None:
         ranks = [torch.distributed.get_global_rank(group, stage) for stage in (owner, reader)]
         self.owner, self.reader = owner, reader
@@ -49,7 +54,8 @@ class ParameterEdge:
         self._parameters, self._module, self._device = parameters, module, device
         self._every, self._ahead = every, -(-lag // every) * every
         self._lag = lag
-        self._forms = [_Form(p) for p in parameters()]
+        self._shards = shards
+        self._forms = [_Form(self._own(p)) for p in parameters()]
         self._sending: list[tuple[Any, Tensor]] = []
         self._sent: list[tuple[int, int]] | None = None  # which tensors, as they were when they were last sent
         self._copies: dict[int, list[Tensor]] = {}
@@ -123,17 +129,27 @@ class ParameterEdge:
         for message, tensors in _in_messages(self._forms, self._device):
             for at, place in tensors:
                 place.copy_(self._form_of(at))
+            if message.numel() == 0:
+                continue
             work = torch.distributed.isend(message, self._peer, group=self._group)
             self._sending.append((work, message))
 
     def _form_of(self, index: int) -> Tensor:
-        parameter, form = self._parameters()[index].detach(), self._forms[index]
+        parameter, form = self._own(self._parameters()[index]), self._forms[index]
         if parameter.dtype != form.dtype or parameter.shape != form.shape:
             raise ValueError(
                 f"a parameter that local module {self._module} follows was {form.dtype} {list(form.shape)} when the "
                 f"step was built and is {parameter.dtype} {list(parameter.shape)} now: make a new LocalStep"
             )
         return parameter
+
+    def _own(self, parameter: Tensor) -> Tensor:
+        """This process's part of a parameter, or in the reader the form of it."""
+        if self._shards is None or is_sharded(parameter):
+            return own_part(parameter)
+        parts = parameter.detach().chunk(self._shards.size())
+        number = self._shards.get_local_rank()
+        return parts[number] if number < len(parts) else parameter.detach()[:0]
 
     def _finish(self) -> None:
         self._wait([work for work, _ in self._sending])
@@ -149,7 +165,8 @@ class ParameterEdge:
             tensors: list[Tensor] = [torch.empty(0)] * len(self._forms)
             works = []
             for message, places in _in_messages(self._forms, self._device):
-                works.append(torch.distributed.irecv(message, self._peer, group=self._group))
+                if message.numel() > 0:
+                    works.append(torch.distributed.irecv(message, self._peer, group=self._group))
                 for at, place in places:
                     tensors[at] = place
             self._asked.append((self._next, works, tensors))
@@ -160,6 +177,8 @@ class ParameterEdge:
             raise RuntimeError(f"local module {self._module} reads parameters of another stage outside of a step")
         version, works, tensors = self._asked.popleft()
         self._wait(works)
+        if self._shards is not None:
+            tensors = [_sharded(p, t, self._shards) for p, t in zip(self._parameters(), tensors, strict=True)]
         self._copies[version] = tensors
 
     def _wait(self, works: Sequence[Any]) -> None:
@@ -200,4 +219,10 @@ def _in_messages(forms: Sequence[_Form], device: torch.device) -> list[tuple[Ten
 
 def _marks(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
     """What changes if a parameter is written to or put in another's place."""
-    return [(p.data_ptr(), p._version) for p in parameters]
+    return [(part.data_ptr(), part._version) for part in map(own_part, parameters)]
+
+
+def _sharded(whole: Tensor, shard: Tensor, mesh: Any) -> Tensor:
+    from torch.distributed.tensor import DTensor, Shard
+
+    return DTensor.from_local(shard, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())

@@ -1,9 +1,10 @@
 """Local modules whose parameters are spread over the replicas, and are whole only while they run.
 
 torch's ``fully_shard`` holds the parameters: as shards between uses, gathered in one message for each group of them.
-Its groups are thin modules around the parts of a local module, for two reasons. A local module is a view and no
-``nn.Module``. And ``fully_shard`` puts hooks on the module that it is given and changes its class, which would take a
-user's layers out of the chains that run as one op.
+Its groups are thin modules around the submodules that own a local module's parameters, for three reasons. A local
+module is a view and no ``nn.Module``. A segment of a model may use parameters of the model itself, such as a position
+embedding, while the model's others belong to other segments. And ``fully_shard`` puts hooks on the module that it is
+given and changes its class, which would take a user's layers out of the chains that run as one op.
 
 Its hooks for gradients are not used, because they belong to ``backward()`` and wait at its end. The training pass calls
 ``torch.autograd.grad`` and has each module's gradients at once: they are reduced and scattered in one message per
@@ -12,14 +13,16 @@ module and dtype. As with replicas, the step waits for it when the next module's
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from ..nn import waiting_for
+from ..nn import own_part, waiting_for
 from .replicas import Average, Bucket, Message, Replicas, refuse_sparse
 
 
@@ -30,6 +33,7 @@ class Shards(Replicas):
         mesh: of one dimension, with at least two processes.
         parameters, buffers: of the network, by name. They may be on the meta device.
         facts: what else must be equal in all processes, as plain values by name.
+        modules: all modules of the network, among them the owners of its parameters.
 
     Raises:
         DisagreementError: in all processes, if parameters, buffers, ``facts`` or torch's version differ.
@@ -42,12 +46,14 @@ class Shards(Replicas):
         parameters: Iterable[tuple[str, nn.Parameter]],
         buffers: Iterable[tuple[str, Tensor]],
         facts: Mapping[str, Any],
+        modules: Iterable[nn.Module],
     ) -> None:
         parameters = list(parameters)
         super().__init__(mesh.get_group(), parameters, buffers, facts)
         for name, parameter in parameters:
             _refuse(name, parameter)
         self._mesh = mesh
+        self._modules = list(modules)
         self._groups: dict[int, tuple[list[Any], list[Any]]] = {}
         self._parameters: dict[int, list[nn.Parameter]] = {}
 
@@ -64,7 +70,9 @@ class Shards(Replicas):
         self.take_first([*_parameters(parts), *_unique(b for part in parts for b in part.buffers())])
         if {id(p) for p in _parameters(body)} & {id(p) for p in _parameters(auxiliary)}:
             body, auxiliary = parts, ()
+        before = [weakref.ref(p) for p in _parameters(parts)]
         self._groups[module] = self._sharded(body), self._sharded(auxiliary)
+        self._refuse_kept(before, names)
         self._parameters[module] = _parameters(parts)
         self._names.update((id(p), name) for p, name in zip(self._parameters[module], names, strict=True))
 
@@ -72,12 +80,28 @@ class Shards(Replicas):
         """The groups that hold the parameters of ``parts``: one for each dtype, as torch asks for."""
         from torch.distributed.fsdp import fully_shard
 
+        held = _parameters(parts)
+        ours = set(map(id, held))
+        owners = [owner for owner in self._modules if not ours.isdisjoint(map(id, owner._parameters.values()))]
         groups = []
-        for dtype in dict.fromkeys(p.dtype for p in _parameters(parts)):
-            others = {p for p in _parameters(parts) if p.dtype != dtype}
-            group = _Group(parts)
+        for dtype in dict.fromkeys(p.dtype for p in held):
+            # Those of an owner's children too, and the shards of the dtypes before.
+            others = {p for p in _parameters(owners) if id(p) not in ours or p.dtype != dtype}
+            group = _Group(owners)
             groups.append(fully_shard(group, mesh=self._mesh, reshard_after_forward=False, ignored_params=others))
         return groups
+
+    def _refuse_kept(self, before: Iterable[weakref.ref[Any]], names: Iterable[str]) -> None:
+        """ValueError for a whole parameter that a module keeps elsewhere, and would go on using untrained."""
+        alive = {id(p): name for p, name in zip((ref() for ref in before), names, strict=True) if p is not None}
+        for owner in self._modules if alive else ():
+            for key, value in vars(owner).items():
+                kept = () if key in ("_parameters", "_modules") else tree_leaves(value)
+                for name in (alive[id(each)] for each in kept if id(each) in alive):
+                    raise ValueError(
+                        f"shard=True: {type(owner).__name__} keeps {name} beside its parameters, in its attribute "
+                        f"{key}, where it would stay whole and untrained: let the forward take it from its module"
+                    )
 
     @contextmanager
     def whole(self, module: int, then: int | None = None, *, auxiliary: bool = True) -> Iterator[None]:
@@ -158,7 +182,7 @@ class Shards(Replicas):
 
     def clip(self, parameters: Sequence[nn.Parameter], largest: float) -> None:
         """``torch.nn.utils.clip_grad_norm_``, by the norm of the whole gradients; a collective call."""
-        shards = [_local(p.grad) for p in parameters]
+        shards = [own_part(p.grad) for p in parameters]
         norm = torch.nn.utils.get_total_norm(shards)
         norms = norm.new_zeros(self.size)  # not the sum of squares, which overflows in fp16
         norms[torch.distributed.get_rank(self._group)] = norm
@@ -168,11 +192,11 @@ class Shards(Replicas):
 
 
 class _Group(nn.Module):
-    """Parts of a local module whose parameters travel in one message."""
+    """Owners of parameters that travel in one message."""
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
+    def __init__(self, owners: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(parts)
+        self.owners = nn.ModuleList(owners)
 
 
 class _Scattered:
@@ -196,11 +220,11 @@ class _Scattered:
         self.mine.div_(processes)
         at = 0
         for parameter, size in zip(self._parameters, self._sizes, strict=True):
-            local = _local(parameter)
+            local = own_part(parameter)
             gradient = self.mine[at : at + local.numel()].view(local.shape)
             at += size
             if parameter.grad is not None:
-                _local(parameter.grad).add_(gradient)
+                own_part(parameter.grad).add_(gradient)
                 continue
             parameter.grad = DTensor.from_local(
                 gradient,
@@ -216,11 +240,6 @@ def _reduce_scatter(*args: Any, **options: Any) -> Any:
     """The sum of rows over the processes, a row for each; torch has renamed it."""
     named = getattr(torch.distributed, "reduce_scatter_single", None)
     return (torch.distributed.reduce_scatter_tensor if named is None else named)(*args, **options)
-
-
-def _local(tensor: Any) -> Tensor:
-    local: Tensor = tensor.detach().to_local()
-    return local
 
 
 def _unique(tensors: Iterable[Any]) -> list[Any]:

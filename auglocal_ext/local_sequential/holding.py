@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..local_modules import LocalModule
 from ..nn import Deferred, give_memory, shard_like
+from ..segments import Segment, runs_segment
 
 
 class Held(nn.Module):
@@ -22,6 +24,7 @@ class Held(nn.Module):
 
     empty: bool
     sharded: bool
+    primary: nn.Module
     task: nn.Module
     _held: tuple[int, int] | None
     _deferred: Deferred | None
@@ -45,7 +48,35 @@ class Held(nn.Module):
             if not first <= module.index <= last:
                 for part in module.parts():
                     part.to("meta")
+        self._drop_shared(_tensors(part for module in self.local_modules[first : last + 1] for part in module.parts()))
         self._held = first, last
+        self.spread(f"local modules {first} to {last} of the network")
+
+    @torch.no_grad()
+    def _drop_shared(self, held: Iterable[Tensor]) -> None:
+        """Move what segments share, and so have not moved, to the meta device, but for the tensors ``held``."""
+        kept = set(map(id, held))
+        made: dict[int, Tensor] = {}
+        for owner in self.primary.modules():
+            for key, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+                if tensor is None or tensor.is_meta or id(tensor) in kept:
+                    continue
+                moved = tensor.to("meta")
+                if isinstance(tensor, nn.Parameter):
+                    moved = nn.Parameter(moved, tensor.requires_grad)
+                setattr(owner, key, made.setdefault(id(tensor), moved))
+
+    def spread(self, held: str) -> None:
+        """Note that this process holds a part of the parameters; the model itself, when it is called, says so.
+
+        Args:
+            held: the part, in words.
+        """
+        for module in self.local_modules:
+            for part in (module.segment, *module.layers):
+                if isinstance(part, Segment):
+                    part.spread = True
+        self.primary.register_forward_pre_hook(partial(_refuse_call, held))
 
     def materialise(self, device: torch.device | str, each: Callable[[LocalModule], None] | None = None) -> None:
         """Allocate parameters and buffers that are on the meta device; after :meth:`hold`, those of the held modules.
@@ -104,6 +135,14 @@ class Held(nn.Module):
                 "the network was built on the meta device and has no values yet: load a checkpoint, or build it inside "
                 "auglocal_ext.nn.deferred"
             )
+
+
+def _refuse_call(held: str, model: nn.Module, args: Any) -> None:
+    if not runs_segment(model):
+        raise RuntimeError(
+            f"this process holds {held}, so {type(model).__name__} cannot run by itself: infer by step.predict(x), in "
+            "all processes, or save by step.save(folder) and load that in one process"
+        )
 
 
 def _tensors(parts: Iterable[nn.Module]) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from .pooled_linear import PooledLinear
 from .pooling import global_average_pool
 from .recompute import recomputed
 from .residual import FusedResidual
-from .sharding import in_process_group, is_sharded, refuse_sharding, shard_like, sharded
+from .sharding import in_process_group, is_sharded, own_part, refuse_sharding, shard_like, sharded
 from .synced_norm import sync_batch_norm, synced_statistics, unsync_batch_norm
 from .waiting import waiting_for
 
@@ -40,6 +40,7 @@ __all__ = [
     "must_be_eager",
     "norm_act_conv",
     "norm_shortcut_act",
+    "own_part",
     "recomputed",
     "refuse_sharding",
     "run_chain",

@@ -22,6 +22,12 @@ def is_sharded(value: Any) -> bool:
     return isinstance(value, DTensor)
 
 
+def own_part(tensor: Any) -> torch.Tensor:
+    """What this process has of a tensor, detached: its shard where it is sharded, else all of it."""
+    detached = tensor.detach()
+    return cast("torch.Tensor", detached.to_local() if is_sharded(tensor) else detached)
+
+
 def shard_like(value: Any, held: Any) -> Any:
     """This process's shard of ``value`` where it is a whole tensor and ``held`` is sharded; else ``value`` itself."""
     if not is_sharded(held) or is_sharded(value) or not isinstance(value, torch.Tensor) or value.shape != held.shape:

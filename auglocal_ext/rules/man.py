@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..auxiliary.base import Auxiliary, LossContext
 from ..auxiliary.followed import Followed
 from ..models.blocks import initialise
-from ..nn import sharded
+from ..nn import is_sharded, sharded
 from ..tasks import Scored
 from .base import Head, Network, Rule, resolved
 from .body import body
@@ -70,14 +70,16 @@ class MomentumNetwork(Auxiliary):
     def after_step(self) -> None:
         """Move the average towards the block."""
         average: list[Tensor] = list(self.average.parameters())
-        if any(sharded(layer) != sharded(self.average) for layer in self._followed.layers):
+        followed = list(self._followed.values())
+        alike = all(is_sharded(a) == is_sharded(b) for a, b in zip(average, followed, strict=True))
+        if not alike or (any(map(sharded, self._followed.layers)) and not sharded(self.average)):
             raise RuntimeError(
                 "MAN's average cannot follow a block whose parameters are sharded, unless its own are too: leave "
                 "fully_shard out, or pass shard=True to LocalStep"
             )
         if average:
             _refuse_standstill(average[0].dtype, self.momentum)
-        torch._foreach_lerp_(average, list(self._followed.values()), 1 - self.momentum)
+        torch._foreach_lerp_(average, followed, 1 - self.momentum)
         self.head.after_step()
 
 

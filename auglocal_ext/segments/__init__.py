@@ -4,7 +4,7 @@ from .boundaries import Boundary, Passage, Skips, find_boundaries
 from .carried import Carrying, carried, carry, detached
 from .ghost import CrossingError, Ghost
 from .recording import picked_output
-from .segment import Segment
+from .segment import Segment, runs_segment
 
 __all__ = [
     "Boundary",
@@ -19,4 +19,5 @@ __all__ = [
     "detached",
     "find_boundaries",
     "picked_output",
+    "runs_segment",
 ]

@@ -68,6 +68,8 @@ class Passage:
             last.
         work: in training mode, which operators compute data.
         unused: parameters that no output depends on.
+        changed: buffers that a forward changes, such as BatchNorm's.
+        takers: for each parameter and buffer the names of the modules whose forward takes it.
         tail_flops: of what runs behind the last boundary, per sample.
         output: what is picked of the model's output.
         input_shape: of one sample.
@@ -84,6 +86,8 @@ class Passage:
     tail_flops: int
     output: str | int | None
     input_shape: tuple[int, ...]
+    changed: frozenset[str]
+    takers: dict[str, frozenset[str]]
 
     def __deepcopy__(self, memo: Any) -> Passage:
         return self
@@ -138,6 +142,7 @@ def find_boundaries(
     legal = tuple(replace(each, flops=count) for each, count in zip(legal, flops[:-1], strict=True))
     own, unused = _owners(model, looks, ends)
     work = tuple(looks[1].work)
+    changed, takers = _changed(recordings), _takers(recordings)
     leaves = [{each.key: look.crossings(look.call(each.key)).leaf for each in legal} for look in looks]
     legal = tuple(_completed(each, looks, leaves) for each in legal)
     for recording in recordings:  # what was needed for this alone, and is large
@@ -154,7 +159,30 @@ def find_boundaries(
         flops[-1],
         output,
         tuple(example.shape[1:]),
+        changed,
+        takers,
     )
+
+
+def _changed(recordings: Sequence[Recording]) -> frozenset[str]:
+    """Names of the buffers that a run has written to or replaced."""
+    names: set[str] = set()
+    for recording in recordings:
+        for call in (recording.root, *recording.root.walk()):
+            names.update(f"{call.name}.{key}".lstrip(".") for key in call.assigns)
+        for operator in recording.operators:
+            # Some of BatchNorm's operators do not say which of their arguments they write to.
+            names |= operator.own if "batch_norm" in operator.name else operator.writes
+    return frozenset(names)
+
+
+def _takers(recordings: Sequence[Recording]) -> dict[str, frozenset[str]]:
+    takers: dict[str, set[str]] = {}
+    for recording in recordings:
+        for operator in recording.operators:
+            for name in operator.own:
+                takers.setdefault(name, set()).add(operator.caller)
+    return {name: frozenset(callers) for name, callers in takers.items()}
 
 
 def _is_compiled(module: nn.Module) -> bool:

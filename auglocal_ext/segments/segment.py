@@ -4,13 +4,14 @@ A call runs the model's ``forward``. Submodules that finish before the segment r
 behind returns the segment's input; the one it ends behind breaks off the forward with its output. Where more tensors
 than one cross a cut, the submodules that made them return those. Everything between is the model's own code, functional
 parts, dropout and control flow included. What is changed for the time of a call is one entry in the ``__dict__`` of
-each of these submodules, and nothing stays behind.
+each of these submodules, and nothing stays behind. In a process that does not hold the whole model, ghosts also stand
+for the parameters and buffers that only other segments use.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import get_ident
 from typing import Any, Literal, cast
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..nn import FusedSequential, eager_type, run_chain
+from ..nn import FusedSequential, eager_type, is_sharded, run_chain
 from .boundaries import Boundary, Passage
 from .carried import carried, carry
 from .ghost import CrossingError, Ghost
@@ -27,6 +28,11 @@ from .recording import SLOT, Call, Form, Linear, picked_output
 
 #: Models of which a segment runs, by ``id``.
 _RUNNING: set[int] = set()
+
+
+def runs_segment(model: nn.Module) -> bool:
+    """Whether a segment of ``model`` runs now."""
+    return id(model) in _RUNNING
 
 
 class _Reached(BaseException):  # no Exception, which a model might catch
@@ -84,6 +90,8 @@ class _Script:
         self.whole: list[str] = []
         #: Names of those that are entered, but do not run from beginning to end; the model itself first.
         self.partly: list[str] = []
+        #: Names of all whose code runs.
+        self.runs: set[str] = set()
         recording = passage.recordings[training]
         self.first, self.last = (None if end is None else passage.call(end.key, training) for end in ends)
         leaves = passage.leaves[training]
@@ -129,12 +137,15 @@ class _Script:
 
     def _entirely(self, call: Call, does: Literal["run", "stop"]) -> None:
         self._add(_Action(does, call))
+        self.runs.add(call.name)
         for inside in call.walk():
             self._add(_Action("run", inside))
+            self.runs.add(inside.name)
 
     def _partly(self, model: nn.Module, call: Call, does: Literal["run", "stop"]) -> None:
         children = self._children(model, call)
         self.partly.append(call.name)
+        self.runs.add(call.name)
         self._add(_Action(does, call, children))
         inside = call.children
         if children is not None:
@@ -181,6 +192,9 @@ class Segment(nn.Module):
         own: names of the segment's parameters and buffers.
         shared: those of them that other segments use too; they stay where they are if the segment is moved.
 
+    Attributes:
+        spread: whether other segments' parameters and buffers may be sharded over processes, or on the meta device.
+
     Raises:
         CrossingError: when called, if the output depends on something that was skipped.
         RuntimeError: when called, if the model calls other submodules than in the dry run, or if it runs already.
@@ -203,6 +217,8 @@ class Segment(nn.Module):
         self._shared = shared
         self._scripts = tuple(_Script(model, passage, (first, last), training) for training in (False, True))
         self.shape = passage.input_shape if first is None else first.shape
+        self.spread = False
+        self._others: list[tuple[nn.Module, str]] | None = None
 
     @property
     def whole(self) -> tuple[nn.Module, ...]:
@@ -230,7 +246,7 @@ class Segment(nn.Module):
                 "such tensors: hand on module.hand_on(out), which keeps them, in place of out.detach()"
             )
         run = _Run(self.model, script, h)
-        with run.patched():
+        with run.patched(), self._without_others(h.device) if self.spread else nullcontext():
             try:
                 out = self.model(run.input())
             except _Reached as reached:
@@ -246,6 +262,39 @@ class Segment(nn.Module):
         if any(isinstance(each, Ghost) for each in (out, *beside)):
             raise CrossingError(f"the output of {self!r} depends on something before it that its input does not carry")
         return carry(out.view_as(out) if beside and out is h else cast("Tensor", out), beside)
+
+    @contextmanager
+    def _without_others(self, device: torch.device) -> Iterator[None]:
+        """Within it ghosts stand for tensors that the code takes, but other segments use, and are not whole here."""
+        if self._others is None:
+            self._others = list(self._taken_of_others())
+        held: list[tuple[dict[str, Any], str, Tensor]] = []
+        try:
+            for module, key in self._others:
+                tensors: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
+                tensor = tensors.get(key)
+                if tensor is None or not (is_sharded(tensor) or (tensor.is_meta and device.type != "meta")):
+                    continue
+                held.append((tensors, key, tensor))
+                shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+                tensors[key] = Ghost(shape, device)
+            yield
+        finally:
+            for tensors, key, tensor in held:
+                tensors[key] = tensor
+
+    def _taken_of_others(self) -> Iterator[tuple[nn.Module, str]]:
+        """Where the model has tensors that the segment's code takes without depending on them, under every name."""
+        runs = self._scripts[False].runs | self._scripts[True].runs
+        own = {path + dot + key for path, dot, key in self._own}
+        taken = {name for name, takers in self.passage.takers.items() if name not in own and takers & runs}
+        model = self.model
+        named = dict((*model.named_parameters(), *model.named_buffers()))
+        others = {id(named[name]) for name in taken if name in named}
+        for module in model.modules():
+            for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and id(tensor) in others:
+                    yield module, key
 
     def _tensors(self) -> Iterator[tuple[str, nn.Module, str]]:
         for path, dot, key in self._own:
@@ -277,6 +326,12 @@ class Segment(nn.Module):
             for name in dict.fromkeys(self._scripts[1].whole):
                 yield from self.model.get_submodule(name).named_modules(memo, start + name, remove_duplicate)
 
+    def constants(self) -> Iterator[Tensor]:
+        """Its buffers that no forward changes."""
+        for name, owner, key in self._tensors():
+            if name not in self.passage.changed and (buffer := owner._buffers.get(key)) is not None:
+                yield buffer
+
     @torch.no_grad()
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Segment:
         """Converts the segment's own tensors, under every name that they have in the model."""
@@ -289,9 +344,9 @@ class Segment(nn.Module):
             made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
         for module in self.model.modules():
             for tensors in (module._parameters, module._buffers):
-                for key, tensor in tensors.items():
+                for key, tensor in list(tensors.items()):
                     if tensor is not None and id(tensor) in made:
-                        tensors[key] = made[id(tensor)]  # type: ignore[assignment]
+                        setattr(module, key, made[id(tensor)])  # an LSTM has them in a list too
         return self
 
 

@@ -13,6 +13,7 @@ from ..auxiliary.base import Auxiliary, parts_of
 from ..auxiliary.followed import Followed
 from ..distributed import ParameterEdge, group_like
 from ..local_modules import LocalModule
+from ..local_sequential import LocalSequential
 
 
 @dataclass(frozen=True)
@@ -50,25 +51,28 @@ def refuse_crossed(modules: Sequence[LocalModule], cuts: Sequence[int]) -> None:
             )
 
 
-def crossings(modules: Sequence[LocalModule], cuts: Sequence[int]) -> list[Crossing]:
+def crossings(net: LocalSequential, cuts: Sequence[int]) -> list[Crossing]:
     """What crosses the cuts besides features, in the same order in every process.
 
     Raises:
         ValueError: for what one stage would have to read of another and cannot.
     """
+    modules = net.local_modules
     refuse_crossed(modules, cuts)
+    names = {id(tensor): name for name, tensor in (*net.named_parameters(), *net.named_buffers())}
+    constant = {id(b) for module in modules if module.segment is not None for b in module.segment.constants()}
     trained_by: dict[int, int] = {}  # the last module that trains a parameter
     owner: dict[int, int] = {}
     for module in modules:
         stage = _stage(module.index, cuts)
-        buffers = (buffer for part in module.parts() for buffer in part.buffers())
+        buffers = (b for part in module.parts() for b in part.buffers() if id(b) not in constant)
         for what, tensors in (("parameter", module.parameters()), ("buffer", buffers)):
             for tensor in tensors:
                 trained_by[id(tensor)] = module.index
                 if owner.setdefault(id(tensor), stage) != stage:
                     raise ValueError(
                         f"local module {module.index} shares a {what} of shape {tuple(tensor.shape)} with one of "
-                        "another stage: choose stage_cuts that keep them together"
+                        f"another stage, {names[id(tensor)]}: choose stage_cuts that keep them together"
                     )
     found: dict[tuple[Any, ...], Crossing] = {}
     for module, part in followers(modules):
@@ -115,9 +119,10 @@ class Edges:
         group: process group of the stages.
         found: all crossings of the network.
         device: of this process's copies.
+        shards: the mesh of the replicas that share parameters; None where each has all of them.
     """
 
-    def __init__(self, group: Any, found: Sequence[Crossing], device: torch.device) -> None:
+    def __init__(self, group: Any, found: Sequence[Crossing], device: torch.device, shards: Any) -> None:
         index = torch.distributed.get_rank(group)
         # Two stages need a group for each of their crossings; every process makes all groups.
         pairs = Counter[tuple[int, int]]()
@@ -132,7 +137,8 @@ class Edges:
             pairs[pair] += 1
             if index not in pair:
                 continue
-            edge = ParameterEdge(groups[number], *pair, _parameters(first), first.every, first.lag, device, each.module)
+            parameters, lag = _parameters(first), first.lag
+            edge = ParameterEdge(groups[number], *pair, parameters, first.every, lag, device, each.module, shards)
             self._edges.append((each, edge))
             if index == each.reader:
                 for followed in each.followed:

@@ -36,8 +36,8 @@ from .pipeline import Boundaries, Pipeline, Queued, Sent, passing
 from .refusals import (
     check_delay,
     refuse,
-    refuse_crossing_shards,
     refuse_nothing_to_gather,
+    refuse_old_shards,
     refuse_other_devices,
     refuse_shared_parameters,
 )
@@ -124,11 +124,6 @@ class Processes:
             raise RuntimeError(
                 "another LocalStep has sharded this network: go on with that step, or wrap the network anew"
             )
-        if self._shard and any(module.segment is not None for module in modules):
-            raise ValueError(
-                "shard=True gathers the parameters of whole submodules, and a localized model's forward may use "
-                "parameters by itself, such as a position embedding: leave shard out, or wrap an nn.Sequential"
-            )
         refuse_other_devices(net, None if self._mesh is None else self._mesh.device_type)
         if self._stages is None:
             self._settle(net, modules)
@@ -148,9 +143,9 @@ class Processes:
         if isinstance(cuts, Balanced):
             cuts = self._balanced(cuts, costs, count)
         cuts = checked_cuts(cuts, count, len(modules))
-        found = crossings(modules, cuts)
-        if self._shard and found:
-            refuse_crossing_shards(found[0])
+        found = crossings(net, cuts)
+        if self._shard:
+            refuse_old_shards(found)
         # Replicas of a stage take the first one's weights.
         self._agree({"stage_cuts": cuts, "the initial weights (another seed?)": _checksum(net)}, self._replica)
         kept = [module.kept for module in modules]
@@ -160,7 +155,8 @@ class Processes:
         self._settle(net, ours)
         assert self._mesh is not None
         device = next((p.device for p in net.parameters() if not p.is_meta), torch.device(self._mesh.device_type))
-        self._cut(net, cuts, [self.stage.index], Sent(self.stage, device), Edges(self._stages, found, device))
+        edges = Edges(self._stages, found, device, self._mesh["replica"] if self._shard else None)
+        self._cut(net, cuts, [self.stage.index], Sent(self.stage, device), edges)
         return ours
 
     def _settle(self, net: LocalSequential, modules: Sequence[LocalModule]) -> None:
@@ -171,13 +167,13 @@ class Processes:
         if not self._shard:
             net.materialise(self._mesh.device_type)
             return
-        refuse_shared_parameters(modules)
+        refuse_shared_parameters(net, modules)
         ours = {id(t) for m in modules for part in m.parts() for t in (*part.parameters(), *part.buffers())}
         parameters = [(name, p) for name, p in net.named_parameters() if id(p) in ours]
         buffers = [(name, b) for name, b in net.named_buffers() if id(b) in ours]
         facts = {**_facts(net), "shard": True}
         self._agree_within_stage(facts, [*parameters, *buffers])
-        self.shards = shards = Shards(self._mesh["replica"], parameters, buffers, facts)
+        self.shards = shards = Shards(self._mesh["replica"], parameters, buffers, facts, net.modules())
         del parameters, buffers  # a whole parameter is freed once it is sharded
 
         def shard(module: LocalModule) -> None:
@@ -186,6 +182,7 @@ class Processes:
 
         net.materialise(self._mesh.device_type, shard)
         net.sharded = True
+        net.spread("shards of the network")
 
     def _balanced(self, asked: Balanced, costs: Callable[[str], Sequence[float]], count: int) -> tuple[int, ...]:
         if asked.modules not in (None, count):
@@ -229,7 +226,7 @@ class Processes:
 
     def _replay(self, net: LocalSequential, cuts: tuple[int, ...]) -> None:
         """Take all stages of a run over several into this process."""
-        crossings(net.local_modules, cuts)  # what several processes refuse is refused here too
+        crossings(net, cuts)  # what several processes refuse is refused here too
         boundaries = Queued(cuts, [module.kept for module in net.local_modules])
         self._cut(net, cuts, range(len(cuts) + 1), boundaries, None)
 

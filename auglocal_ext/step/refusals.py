@@ -54,17 +54,18 @@ def refuse_other_devices(net: LocalSequential, device: str | None) -> None:
         )
 
 
-def refuse_shared_parameters(modules: Sequence[LocalModule]) -> None:
+def refuse_shared_parameters(net: LocalSequential, modules: Sequence[LocalModule]) -> None:
     """ValueError for parameters of several local modules, which would have to be whole while either runs."""
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
     owner: dict[int, int] = {}
     for module in modules:
         for parameter in module.parameters():
             first = owner.setdefault(id(parameter), module.index)
             if first != module.index:
                 raise ValueError(
-                    f"shard=True: local modules {first} and {module.index} share a parameter of shape "
-                    f"{tuple(parameter.shape)}, and a parameter is whole only while its module runs: choose modules= "
-                    "that keep them together, or leave shard out"
+                    f"shard=True: local modules {first} and {module.index} share {names[id(parameter)]}, and a "
+                    "parameter is whole only while its module runs: choose modules= that keep them together, or leave "
+                    "shard out"
                 )
 
 
@@ -85,9 +86,12 @@ def refuse_nothing_to_gather(net: LocalSequential) -> None:
         )
 
 
-def refuse_crossing_shards(crossing: Crossing) -> None:
-    """ValueError for shards that another stage reads."""
-    raise ValueError(
-        f"shard=True: local module {crossing.module} reads parameters of stage {crossing.owner}, and shards are not "
-        "sent between stages: leave shard out, or choose stage_cuts that keep them together"
-    )
+def refuse_old_shards(crossings: Sequence[Crossing]) -> None:
+    """ValueError for shards that another stage reads some steps later, which checkpoints would have to hold."""
+    for crossing in crossings:
+        if not crossing.followed[0].immediate:
+            raise ValueError(
+                f"shard=True: local module {crossing.module} reads parameters of stage {crossing.owner} as they were "
+                "some steps ago, and of shards only the present ones are sent: leave shard out, or choose stage_cuts "
+                "that keep them together"
+            )

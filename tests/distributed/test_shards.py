@@ -10,6 +10,7 @@ import signal
 import pytest
 import torch
 from ranks import run
+from test_edges import ReadoutRule
 from test_replicas import RULES, Skipping, network, parts, sgd
 from test_replicas import mesh as replicas
 from test_stages import mesh as grid
@@ -21,9 +22,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from auglocal_ext import Greedy, LocalSequential, LocalStep, models
+from auglocal_ext import Greedy, LocalSequential, LocalStep, localize, models
 from auglocal_ext.distributed import CheckpointError, DisagreementError, Shards
 from auglocal_ext.nn import deferred
 
@@ -104,18 +106,20 @@ def test_every_rule(world):
 
 
 def _grid(rank):
-    """Two stages of two replicas, sharded and whole, with a delay between the stages."""
-    mesh, states = grid(2, 2), []
-    for shard in (True, False):
-        net = network("contsup")
-        step = LocalStep(net, sgd, mesh=mesh, stage_cuts=(1,), delay=1, shard=shard)
-        for batch in parts(2, 4):
-            step(*batch[rank % 2])
-        step.close()
-        states.append(net.state_dict())
-    assert_equal(*states, exactly=True)
-    with pytest.raises(ValueError, match="reads parameters of stage 1, and shards are not sent"):
-        LocalStep(network("man"), sgd, mesh=mesh, stage_cuts=(1,), shard=True)
+    """Two stages of two replicas, sharded and whole, with a delay between the stages; MAN reads across the cut."""
+    mesh = grid(2, 2)
+    for rule in ("contsup", "man"):
+        states = []
+        for shard in (True, False):
+            net = network(rule)
+            step = LocalStep(net, sgd, mesh=mesh, stage_cuts=(1,), delay=1, shard=shard)
+            for batch in parts(2, 4):
+                step(*batch[rank % 2])
+            step.close()
+            states.append(net.state_dict())
+        assert_equal(*states, exactly=True)
+    with pytest.raises(ValueError, match="reads parameters of stage 1 as they were some steps ago, and of shards only"):
+        LocalStep(network(ReadoutRule()), sgd, mesh=mesh, stage_cuts=(1,), shard=True)
 
 
 @pytest.mark.slow
@@ -136,7 +140,7 @@ def test_every_option(world):
     run(world, _each_option, world)
 
 
-def _held_bytes(tensors):
+def held_bytes(tensors):
     """Bytes of the storages behind tensors, each once; of DTensors the local ones."""
     local = [t.detach().to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in local}.values())
@@ -148,11 +152,11 @@ def _memory(rank):
     modules = net.local_modules
     sizes = [sum(p.numel() * p.element_size() for p in module.parameters()) for module in modules]
     step = LocalStep(net, sgd, mesh=replicas(2), shard=True)
-    at_rest = [_held_bytes(module.parameters()) for module in modules]
+    at_rest = [held_bytes(module.parameters()) for module in modules]
     seen = []
 
     def look(*_):
-        seen.append([_held_bytes(module.parameters()) for module in modules])
+        seen.append([held_bytes(module.parameters()) for module in modules])
 
     def look_in_backward(layer, args, out):
         out.register_hook(look)
@@ -166,10 +170,10 @@ def _memory(rank):
     for index in range(len(modules)):
         for held in seen[2 * index : 2 * index + 2]:
             assert held == [sizes[k] if k == index else at_rest[k] for k in range(len(modules))], index
-    assert [_held_bytes(module.parameters()) for module in modules] == at_rest
+    assert [held_bytes(module.parameters()) for module in modules] == at_rest
     # Each shard has at most a row more than its half.
     rows = sum(p[:1].numel() for p in net.parameters()) * 8
-    for held in (sum(at_rest), _held_bytes(t for s in step.optimizer.state.values() for t in s.values())):
+    for held in (sum(at_rest), held_bytes(t for s in step.optimizer.state.values() for t in s.values())):
         assert abs(held - sum(sizes) / 2) <= rows / 2
     assert all(p.grad is None for p in net.parameters())
 
@@ -272,7 +276,7 @@ def _overflow(rank):
 def _live_bytes():
     """Of all tensors on the CPU, each storage once."""
     tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.device.type == "cpu"]
-    return _held_bytes(tensors)
+    return held_bytes(tensors)
 
 
 def _from_nothing(rank):
@@ -529,7 +533,7 @@ def test_parameters_that_cannot_be_sharded_are_refused(lonely):
     refused(network("greedy").to(memory_format=torch.channels_last), "conv.weight is not contiguous, and torch shards")
     net = _linears(6, 6, 6, 4)
     net.primary[1].weight = net.primary[0].weight
-    refused(net, r"local modules 0 and 1 share a parameter of shape \(6, 6\), and a parameter is whole only while")
+    refused(net, r"local modules 0 and 1 share primary\.0\.weight, and a parameter is whole only while")
     net = _linears(6, 6, 4)
     net.primary[0].weight.register_hook(lambda g: g)
     refused(net, "primary.0.weight has a hook, which would not run")
@@ -538,6 +542,43 @@ def test_parameters_that_cannot_be_sharded_are_refused(lonely):
         fully_shard(net.primary[0], mesh=replicas(2))
         with pytest.raises(RuntimeError, match="are sharded: .*Leave fully_shard.*shard=True.* shards them itself"):
             LocalStep(net, sgd, mesh=replicas(2), **step)
+
+
+class SharedScale(nn.Module):
+    """A parameter of the model itself that all blocks use."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.scale = nn.ModuleList(nn.Linear(6, 6) for _ in range(5)), nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x) * self.scale)
+        return x
+
+
+class Kept(nn.Module):
+    """Runs a parameter that it keeps in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.weights = [self.two.weight]
+
+    def forward(self, x):
+        return self.head(F.linear(self.one(x), self.weights[0], self.two.bias))
+
+
+@pytest.mark.filterwarnings("ignore:local modules .* share")
+def test_parameters_of_localized_models_that_cannot_be_sharded_are_refused(lonely):
+    net = localize(SharedScale(), Greedy(), 6, input_shape=(6,), layout="channels_last")
+    with pytest.raises(ValueError, match=r"local modules 1 and 2 share primary\.scale, and a parameter is whole only"):
+        LocalStep(net, sgd, mesh=replicas(2), shard=True)
+    net = localize(Kept(), Greedy(), 6, input_shape=(6,), layout="channels_last")
+    with pytest.raises(
+        ValueError, match=r"Kept keeps primary\.two\.weight beside its parameters, in its attribute weights,"
+    ):
+        LocalStep(net, sgd, mesh=replicas(2), shard=True)
 
 
 def test_shards_are_of_several_replicas():
