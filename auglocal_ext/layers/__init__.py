@@ -15,7 +15,7 @@ from .groups import (
     starts_layer,
 )
 from .layer import SAY_LAYOUT, Described, Layer, LayoutChoice, describe
-from .observe import observe
+from .observe import Handed, observe
 from .residual import Residual, ResidualFinder
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "SAY_LAYOUT",
     "Described",
     "Features",
+    "Handed",
     "Layer",
     "Layout",
     "LayoutChoice",

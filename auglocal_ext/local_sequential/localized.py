@@ -287,12 +287,7 @@ def _outermost(passage: Passage, ranges: list[tuple[int, int]], ends: list[Bound
 
 def _between(model: nn.Module, passage: Passage, begin: Boundary | None, end: Boundary | None) -> Segment:
     """The segment between two boundaries, with the parameters and buffers that are used in it."""
-    start = 0 if begin is None else passage.boundaries.index(begin) + 1
-    stop = len(passage.boundaries) if end is None else passage.boundaries.index(end)
-    inside = {name for own in passage.own[start : stop + 1] for name in own}
-    outside = {name for own in (*passage.own[:start], *passage.own[stop + 1 :]) for name in own}
-    own = tuple(name for name in passage.names if name in inside)
-    return Segment(model, passage, begin, end, own, frozenset(inside & outside))
+    return Segment(model, passage, begin, end, *passage.owned(begin, end))
 
 
 def _compare(model: nn.Module, layers: nn.Sequential, example: Tensor, output: str | int | None) -> None:

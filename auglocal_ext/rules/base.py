@@ -112,7 +112,8 @@ class Network:
         if any(isinstance(child, Segment) and not child.chained for child in body):
             raise ValueError(
                 f"{who} layer {layer.index} ({layer.what}), but the model's forward computes something between its "
-                "submodules, which no copy would repeat. Choose other modules, or another rule"
+                "submodules or passes them more than one input, which no copy would repeat. Choose other modules, or "
+                "another rule"
             )
 
 

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
-from ..layers import Features, evaluating, first_leaves, has_parameters, leaves, observe, probe_input, starts_layer
+from ..layers import (
+    Features,
+    Handed,
+    evaluating,
+    first_leaves,
+    has_parameters,
+    leaves,
+    observe,
+    probe_input,
+    starts_layer,
+)
 from .base import Network
 
 
@@ -30,18 +42,40 @@ def body(network: Network, index: int, rule: str) -> tuple[nn.Module, Features]:
     with evaluating(*parts):
         handed = observe(parts, example, failed)
 
+    count = without_tail(parts, handed, index == len(network.layers) - 1)
+    block = nn.Sequential(*first_leaves(children, count))
+    return block, features_of(network, index, rule, parts, handed, count)
+
+
+def without_tail(parts: Sequence[nn.Module], handed: Sequence[Handed], last: bool) -> int:
+    """How many of a layer's ``parts``, which hand on ``handed``, stand before a tail that ends the map.
+
+    Args:
+        last: whether it is the network's last layer.
+    """
+
     def ends_in_map(part: int) -> bool:
         return starts_layer(parts[part]) or (has_parameters(parts[part]) and _has_positions(handed[part].shape))
 
     weighted = max((part for part in range(len(parts)) if ends_in_map(part)), default=-1)
-    count = len(parts)
     ends_map = len(handed[-1].shape) < len(handed[weighted + 1].shape)
-    if ends_map or index == len(network.layers) - 1:
-        keep = (i for i in range(weighted + 1, len(parts)) if handed[i + 1].shape != handed[weighted + 1].shape)
-        count = next(keep, count)
-    block = nn.Sequential(*first_leaves(children, count))
+    if not ends_map and not last:
+        return len(parts)
+    changes = (i for i in range(weighted + 1, len(parts)) if handed[i + 1].shape != handed[weighted + 1].shape)
+    return next(changes, len(parts))
+
+
+def features_of(
+    network: Network, index: int, rule: str, parts: Sequence[nn.Module], handed: Sequence[Handed], count: int
+) -> Features:
+    """What the first ``count`` of the parts of layer ``index`` put out.
+
+    Raises:
+        ValueError: where nothing tells which axis holds the channels.
+    """
+    layer = network.layers[index]
     if count == len(parts) and layer.features is not None and layer.shape == handed[-1].shape:
-        return block, layer.features
+        return layer.features
     features = handed[count].features(layer.layout)
     if features is None:
         raise ValueError(
@@ -49,7 +83,7 @@ def body(network: Network, index: int, rule: str) -> tuple[nn.Module, Features]:
             f"{handed[count].shape}, and {handed[count].why_unknown} which axis holds the channels: say layout= for "
             f"layer {index}, take another rule, or fewer modules"
         )
-    return block, features
+    return features
 
 
 def _has_positions(shape: tuple[int, ...]) -> bool:

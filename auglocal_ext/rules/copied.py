@@ -8,9 +8,10 @@ from torch import nn
 
 from ..auxiliary.adapter import adapter
 from ..auxiliary.fresh import FACTORY, Untouched, fresh_copy
-from ..layers import SAY_LAYOUT, Features, evaluating, probe_input
+from ..layers import SAY_LAYOUT, Features, evaluating, observe, probe_input
+from ..segments import Segment
 from .base import Network
-from .body import body
+from .body import body, features_of, without_tail
 
 
 def copied_block(network: Network, index: int, features: Features, rule: str) -> tuple[nn.Module, Features]:
@@ -40,12 +41,16 @@ def copied_block(network: Network, index: int, features: Features, rule: str) ->
             f"pass {FACTORY}"
         )
     source, made = _source(network, index, rule)
-    copied, before = fresh_copy(source, what), adapter(features, taken)
+    copied, before = fresh_copy(source, what, network.primary), adapter(features, taken)
     block = copied if before is None else nn.Sequential(OrderedDict(adapter=before, layer=copied))
     template = probe_input(network.primary, features.shape)
     if any(tensor.dtype != template.dtype for tensor in block.parameters()):  # fake tensors refuse it otherwise
         block.to(template.dtype)
-    with evaluating(block), Untouched(network.primary, what):
+    reaches = (
+        f"{what} holds a function or an object with parameters or buffers of the network, which a copy of it would "
+        f"share. Register them as parameters, buffers and submodules, or pass {FACTORY}"
+    )
+    with evaluating(block), Untouched(network.primary, reaches):
         shape = tuple(int(size) for size in block(template).shape[1:])
     if shape != made.shape:
         raise ValueError(
@@ -61,16 +66,34 @@ def taken_by(network: Network, index: int) -> Features | None:
 
 
 def _source(network: Network, index: int, rule: str) -> tuple[nn.Module, Features]:
-    if index == len(network.layers) - 1:
+    """What of layer ``index`` is copied, and what it puts out."""
+    layer, last = network.layers[index], index == len(network.layers) - 1
+    first = network.primary[layer.start]
+    segment = first if isinstance(first, Segment) and not first.chained else None
+    if last and segment is None:
         source, made = body(network, index, rule)
+    elif last and segment is not None:
+        return _segment_body(network, index, rule, segment)
+    elif layer.features is None:
+        raise ValueError(
+            f"{rule} copies layer {index} ({layer.what}), which puts out a shape of {layer.shape}, and "
+            f"{layer.unknown} which axis holds the channels: {SAY_LAYOUT}. Or pass {FACTORY}"
+        )
+    elif segment is not None:
+        return segment, layer.features
     else:
-        layer = network.layers[index]
-        if layer.features is None:
-            raise ValueError(
-                f"{rule} copies layer {index} ({layer.what}), which puts out a shape of {layer.shape}, and "
-                f"{layer.unknown} which axis holds the channels: {SAY_LAYOUT}. Or pass {FACTORY}"
-            )
-        network.refuse_gaps(layer, f"{rule} copies")
         source, made = nn.Sequential(*network.children_of(layer)), layer.features
     parts = list(source.children())
     return parts[0] if len(parts) == 1 else source, made
+
+
+def _segment_body(network: Network, index: int, rule: str, segment: Segment) -> tuple[nn.Module, Features]:
+    """As :func:`body`, of a layer whose forward is more than its modules, one after another."""
+    parts = segment.parts
+    with evaluating(*parts):
+        handed = observe(parts, probe_input(network.primary, network.layers[index - 1].shape))
+    count = without_tail(parts, handed, last=True)
+    features = features_of(network, index, rule, parts, handed, count)
+    if count == len(parts):
+        return segment, features
+    return segment.until(parts[count - 1].last), features

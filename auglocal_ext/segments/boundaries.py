@@ -93,12 +93,38 @@ class Passage:
         return self
 
     def chained(self, first: Boundary | None, last: Boundary | None) -> bool:
-        """Whether between two boundaries submodules are called one after another, and nothing else is done."""
+        """Whether between two boundaries submodules are called one after another, and nothing else is done.
+
+        Each takes what the one before returned, and nothing else.
+        """
         begin = 0 if first is None else self.call(first.key, True).end
         end = self.recordings[True].root.end if last is None else self.call(last.key, True).end
         inside = [call for call in self.recordings[True].root.walk() if begin <= call.start and call.end <= end]
         done = {time for call in inside for time in range(call.start, call.end)}
-        return all(time in done for time in self.work if begin <= time < end)
+        if not all(time in done for time in self.work if begin <= time < end):
+            return False
+        handed = 0 if first is None else self.call(first.key, True).gives[self.leaves[True][first.key]]
+        for call in (call for call in inside if call.parent not in inside):
+            if call.takes != handed or len(call.gives) != 1:
+                return False
+            handed = call.gives[0]
+        return True
+
+    def _span(self, first: Boundary | None, last: Boundary | None) -> tuple[int, int]:
+        start = 0 if first is None else self.boundaries.index(first) + 1
+        return start, len(self.boundaries) if last is None else self.boundaries.index(last)
+
+    def between(self, first: Boundary | None, last: Boundary | None) -> tuple[Boundary, ...]:
+        """The boundaries between two others."""
+        start, stop = self._span(first, last)
+        return self.boundaries[start:stop]
+
+    def owned(self, first: Boundary | None, last: Boundary | None) -> tuple[tuple[str, ...], frozenset[str]]:
+        """Names of what is used between two boundaries, and of those what is used elsewhere too."""
+        start, stop = self._span(first, last)
+        inside = {name for own in self.own[start : stop + 1] for name in own}
+        outside = {name for own in (*self.own[:start], *self.own[stop + 1 :]) for name in own}
+        return tuple(name for name in self.names if name in inside), frozenset(inside & outside)
 
     def call(self, key: tuple[str, int], training: bool) -> Call:
         return next(call for call in self.recordings[training].root.walk() if call.key == key)

@@ -8,6 +8,7 @@ went into it. Position numbers, masks and tables that depend on no input are not
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,6 +83,8 @@ class Call:
             :class:`Linear`, anything else as it is.
         data: whether any of it is data, or it returns no tensor at all: it is skipped where it lies before a segment.
         outputs: for each leaf the dry run's number of the tensor; -1 for others.
+        takes: number of the one tensor that it takes, where ``module(tensor)`` is the same call; -1 where it is not.
+        gives: as ``outputs``, with the number that the tensor had before calls handed it on.
         checkpointed: whether ``torch.utils.checkpoint`` ran it: "no", "alone", "with others" or "reentrant".
         opaque: what is in its output that no skipped call can return, such as "a DynamicCache"; empty if nothing is.
         assigns: names of the module's own buffers that its forward replaces by others.
@@ -97,6 +100,8 @@ class Call:
     leaves: list[Any] = field(default_factory=list)
     data: bool = True
     outputs: list[int] = field(default_factory=list)
+    takes: int = -1
+    gives: list[int] = field(default_factory=list)
     checkpointed: str = "no"
     opaque: str = ""
     assigns: tuple[str, ...] = ()
@@ -259,6 +264,7 @@ class _Calls:
         self._trace = trace
         self._counts: dict[str, int] = {}
         self._now: Call | None = None
+        self._first: dict[int, int] = {}  # for what a call returned, the number before the call returned it
         self.root: Call | None = None
         for name, module in model.named_modules():
             module.__dict__[SLOT] = self._noting(name, module)
@@ -269,6 +275,8 @@ class _Calls:
             nth = self._counts.get(name, 0)
             self._counts[name] = nth + 1
             this = Call(name, nth, outer, len(trace.operators), checkpointed=_checkpointed())
+            taken = _one_tensor(module, args, kwargs)
+            this.takes = -1 if taken is None else self._before(taken)
             self._now, trace.caller = this, name
             buffers = dict(module._buffers)
             try:
@@ -282,6 +290,7 @@ class _Calls:
 
     def _end(self, call: Call, out: Any) -> Any:
         leaves, call.spec = tree_flatten(out)
+        call.gives = [self._before(leaf) if isinstance(leaf, Tensor) else -1 for leaf in leaves]
         self._trace.caller, self._trace.marking = call.name, True
         # A fresh tensor, so that a module that returns its input is told apart from that input.
         leaves = [torch.ops.aten.alias(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -289,6 +298,7 @@ class _Calls:
         call.end = len(self._trace.operators)
         call.leaves = leaves
         call.outputs = [self._trace.number(leaf) if isinstance(leaf, Tensor) else -1 for leaf in leaves]
+        self._first.update(zip(call.outputs, call.gives, strict=True))
         tensors = [number for number in call.outputs if number >= 0]
         call.data = not tensors or any(number in self._trace.data for number in tensors)
         odd = [leaf for leaf in leaves if not isinstance(leaf, (Tensor, *_PLAIN))]
@@ -298,6 +308,24 @@ class _Calls:
         else:
             call.parent.children.append(call)
         return tree_unflatten(leaves, call.spec)
+
+    def _before(self, tensor: Tensor) -> int:
+        number = self._trace.number(tensor)
+        return self._first.get(number, number)
+
+
+def _one_tensor(module: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
+    """The tensor with which ``module(tensor)`` is the same call; None where there is none."""
+    try:
+        signature = inspect.signature(module.forward)
+        (name, first), *others = signature.bind(*args, **kwargs).arguments.items()
+    except (TypeError, ValueError):
+        return None
+    if signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL and len(first) == 1:
+        first = first[0]
+    defaults = ((value, signature.parameters[name].default) for name, value in others)
+    same = all(value is default or (isinstance(value, _PLAIN) and value == default) for value, default in defaults)
+    return first if isinstance(first, Tensor) and same else None
 
 
 def _checkpointed() -> str:

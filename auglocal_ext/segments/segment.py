@@ -226,6 +226,35 @@ class Segment(nn.Module):
         return tuple(self.model.get_submodule(name) for name in dict.fromkeys(self._scripts[1].whole))
 
     @property
+    def running(self) -> list[nn.Module]:
+        """The modules that compute something: :attr:`whole` with all inside, and those whose tensors it uses."""
+        inside = {part for whole in self.whole for part in whole.modules()}
+        own = {id(tensor) for tensor in (*self.parameters(), *self.buffers())}
+        return [
+            part
+            for part in self.model.modules()
+            if part in inside
+            or any(id(tensor) in own for tensor in (*part._parameters.values(), *part._buffers.values()))
+        ]
+
+    @property
+    def entered(self) -> tuple[nn.Module, ...]:
+        """The model, and those of its submodules that run in part."""
+        names = dict.fromkeys(name for script in self._scripts for name in script.partly)
+        return tuple(self.model.get_submodule(name) for name in names)
+
+    @property
+    def parts(self) -> list[Segment]:
+        """Segments between all boundaries within it, in order."""
+        inside = self.passage.between(self.first, self.last)
+        ends = zip([self.first, *inside], [*inside, self.last], strict=True)
+        return [Segment(self.model, self.passage, a, b, *self.passage.owned(a, b)) for a, b in ends]
+
+    def until(self, last: Boundary | None) -> Segment:
+        """The part of it that ends at ``last``."""
+        return Segment(self.model, self.passage, self.first, last, *self.passage.owned(self.first, last))
+
+    @property
     def chained(self) -> bool:
         """Whether it calls :attr:`whole` one after another, each on the output of the one before, and does no more."""
         if any(end is not None and end.crossing for end in (self.first, self.last)):
