@@ -119,6 +119,8 @@ def why_unknown(layer: Layer, children: list[nn.Module]) -> str:
         if source.groups > 1:
             return f"is a convolution in {source.groups} groups"
     if isinstance(source, nn.Conv2d | nn.Linear):
+        if all(leaf is not source for child in children for leaf in leaves(child)):
+            return f"holds its {type(source).__name__} in a module with a forward of its own"
         for leaf in _after(children, source):
             if isinstance(leaf, nn.PReLU) or _is_activation(leaf):
                 break

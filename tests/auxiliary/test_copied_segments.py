@@ -30,6 +30,17 @@ class Masked(nn.Module):
         return tokens + self.drop(self.mix(self.norm(tokens)).transpose(1, 2) @ mask).transpose(1, 2)
 
 
+class Merge(nn.Module):
+    """Makes one token of two, in a forward of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.reduction, self.norm = nn.Linear(16, 8), nn.LayerNorm(8)
+
+    def forward(self, tokens):
+        return self.norm(self.reduction(torch.cat([tokens[:, ::2], tokens[:, 1::2]], -1)))
+
+
 class Attentive(nn.Module):
     """Parameters and buffers that the forward itself uses, layers that take a table, and code between submodules."""
 
@@ -39,6 +50,7 @@ class Attentive(nn.Module):
         self.position = nn.Parameter(torch.randn(1, 16, 8))
         self.register_buffer("steps", torch.arange(16.0), persistent=False)
         self.layers = nn.ModuleList(Masked() for _ in range(2))
+        self.merge = Merge()
         self.last, self.norm, self.head = nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 4)
 
     def reset_parameters(self):
@@ -50,7 +62,7 @@ class Attentive(nn.Module):
         mask = (self.steps[:, None] <= self.steps).to(h.dtype) / 16
         for layer in self.layers:
             h = layer(h, mask=mask)
-        return self.head(F.gelu(self.norm(torch.tanh(self.last(h)))).mean(1))
+        return self.head(F.gelu(self.norm(torch.tanh(self.last(self.merge(h))))).mean(1))
 
 
 class Vectors(nn.Module):
@@ -132,6 +144,13 @@ def test_auxiliary_networks_have_no_value_of_the_model_and_train_apart_from_it(m
         assert all(parameter.grad is not None for parameter in net.auxiliary[module.index].parameters())
         net.zero_grad(set_to_none=True)
         x = h.detach()
+
+
+def test_a_linear_layer_inside_a_module_that_does_more_is_copied_with_the_module():
+    net = wrapped(Attentive(), [2], AugLocal(2, joint_tail=False, sampling="sequential"))
+    assert [layer.kind for layer in net.network.layers] == ["conv", "other", "other", "linear", "linear"]
+    (block,) = net.auxiliary[0].blocks
+    assert isinstance(block, Merge) and block(torch.zeros(1, 16, 8)).shape == (1, 8, 8)
 
 
 def test_what_is_refused():
