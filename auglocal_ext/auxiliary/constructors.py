@@ -14,6 +14,7 @@ from torch import nn
 _CONSTANTS: dict[str, dict[str, float]] = {
     "timm.layers.grn.GlobalResponseNorm": {"weight": 0.0, "bias": 0.0},
     "timm.models.cait.LayerScaleBlock": {"gamma_1": 1e-4, "gamma_2": 1e-4},
+    "timm.models.cait.LayerScaleBlockClassAttn": {"gamma_1": 1e-4, "gamma_2": 1e-4},
     "timm.models.convit.GPSA": {"gating_param": 1.0},
     "timm.models.convnext.ConvNeXtBlock": {"gamma": 1e-6},
     "timm.models.edgenext.ConvBlock": {"gamma": 1e-6},
@@ -24,6 +25,9 @@ _CONSTANTS: dict[str, dict[str, float]] = {
     "timm.models.inception_next.MetaNeXtBlock": {"gamma": 1e-6},
     "timm.models.metaformer.Scale": {"scale": 1.0},
     "timm.models.metaformer.StarReLU": {"scale": 1.0, "bias": 0.0},
+    "timm.models.mlp_mixer.Affine": {"alpha": 1.0, "beta": 0.0},
+    "timm.models.mlp_mixer.ResBlock": {"ls1": 1e-4, "ls2": 1e-4},
+    "timm.models.xcit.ClassAttentionBlock": {"gamma1": 1.0, "gamma2": 1.0},
     "timm.models.xcit.XCA": {"temperature": 1.0},
     "timm.models.xcit.XCABlock": {"gamma1": 1.0, "gamma2": 1.0, "gamma3": 1.0},
     "torchvision.models.convnext.CNBlock": {"layer_scale": 1e-6},
@@ -31,7 +35,9 @@ _CONSTANTS: dict[str, dict[str, float]] = {
 }
 #: Parameters that start from a truncated normal distribution of standard deviation 0.02.
 _NORMAL = {
+    "timm.models.cait.Cait": ("cls_token",),
     "timm.models.mvitv2.MultiScaleAttention": ("rel_pos_h", "rel_pos_w"),
+    "timm.models.xcit.Xcit": ("cls_token",),
     "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": ("relative_position_bias_table",),
     "torchvision.models.swin_transformer.ShiftedWindowAttention": ("relative_position_bias_table",),
 }

@@ -108,7 +108,8 @@ def test_mobilenet_v3_of_torchvision():
     assert all(parameter.grad is not None for parameter in net.parameters())
 
 
-def test_mixer_of_timm():
+@pytest.mark.parametrize("name", ["mixer_b16_224", "resmlp_12_224", "xcit_nano_12_p16_224"])
+def test_models_of_timm(name):
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
-        check(timm.create_model("mixer_b16_224", num_classes=4), 224)
+        check(timm.create_model(name, num_classes=4), 224)
