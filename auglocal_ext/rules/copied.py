@@ -70,6 +70,11 @@ def _source(network: Network, index: int, rule: str) -> tuple[nn.Module, Feature
     layer, last = network.layers[index], index == len(network.layers) - 1
     first = network.primary[layer.start]
     segment = first if isinstance(first, Segment) and not first.chained else None
+    if segment is not None and any(end is not None and end.crossing for end in (segment.first, segment.last)):
+        raise ValueError(
+            f"{rule} copies layer {index} ({layer.what}), which takes or hands on more than one tensor: skip "
+            f"connections cross its cuts. Choose other modules, or pass {FACTORY}"
+        )
     if last and segment is None:
         source, made = body(network, index, rule)
     elif last and segment is not None:

@@ -245,8 +245,8 @@ class Segment(nn.Module):
 
     @property
     def parts(self) -> list[Segment]:
-        """Segments between all boundaries within it, in order."""
-        inside = self.passage.between(self.first, self.last)
+        """Segments between all boundaries within it that one tensor crosses, in order."""
+        inside = [each for each in self.passage.between(self.first, self.last) if not each.crossing]
         ends = zip([self.first, *inside], [*inside, self.last], strict=True)
         return [Segment(self.model, self.passage, a, b, *self.passage.owned(a, b)) for a, b in ends]
 

@@ -175,3 +175,25 @@ def test_fake_meta_and_deferred_models():
     net.materialise("cpu")
     assert not any(tensor.isnan().any() for tensor in net.auxiliary.state_dict().values())
     net(X, Y).loss.backward()
+
+
+class Skipping(nn.Module):
+    """The output of the first layer is an input of the last one too."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(192, 8), Masked(), Masked()
+        self.last, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        h = self.one(x.flatten(1)).unsqueeze(1)
+        mask = torch.ones(1, 1)
+        skip, h = h, self.two(h, mask=mask)
+        return self.head(self.last(self.three(h, mask=mask) + skip).mean(1))
+
+
+def test_a_layer_beside_a_skip_connection_over_a_cut_is_not_copied():
+    with pytest.raises(ValueError, match="skip connections cross its cuts.*block=factory"):
+        wrapped(Skipping(), ["one", "two"], skips="detach", layout="channels_last")
+    sampled = AugLocal(2, joint_tail=False)
+    wrapped(Skipping(), ["one"], sampled, layout="channels_last")
