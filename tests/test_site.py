@@ -14,6 +14,7 @@ PAGES = sorted(DOCS.rglob("*.md"))
 # What other rooms of the package take from a room, and no user: not in the API reference.
 INTERNAL = {
     "layers": {
+        "Handed",
         "SAY_LAYOUT",
         "LayoutChoice",
         "ResidualFinder",
