@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .errors import DataError
+from .image_file import files_below, opened, rgb
 from .interrupt import ignore_interrupts
 from .logs import progress_bar
 
@@ -61,12 +62,7 @@ def _list_split(folder: Path) -> tuple[list[str], FileList]:
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = [
-            os.path.join(where, file)
-            for where, _, files in sorted(os.walk(folder / name, followlinks=True))
-            for file in sorted(files)
-            if file.lower().endswith(IMAGE_ENDINGS)
-        ]
+        found = files_below(folder / name, IMAGE_ENDINGS)
         if not found:
             raise DataError(
                 f"{folder / name}: class folder without images; expected files ending in {', '.join(IMAGE_ENDINGS)}"
@@ -84,19 +80,8 @@ def few(names: Sequence[str]) -> str:
 
 def image_size(path: str) -> tuple[int, int]:
     """Height and width from the file's header; DataError if it is not an image."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(_unreadable(path, error)) from error
-
-
-def _unreadable(path: str, error: Exception) -> str:
-    reason = "cannot identify image file" if type(error).__name__ == "UnidentifiedImageError" else error
-    size = os.path.getsize(path) if os.path.exists(path) else 0
-    return f"{path}: unreadable image ({reason}; {size} bytes); replace or remove this file"
+    with opened(path) as image:
+        return image.height, image.width
 
 
 def sampled_sizes(paths: Sequence[str], count: int = 64) -> set[tuple[int, int]]:
@@ -137,15 +122,8 @@ class _Chunks(Dataset):
 
 def read_image(path: str) -> Tensor:
     """One file as an RGB tensor (3, H, W) uint8; DataError if it cannot be read."""
-    import numpy as np
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(_unreadable(path, error)) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    with opened(path) as image:
+        return rgb(image)
 
 
 class MixedSizes(Exception):
