@@ -1,8 +1,10 @@
 """Checkpoints in a folder, by torch.distributed.checkpoint: each tensor once, and the folder complete or absent.
 
-``NAME/rest.pt`` holds everything but tensors, and names the subfolder with torch's files. It is replaced atomically and
-last; only then are the files of the previous checkpoint deleted. The first checkpoint is written to ``.NAME.partial``,
-which is renamed when it is complete.
+``NAME/rest.pt`` holds everything but tensors, and names the subfolder with torch's files, each with its checksum. It is
+replaced atomically and last; only then are the files of the previous checkpoint deleted. The first checkpoint is
+written to ``.NAME.partial``, which is renamed when it is complete.
+
+Checksums are CRC-32: they find damage, not forgery.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import re
 import secrets
 import shutil
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +29,7 @@ from torch import Tensor
 from .agreement import everyone
 
 FORMAT = 1
-_REST = "rest.pt"
+_REST, _LIST = "rest.pt", ".metadata"  # the second one is torch's
 _Value = TypeVar("_Value")
 
 
@@ -61,10 +65,15 @@ def _torch_error() -> type[BaseException]:
 def _said(error: BaseException, group: Any) -> str:
     """An error in a line; torch's of several processes, which all of them raise, as the first of them."""
     where = ""
+    under: BaseException | None
     if isinstance(error, _torch_error()):
         failures = error.failures  # type: ignore[attr-defined]
         rank, (error, _) = next(iter(failures.items()))
         where = f" (rank {rank})" if group is not None else ""
+    under = error
+    while under is not None and not isinstance(under, OSError):  # torch's own error lies over that of a full disk
+        under = under.__cause__ or under.__context__
+    error = under or error
     return f"{type(error).__name__}: {error}{where}"
 
 
@@ -98,7 +107,7 @@ def write(folder: Path, tensors: dict[str, Tensor], rest: Mapping[str, Any], gro
 
     first = group is None or torch.distributed.get_rank(group) == 0
     name = everyone(f"tensors-{secrets.token_hex(4)}", group)[0]
-    written = together(lambda: _as_bytes({**rest, "format": FORMAT, "folder": name}), group)
+    together(lambda: _as_bytes(rest), group)  # what cannot be saved is refused before anything is written
     beside = folder.with_name(f".{folder.name}.partial")
     place = everyone(together(lambda: _prepare(folder, beside) if first else folder, group), group)[0]
     writer = checkpoint.FileSystemWriter(place / name)
@@ -106,7 +115,26 @@ def write(folder: Path, tensors: dict[str, Tensor], rest: Mapping[str, Any], gro
         together(
             lambda: checkpoint.save(tensors, storage_writer=writer, process_group=group, no_dist=group is None), group
         )
-    together(lambda: _finish(folder, place, name, written) if first else None, group)
+    checksums = _of_all(together(lambda: _own_checksums(place / name, group), group), group)
+    together(lambda: _finish(folder, place, name, rest, checksums) if first else None, group)
+
+
+def _own_checksums(folder: Path, group: Any) -> dict[str, int]:
+    """Of the files that this process has written, by name."""
+    rank = 0 if group is None else torch.distributed.get_rank(group)
+    return {path.name: _checksum(path) for path in folder.glob(f"__{rank}_*")}
+
+
+def _checksum(path: Path) -> int:
+    found = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            found = zlib.crc32(block, found)
+    return found
+
+
+def _of_all(checksums: dict[str, int], group: Any) -> dict[str, int]:
+    return {name: found for each in everyone(checksums, group) for name, found in each.items()}
 
 
 def _prepare(folder: Path, beside: Path) -> Path:
@@ -128,7 +156,7 @@ def _clear(folder: Path, kept: str) -> None:
             shutil.rmtree(old)
 
 
-def _finish(folder: Path, place: Path, name: str, rest: bytes) -> None:
+def _finish(folder: Path, place: Path, name: str, rest: Mapping[str, Any], checksums: dict[str, int]) -> None:
     from torch.distributed.checkpoint import FileSystemReader
 
     stored = FileSystemReader(place / name).read_metadata().storage_data
@@ -138,9 +166,12 @@ def _finish(folder: Path, place: Path, name: str, rest: bytes) -> None:
             f"{folder}: other processes wrote {', '.join(missing)} elsewhere; the folder must be on a file system that "
             "all processes share"
         )
+    for file in {*files, _LIST} - checksums.keys():
+        checksums[file] = _checksum(place / name / file)
+    written = _as_bytes({**rest, "format": FORMAT, "folder": name, "checksums": checksums})
     partial = place / f"{_REST}.partial"
     with open(partial, "wb") as file:
-        file.write(rest)
+        file.write(written)
         file.flush()
         os.fsync(file.fileno())
     _sync(place / name)
@@ -179,7 +210,8 @@ def _sync(folder: Path) -> None:
 class Stored:
     """A complete checkpoint in a folder.
 
-    torch.distributed.checkpoint unpickles its own list of tensors: read checkpoints that you trust.
+    torch.distributed.checkpoint unpickles its own list of tensors: read checkpoints that you trust. Checksums of all
+    files are compared before that. A checkpoint of a version without checksums is read with a warning.
 
     Attributes:
         rest: what is no tensor.
@@ -198,27 +230,61 @@ class Stored:
             raise CheckpointError(
                 f"{folder}: {'not a checkpoint of LocalStep' if folder.exists() else 'there is no such checkpoint'}"
             )
-        try:
+        self._folder = folder
+        with self._readable():
+            with zipfile.ZipFile(folder / _REST) as archive:
+                if damaged := archive.testzip():  # torch writes checksums and does not compare them
+                    raise _changed(damaged)
             self.rest = torch.load(folder / _REST, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{folder}: not a readable checkpoint ({_reason(error)})") from error
-        if self.rest.get("format") != FORMAT:
+            found = self.rest.get("format")
+        if found != FORMAT:
             raise CheckpointError(
-                f"{folder}: expected a checkpoint of format {FORMAT}, found {self.rest.get('format')}: another version "
-                "wrote it"
+                f"{folder}: expected a checkpoint of format {FORMAT}, found {found}: another version wrote it"
             )
-        self.tensors = folder / self.rest["folder"]
-        try:
+        with self._readable():
+            self._checksums: dict[str, int] | None = self.rest.get("checksums")
+            self.tensors = folder / Path(self.rest["folder"]).name
+            self._compare([_LIST])
             listed = FileSystemReader(self.tensors).read_metadata().state_dict_metadata
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{folder}: not a readable checkpoint ({_reason(error)})") from error
-        tensors = {name: item for name, item in listed.items() if isinstance(item, TensorStorageMetadata)}
-        self.forms = {name: (item.size, item.properties.dtype) for name, item in tensors.items()}
+            tensors = {name: item for name, item in listed.items() if isinstance(item, TensorStorageMetadata)}
+            self.forms = {name: (item.size, item.properties.dtype) for name, item in tensors.items()}
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """CheckpointError for whatever reading raises: the errors of damaged files are of no particular kind."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{self._folder}: not a readable checkpoint ({_reason(error)})") from error
+
+    def _compare(self, files: list[str]) -> None:
+        if self._checksums is None:
+            return
+        for file in files:
+            if _checksum(self.tensors / file) != self._checksums[file]:
+                raise _changed(file)
 
     def read(self, tensors: dict[str, Tensor], group: Any) -> None:
-        """Fill ``tensors``, by name; a collective call."""
+        """Fill ``tensors``, by name; a collective call.
+
+        Raises:
+            CheckpointError: in all processes, if a file is damaged, before anything is filled.
+        """
         from torch.distributed import checkpoint
 
+        rank, size = 0, 1
+        if group is not None:
+            rank, size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+        if self._checksums is None and rank == 0:
+            warnings.warn(f"{self._folder} has no checksums, and is not checked for damage", stacklevel=2)
+
+        def compare() -> None:
+            with self._readable():
+                self._compare(sorted(self._checksums or ())[rank::size])  # each file is read by one process
+
+        together(compare, group)
         reader = checkpoint.FileSystemReader(self.tensors)
         with _quietly(group):
             together(
@@ -232,5 +298,11 @@ def _class_in(error: BaseException) -> str:
     return _reason(error) if found is None else found[1]
 
 
+def _changed(file: str) -> ValueError:
+    return ValueError(f"{file} has another checksum than when it was written")
+
+
 def _reason(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    """An error in one line: what it says first, and its kind where that says nothing alone."""
+    said = (str(error).splitlines() or [""])[0]
+    return said if " " in said else f"{type(error).__name__}: {said}"
