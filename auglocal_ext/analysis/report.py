@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..training import SavedRun, SettingsError
 from ..training.config import to_dict
+from ..training.values import user_path
 from ..training.versions import versions
 from . import plots
 from .cka import CKA, cka
@@ -45,7 +46,7 @@ class Report:
     def __init__(self, selection: Selection, *, bars: bool = True, say: Callable[[str], None] = print):
         self._selection, self._settings = selection, selection.settings
         self._bars, self._say = bars, say
-        self.output = Path(self._settings.output).expanduser()
+        self.output = user_path(self._settings.output)
         if (self.output / FACTS).exists():
             raise SettingsError(f"{self.output} holds results: choose another --output, or delete {FACTS} there")
         self.output.mkdir(parents=True, exist_ok=True)

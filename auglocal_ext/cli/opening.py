@@ -33,7 +33,7 @@ def opening(trainer: Trainer) -> str:
     epochs, before = config.epochs or 0, trainer.resumed_after
     steps = "1 step" if trainer.steps == 1 else f"{trainer.steps:,} steps"
     went = f"; resumes after {before}" if before else ""
-    rates = [trainer.learning_rate(epoch) for epoch in range(1, epochs + 1)]
+    first, last = trainer.learning_rate(1), trainer.learning_rate(epochs)
     return _aligned(
         [
             ("network", f"{config.network}: {trained:,} parameters trained, {deployed:,} deployed"),
@@ -44,7 +44,7 @@ def opening(trainer: Trainer) -> str:
             *_processes(trainer),
             ("device", f"{device}; steps: {trainer.launch()}"),
             ("epochs", f"{epochs}, each of {steps}, batch size {config.batch_size}{went}"),
-            ("lr", f"{config.lr:g}; {config.schedule} cosine, {rates[0]:.3g} first, {rates[-1]:.3g} last; "
+            ("lr", f"{config.lr:g}; {config.schedule} cosine, {first:.3g} first, {last:.3g} last; "
              f"warm-up {config.warmup} epochs"),
             ("output", str(trainer.output)),
         ]

@@ -24,9 +24,12 @@ from ..training.config import AMP, GRAPH, RECOMPUTE_CHOICES, differences, from_d
 from ..training.data import DATASETS, ImageFiles, detect, load_data
 from ..training.processes import Launch
 from ..training.rule_options import RULE_OPTIONS
+from ..training.run_lock import refuse_unusable, refuse_used
 from ..training.saving import find, read, refuse_earlier_run
 from ..training.schedule import SCHEDULES
+from ..training.stored import taken_from
 from ..training.trainer import CHECKPOINT, CURVES
+from ..training.values import user_path
 from .network_options import add_network_options
 from .opening import ending, opening
 from .spelling import as_options, size, whole
@@ -34,7 +37,7 @@ from .spelling import as_options, size, whole
 _USAGE = "python -m auglocal_ext train --data DIR [--network NAME] [--rule NAME] [options]"
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells expect it (128 + SIGINT)."""
+"""Exit status after Ctrl-C, as shells expect it (128 + SIGINT); after SIGTERM it is 143."""
 
 _EPILOG = """
 Options left out take the value of the recipe, otherwise of the data set's own recipe (SGD with Nesterov momentum 0.9,
@@ -123,7 +126,7 @@ def add_parser(subparsers: Any) -> None:
 
     group = parser.add_argument_group("optimisation")
     add = group.add_argument
-    add("--epochs", type=whole, metavar="N")
+    add("--epochs", type=whole, metavar="N", help="of the whole run; with --resume they may be others than before")
     add("--batch-size", type=whole, metavar="N")
     add("--lr", type=float, metavar="X", help="peak learning rate")
     add("--weight-decay", type=float, metavar="X")
@@ -194,7 +197,10 @@ def _cuts(text: str) -> tuple[int, ...]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains; 0 when all epochs are done, 130 after Ctrl-C, 1 with a message for divergence, wrong data or settings."""
+    """Trains; 0 when all epochs are done, 130 after Ctrl-C and 143 after SIGTERM.
+
+    1 with a message for divergence, wrong data or settings, and a folder that cannot be written.
+    """
     launch = Launch()
     try:
         return launch.leave(_run(arguments, launch))
@@ -221,8 +227,11 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> int:
             if launch.rank == 0:
                 print(_described(settings), end="")
             return 0
-        output = Path(given["output"]).expanduser()
+        output = user_path(given["output"])
         launch.grid(arguments.stages, arguments.replicas)  # before anything else, as far as the options say it
+        refuse_unusable(output)
+        if launch.rank == 0:
+            refuse_used(output)
         resume = arguments.resume or launch.restarted(output) and find(output) is not None
         config = _config(settings, given, resume, launch)
         _refuse_alone(given, config)
@@ -236,6 +245,8 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> int:
             trainer.resume()
         launch.begins(output)
         say(opening(trainer))
+        if trainer.extension:
+            say(trainer.extension)
         if trainer.memory_plan is not None:
             say(f"\n{trainer.memory_plan}")
         say("")
@@ -246,7 +257,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> int:
             print(f"\n{stop}\n{_curves(trainer)}go on with: {command}", file=sys.stderr)
         if trainer is not None:
             trainer.team.wait()  # the first to end has torchrun end the others
-        return INTERRUPTED
+        return 128 + stop.signal
     except KeyboardInterrupt:
         if launch.rank == 0:
             print("\nstopped without saving; what was saved before is unharmed", file=sys.stderr)
@@ -302,7 +313,7 @@ def _described(settings: dict[str, Any]) -> str:
     config = from_dict({"data": "", **settings})
     dataset, streamed = config.dataset, False
     if dataset == "auto" and config.data:
-        dataset = detect(Path(config.data).expanduser())
+        dataset = detect(user_path(config.data))
     elif dataset == "auto":
         if config.recipe == "auto":
             raise SettingsError("--config needs --data DIR or --dataset NAME: the recipe is the data set's own")
@@ -314,26 +325,34 @@ def _described(settings: dict[str, Any]) -> str:
 
 
 def _config(settings: dict[str, Any], given: dict[str, Any], resume: bool, launch: Launch) -> TrainConfig:
-    output = Path(given["output"]).expanduser()
+    output = user_path(given["output"])
     if resume:
         path = find(output) or output / CHECKPOINT
         stored = read(path)["settings"]
-        before = stored.get("stages", 1), stored.get("replicas", 1)
-        grid = launch.grid(given.get("stages"), given.get("replicas"), before)
-        if grid[0] != before[0]:
-            stored = {**stored, "stage_cuts": None}
-        if launch.size > 1:  # each has its own
-            stored = {**stored, "device": stored["device"].partition(":")[0]}
-        given = {**given, "stages": grid[0], "replicas": grid[1]}
-        given = {name: value for name, value in given.items() if value != "auto"}
-        if "recipe_file" in settings:
-            given.pop("recipe")
-            given["recipe_file"] = settings["recipe_file"]
-        if changed := differences(stored, given):
-            raise CheckpointError(f"{path} belongs to a run with other settings:\n  " + "\n  ".join(changed))
-        return from_dict(stored | given | {"network_weights": None})  # the checkpoint has the weights
+        with taken_from(path, "settings"):
+            return _resumed(path, stored, settings, given, launch)
     if "data" not in settings:
         raise SettingsError("--data DIR is missing: the folder with the images")
     refuse_earlier_run(output)  # Trainer.fit would, after the images are loaded
     stages, replicas = launch.grid(given.get("stages"), given.get("replicas"))
     return from_dict({**settings, "stages": stages, "replicas": replicas})
+
+
+def _resumed(
+    path: Path, stored: dict[str, Any], settings: dict[str, Any], given: dict[str, Any], launch: Launch
+) -> TrainConfig:
+    """The settings of a checkpoint, with those given that may be other ones."""
+    before = stored.get("stages", 1), stored.get("replicas", 1)
+    grid = launch.grid(given.get("stages"), given.get("replicas"), before)
+    if grid[0] != before[0]:
+        stored = {**stored, "stage_cuts": None}
+    if launch.size > 1:  # each has its own
+        stored = {**stored, "device": stored["device"].partition(":")[0]}
+    given = {**given, "stages": grid[0], "replicas": grid[1]}
+    given = {name: value for name, value in given.items() if value != "auto"}
+    if "recipe_file" in settings:
+        given.pop("recipe")
+        given["recipe_file"] = settings["recipe_file"]
+    if changed := differences(stored, given):
+        raise CheckpointError(f"{path} belongs to a run with other settings:\n  " + "\n  ".join(changed))
+    return from_dict(stored | given | {"network_weights": None})  # the checkpoint has the weights

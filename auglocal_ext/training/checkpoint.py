@@ -1,10 +1,10 @@
-"""Checkpoint files: written atomically, read without executing anything."""
+"""Checkpoint files: written atomically, with checksums that are compared, and read without executing anything."""
 
 from __future__ import annotations
 
-import os
-import pickle
-import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,47 +12,59 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
+from .writing import replaced
 
 FORMAT = 6
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write ``state`` so that ``path`` holds the old or the new one at any moment, also after a crash."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    if os.name == "posix":  # the rename itself lives in the folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    """Write ``state`` so that ``path`` holds the old or the new one at any moment, also after a crash; OutputError."""
+    with replaced(path) as file:
+        torch.save({"format": FORMAT, **state}, file)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state ``save`` wrote, tensors on the CPU; CheckpointError if there is none or it is damaged."""
+    """The state ``save`` wrote, tensors on the CPU; CheckpointError if there is none or it is damaged.
+
+    torch writes a checksum of every tensor and does not read it: here it is compared.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: no checkpoint to resume from; train without --resume first")
-    try:
+    with unreadable(path):
+        if damaged := _damaged(path):
+            raise ValueError(f"{damaged} has another checksum than when it was written")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
     check_format(state, path)
     return state
 
 
+def _damaged(path: Path) -> str | None:
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
+
+
+@contextmanager
+def unreadable(path: Path) -> Iterator[None]:
+    """CheckpointError for whatever reading ``path`` raises: the errors of damaged files are of no particular kind."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason(error)})") from error
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line: what it says first, and its kind where that says nothing alone."""
+    lines = str(error).splitlines()
+    said = lines[0] if lines else ""
+    return said if " " in said else f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
 def check_format(state: Any, path: Path) -> None:
     """CheckpointError unless this version wrote ``state``."""
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else None
+    if not isinstance(state, dict) or type(state.get("format")) is not int or state["format"] != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else f"a {type(state).__name__}"
         raise CheckpointError(
             f"{path}: expected a checkpoint of format {FORMAT}, found {found}: another version wrote it. Go on with "
             "that version, or train the run again with another --output"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from .errors import SettingsError
 from .recipes import DATA_RECIPES, SECTIONS, Recipe, find, names, read, to_ini
 from .rule_options import OPTIONS, RULE_OPTIONS
 from .schedule import SCHEDULES, default_schedule, default_warmup
+from .values import user_path
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,10 +28,10 @@ RECOMPUTE_CHOICES = (*RECOMPUTE, "peak")
 # How a local rule's step runs, with the value that leaves it open; none of it is backpropagation's.
 _STEP_OPTIONS = {"recompute": "none", "memory_budget": None, "graph": "auto", "overlap": None}
 
-# A run goes on wherever its folders now lie, however many processes read its images, how its steps are launched and
-# how many processes take them.
+# A run goes on wherever its folders now lie, however many processes read its images, how its steps are launched, how
+# many processes take them, and for how many epochs.
 _FREE_TO_CHANGE = (
-    *("data", "output", "workers", "graph", "overlap"),
+    *("data", "output", "workers", "graph", "overlap", "epochs"),
     *("stages", "replicas", "stage_cuts", "sync_batch_norm", "shard", "gather_features"),
 )
 
@@ -146,6 +147,11 @@ class TrainConfig(_RuleSettings):
             raise SettingsError("--amp fp16 is not for stages, each of which would find a scale of its own: take bf16")
         if self.memory_budget is not None and self.recompute != "none":
             raise SettingsError("--memory-budget chooses itself what is recomputed: leave out --recompute")
+        for name in (each.name for each in fields(self)):
+            value = getattr(self, name)
+            parts = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(part, float) and not math.isfinite(part) for part in parts):
+                raise SettingsError(f"{_flag(name)} must be finite, got {value}")
         for name, least in (
             ("width", 1),
             ("epochs", 1),
@@ -161,9 +167,12 @@ class TrainConfig(_RuleSettings):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SettingsError(f"{_flag(name)} must be at least {least}, got {value}")
+            most = 2**64 - 1 if name == "seed" else 2**31 - 1
+            if value is not None and value > most:
+                raise SettingsError(f"{_flag(name)} must be at most {most}, got {value}")
         for name in ("mixup", "cutmix"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
+            if value is not None and value < 0:
                 raise SettingsError(f"{_flag(name)} is alpha of Beta(alpha, alpha), at least 0, got {value}")
         if self.lr is not None and not self.lr > 0:
             raise SettingsError(f"--lr must be positive, got {self.lr}")
@@ -240,10 +249,10 @@ def resolve(config: TrainConfig, dataset: str, streamed: bool) -> TrainConfig:
     epochs = recipe["epochs"] if config.epochs is None else config.epochs
     warmup = default_warmup(recipe["warmup"], epochs)
     recipe = {"schedule": default_schedule(epochs)} | recipe | {"epochs": epochs, "warmup": warmup}
-    data = str(Path(config.data).expanduser().resolve())  # a run may be resumed from another folder
+    data = str(user_path(config.data).resolve())  # a run may be resumed from another folder
     known: dict[str, Any] = {"data": data, "dataset": dataset, "recipe": name, "device": str(device)}
     if config.network_weights is not None:
-        known["network_weights"] = str(Path(config.network_weights).expanduser().resolve())
+        known["network_weights"] = str(user_path(config.network_weights).resolve())
     config = replace(config, **known, **_missing(config, recipe))
     return replace(config, **_rule_defaults(config))
 
@@ -328,7 +337,7 @@ def _same(name: str, stored: Any, given: Any) -> bool:
     if name == "device":  # which of them changes nothing
         return str(stored).partition(":")[0] == str(given).partition(":")[0]
     if name == "network_weights" and given is not None:
-        given = str(Path(given).expanduser().resolve())
+        given = str(user_path(given).resolve())
     return stored == (list(given) if isinstance(given, tuple) else given)
 
 

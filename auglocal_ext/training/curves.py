@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,7 +12,9 @@ from torch import Tensor
 
 from .. import pictures as style
 from .errors import CheckpointError
+from .log_file import read_rows
 from .logs import EpochRow
+from .values import user_path
 
 _TRAIN, _TEST = "#2f6f9f", "#d1495b"
 _FEW = 12  # epochs, of which each has a tick and a point
@@ -44,14 +45,12 @@ def read_curves(folder: str | Path) -> Curves:
 
     Raises CheckpointError if there is no such file, if it holds no epoch, or none of this version's columns.
     """
-    path = Path(folder).expanduser() / "log.csv"
+    path = user_path(folder) / "log.csv"
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected the folder of a run, as `train --output` makes it")
-    text = path.read_text()
-    lines = text[: text.rfind("\n") + 1].splitlines()  # the last row may be cut short
-    rows = list(csv.DictReader(lines))
+    there, rows = read_rows(path)
     names = [field.name for field in fields(EpochRow)]
-    if missing := [name for name in names if lines and name not in lines[0].split(",")]:
+    if missing := [name for name in names if there and name not in there]:
         raise CheckpointError(f"{path}: no column {', '.join(missing)}: another version wrote it, train the run again")
     if not rows:
         raise CheckpointError(f"{path}: no finished epoch yet; go on with `train --resume` first")

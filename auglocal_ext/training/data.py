@@ -12,6 +12,7 @@ from torch import Tensor
 from .errors import DataError, SettingsError
 from .folder import FileList, MixedSizes, check_headers, decode, few, list_folder, sampled_sizes
 from .torchvision_files import MARKS, READERS
+from .values import user_path
 
 DATASETS = ("auto", "folder", *READERS)
 
@@ -95,7 +96,7 @@ def load_data(
 
     Raises DataError, naming the path and what was expected there, before anything is trained.
     """
-    root = Path(path).expanduser()
+    root = user_path(path)
     kind = detect(root) if dataset == "auto" else dataset
     if kind not in DATASETS:
         raise SettingsError(f"--dataset is one of {', '.join(DATASETS)}, not {dataset!r}")

@@ -1,10 +1,11 @@
-"""Ctrl-C as a request: the step in progress is finished before the run stops."""
+"""Ctrl-C and SIGTERM as a request: the step in progress is finished before the run stops."""
 
 from __future__ import annotations
 
 import signal
 import sys
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -15,32 +16,41 @@ def ignore_interrupts(_: int) -> None:
 
 
 class InterruptRequest:
-    """While entered, the first SIGINT sets ``requested``; the second one raises KeyboardInterrupt as usual.
+    """While entered, SIGINT and SIGTERM set ``requested``; a SIGINT after that raises KeyboardInterrupt as usual.
 
-    Outside the main thread, where Python allows no signal handlers, SIGINT keeps its meaning. ``quiet``: print
+    A second SIGTERM changes nothing: schedulers send one to each process, and torchrun hands its own on.
+    Outside the main thread, where Python allows no signal handlers, both keep their meaning. ``quiet``: print
     nothing, as in all processes of a run but one.
+
+    Attributes:
+        number: of the signal that came first; SIGINT before one has come.
     """
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
         self.requested = False
-        self._previous: Any = None
+        self.number = int(signal.SIGINT)
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> InterruptRequest:
         self.requested = False
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        while self._previous:
+            number, handler = self._previous.popitem()
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.requested, self.number = True, number
         if self._quiet:
             return
-        print("\nstopping after this step (Ctrl-C again: at once, without saving)", file=sys.stderr, flush=True)
+        with suppress(RuntimeError):  # the signal came while standard error was written
+            print("\nstopping after this step (Ctrl-C again: at once, without saving)", file=sys.stderr, flush=True)

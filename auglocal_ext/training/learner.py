@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -107,10 +108,23 @@ def make_network(
             network = cut(network, rule, task, input_shape, config.modules, fused=config.fused)
     except (TypeError, ValueError) as error:
         raise SettingsError(str(error)) from error
+    except (RuntimeError, MemoryError, OverflowError) as error:  # sizes beyond this machine, or any
+        width = "" if config.width is None else f" --width {config.width}"
+        raise SettingsError(f"--network {config.network}{width} cannot be made here: {_said(error)}") from error
+    if config.network_weights is not None:
+        for name, value in network.state_dict().items():
+            if not bool(torch.isfinite(value).all()):
+                raise SettingsError(f"--network-weights {config.network_weights}: {name} is not finite")
     network.to(device)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
     return network
+
+
+def _said(error: BaseException) -> str:
+    """An error's first line, without the place in torch's source that it came from."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[enforce fail at [^]]*\][^.]*\.\s*", "", line)
 
 
 def make_learner(

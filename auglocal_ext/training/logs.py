@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
-import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 
 from .errors import CheckpointError
+from .log_file import read_rows
+from .writing import replaced, to
 
 
 @dataclass(frozen=True)
@@ -61,26 +64,24 @@ class CsvLog:
         names = [field.name for field in fields(EpochRow)]
         kept: list[dict[str, str]] = []
         if epoch and path.is_file():
-            with path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                if reader.fieldnames != names:
-                    raise CheckpointError(
-                        f"{path}: its columns are {', '.join(reader.fieldnames or ['none'])}; expected "
-                        f"{', '.join(names)}. Another version wrote it: move it away to go on without its epochs"
-                    )
-                # A row cut short by a crash has no last column.
-                kept = [row for row in reader if row.get(names[-1]) and int(row["epoch"]) <= epoch]
-        temporary = path.with_suffix(".partial")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(kept)
-        os.replace(temporary, path)
+            found, rows = read_rows(path)
+            if found != names:
+                raise CheckpointError(
+                    f"{path}: its columns are {', '.join(found or ['none'])}; expected {', '.join(names)}. Another "
+                    "version wrote it: move it away to go on without its epochs"
+                )
+            kept = [row for row in rows if int(row["epoch"]) <= epoch]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, names)
+        writer.writeheader()
+        writer.writerows(kept)
+        with replaced(path) as file:
+            file.write(text.getvalue().encode())
 
     def add(self, row: EpochRow) -> None:
         values = asdict(row)
         values |= {name: " ".join(map(repr, values[name])) for name in _PER_MODULE}
-        with self.path.open("a", newline="") as file:
+        with to(self.path), self.path.open("a", newline="") as file:
             csv.writer(file).writerow(values.values())
 
 
@@ -95,11 +96,21 @@ class TensorBoardLog:
         except Exception as error:  # a half-installed tensorboard fails in many ways, none worth losing a run for
             self.note = f"no TensorBoard log ({error}): pip install tensorboard"
             return
-        self._writer = SummaryWriter(str(folder), purge_step=epoch + 1)
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=epoch + 1)
+        except OSError as error:
+            self.note = _no_board(folder, error)
+        self._folder = folder
 
     def add(self, row: EpochRow) -> None:
         if self._writer is None:
             return
+        try:
+            self._write(row)
+        except OSError as error:  # no reason to lose a run
+            self.note, self._writer = _no_board(self._folder, error), None
+
+    def _write(self, row: EpochRow) -> None:
         for name, value in asdict(row).items():
             if name != "epoch" and name not in _PER_MODULE:
                 # train/loss and test/loss, so that TensorBoard groups the two splits.
@@ -114,7 +125,12 @@ class TensorBoardLog:
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):
+                self._writer.close()
+
+
+def _no_board(folder: Path, error: OSError) -> str:
+    return f"no TensorBoard log: {folder} cannot be written: {error.strerror or error}"
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -17,13 +17,18 @@ class Records:
         self._log = CsvLog(output / LOG, epoch)
         self._board = TensorBoardLog(output / "tensorboard", epoch)
         self._table, self._say, self._headed = table, say, False
-        if self._board.note:
-            say(self._board.note)
+        self._say_note()
 
     def add(self, row: EpochRow) -> None:
         """Write the row; :meth:`show` prints it once the epoch is saved."""
         self._log.add(row)
         self._board.add(row)
+        self._say_note()
+
+    def _say_note(self) -> None:
+        if self._board.note:
+            self._say(self._board.note)
+            self._board.note = None
 
     def show(self, row: EpochRow, outcome: str | None) -> None:
         """Print the row's line; above the first the heading, and how steps ran."""

@@ -17,6 +17,7 @@ from .errors import CheckpointError, SettingsError
 from .folder import few
 from .learner import make_network
 from .trainer import load_images
+from .values import user_path
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +138,7 @@ def load_run(path: str | Path, device: str = "auto") -> SavedRun:
         SettingsError: for a device that is not there.
     """
     target = pick_device(device)
-    path = Path(path).expanduser()
+    path = user_path(path)
     given = path.is_file() or path.name == saving.FOLDER and path.is_dir()
     file = path if given else saving.find(path)
     if file is None:
@@ -154,8 +155,11 @@ def load_run(path: str | Path, device: str = "auto") -> SavedRun:
         fresh = replace(config, network_weights=None)  # the checkpoint has the weights
         network = make_network(fresh, shape, Classification(len(classes)), target)
         saving.load_network(file, state, network)
-    except (SettingsError, ValueError, RuntimeError) as error:
-        reason = "\n".join(str(error).splitlines()[:3])  # torch lists every weight that does not fit
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged file's are of no particular kind
+        # torch lists every weight that does not fit.
+        reason = "\n".join(line[:200] for line in str(error).splitlines()[:3])
         raise CheckpointError(
             f"{file}: its settings no longer make the network of its weights: another version wrote it, train it "
             f"again or analyse it with that version ({reason})"

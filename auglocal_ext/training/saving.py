@@ -19,11 +19,12 @@ from ..step import checkpoint as parts
 from ..step.in_flight import Place
 from ..step.in_flight import load_state_dict as load_followed
 from ..tasks import Classification
-from . import checkpoint
+from . import checkpoint, stored
 from .config import TrainConfig
-from .errors import CheckpointError, SettingsError
+from .errors import CheckpointError, OutputError, SettingsError
 from .learner import Learner, make_network, sgd
 from .processes import Alone
+from .writing import to
 
 FILE, FOLDER = "checkpoint.pt", "checkpoint"
 
@@ -36,6 +37,14 @@ def find(output: Path) -> Path | None:
     return max((folder, file), key=lambda path: _how_far(read(path)))
 
 
+def stamp(output: Path) -> tuple[Any, ...] | None:
+    """What tells one checkpoint in a run folder from the next; None if there is none."""
+    if (path := find(output)) is None:
+        return None
+    status = (path / "rest.pt" if path.is_dir() else path).stat()
+    return path.name, status.st_ino, status.st_mtime_ns, status.st_size
+
+
 def _how_far(state: dict[str, Any]) -> tuple[int, int]:
     return state["progress"]["epochs"], state["epoch_sums"]["steps"]
 
@@ -44,13 +53,15 @@ def read(path: Path) -> dict[str, Any]:
     """What a checkpoint holds, of a folder's all but the tensors of network and optimizer; CheckpointError if it is
     missing, damaged, or another version's.
     """
-    if not path.is_dir():
-        return checkpoint.load(path)
-    try:
-        state = distributed.Stored(path).rest["extra"]
-    except distributed.CheckpointError as error:
-        raise CheckpointError(str(error)) from error
-    checkpoint.check_format(state, path)
+    if path.is_dir():
+        try:
+            state = distributed.Stored(path).rest.get("extra")
+        except distributed.CheckpointError as error:
+            raise CheckpointError(str(error)) from error
+        checkpoint.check_format(state, path)
+    else:
+        state = checkpoint.load(path)
+    stored.check(state, path, file=not path.is_dir())
     return state
 
 
@@ -64,31 +75,46 @@ def save(output: Path, state: dict[str, Any], learner: Learner, team: Alone) -> 
     """Write a run's checkpoint: ``state`` and what the learner's processes hold. Collective; returns where."""
     file, folder = output / FILE, output / FOLDER
     if team.mesh is not None and isinstance(learner.network, LocalSequential):
-        _collective(lambda: learner.save(folder, {"format": checkpoint.FORMAT, **state}))
-        _collective(lambda: team.on_first(lambda: file.unlink(missing_ok=True)))
+        _written(folder, lambda: learner.save(folder, {"format": checkpoint.FORMAT, **state}))
+        _written(file, lambda: team.on_first(lambda: file.unlink(missing_ok=True)))
         return folder
 
     def write() -> None:
         whole = {**state, "network": learner.network.state_dict(), "learner": learner.state_dict()}
         checkpoint.save(whole, file)
-        if folder.exists():
-            shutil.rmtree(folder)
+        with to(folder):
+            if folder.exists():
+                shutil.rmtree(folder)
 
-    _collective(lambda: team.on_first(write))
+    if team.size == 1:
+        write()
+    else:
+        _written(file, lambda: team.on_first(write))
     return file
 
 
 def load(path: Path, state: dict[str, Any], learner: Learner, team: Alone) -> None:
-    """Read network and optimizer from the checkpoint that ``state`` is of; collective."""
-    if path.is_dir():
-        _collective(lambda: learner.load(path))
-    elif team.mesh is not None and isinstance(learner.network, LocalSequential):
-        folder = path.parent / FOLDER
-        _collective(lambda: team.on_first(lambda: _convert(state, folder)))
-        _collective(lambda: learner.load(folder))
-    else:
-        learner.network.load_state_dict(state["network"])
-        learner.load_state_dict(state["learner"])
+    """Read network and optimizer from the checkpoint that ``state`` is of; collective.
+
+    Raises:
+        CheckpointError: if it is not that of this network and optimizer. Both may be partly loaded then.
+    """
+    before = stored.options(learner.optimizer)
+    with stored.taken_from(path, "network and optimizer"):
+        if path.is_dir():
+            _collective(lambda: learner.load(path))
+        elif team.mesh is not None and isinstance(learner.network, LocalSequential):
+            folder = path.parent / FOLDER
+            _collective(lambda: team.on_first(lambda: _convert(state, folder)))
+            _collective(lambda: learner.load(folder))
+        else:
+            stored.check_tensors(path, state["network"], learner.network)
+            learner.network.load_state_dict(state["network"])
+            if (state["learner"].get("grad_scaler") is None) != (learner.grad_scaler is None):
+                raise CheckpointError(f"{path}: its loss scaler is not that of --amp")
+            learner.load_state_dict(state["learner"])
+        stored.check_network(path, learner.network)
+        stored.check_optimizer(path, learner.optimizer, before)
 
 
 def random_states(team: Alone) -> Any:
@@ -106,11 +132,13 @@ def restore_random_states(states: Any, team: Alone) -> None:
 
 def load_network(path: Path, state: dict[str, Any], network: torch.nn.Module) -> None:
     """Read the weights alone from the checkpoint that ``state`` is of, in one process."""
-    if not path.is_dir():
+    if path.is_dir():
+        tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+        _collective(lambda: distributed.Stored(path).read(tensors, None))
+    else:
+        stored.check_tensors(path, state["network"], network)
         network.load_state_dict(state["network"])
-        return
-    tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
-    _collective(lambda: distributed.Stored(path).read(tensors, None))
+    stored.check_network(path, network)
 
 
 def _convert(state: dict[str, Any], folder: Path) -> None:
@@ -131,6 +159,14 @@ def _convert(state: dict[str, Any], folder: Path) -> None:
     place = Place(network.local_modules, None, (), 0, 1, torch.device("cpu"))
     load_followed(place, plain)
     parts.save(folder, network, optimizer, saved, {}, place, None)
+
+
+def _written(path: Path, work: Callable[[], None]) -> None:
+    """What the processes write together fails in all of them alike."""
+    try:
+        work()
+    except distributed.CheckpointError as error:
+        raise OutputError(f"{path} cannot be written: {error}") from error
 
 
 def _collective(work: Callable[[], None]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .augment import Augmentation, channel_constants, normalise
 from .data import ImageFiles
+from .errors import DataError, WorkerError
 from .folder import FileList, read_image
 from .interrupt import ignore_interrupts
 from .order import WHOLE, Part, epoch_order, mixed_seed, steps_per_epoch
@@ -29,13 +31,35 @@ class _Files(Dataset):
     def __init__(self, splits: dict[str, tuple[FileList, torch.nn.Module]]):
         self._splits = splits
 
-    def __getitem__(self, item: tuple[str, int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, item: tuple[str, int, int]) -> tuple[Tensor, Tensor] | str:
+        """The image and its label, or why it cannot be read: an error raised in a worker comes with its traceback."""
         split, index, seed = item
         files, transform = self._splits[split]
-        image = read_image(files.paths[index])
+        try:
+            image = read_image(files.paths[index])
+        except DataError as error:
+            return str(error)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return transform(image), files.labels[index]
+
+
+def _next(loaded: Iterator[Any]) -> Any:
+    """The next batch, None after the last; WorkerError if a process that reads images was killed."""
+    try:
+        return next(loaded, None)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise WorkerError(
+            f"a process that reads images was killed ({str(error).splitlines()[0]}): if memory has run out, take fewer "
+            "--workers"
+        ) from error
+
+
+def _batch(items: list[tuple[Tensor, Tensor] | str]) -> Any:
+    """Images and labels as tensors, or the first error."""
+    return next((item for item in items if isinstance(item, str)), None) or default_collate(items)
 
 
 class StreamedBatches:
@@ -76,6 +100,7 @@ class StreamedBatches:
         self._loader = DataLoader(
             _Files({"train": (data.train, shrink), "test": (data.test, centre)}),
             batch_sampler=self._batches,
+            collate_fn=_batch,
             num_workers=workers,
             persistent_workers=workers > 0,  # starting them takes tens of milliseconds each
             pin_memory=device.type == "cuda",
@@ -102,7 +127,11 @@ class StreamedBatches:
     def _load(self, batches: list[list[tuple[str, int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:
         self._batches[:] = batches
         pending: deque[torch.cuda.Event] = deque()
-        for images, labels in self._loader:
+        loaded = iter(self._loader)
+        while (batch := _next(loaded)) is not None:
+            if isinstance(batch, str):
+                raise DataError(batch)
+            images, labels = batch
             yield self._to_device(images, labels, pending)
 
     def _to_device(self, images: Tensor, labels: Tensor, pending: deque[torch.cuda.Event]) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,26 +15,34 @@ from ..models import default_input_shape
 from ..nn import is_sharded
 from ..step import MemoryPlan
 from ..tasks import Classification
-from . import saving
+from . import resuming, saving, stored
 from .batches import Batches, make_batches
-from .config import TrainConfig, differences, pick_device, resolve, to_dict
+from .config import TrainConfig, pick_device, resolve, to_dict
 from .curves import draw_run, read_curves
 from .data import ImageArrays, ImageFiles, default_workers, load_data
-from .errors import CheckpointError, DivergedError, Interrupted, SettingsError
+from .errors import (
+    CheckpointError,
+    DivergedError,
+    Interrupted,
+    OutputError,
+    SettingsError,
+    WorkerError,
+)
 from .interrupt import InterruptRequest
 from .learner import autocast, make_learner
 from .logs import EpochRow, EpochTable, peak_bytes
 from .metrics import EpochSums, Reading, StepResult
 from .mixing import MixedBatches
 from .order import Part, mixed_seed
-from .prefetch import make_feed
+from .prefetch import Batch, make_feed
 from .processes import Alone
 from .progress import Progress, Summary, bar_text, image_bar
 from .records import Records
-from .saving import refuse_earlier_run
 from .schedule import learning_rate
 from .schedule_picture import Shares, record_schedule
+from .values import user_path
 from .versions import versions
+from .writing import replaced
 
 READ_EVERY = 50
 """Steps between two readings of the loss on CUDA, where a reading waits for the device."""
@@ -82,7 +89,8 @@ class Trainer:
         self.device = team.device
         self.data = load_images(config, self._bars) if data is None else data
         self.config = resolve(config, self.data.name, isinstance(self.data, ImageFiles))
-        self.output = Path(self.config.output).expanduser()
+        self._left_open = {name for name in resuming.LAID_OUT if getattr(config, name) is None}
+        self.output = user_path(self.config.output)
 
         torch.manual_seed(self.config.seed)
         self._recipe = self.config.recipe_values
@@ -115,7 +123,9 @@ class Trainer:
             torch.manual_seed(mixed_seed(self.config.seed, team.rank))  # for dropout
         self._sums = self._no_sums()
         self._done = Progress()
-        self._resumed = False
+        self.resumed_after: str | None = None  # where a resumed run goes on, for the terminal
+        self._epochs_before: int | None = None  # those of the run that is resumed
+        self._stands_on: tuple[Any, ...] | None = None  # the checkpoint that holds the run
         self._images_seconds = 0.0  # in which this process made batches
         self.shares: list[Shares] | None = None
         self._interrupt = InterruptRequest(quiet=not team.first)
@@ -131,36 +141,33 @@ class Trainer:
     def fit(self) -> Summary:
         """Train until ``config.epochs`` epochs are done.
 
-        Raises Interrupted after Ctrl-C, with the state of that moment in the checkpoint; DivergedError if a loss, on
-        training or on test images, or a weight is no longer finite, with the checkpoint as it was before; SettingsError
-        if the output folder already holds another run or cannot be made.
+        Raises Interrupted after Ctrl-C or SIGTERM, with the state of that moment in the checkpoint; DivergedError if a
+        loss, on training or on test images, or a weight is no longer finite, and OutputError if a file cannot be
+        written, both with the checkpoint as it was before; SettingsError if the output folder already holds another
+        run, is in use by another process, or cannot be made.
         """
-        if not self._resumed:
-            refuse_earlier_run(self.output)
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            message = f"--output {self.output}: this folder cannot be made: {error.strerror}; choose another"
-            raise SettingsError(message) from error
-        records = self._records() if self.team.first else None
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        try:
-            with self._interrupt:
+        with self._interrupt, resuming.own_folder(self.output, self._stands_on, self.team):
+            records = self._records() if self.team.first else None
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            try:
                 self._epochs(records)
-        except (Interrupted, DivergedError):
+            except (Interrupted, DivergedError):
+                self.draw()
+                raise
+            except OutputError as error:
+                raise OutputError(f"{error} ({self._saved or 'nothing was saved'})") from error
+            finally:
+                if records is not None:
+                    records.close()
             self.draw()
-            raise
-        finally:
-            if records is not None:
-                records.close()
-        self.draw()
         if (times := self._learner.times) is not None:
             self.shares = self.team.everyone(Shares.of(times, self._images_seconds))
         return self._done.summary(self.device)
 
     def _records(self) -> Records:
-        (self.output / "config.json").write_text(json.dumps(self.describe(), indent=2) + "\n")
+        with replaced(self.output / "config.json") as file:
+            file.write((json.dumps(self.describe(), indent=2) + "\n").encode())
         lines = EpochTable(self._recipe.epochs, self._task.metric, self._learner.modules)
         return Records(self.output, self._done.epochs, lines, self._say)
 
@@ -233,7 +240,7 @@ class Trainer:
         before, started, skipped = sums.seconds, time.perf_counter(), self._seen
         self.network.train()
         with self._bar(f"epoch {epoch}/{self._recipe.epochs}", self.data.train_count, skipped) as bar:
-            for images, labels in self._feed(self._batches.train(epoch, sums.steps)):
+            for images, labels in self._feed(self._watched(self._batches.train(epoch, sums.steps))):
                 sums.add(self._learner.step(images, labels), len(labels))
                 if sums.steps % every == 0:
                     reading = self._read(epoch)
@@ -249,6 +256,14 @@ class Trainer:
         sums.seconds = before + time.perf_counter() - started
         self._stop_if_asked()
         return self._whole_sums().read()
+
+    def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, until a signal that asks this process to stop has also ended those that read images."""
+        try:
+            yield from batches
+        except WorkerError:
+            if not self._interrupt.requested:
+                raise
 
     @property
     def _seen(self) -> int:
@@ -298,7 +313,7 @@ class Trainer:
         stop = self.team.stop(f"the test after epoch {self._done.epochs + 1}", replicas=self.config.shard)
         self.network.eval()
         with torch.no_grad(), self._bar("test", self.data.test_count) as bar:
-            for batch, (images, labels) in enumerate(self._batches.test()):
+            for batch, (images, labels) in enumerate(self._watched(self._batches.test())):
                 with autocast(self.config.amp, self.device):
                     logits = self._learner.predict(images)
                 if logits is not None:
@@ -323,6 +338,7 @@ class Trainer:
         self.output.mkdir(parents=True, exist_ok=True)
         path = saving.save(self.output, state, self._learner, self.team)
         self._saved = f"{path} holds the run after {self._where()}"
+        self._stands_on = saving.stamp(self.output)
 
     def _where(self) -> str:
         """How far the run has come."""
@@ -339,13 +355,16 @@ class Trainer:
         except CheckpointError:  # no epoch is done, or the log of those that are was moved away
             return
         done = self._done
-        draw_run(
-            self.output / CURVES,
-            curves,
-            self._title(),
-            f"epoch {done.epochs} of {self._recipe.epochs}; test {self._task.metric} {done.last_accuracy:.2%}, "
-            f"best {done.best_accuracy:.2%} in epoch {done.best_epoch}",
-        )
+        try:
+            draw_run(
+                self.output / CURVES,
+                curves,
+                self._title(),
+                f"epoch {done.epochs} of {self._recipe.epochs}; test {self._task.metric} {done.last_accuracy:.2%}, "
+                f"best {done.best_accuracy:.2%} in epoch {done.best_epoch}",
+            )
+        except OSError as error:  # no reason to lose a run
+            self._say(f"{self.output / CURVES} cannot be written: {error.strerror or error}")
         self._drawn = time.perf_counter()
 
     def _title(self) -> str:
@@ -354,28 +373,39 @@ class Trainer:
         return f"{config.network}, {rule}"
 
     def resume(self) -> None:
-        """Take up the run in ``config.output``; CheckpointError if it has other settings or data."""
-        path = self.team.everyone(saving.find(self.output) or self.output / CHECKPOINT)[0]
+        """Take up the run in ``config.output``; with other ``epochs`` the schedule is laid anew over them.
+
+        CheckpointError if there is none, it is damaged, or it has other settings or data. The network may be partly
+        loaded then.
+        """
+        find = saving.find(self.output) or self.output / CHECKPOINT
+        path, stamp = self.team.everyone((find, saving.stamp(self.output)))[0]
         state = saving.read(path)
-        if self.config.network_weights is None:  # the checkpoint has the weights, the settings where they came from
-            self.config = replace(self.config, network_weights=state["settings"].get("network_weights"))
-        changed = differences(state["settings"], to_dict(self.config))
-        facts = self._data_facts()
-        changed += [f"data: {k} was {v!r}, now {facts[k]!r}" for k, v in state["data"].items() if facts[k] != v]
-        if changed:
-            raise CheckpointError(f"{path} belongs to a run with other settings:\n  " + "\n  ".join(changed))
+        self.config = resuming.settings(path, state, self.config, self._left_open)
+        self._recipe = self.config.recipe_values
+        resuming.refuse_other_data(path, state["data"], self._data_facts())
         saving.load(path, state, self._learner, self.team)
-        self._done = Progress(**state["progress"])
-        self._sums.load_part(state["epoch_sums"], self.team.stage, self.team.replica, self._learner.own.start)
-        self._batches.load_state_dict(state["batches"])
-        saving.restore_random_states(state["random"], self.team)
-        self._resumed = True
-        self._saved = f"{path} holds the run after {self._where()}"
+        sums = state["epoch_sums"]
+        with stored.taken_from(path, "progress"):
+            if sums["steps"] > self.steps or sums["sums"].shape != self._whole_sums().state_dict()["sums"].shape:
+                raise ValueError(f"an epoch has {self.steps} steps of {self._learner.modules} local modules")
+            self._done = Progress(**state["progress"])
+            self._sums.load_part(sums, self.team.stage, self.team.replica, self._learner.own.start)
+            self._batches.load_state_dict(state["batches"])
+            saving.restore_random_states(state["random"], self.team)
+        self._stands_on, self.resumed_after = stamp, self._where()
+        self._epochs_before = state["settings"]["epochs"]
+        self._saved = f"{path} holds the run after {self.resumed_after}"
 
     @property
-    def resumed_after(self) -> str | None:
-        """Where a resumed run goes on, for the terminal; None for a new one."""
-        return self._where() if self._resumed else None
+    def extension(self) -> str | None:
+        """What a resumed run with another number of epochs does, for the terminal."""
+        epochs, before = self._recipe.epochs, self._epochs_before
+        if before in (None, epochs):
+            return None
+        said = f"{epochs} epochs in place of {before}: the schedule is laid anew over all of them"
+        coming = self._done.epochs + 1
+        return said if coming > epochs else f"{said}; epoch {coming} has the rate {self.learning_rate(coming):.3g}"
 
     @property
     def memory_plan(self) -> MemoryPlan | None:
@@ -411,7 +441,8 @@ class Trainer:
             self.save()
             raise Interrupted(
                 f"stopped in epoch {self._done.epochs + 1} after {self._sums.steps} of {self._batches.steps} "
-                f"steps; saved {saving.find(self.output)}"
+                f"steps; saved {saving.find(self.output)}",
+                self._interrupt.number,
             )
 
     def _no_sums(self) -> EpochSums:

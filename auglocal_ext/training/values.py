@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -36,6 +39,11 @@ def write(value: Any) -> str:
     return str(value)
 
 
+def user_path(text: str | os.PathLike[str]) -> Path:
+    """The path with ``~`` and ``~user`` replaced; those of an unknown user stay."""
+    return Path(os.path.expanduser(text))
+
+
 def _boolean(text: str) -> bool:
     if text.lower() not in _BOOLEANS:
         raise ValueError(f"expected yes or no, got {text!r}")
@@ -51,16 +59,22 @@ def _integer(text: str) -> int:
 
 def _float(text: str) -> float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         raise ValueError(f"expected a number, got {text!r}") from None
+    if not math.isfinite(value):
+        raise ValueError(f"expected a finite number, got {text!r}")
+    return value
 
 
 def _floats(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.rstrip(", ").split(","))
+        values = tuple(float(part) for part in text.rstrip(", ").split(","))
     except ValueError:
         raise ValueError(f"expected numbers joined by commas, got {text!r}") from None
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"expected finite numbers, got {text!r}")
+    return values
 
 
 def _count_or_indices(text: str) -> int | tuple[int, ...]:

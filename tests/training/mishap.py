@@ -21,8 +21,9 @@ def step(self, images, labels):
             raise KeyError("a mishap")
         if what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        # As a terminal does it: torchrun hands Ctrl-C on to all of its processes; or to this one alone.
-        os.kill(os.getppid() if what == "ctrl-c" else os.getpid(), signal.SIGINT)
+        # As a terminal or a scheduler does it: torchrun hands both on to all of its processes; or to this one alone.
+        number = signal.SIGTERM if what == "sigterm" else signal.SIGINT
+        os.kill(os.getpid() if what == "interrupt" else os.getppid(), number)
     return plain(self, images, labels)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from auglocal_ext.training import CheckpointError, checkpoint
+from auglocal_ext.training.errors import OutputError
 
 
 def test_round_trip(tmp_path):
@@ -35,7 +36,7 @@ def test_a_crash_while_writing_leaves_the_old_one(tmp_path, monkeypatch, at):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(at, crash)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(OutputError, match="checkpoint.pt cannot be written: no space left"):
         checkpoint.save({"epoch": 2}, path)
     monkeypatch.undo()
     assert checkpoint.load(path)["epoch"] == 1
@@ -54,6 +55,27 @@ def test_damaged(tmp_path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match="checkpoint.pt: not a readable checkpoint"):
         checkpoint.load(path)
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    """torch.load takes it: one bit of an exponent makes a weight of 1e38."""
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save({"weights": torch.full((1000,), 0.5)}, path)
+    written = path.read_bytes()
+    found = written.index(torch.full((10,), 0.5).numpy().tobytes())
+    for at, file in ((found + 2003, "archive/data/0"), (written.index(b"weights") + 2, "archive/data.pkl")):
+        damaged = bytearray(written)
+        damaged[at] ^= 0x40
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"{file} has another checksum than when it was written"):
+            checkpoint.load(path)
+
+
+@pytest.mark.parametrize("state", [[1, 2], {"format": torch.zeros(3)}, {"a": 1}, "text"], ids=str)
+def test_no_state_of_a_run(tmp_path, state):
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match="checkpoint.pt: "):
+        checkpoint.load(tmp_path / "checkpoint.pt")
 
 
 def test_other_format(tmp_path):

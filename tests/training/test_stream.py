@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
 
-from auglocal_ext.training import Trainer, load_data
+from auglocal_ext.training import DataError, Trainer, load_data
 from auglocal_ext.training.batches import make_batches
+from auglocal_ext.training.errors import WorkerError
 from auglocal_ext.training.recipes import RECIPES
 
 try:
@@ -83,3 +87,26 @@ def test_a_run(mixed, config):
     summary = Trainer(config(epochs=1, batch_size=4), mixed, bars=False, say=lambda line: None).fit()
     assert 0 <= summary.last_accuracy <= 1
     assert Trainer(config(epochs=1, batch_size=4), mixed, bars=False).config.recipe == "imagenet"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_is_damaged_during_a_run_is_one_line(mixed, workers):
+    source, path = batches(mixed, workers), mixed.train.paths[3]
+    with open(path, "wb") as file:
+        file.write(b"no image")
+    with pytest.raises(DataError) as refused:
+        list(source.train(1))
+    assert str(refused.value).startswith(f"{path}: unreadable image") and len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_one_line(mixed, monkeypatch):
+    source, here = batches(mixed, 1), os.getpid()
+
+    def killed(path):
+        if os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("auglocal_ext.training.stream.read_image", killed)
+    with pytest.raises(WorkerError, match="a process that reads images was killed .*take fewer --workers"):
+        list(source.train(1))

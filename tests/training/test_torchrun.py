@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from auglocal_ext.cli import main
-from auglocal_ext.training import SettingsError, checkpoint, load_run
+from auglocal_ext.training import CheckpointError, SettingsError, checkpoint, load_run
 from auglocal_ext.training.learner import LocalLearner
 from auglocal_ext.training.processes import Launch, SharedStop
+from auglocal_ext.training.run_lock import RunLock
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ["--network", "resnet8", "--width", "4", "--batch-size", "8", "--lr", "0.05", "--epochs", "3", "--device", "cpu"]
@@ -154,7 +155,7 @@ def test_a_killed_process_is_replaced(train, grid, at):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["ctrl-c", "interrupt"])
+@pytest.mark.parametrize("what", ["ctrl-c", "interrupt", "sigterm"])
 def test_an_interrupt_stops_all_after_the_same_batch(train, what):
     arguments = [4, "--stages", "2", "--replicas", "2"]
     whole = trained(train, "whole", *arguments)
@@ -228,6 +229,35 @@ def test_what_cannot_work_is_one_line_and_begins_nothing(train):
     trained(train, "there", 1)
     there, done = train("there", 2, restarts=1)
     assert done.returncode != 0 and "holds a run" in done.stderr and (there / "checkpoint.pt").exists()
+
+
+@pytest.mark.slow
+def test_a_folder_in_use_is_one_line_in_all_processes(train, tmp_path):
+    """The first process alone locks it; here another one has it, so that no epoch begins."""
+    with RunLock(tmp_path / "used"):
+        output, done = train("used", 2, "--stages", "2")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.returncode != 0 and f"{output} is in use by process {os.getpid()} on" in line
+    assert not list(output.iterdir())
+
+
+@pytest.mark.slow
+def test_a_damaged_folder_is_one_line(train):
+    output = trained(train, "damaged", 2, "--stages", "2")
+    for pattern in ("*/*.distcp", "*/.metadata", "rest.pt"):
+        (path, *_) = (output / "checkpoint").glob(pattern)
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        damaged[len(whole) // 2] ^= 0x10
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="checkpoint: not a readable checkpoint"):
+            load_run(output, "cpu")
+        if pattern == "*/*.distcp":
+            _, done = train("damaged", 2, resume=True)
+            (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+            assert done.returncode != 0 and f"{path.name} has another checksum than when it was written" in line
+        path.write_bytes(whole)
+    load_run(output, "cpu")
 
 
 def test_stages_and_replicas_make_up_all_processes():

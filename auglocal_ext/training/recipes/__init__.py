@@ -13,7 +13,7 @@ from typing import Any
 from ..augment import Augmentation
 from ..errors import SettingsError
 from ..rule_options import OPTIONS
-from ..values import reader, write
+from ..values import reader, user_path, write
 
 _FOLDER = Path(__file__).parent
 
@@ -110,7 +110,7 @@ def find(recipe: str) -> Path:
     """The file of a recipe's name, or the file at that path; SettingsError if there is neither."""
     if recipe in names():
         return _FOLDER / f"{recipe}.ini"
-    path = Path(recipe).expanduser()
+    path = user_path(recipe)
     if path.is_file():
         return path.resolve()
     close = difflib.get_close_matches(recipe, names(), 1)
