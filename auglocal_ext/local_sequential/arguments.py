@@ -8,6 +8,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from ..auxiliary.base import Auxiliary, Part
 from ..layers import probe_input
 from ..local_modules import RECOMPUTE, Recompute
 from ..tasks import Classification, Criterion, Task
@@ -46,6 +47,23 @@ def what_is_learned(
     if not isinstance(task, Task):
         raise TypeError(f"task must be a task such as Classification(10) or Regression(1), got {task!r}")
     return task
+
+
+def refuse_own_task(part: Part, task: Task, module: int) -> None:
+    """ValueError if a part of an auxiliary network learns a task that does not go with the network's ``task``."""
+    own = part.settings.task
+    if own is task:
+        return
+    who = f"{type(part).__name__} of local module {module} learns a task of its own, a {type(own).__name__}"
+    if next(own.buffers(), None) is not None:
+        raise ValueError(
+            f"{who} that has buffers: they would not move with the network. Hold them in the auxiliary network"
+        )
+    if isinstance(part, Auxiliary) and own.count_shape != task.count_shape:
+        raise ValueError(
+            f"{who} that counts in the shape {own.count_shape}, but {type(task).__name__}, the network's, counts in "
+            f"{task.count_shape}, and counts of all local modules are one tensor: take the network's task for the head"
+        )
 
 
 def one_input(layers: nn.Module, input_shape: Sequence[int] | None, example_input: Tensor | None) -> Tensor:

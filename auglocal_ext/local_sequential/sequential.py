@@ -24,7 +24,7 @@ from ..rules.balance import balanced_ends
 from ..rules.base import Network, Rule, made_like
 from ..segments import Segment
 from ..tasks import Task
-from .arguments import one_input, recompute_per_module, what_is_learned
+from .arguments import one_input, recompute_per_module, refuse_own_task, what_is_learned
 from .batches import CheckedBatches, warn_once
 from .inference import InferenceNetwork
 
@@ -179,12 +179,7 @@ class LocalSequential(CheckedBatches):
             if not isinstance(made, Auxiliary):
                 raise TypeError(f"{rule!r} made {type(made).__name__} for local module {k}, which is no Auxiliary")
             for part in parts_of(made):
-                if part.settings.task is not what and next(part.settings.task.buffers(), None) is not None:
-                    raise ValueError(
-                        f"{type(part).__name__} of local module {k} learns a task of its own, a "
-                        f"{type(part.settings.task).__name__} that has buffers: they would not move with the network. "
-                        "Hold them in the auxiliary network"
-                    )
+                refuse_own_task(part, what, k)
         self.auxiliary = nn.ModuleList(auxiliary)
         self._follows = tuple(tuple(followed_by(made)) for made in auxiliary)
         self.context = nn.ModuleDict({str(k): made for k, made in enumerate(contexts, 1) if made is not None})

@@ -41,6 +41,7 @@ class Task(nn.Module, ABC):
     Attributes:
         outputs: outputs of a head per sample.
         metric: name in logs of :meth:`measure`, such as ``"accuracy"``; empty if nothing is counted.
+        count_shape: of what :meth:`count` returns. A head with a task of its own must count in the same shape.
         compares_samples: whether the loss compares the samples of a batch, which it then passes through
             :func:`auglocal_ext.nn.gathered`.
         dense: whether outputs have positions. Heads then keep the positions of their features, and those that cannot
@@ -48,6 +49,7 @@ class Task(nn.Module, ABC):
     """
 
     metric: str = ""
+    count_shape: tuple[int, ...] = ()
     compares_samples: bool = False
     dense: bool = False
     outputs: int

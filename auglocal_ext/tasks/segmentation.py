@@ -53,6 +53,7 @@ class Segmentation(Task):
                 f"ignore_index=255 is one of the {self.outputs} classes, which would count nowhere; choose another, "
                 "such as -100"
             )
+        self.count_shape = (2, self.outputs)
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
         self.upsample = upsample
@@ -138,6 +139,11 @@ class Segmentation(Task):
         """Mean intersection over union of ``counts`` ``(*, 2, C)``; nan where no class occurs."""
         right, union = counts.double().unbind(-2)
         return torch.where(union > 0, right / union, torch.nan).nanmean(-1)
+
+    def pixel_accuracy(self, counts: Tensor, counted: Tensor | float) -> Tensor:
+        """Share of right pixels among those that count, of ``counts`` ``(*, 2, C)`` and :meth:`counted`; float64."""
+        right = counts.double().select(-2, 0).sum(-1)
+        return right / torch.as_tensor(counted, device=counts.device).clamp(min=1)
 
     def score(self, output: Tensor, target: Tensor) -> Scored:
         aligned, target = self._aligned(output, target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -23,13 +24,15 @@ from auglocal_ext import (
     LocalSequential,
     LocalStep,
     PredSim,
+    Regression,
     Segmentation,
+    Task,
     models,
 )
 from auglocal_ext.analysis import module_scores
 from auglocal_ext.cost import count_training_macs
 from auglocal_ext.layers import Features
-from auglocal_ext.rules import HEADS, FCNHead, LinearHead
+from auglocal_ext.rules import HEADS, FCNHead, LinearHead, Rule
 from auglocal_ext.step import plan_memory
 
 WEIGHTS = ((1.0, 0.5), (0.5, 1.0))
@@ -307,3 +310,28 @@ def test_module_scores_leave_the_accuracy_open():
         warnings.simplefilter("error")
         found = module_scores(network(Greedy()), [batch()])
     assert len(found) == 4 and all(math.isfinite(score.loss) and math.isnan(score.accuracy) for score in found)
+
+
+def test_a_head_that_learns_another_task_is_refused_when_built():
+    """Its counts would not be of one shape with the others'."""
+
+    @dataclass(frozen=True)
+    class Other(Rule):
+        task: Task
+
+        def build_auxiliary(self, network, module):
+            return LinearHead().build_auxiliary(replace(network, task=self.task), module)
+
+    for task, own in ((Regression(2), r"\(\)"), (Segmentation(4), r"\(2, 4\)")):
+        with pytest.raises(ValueError, match=rf"of local module 0 learns .* in the shape {own}, .*\(2, 5\)"):
+            network(Other(task))
+    net = network(Other(Segmentation(5, upsample=False)), modules=2)
+    assert net(*batch()).module_counts.shape == (2, 2, 5)
+
+
+def test_pixel_accuracy_is_the_share_of_right_pixels():
+    net = network(Greedy(), modules=2).eval()
+    x, y = batch()
+    out, task = net(x, y), net.task
+    right = (out.output.argmax(1) == y)[y != 255].double().mean()
+    torch.testing.assert_close(task.pixel_accuracy(out.module_counts, task.counted(y))[-1], right)
