@@ -97,7 +97,7 @@ def test_backpropagation_of_any_network(images, tmp_path, capsys):
     assert "train it with --rule greedy --modules 1" in capsys.readouterr().err
     names = ["--network", "torchvision:lraspp_mobilenet_v3_large", "--output", str(tmp_path / "masks")]
     assert main([*command, *names, "--epochs", "1"]) == 1
-    assert "does not classify images" in capsys.readouterr().err
+    assert "puts out a class for every pixel, but the data has one class per image" in capsys.readouterr().err
 
 
 @pytest.mark.slow

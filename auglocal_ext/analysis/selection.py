@@ -13,6 +13,7 @@ from ..local_sequential import LocalSequential
 from ..training import CheckpointError, ImageArrays, ImageFiles, SavedRun, SettingsError, load_run
 from ..training.batches import Batches
 from ..training.curves import Curves, read_curves
+from ..training.data import MASKS, MaskFiles
 from ..training.folder import FileList, few
 from .cka import LEAST
 
@@ -96,6 +97,11 @@ def select(settings: Settings, bars: bool = True) -> Selection:
     paths = list(settings.checkpoint) + ([settings.against] if settings.against is not None else [])
     loaded = {path: load_run(path, settings.device) for path in dict.fromkeys(paths)}
     for path, run in loaded.items():
+        if run.config.dataset == MASKS:
+            raise SettingsError(
+                f"{path} was trained on images with masks, but analyses are of networks that classify images; the mIoU "
+                "of each local module is in its log.csv and curves.png"
+            )
         if not isinstance(run.network, LocalSequential | nn.Sequential):
             raise SettingsError(
                 f"{path}: backpropagation trained {run.config.network} as a whole, whose layers are not known; train "
@@ -170,6 +176,7 @@ def _load_images(settings: Settings, runs: dict[str, SavedRun], bars: bool) -> d
         key = (config.data, config.dataset, config.image_size, run.input_shape, config.train_images, config.seed)
         if key not in read:
             images = run.images(settings.data, settings.train_images, settings.seed, bars)
+            assert not isinstance(images, MaskFiles)  # refused before
             read[key] = _shuffled(images, settings.seed)
         run.check(read[key])
         found[name] = read[key]
@@ -182,7 +189,7 @@ def _shuffled(images: ImageArrays | ImageFiles, seed: int) -> ImageArrays | Imag
     if isinstance(images, ImageArrays):
         return replace(images, test_images=images.test_images[order], test_labels=images.test_labels[order])
     files = FileList(tuple(images.test.paths[i] for i in order.tolist()), images.test.labels[order])
-    return replace(images, test=files)
+    return ImageFiles(images.name, images.classes, images.train, files, images.image_size)
 
 
 def _flag(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from torch import nn
 
 from ..layers import probe_input
-from ..models import check_name, default_input_shape, network_by_name
+from ..models import check_name, default_input_shape, is_segmentation, network_by_name
 from ..models.named import LIBRARIES
 from ..segments import Boundary, Passage, Skips, find_boundaries
 from .show import show
@@ -67,7 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _table(arguments: argparse.Namespace) -> str:
     name = arguments.network
     network, shape = _made(name, arguments.input_shape)
-    passage = find_boundaries(network, probe_input(network, shape), arguments.output, arguments.skips)
+    output = "out" if arguments.output is None and is_segmentation(name) else arguments.output
+    passage = find_boundaries(network, probe_input(network, shape), output, arguments.skips)
     lines = as_text(passage, refused=arguments.all)
     where = f"{len(passage.boundaries)} of {len(passage.boundaries) + len(passage.refused)} places"
     return f"{name} on {' x '.join(map(str, shape))}: it can be cut at {where}\n{lines}"

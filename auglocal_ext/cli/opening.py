@@ -9,6 +9,7 @@ import torch
 
 from ..cost import count_parameters
 from ..training import Summary, TrainConfig, Trainer
+from ..training.data import MASKS
 from ..training.records import LOG
 from ..training.rule_options import RULE_OPTIONS
 from ..training.saving import find
@@ -38,17 +39,23 @@ def opening(trainer: Trainer) -> str:
         [
             ("network", f"{config.network}: {trained:,} parameters trained, {deployed:,} deployed"),
             ("rule", rule_text(config, trainer.describe()["data"]["local_modules"])),
-            ("data", f"{facts['train_images']:,} train and {facts['test_images']:,} test images of {size}, "
-             f"{len(facts['classes'])} classes, {where}"),
+            ("data", f"{facts['train_images']:,} train and {facts['test_images']:,} test images of {size}"
+             f"{' with masks' if config.dataset == MASKS else ''}, {len(facts['classes'])} classes, {where}"),
             *_memory(trainer),
             *_processes(trainer),
             ("device", f"{device}; steps: {trainer.launch()}"),
-            ("epochs", f"{epochs}, each of {steps}, batch size {config.batch_size}{went}"),
+            ("epochs", f"{epochs}, each of {steps}, batch size {config.batch_size}{_too_large(trainer)}{went}"),
             ("lr", f"{config.lr:g}; {config.schedule} cosine, {first:.3g} first, {last:.3g} last; "
              f"warm-up {config.warmup} epochs"),
             ("output", str(trainer.output)),
         ]
     )  # fmt: skip
+
+
+def _too_large(trainer: Trainer) -> str:
+    """Of a batch that all images do not fill."""
+    images, size = trainer.data.train_count, trainer.config.batch_size or 0
+    return f": more than the {images} images; a smaller --batch-size makes more steps" if size > images else ""
 
 
 def _memory(trainer: Trainer) -> list[tuple[str, str]]:
@@ -81,8 +88,7 @@ def ending(trainer: Trainer, summary: Summary) -> str:
     whose = "allocated on the GPU" if trainer.device.type == "cuda" else "of the process, with torch and the images"
     block = _aligned(
         [
-            ("accuracy", f"{summary.last_accuracy:.2%} on the test images, best {summary.best_accuracy:.2%} "
-             f"(epoch {summary.best_epoch}, chosen on them)"),
+            *_metrics(summary),
             ("time", f"{summary.train_seconds:,.1f} s of training, {summary.waiting:.1%} of it waiting for images"),
             ("memory", f"{_size(summary.peak_bytes)} at the peak {whose}"),
             *files(trainer),
@@ -91,6 +97,17 @@ def ending(trainer: Trainer, summary: Summary) -> str:
     if trainer.shares is None:
         return block
     return f"{shares_table(trainer.team, trainer.stage_modules, trainer.shares)}\n\n{block}"
+
+
+def _metrics(summary: Summary) -> list[tuple[str, str]]:
+    chosen = f"(epoch {summary.best_epoch}, chosen on them)"
+    accuracy = f"{summary.last_accuracy:.2%} on the test images, best {summary.best_accuracy:.2%} {chosen}"
+    if summary.last_miou is None or summary.best_miou is None:
+        return [("accuracy", accuracy)]
+    return [
+        ("mIoU", f"{summary.last_miou:.2%} on the test images, best {summary.best_miou:.2%} {chosen}"),
+        ("pixels", f"{summary.last_accuracy:.2%} of them right, {summary.best_accuracy:.2%} in that epoch"),
+    ]
 
 
 def files(trainer: Trainer) -> list[tuple[str, str]]:

@@ -42,7 +42,8 @@ INTERRUPTED = 130
 _EPILOG = """
 Options left out take the value of the recipe, otherwise of the data set's own recipe (SGD with Nesterov momentum 0.9,
 weight decay 1e-4, cosine per epoch; cifar10 and svhn: batch 1024, lr 0.8, 400 epochs, 10 of them warm-up; stl10: the
-same with batch 128, lr 0.1; imagenet: batch 1024, lr 0.4, 200 epochs, no warm-up), else of the rule. --epochs rescales
+same with batch 128, lr 0.1; imagenet: batch 1024, lr 0.4, 200 epochs, no warm-up; masks: batch 8, lr 0.01, 30 epochs,
+no warm-up), else of the rule. --epochs rescales
 the schedule; the warm-up is at most a quarter of the run. From 100 epochs on the schedule is the published one, whose
 last epoch has the rate 0; shorter runs take each rate in the middle of its epoch, so that every epoch trains. With
 --resume, options left out take the value of the interrupted run.
@@ -59,7 +60,8 @@ def add_parser(subparsers: Any) -> None:
         usage=_USAGE,
         help="train a network on real images",
         description="Train a network by a local learning rule or by backpropagation, on an image folder "
-        "(train/<class>/*, test/<class>/*) or on torchvision's CIFAR-10, SVHN or STL-10 files.",
+        "(train/<class>/*, test/<class>/*), on images and masks (train/images/*, train/masks/*.png, the same in "
+        "test/), or on torchvision's CIFAR-10, SVHN or STL-10 files.",
         epilog=_EPILOG,
     )
     add = parser.add_argument

@@ -9,7 +9,7 @@ network = load_run("runs/first").network
 from __future__ import annotations
 
 from .config import TrainConfig
-from .data import ImageArrays, ImageFiles, load_data
+from .data import ImageArrays, ImageFiles, MaskFiles, load_data
 from .errors import CheckpointError, DataError, DivergedError, Interrupted, SettingsError, TrainingError
 from .progress import Summary
 from .recipes import RECIPES, Recipe
@@ -24,6 +24,7 @@ __all__ = [
     "ImageArrays",
     "ImageFiles",
     "Interrupted",
+    "MaskFiles",
     "Recipe",
     "SavedRun",
     "SettingsError",

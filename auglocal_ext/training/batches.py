@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from .augment import Augmentation, Draw, channel_constants, crop_and_flip, draw, normalise
-from .data import ImageArrays, ImageFiles
+from .data import ImageArrays, Images, MaskFiles
 from .errors import SettingsError
 from .order import WHOLE, Part, epoch_order, mixed_seed, steps_per_epoch
 from .stream import StreamedBatches
 
 
 class Batches(Protocol):
-    """Normalised images (B, 3, H, W) fp32 and labels (B,) int64 on the device."""
+    """Normalised images (B, 3, H, W) fp32 and labels (B,), or masks (B, H, W), int64 on the device."""
 
     steps: int
 
@@ -33,7 +33,7 @@ class Batches(Protocol):
 
 
 def make_batches(
-    data: ImageArrays | ImageFiles,
+    data: Images,
     augmentation: Augmentation,
     *,
     batch_size: int,
@@ -66,7 +66,12 @@ def make_batches(
             f"the recipe pads by {augmentation.padding} reflected pixels, too many for images of {height} x {width}; "
             "choose another --recipe"
         )
-    if isinstance(data, ImageFiles):
+    if isinstance(data, MaskFiles) and augmentation.padding:
+        raise SettingsError(
+            f"the recipe pads images by {augmentation.padding} pixels, but images with masks are cropped at random "
+            "scales: choose --recipe masks, or one that does not pad"
+        )
+    if not isinstance(data, ImageArrays):
         return StreamedBatches(
             data,
             augmentation,

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from .errors import DataError, SettingsError
 from .folder import FileList, MixedSizes, check_headers, decode, few, list_folder, sampled_sizes
+from .masks import PairList, classes_of, has_masks, list_pairs
 from .torchvision_files import MARKS, READERS
 from .values import user_path
 
-DATASETS = ("auto", "folder", *READERS)
+MASKS = "masks"
+DATASETS = ("auto", "folder", MASKS, *READERS)
 
 RESIDENT_BYTES = 4 * 2**30
 """Decoded images up to this size are kept on the device; constant, so that a resumed run decides the same."""
@@ -46,14 +49,17 @@ class ImageArrays:
         return len(self.test_labels)
 
 
+_Files = TypeVar("_Files", FileList, PairList)
+
+
 @dataclass(frozen=True)
-class ImageFiles:
-    """A data set read file by file in every epoch, each image resized to ``image_size`` x ``image_size``."""
+class _ReadFiles(Generic[_Files]):
+    """A data set read file by file in every epoch, as images of ``image_size`` x ``image_size``."""
 
     name: str
     classes: tuple[str, ...]
-    train: FileList
-    test: FileList
+    train: _Files
+    test: _Files
     image_size: int
 
     @property
@@ -68,6 +74,17 @@ class ImageFiles:
     @property
     def test_count(self) -> int:
         return len(self.test.paths)
+
+
+class ImageFiles(_ReadFiles[FileList]):
+    """Images of one class each, read file by file in every epoch and resized."""
+
+
+class MaskFiles(_ReadFiles[PairList]):
+    """Images and their masks, read file by file in every epoch; both keep their proportions."""
+
+
+Images = ImageArrays | ImageFiles | MaskFiles
 
 
 def default_workers() -> int:
@@ -86,13 +103,13 @@ def load_data(
     seed: int = 1234,
     workers: int | None = None,
     progress: bool = True,
-) -> ImageArrays | ImageFiles:
-    """The images in ``path``: an image folder, or torchvision's CIFAR-10, SVHN or STL-10 files. No download.
+) -> Images:
+    """The images in ``path``: an image folder, images and masks, or torchvision's CIFAR-10, SVHN or STL-10 files.
 
-    Image folders of equal-sized images which fit in RESIDENT_BYTES, and torchvision's data sets, are decoded
-    once (ImageArrays). Other folders stay files (ImageFiles) and are resized to ``image_size``, or to
-    ``streamed_size`` if that is None. ``train_images`` keeps a random part of the training images, chosen by
-    ``seed``.
+    Nothing is downloaded. Image folders of equal-sized images which fit in RESIDENT_BYTES, and torchvision's data sets,
+    are decoded once (ImageArrays). Other folders stay files (ImageFiles) and are resized to ``image_size``, or to
+    ``streamed_size`` if that is None; so do images with masks (MaskFiles), which are all decoded once to check them.
+    ``train_images`` keeps a random part of the training images, chosen by ``seed``.
 
     Raises DataError, naming the path and what was expected there, before anything is trained.
     """
@@ -109,6 +126,13 @@ def load_data(
             keep = _part(len(train.paths), train_images, seed)
             train = FileList(tuple(train.paths[i] for i in keep.tolist()), train.labels[keep])
         return _load_folder(tuple(classes), train, test, image_size, streamed_size, workers, progress)
+
+    if kind == MASKS:
+        pairs, tested = list_pairs(root)
+        if train_images is not None:
+            pairs = pairs.part(_part(len(pairs.paths), train_images, seed).tolist())
+        found = classes_of(root, pairs, tested, workers=workers, progress=progress)
+        return MaskFiles(MASKS, found, pairs, tested, image_size or streamed_size)
 
     names, *tensors = READERS[kind](root)
     arrays = ImageArrays(kind, tuple(names), *(tensor.contiguous() for tensor in tensors))
@@ -133,7 +157,9 @@ def detect(root: Path) -> str:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; {_expected()}")
     found = [name for name, (mark, _) in MARKS.items() if (root / mark).exists()]
-    if (root / "train").is_dir() or (root / "test").is_dir():
+    if has_masks(root):
+        found.insert(0, MASKS)
+    elif (root / "train").is_dir() or (root / "test").is_dir():
         found.insert(0, "folder")
     if len(found) == 1:
         return found[0]
@@ -148,7 +174,10 @@ def detect(root: Path) -> str:
 
 def _expected() -> str:
     marks = ", ".join(f"{mark} ({name})" for name, (mark, _) in MARKS.items())
-    return f"expected train/<class>/<image> and test/<class>/<image>, or torchvision's {marks}"
+    return (
+        "expected train/<class>/<image> and test/<class>/<image>, images and masks of one name in train/images, "
+        f"train/masks, test/images and test/masks, or torchvision's {marks}"
+    )
 
 
 def _part(count: int, wanted: int, seed: int) -> Tensor:

@@ -46,16 +46,14 @@ def list_folder(root: Path) -> tuple[list[str], FileList, FileList]:
             f"only in train/: {few(only_train)}; only in test/: {few(only_test)}"
         )
     if len(train_classes) < 2:
-        raise DataError(f"{root / 'train'}: at least two class folders are needed, found {few(train_classes)}")
+        hint = "; of images with masks, the masks are in 'masks'" if train_classes == ["images"] else ""
+        raise DataError(f"{root / 'train'}: at least two class folders are needed, found {few(train_classes)}{hint}")
     return train_classes, train, test
 
 
 def _list_split(folder: Path) -> tuple[list[str], FileList]:
     if not folder.is_dir():
-        hint = ""
-        if folder.name == "test" and (folder.parent / "val").is_dir():
-            hint = f" ({folder.parent / 'val'} exists: rename or link it to 'test')"
-        raise DataError(f"{folder}: no such folder; {_LAYOUT}{hint}")
+        raise no_split(folder, _LAYOUT)
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not classes:
         raise DataError(f"{folder}: holds no class folders; {_LAYOUT}")
@@ -70,6 +68,14 @@ def _list_split(folder: Path) -> tuple[list[str], FileList]:
         paths += found
         labels += [label] * len(found)
     return classes, FileList(tuple(paths), torch.tensor(labels, dtype=torch.int64))
+
+
+def no_split(folder: Path, layout: str) -> DataError:
+    """The error of a data set without its folder ``train`` or ``test``."""
+    hint = ""
+    if folder.name == "test" and (folder.parent / "val").is_dir():
+        hint = f" ({folder.parent / 'val'} exists: rename or link it to 'test')"
+    return DataError(f"{folder}: no such folder; {layout}{hint}")
 
 
 def few(names: Sequence[str]) -> str:
@@ -137,7 +143,7 @@ def decode(files: FileList, size: tuple[int, int], *, workers: int, progress: bo
     """
     images = torch.empty((len(files.paths), 3, *size), dtype=torch.uint8)
     done = 0
-    for part in _run_chunks(files, size, workers, progress, label):
+    for part in run_chunks(_Chunks(files.paths, size), _CHUNK, len(files.paths), workers, progress, label):
         images[done : done + len(part)] = part
         done += len(part)
     return images
@@ -145,26 +151,30 @@ def decode(files: FileList, size: tuple[int, int], *, workers: int, progress: bo
 
 def check_headers(files: FileList, *, workers: int, progress: bool, label: str) -> None:
     """Read every file's header, so that a file which is no image is found before any training."""
-    for _ in _run_chunks(files, None, workers, progress, label):
+    for _ in run_chunks(_Chunks(files.paths, None), _CHUNK, len(files.paths), workers, progress, label):
         pass
 
 
-def _run_chunks(
-    files: FileList, size: tuple[int, int] | None, workers: int, progress: bool, label: str
+def run_chunks(
+    chunks: Dataset[tuple[Tensor, str, str]], chunk: int, images: int, workers: int, progress: bool, label: str
 ) -> Iterator[Tensor]:
+    """The tensors of ``chunks``, each of ``chunk`` of the ``images`` files, made by ``workers`` processes.
+
+    A chunk is a tensor, then message and kind of the first error in it, as ``_Chunks`` has them.
+    """
     loader = DataLoader(
-        _Chunks(files.paths, size),
+        chunks,
         batch_size=None,
         # Starting processes costs more than decoding a few hundred images.
-        num_workers=workers if len(files.paths) > 8 * _CHUNK else 0,
+        num_workers=workers if images > 8 * chunk else 0,
         worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),
     )
-    with progress_bar(total=len(files.paths), description=label, unit="image", show=progress) as bar:
+    with progress_bar(total=images, description=label, unit="image", show=progress) as bar:
         for index, (part, message, kind) in enumerate(loader):
             if kind == "size":
                 raise MixedSizes(message)
             if kind:
                 raise DataError(message)
             yield part
-            bar.update(min(_CHUNK, len(files.paths) - index * _CHUNK))
+            bar.update(min(chunk, images - index * chunk))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,17 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import DisagreementError, Mesh, StepTimes
+from ..layers import Features
 from ..local_sequential import LocalSequential
 from ..memory import MemoryMeter
 from ..models import network_by_name
 from ..step import GraphCaptureError, LocalStep, MemoryPlan, plan_memory
 from ..step.fake_copy import FakeCopy, fake_mode_of
 from ..step.module_peaks import StepEstimate
-from ..tasks import Classification
+from ..tasks import Classification, Segmentation
 from .config import AMP, GRAPH, TrainConfig, make_rule
 from .errors import CheckpointError, SettingsError
 from .metrics import StepResult
 from .networks import cut
+
+ImageTask = Classification | Segmentation
 
 
 class Learner(Protocol):
@@ -90,7 +94,7 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager[object]:
 
 
 def make_network(
-    config: TrainConfig, input_shape: tuple[int, int, int], task: Classification, device: torch.device
+    config: TrainConfig, input_shape: tuple[int, int, int], task: ImageTask, device: torch.device
 ) -> nn.Module:
     """The network of the resolved ``config`` on ``device``, with fresh weights or those of its file: as it is for
     backpropagation, cut into local modules for a rule. SettingsError if they do not fit.
@@ -130,7 +134,7 @@ def _said(error: BaseException) -> str:
 def make_learner(
     config: TrainConfig,
     input_shape: tuple[int, int, int],
-    task: Classification,
+    task: ImageTask,
     device: torch.device,
     mesh: Mesh | None = None,
 ) -> Learner:
@@ -140,10 +144,10 @@ def make_learner(
     """
     network = make_network(config, input_shape, task, device)
     if isinstance(network, LocalSequential):
-        if config.mixes:
+        if config.mixes and isinstance(task, Classification):
             _try_mixed(network, task)
         return LocalLearner(network, config, device, mesh)
-    _try(network, config.network, input_shape, device)
+    _try(network, config.network, input_shape, task, device)
     return EndToEndLearner(network, task, config, input_shape, device, mesh)
 
 
@@ -155,17 +159,24 @@ def _try_mixed(network: LocalSequential, task: Classification) -> None:
         raise SettingsError(f"--mixup and --cutmix make class probabilities of labels: {error}") from error
 
 
-def _try(network: nn.Module, name: str, input_shape: tuple[int, int, int], device: torch.device) -> None:
+def _try(
+    network: nn.Module, name: str, input_shape: tuple[int, int, int], task: ImageTask, device: torch.device
+) -> None:
     """One image through the network shows a fully connected part made for another size before training."""
     network.eval()
     try:
         with torch.no_grad():
-            found = network(torch.zeros(1, *input_shape, device=device))
+            found = _output(network(torch.zeros(1, *input_shape, device=device)))
     except (RuntimeError, AssertionError) as error:  # as vision transformers refuse other sizes
         size = " x ".join(map(str, input_shape[1:]))
         raise SettingsError(f"{name} does not take images of {size}: {error}") from error
-    if not isinstance(found, Tensor) or found.dim() != 2:
-        raise SettingsError(f"{name} does not classify images: its output is no tensor (N, classes)")
+    if not isinstance(found, Tensor) or found.dim() != (4 if task.dense else 2):
+        raise SettingsError(f"{name} does not learn this task: its output is no tensor {task.expected_output}")
+
+
+def _output(found: Any) -> Any:
+    """What is learned of a network's output: ``"out"`` of the dictionary that networks for segmentation return."""
+    return found["out"] if isinstance(found, Mapping) and "out" in found else found
 
 
 def sgd(config: TrainConfig, parameters: Any, fused: bool | None = None) -> torch.optim.SGD:
@@ -193,7 +204,7 @@ class EndToEndLearner:
     def __init__(
         self,
         network: nn.Module,
-        task: Classification,
+        task: ImageTask,
         config: TrainConfig,
         input_shape: tuple[int, int, int],
         device: torch.device,
@@ -209,7 +220,7 @@ class EndToEndLearner:
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self._amp, self._device):
-            logits = self._trained(images)
+            logits = _output(self._trained(images))
         scored = self._task.score(logits.float(), labels)
         if self.grad_scaler is None:
             scored.loss.backward()
@@ -222,7 +233,7 @@ class EndToEndLearner:
 
     def predict(self, images: Tensor) -> Tensor:
         with torch.no_grad():
-            return cast("Tensor", self.network(images))
+            return cast("Tensor", _output(self.network(images)))
 
     def finish(self) -> None:
         pass
@@ -237,12 +248,12 @@ class EndToEndLearner:
             network: nn.Module = FakeCopy(cast("LocalSequential", self.network)).net
             optimizer = sgd(self._config, network.parameters())
             x = torch.empty(images, *self._input_shape).contiguous(memory_format=memory_format)
-            y = self._task.example(images)
+            y = self._task.example_for(Features(self._input_shape), images)
 
             def step() -> None:
                 optimizer.zero_grad(set_to_none=True)
                 with autocast(self._amp, torch.device("cpu")):
-                    logits = network(x)
+                    logits = _output(network(x))
                 self._task.score(logits.float(), y).loss.backward()
                 optimizer.step()
 

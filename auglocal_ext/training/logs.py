@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..tasks import Segmentation
 from .errors import CheckpointError
 from .log_file import read_rows
 from .writing import replaced, to
@@ -33,6 +34,9 @@ class EpochRow:
     file. ``waiting`` is the fraction of ``seconds`` in which steps waited for their batch: on CUDA the device's time
     from the end of a step to the next batch being ready on it, on the CPU the time it took to make the batches.
     ``peak_bytes`` is the peak since the start: allocated CUDA memory, or on the CPU the process's resident set.
+
+    Of masks, accuracies are over the pixels that count, and the last three columns are the mean intersection over union
+    of the classes; else these are None and not in the file.
     """
 
     epoch: int
@@ -48,9 +52,18 @@ class EpochRow:
     peak_bytes: int
     module_losses: tuple[float, ...]
     module_accuracies: tuple[float, ...]
+    train_miou: float | None = None
+    test_miou: float | None = None
+    module_mious: tuple[float, ...] | None = None
 
 
-_PER_MODULE = ("module_losses", "module_accuracies")
+_PER_MODULE = ("module_losses", "module_accuracies", "module_mious")
+_OF_MASKS = ("train_miou", "test_miou", "module_mious")
+
+
+def columns(masks: bool) -> list[str]:
+    """Those of ``log.csv``, of a run with masks or without."""
+    return [field.name for field in fields(EpochRow) if masks or field.name not in _OF_MASKS]
 
 
 class CsvLog:
@@ -59,9 +72,9 @@ class CsvLog:
     Raises CheckpointError if a log to go on with has other columns than :class:`EpochRow`.
     """
 
-    def __init__(self, path: Path, epoch: int):
+    def __init__(self, path: Path, epoch: int, masks: bool = False):
         self.path = path
-        names = [field.name for field in fields(EpochRow)]
+        names = columns(masks)
         kept: list[dict[str, str]] = []
         if epoch and path.is_file():
             found, rows = read_rows(path)
@@ -79,8 +92,8 @@ class CsvLog:
             file.write(text.getvalue().encode())
 
     def add(self, row: EpochRow) -> None:
-        values = asdict(row)
-        values |= {name: " ".join(map(repr, values[name])) for name in _PER_MODULE}
+        values = {name: value for name, value in asdict(row).items() if value is not None}
+        values |= {name: " ".join(map(repr, values[name])) for name in _PER_MODULE if name in values}
         with to(self.path), self.path.open("a", newline="") as file:
             csv.writer(file).writerow(values.values())
 
@@ -112,7 +125,7 @@ class TensorBoardLog:
 
     def _write(self, row: EpochRow) -> None:
         for name, value in asdict(row).items():
-            if name != "epoch" and name not in _PER_MODULE:
+            if name != "epoch" and name not in _PER_MODULE and value is not None:
                 # train/loss and test/loss, so that TensorBoard groups the two splits.
                 tag = name.replace("_", "/", 1) if name.startswith(("train_", "test_")) else name
                 self._writer.add_scalar(tag, value, row.epoch)
@@ -121,6 +134,8 @@ class TensorBoardLog:
         for module, accuracy in enumerate(row.module_accuracies):
             if not math.isnan(accuracy):
                 self._writer.add_scalar(f"module_accuracy/{module}", accuracy, row.epoch)
+        for module, miou in enumerate(row.module_mious or ()):
+            self._writer.add_scalar(f"module_miou/{module}", miou, row.epoch)
         self._writer.flush()
 
     def close(self) -> None:
@@ -186,14 +201,16 @@ class EpochTable:
 
     Args:
         epochs: of the whole run.
-        metric: what the task calls what it counts.
+        metric: what the task calls what it counts: accuracy, or mIoU of masks.
         modules: local modules; the sum of their losses is shown where there is more than one.
     """
 
     def __init__(self, epochs: int, metric: str, modules: int):
         self._epochs, self._metric = epochs, metric
         self._first = max(5, len(f"{epochs}/{epochs}"))
-        self._columns = {name: column for name, column in _COLUMNS.items() if modules > 1 or name != "local_loss_sum"}
+        shown = {name: column for name, column in _COLUMNS.items() if modules > 1 or name != "local_loss_sum"}
+        self.masks = metric == Segmentation.metric
+        self._columns = {name.replace("accuracy", "miou") if self.masks else name: of for name, of in shown.items()}
 
     def heading(self) -> str:
         """Two lines."""

@@ -17,9 +17,10 @@ _WIDE = 110  # columns in which a bar has room for more figures
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run comes to; the best accuracy is chosen on the test set, as AugLocal's code does.
+    """What a finished run comes to; the best epoch is chosen on the test set, as AugLocal's code does.
 
-    ``waiting`` is the fraction of ``train_seconds`` in which steps waited for their batch.
+    It is chosen by accuracy, or by mIoU of masks, whose accuracies are over pixels. ``waiting`` is the fraction of
+    ``train_seconds`` in which steps waited for their batch.
     """
 
     last_accuracy: float
@@ -28,6 +29,8 @@ class Summary:
     train_seconds: float
     waiting: float
     peak_bytes: int
+    last_miou: float | None = None
+    best_miou: float | None = None
 
 
 @dataclass
@@ -40,14 +43,23 @@ class Progress:
     best_epoch: int = 0
     train_seconds: float = 0.0
     waiting_seconds: float = 0.0
+    last_miou: float | None = None
+    best_miou: float | None = None
 
-    def finish_epoch(self, sums: EpochSums, accuracy: float) -> None:
-        """Count an epoch of these sums, after which the network has this accuracy on the test images."""
-        self.epochs, self.last_accuracy = self.epochs + 1, accuracy
+    @property
+    def metrics(self) -> tuple[float, float]:
+        """The task's own, of the last and of the best epoch."""
+        if self.last_miou is None or self.best_miou is None:
+            return self.last_accuracy, self.best_accuracy
+        return self.last_miou, self.best_miou
+
+    def finish_epoch(self, sums: EpochSums, test: Reading) -> None:
+        """Count an epoch of these sums, after which the network is as ``test`` says on the test images."""
+        self.epochs, self.last_accuracy, self.last_miou = self.epochs + 1, test.accuracy, test.miou
         self.train_seconds += sums.seconds
         self.waiting_seconds += sums.waiting
-        if accuracy > self.best_accuracy or self.best_epoch == 0:
-            self.best_accuracy, self.best_epoch = accuracy, self.epochs
+        if self.best_epoch == 0 or test.metric > self.metrics[1]:
+            self.best_accuracy, self.best_miou, self.best_epoch = test.accuracy, test.miou, self.epochs
 
     def summary(self, device: torch.device) -> Summary:
         """Of a run with an epoch at least."""
@@ -58,6 +70,8 @@ class Progress:
             self.train_seconds,
             self.waiting_seconds / self.train_seconds,
             peak_bytes(device),
+            self.last_miou,
+            self.best_miou,
         )
 
 
@@ -70,6 +84,6 @@ def bar_text(bar: Any, seconds_left: float, loss: float, reading: Reading, metri
     """What a bar says of the run: its time left, the network's loss and accuracy; more where there is room."""
     parts = [f"run {bar.format_interval(seconds_left)}", f"loss {loss:.3f}"]
     if (bar.ncols or 0) < _WIDE:
-        return ", ".join([*parts, f"{reading.accuracy:.1%}"])
-    parts += [f"{metric} {reading.accuracy:.1%}", f"peak {peak_bytes(device) / 1e6:,.0f} MB"]
+        return ", ".join([*parts, f"{reading.metric:.1%}"])
+    parts += [f"{metric} {reading.metric:.1%}", f"peak {peak_bytes(device) / 1e6:,.0f} MB"]
     return ", ".join(parts)

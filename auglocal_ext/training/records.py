@@ -14,7 +14,7 @@ class Records:
     """The log, the scalars and the table of a run that goes on after ``epoch``."""
 
     def __init__(self, output: Path, epoch: int, table: EpochTable, say: Callable[[str], None]) -> None:
-        self._log = CsvLog(output / LOG, epoch)
+        self._log = CsvLog(output / LOG, epoch, table.masks)
         self._board = TensorBoardLog(output / "tensorboard", epoch)
         self._table, self._say, self._headed = table, say, False
         self._say_note()

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..tasks import Classification
 from . import saving
 from .batches import Batches, make_batches
 from .config import TrainConfig, from_dict, pick_device
-from .data import ImageArrays, ImageFiles, default_workers
+from .data import ImageArrays, ImageFiles, Images, MaskFiles, default_workers
 from .errors import CheckpointError, SettingsError
 from .folder import few
 from .learner import make_network
+from .networks import task_of
 from .trainer import load_images
 from .values import user_path
 
@@ -71,7 +71,7 @@ class SavedRun:
         train_images: int | None = None,
         seed: int | None = None,
         bars: bool = False,
-    ) -> ImageArrays | ImageFiles:
+    ) -> Images:
         """The data set of the run, read from ``data``, or from where it lay when the run was trained.
 
         ``train_images`` takes fewer training images than the run had, drawn among its own by ``seed``. Raises DataError
@@ -81,7 +81,7 @@ class SavedRun:
         self.check(images)
         return images
 
-    def check(self, images: ImageArrays | ImageFiles) -> None:
+    def check(self, images: Images) -> None:
         """CheckpointError if classes or shape of the images are not those the network was trained on."""
         for what, trained, found in (
             ("classes", self.classes, images.classes),
@@ -96,7 +96,7 @@ class SavedRun:
 
     def source(
         self,
-        data: str | Path | ImageArrays | ImageFiles | None = None,
+        data: str | Path | Images | None = None,
         batch_size: int | None = None,
         seed: int | None = None,
         train_images: int | None = None,
@@ -109,7 +109,7 @@ class SavedRun:
             seed: of order and augmentation, and of ``train_images``; default that of the run.
             train_images: fewer training images than the run had, see :meth:`images`; not for images themselves.
         """
-        if isinstance(data, ImageArrays | ImageFiles):
+        if isinstance(data, ImageArrays | ImageFiles | MaskFiles):
             images = data
             self.check(images)
         else:
@@ -153,7 +153,7 @@ def load_run(path: str | Path, device: str = "auto") -> SavedRun:
     try:
         config = from_dict(state["settings"])
         fresh = replace(config, network_weights=None)  # the checkpoint has the weights
-        network = make_network(fresh, shape, Classification(len(classes)), target)
+        network = make_network(fresh, shape, task_of(config.network, len(classes)), target)
         saving.load_network(file, state, network)
     except CheckpointError:
         raise

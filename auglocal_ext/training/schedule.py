@@ -10,7 +10,7 @@ WARMUP_START = 0.01
 SCHEDULES = ("published", "short")
 
 PUBLISHED_FROM = 100
-"""Epochs from which on a run has the published schedule unless it says otherwise; every shipped recipe has more."""
+"""Epochs from which on a run has the published schedule unless it says otherwise; every recipe of a paper has more."""
 
 
 def default_schedule(epochs: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,12 +11,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .augment import Augmentation, channel_constants, normalise
-from .data import ImageFiles
+from .data import ImageFiles, MaskFiles
 from .errors import DataError, WorkerError
 from .folder import FileList, read_image
 from .interrupt import ignore_interrupts
+from .joint_crop import JointCrop
+from .masks import PairList, read_mask
 from .order import WHOLE, Part, epoch_order, mixed_seed, steps_per_epoch
 from .torchvision_files import import_torchvision
+
+_Splits = dict[str, tuple[FileList | PairList, Callable[..., Any]]]
+
+MASK_SCALES = (0.5, 2.0)
+"""Of an image with a mask in training: InfoPro's on Cityscapes, and torchvision's."""
 
 COPIES_AHEAD = 4
 """Batches whose copy to the GPU may be pending; a host far ahead of the GPU would fill its memory with pinned ones."""
@@ -28,7 +35,7 @@ class _Files(Dataset):
     So an image's crop is the same in whichever worker it is read, and an epoch can be taken up in its middle.
     """
 
-    def __init__(self, splits: dict[str, tuple[FileList, torch.nn.Module]]):
+    def __init__(self, splits: _Splits):
         self._splits = splits
 
     def __getitem__(self, item: tuple[str, int, int]) -> tuple[Tensor, Tensor] | str:
@@ -37,11 +44,12 @@ class _Files(Dataset):
         files, transform = self._splits[split]
         try:
             image = read_image(files.paths[index])
+            target = read_mask(files.masks[index]) if isinstance(files, PairList) else files.labels[index]
         except DataError as error:
             return str(error)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return transform(image), files.labels[index]
+            return transform(image, target) if isinstance(files, PairList) else (transform(image), target)
 
 
 def _next(loaded: Iterator[Any]) -> Any:
@@ -62,15 +70,36 @@ def _batch(items: list[tuple[Tensor, Tensor] | str]) -> Any:
     return next((item for item in items if isinstance(item, str)), None) or default_collate(items)
 
 
+def _of_classes(data: ImageFiles) -> _Splits:
+    import_torchvision()
+    from torchvision import transforms
+
+    size = data.image_size
+    shrink = transforms.Compose([transforms.RandomResizedCrop(size, antialias=True), transforms.RandomHorizontalFlip()])
+    centre = transforms.Compose(
+        [transforms.Resize(round(size * 256 / 224), antialias=True), transforms.CenterCrop(size)]
+    )
+    return {"train": (data.train, shrink), "test": (data.test, centre)}
+
+
+def _with_masks(data: MaskFiles, augmentation: Augmentation) -> _Splits:
+    size, mean = data.image_size, augmentation.mean
+    train = JointCrop(size, mean, MASK_SCALES, augmentation.flip)
+    return {"train": (data.train, train), "test": (data.test, JointCrop(size, mean))}
+
+
 class StreamedBatches:
     """Train: RandomResizedCrop and flip; test: shorter side to 256/224 of the image size, centre crop.
+
+    Images with masks: a crop at a random scale and a flip; test: the whole image, its longer side resized to the image
+    size (:class:`auglocal_ext.training.joint_crop.JointCrop`).
 
     One set of worker processes serves both splits in every epoch, so only one pass may be under way at a time.
     """
 
     def __init__(
         self,
-        data: ImageFiles,
+        data: ImageFiles | MaskFiles,
         augmentation: Augmentation,
         *,
         batch_size: int,
@@ -80,25 +109,15 @@ class StreamedBatches:
         workers: int = 0,
         part: Part = WHOLE,
     ):
-        import_torchvision()
-        from torchvision import transforms
-
-        size = data.image_size
         self.steps = steps_per_epoch(data.train_count, batch_size, part.count)
         self._part = part
         self._batch_size, self._seed, self._device = batch_size, seed, device
         self._channels_last = channels_last
         self._mean, self._std = channel_constants(augmentation, device)
-        shrink = transforms.Compose(
-            [transforms.RandomResizedCrop(size, antialias=True), transforms.RandomHorizontalFlip()]
-        )
-        centre = transforms.Compose(
-            [transforms.Resize(round(size * 256 / 224), antialias=True), transforms.CenterCrop(size)]
-        )
         self._counts = {"train": data.train_count, "test": data.test_count}
         self._batches: list[list[tuple[str, int, int]]] = []
         self._loader = DataLoader(
-            _Files({"train": (data.train, shrink), "test": (data.test, centre)}),
+            _Files(_with_masks(data, augmentation) if isinstance(data, MaskFiles) else _of_classes(data)),
             batch_sampler=self._batches,
             collate_fn=_batch,
             num_workers=workers,
@@ -136,7 +155,7 @@ class StreamedBatches:
 
     def _to_device(self, images: Tensor, labels: Tensor, pending: deque[torch.cuda.Event]) -> tuple[Tensor, Tensor]:
         images = images.to(self._device, non_blocking=True)
-        labels = labels.to(self._device, non_blocking=True)
+        labels = labels.to(self._device, non_blocking=True).long()
         if images.is_cuda:
             copied = torch.cuda.Event(blocking=True)
             copied.record(torch.cuda.current_stream(self._device))

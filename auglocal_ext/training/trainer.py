@@ -14,12 +14,12 @@ import torch
 from ..models import default_input_shape
 from ..nn import is_sharded
 from ..step import MemoryPlan
-from ..tasks import Classification
+from ..tasks import Segmentation
 from . import resuming, saving, stored
 from .batches import Batches, make_batches
 from .config import TrainConfig, pick_device, resolve, to_dict
 from .curves import draw_run, read_curves
-from .data import ImageArrays, ImageFiles, default_workers, load_data
+from .data import ImageArrays, Images, default_workers, detect, load_data
 from .errors import (
     CheckpointError,
     DivergedError,
@@ -33,6 +33,7 @@ from .learner import autocast, make_learner
 from .logs import EpochRow, EpochTable, peak_bytes
 from .metrics import EpochSums, Reading, StepResult
 from .mixing import MixedBatches
+from .networks import check_data, task_of
 from .order import Part, mixed_seed
 from .prefetch import Batch, make_feed
 from .processes import Alone
@@ -73,7 +74,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        data: ImageArrays | ImageFiles | None = None,
+        data: Images | None = None,
         *,
         bars: bool = True,
         say: Callable[[str], None] = print,
@@ -88,13 +89,15 @@ class Trainer:
         self._bars, self._say = bars and team.first, say if team.first else lambda line: None
         self.device = team.device
         self.data = load_images(config, self._bars) if data is None else data
-        self.config = resolve(config, self.data.name, isinstance(self.data, ImageFiles))
+        check_data(config.network, self.data.name, config.mixes)
+        self.config = resolve(config, self.data.name, not isinstance(self.data, ImageArrays))
         self._left_open = {name for name in resuming.LAID_OUT if getattr(config, name) is None}
         self.output = user_path(self.config.output)
 
         torch.manual_seed(self.config.seed)
         self._recipe = self.config.recipe_values
-        self._task = Classification(len(self.data.classes))
+        self._task = task_of(self.config.network, len(self.data.classes))
+        self._masks = self._task if isinstance(self._task, Segmentation) else None
         part = Part(team.replica, team.replicas, self.config.mixes and team.replicas > 1)
         self._batches: Batches = make_batches(
             self.data,
@@ -204,7 +207,7 @@ class Trainer:
         self._check_weights()
 
         sums = self._whole_sums()
-        self._done.finish_epoch(sums, test.accuracy)
+        self._done.finish_epoch(sums, test)
         self._sums = self._no_sums()
         return EpochRow(
             epoch=epoch,
@@ -220,6 +223,9 @@ class Trainer:
             peak_bytes=peak_bytes(self.device),
             module_losses=train.module_losses,
             module_accuracies=train.module_accuracies,
+            train_miou=train.miou,
+            test_miou=test.miou,
+            module_mious=train.module_mious,
         )
 
     def learning_rate(self, epoch: int) -> float:
@@ -307,8 +313,10 @@ class Trainer:
         return DivergedError(f"{what}: train again with another --output and {ways} ({self._saved})")
 
     def evaluate(self) -> Reading:
-        """Mean cross-entropy and top-1 accuracy of the network alone, in eval mode, over the test images."""
-        sums = EpochSums(1, self.device)
+        """Mean cross-entropy and top-1 accuracy, of masks mIoU too, of the network alone, in eval mode, over the test
+        images.
+        """
+        sums = EpochSums(1, self.device, self._masks)
         # Replicas that do not share parameters are not in step here.
         stop = self.team.stop(f"the test after epoch {self._done.epochs + 1}", replicas=self.config.shard)
         self.network.eval()
@@ -354,14 +362,14 @@ class Trainer:
             curves = read_curves(self.output)
         except CheckpointError:  # no epoch is done, or the log of those that are was moved away
             return
-        done = self._done
+        done, (last, best) = self._done, self._done.metrics
         try:
             draw_run(
                 self.output / CURVES,
                 curves,
                 self._title(),
-                f"epoch {done.epochs} of {self._recipe.epochs}; test {self._task.metric} {done.last_accuracy:.2%}, "
-                f"best {done.best_accuracy:.2%} in epoch {done.best_epoch}",
+                f"epoch {done.epochs} of {self._recipe.epochs}; test {self._task.metric} {last:.2%}, "
+                f"best {best:.2%} in epoch {done.best_epoch}",
             )
         except OSError as error:  # no reason to lose a run
             self._say(f"{self.output / CURVES} cannot be written: {error.strerror or error}")
@@ -446,7 +454,7 @@ class Trainer:
             )
 
     def _no_sums(self) -> EpochSums:
-        return EpochSums(len(self._learner.own), self.device)
+        return EpochSums(len(self._learner.own), self.device, self._masks)
 
     def _whole_sums(self) -> EpochSums:
         """Those of all modules and all images."""
@@ -456,11 +464,13 @@ class Trainer:
         return image_bar(total, description, self._bars, initial)
 
 
-def load_images(config: TrainConfig, bars: bool) -> ImageArrays | ImageFiles:
+def load_images(config: TrainConfig, bars: bool) -> Images:
     """The images that ``config`` names."""
+    dataset = detect(user_path(config.data)) if config.dataset == "auto" else config.dataset
+    check_data(config.network, dataset, config.mixes)  # before all of them are read
     return load_data(
         config.data,
-        config.dataset,
+        dataset,
         image_size=config.image_size,
         streamed_size=default_input_shape(config.network)[1],
         train_images=config.train_images,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import matplotlib
 import pytest
@@ -112,3 +113,13 @@ def test_a_long_run_draws_while_it_goes_on_but_not_after_each_epoch(config, sepa
     run = trainer(config(epochs=4), separable)
     run.fit()
     assert drawn == [1, 4]
+
+
+def test_of_masks_the_miou_takes_the_accuracys_place(tmp_path, charts):
+    given = replace(curves(3, 2), train_miou=torch.full((3,), 0.4), test_miou=torch.full((3,), 0.3))
+    given = replace(given, module_mious=torch.tensor([[0.1, 0.4]] * 3))
+    draw_run(tmp_path / "curves.png", given, "fcn_resnet50, greedy", "epoch 3 of 3")
+    (_, accuracy), (_, modules) = charts[0]
+    assert accuracy.get_ylabel() == "mIoU, %" and modules.get_ylabel() == "mIoU, training, %"
+    assert [list(line) for line in lines(accuracy)] == [pytest.approx([40.0] * 3), pytest.approx([30.0] * 3)]
+    assert [line[0] for line in lines(modules)] == [pytest.approx(each) for each in (10.0, 40.0, 30.0)]

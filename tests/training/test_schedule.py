@@ -67,8 +67,8 @@ def test_no_epoch_of_a_short_run_is_wasted(epochs):
     assert warmup not in (1, 2) or rates[0] > 0.8 / 8
 
 
-def test_every_shipped_recipe_keeps_the_published_schedule():
-    for name in names():
+def test_every_papers_recipe_keeps_the_published_schedule():
+    for name in set(names()) - {"masks"}:
         epochs = read(name).settings.get("epochs", 400)
         assert default_schedule(epochs) == "published", name
     assert default_schedule(100) == "published" and default_schedule(99) == "short"

@@ -18,7 +18,7 @@ from ..values import reader, user_path, write
 _FOLDER = Path(__file__).parent
 
 #: The recipes that hold a data set's training alone and no network or rule: what ``auto`` chooses from.
-DATA_RECIPES = ("cifar10", "svhn", "stl10", "imagenet")
+DATA_RECIPES = ("cifar10", "svhn", "stl10", "imagenet", "masks")
 
 #: The sections of a recipe file and the settings in each, with their types; [recipe] says what it is based on.
 SECTIONS: dict[str, dict[str, Any]] = {
