@@ -27,6 +27,7 @@ def localized_rows() -> list[Row]:
         Row("BP checkpointing", "checkpointing", checkpointing, recompute="block"),
         Row(name, "Greedy", four),
         Row(f"{name} recompute", "Greedy", partial(four, recompute="all"), recompute="all"),
+        Row(f"{name} recompute peak", "Greedy", four, recompute="peak"),
         Row("Greedy, every cut", "Greedy", partial(greedy, modules=None)),
         Row("AugLocal d=2, every cut", "AugLocal", partial(auglocal, depth=2, fused=False)),
     ]

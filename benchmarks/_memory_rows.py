@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from _networks import BUDGET, Loss, auglocal, backpropagation, build, checkpointing, input_shape, local, num_classes
-from torch import nn
+from torch import Tensor, nn
 
-from auglocal_ext import ContSup
+from auglocal_ext import ContSup, LocalSequential
 from auglocal_ext.memory.meter import INPUTS
+from auglocal_ext.step import plan_memory
 
 CONTEXT_MODULES = 16
 
@@ -36,8 +37,8 @@ class Row:
     """One way of training: ``make(network name)`` returns the modules to train and the loss of a batch.
 
     ``fused``: whether BatchNorm runs by the fused ops (``LocalSequential(fused=...)``). ``paper``: the name the row has
-    in ``PAPER``, where it is the paper's way of working. ``recompute``: that of ``LocalSequential``, or "block" for
-    checkpointing.
+    in ``PAPER``, where it is the paper's way of working. ``recompute``: that of ``LocalSequential``; "block" for
+    checkpointing; or "peak" for what ``plan_memory`` chooses for the batch.
     """
 
     name: str
@@ -85,18 +86,26 @@ def rows(cuda: bool) -> list[Row]:
     return table
 
 
+def _sgd(parameters: Iterable[Tensor]) -> torch.optim.SGD:
+    # foreach is what torch chooses on a GPU; said here so that the prediction runs the same optimizer
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, foreach=True)
+
+
 def build_step(row: Row, network: str, batch: int, dtype: str) -> tuple[Callable[..., None], Sequence[Any]]:
     """The papers' loop: gradients to none, loss, backward, one SGD step over everything at the end."""
     net, loss_of = row.make(network)
-    # foreach is what torch chooses on a GPU; said here so that the prediction runs the same optimizer
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, foreach=True)
+    half = torch.bfloat16 if dtype == "bf16" else None
+    if row.recompute == "peak":
+        net = cast("LocalSequential", net)
+        net.recompute = plan_memory(net, batch, _sgd, autocast=half, recompute="peak").recompute
+    optimizer = _sgd(net.parameters())
     x = torch.randn(batch, *input_shape(network))
     y = torch.randint(0, num_classes(network), (batch,))
 
     def step(mark: Callable[[str], None]) -> None:
         optimizer.zero_grad(set_to_none=True)
         mark("forward")
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=dtype == "bf16"):
+        with torch.autocast(x.device.type, dtype=half, enabled=half is not None):
             loss = loss_of(x, y)
         mark("backward")
         loss.backward()

@@ -193,8 +193,8 @@ def make_parser() -> argparse.ArgumentParser:
     chosen.add_argument(
         "--localized",
         action="store_true",
-        help="backpropagation, checkpointing, four balanced modules without and with recomputation, and Greedy and "
-        "AugLocal at every cut, in place of the papers' rows",
+        help="backpropagation, checkpointing, four balanced modules without recomputation, with all of it and with "
+        "what the planner chooses, and Greedy and AugLocal at every cut, in place of the papers' rows",
     )
     chosen.add_argument(
         "--rules",

@@ -75,6 +75,33 @@ def test_every_rule_has_a_row(benchmark):
     assert {row.family for row in benchmark.rule_rows()} <= set(benchmark.COLORS)
 
 
+@pytest.mark.slow
+def test_a_network_as_it_comes(benchmark, tmp_path):
+    pytest.importorskip("torchvision", exc_type=Exception, reason="needs torchvision")
+    name = "torchvision:squeezenet1_1"
+    arguments = ["--localized", "--network", name, "--batch", "8", "--device", "cpu", "--output", str(tmp_path)]
+    assert benchmark.main(arguments) == 0
+    record = json.loads((tmp_path / "localized-predicted.json").read_text())
+    rows = {row["name"]: row for row in record["networks"][name]}
+    refused = [row for row in rows.values() if row["error"]]
+    assert all(row["error"].startswith("ValueError: AugLocal copies layer") for row in refused)
+    found = {name: row["predicted"] for name, row in rows.items() if not row["error"]}
+    bp, checkpointing, plain, lean, planned, every = (
+        found[name]
+        for name in (
+            *("BP", "BP checkpointing", "Greedy K=4", "Greedy K=4 recompute", "Greedy K=4 recompute peak"),
+            "Greedy, every cut",
+        )
+    )
+    assert checkpointing["peak_bytes"] < bp["peak_bytes"] and checkpointing["flops"] > bp["flops"]
+    assert plain["peak_bytes"] < bp["peak_bytes"] and every["peak_bytes"] < bp["peak_bytes"]
+    assert planned["peak_bytes"] <= min(plain["peak_bytes"], lean["peak_bytes"])
+    assert plain["flops"] <= planned["flops"] < lean["flops"]  # only what lowers the peak runs twice
+    assert rows["Greedy K=4"]["parameters_trained"] > rows["BP"]["parameters_trained"]
+    assert rows["Greedy K=4"]["parameters_deployed"] == rows["BP"]["parameters_deployed"]
+    assert {row.family for row in benchmark.localized_rows()} <= set(benchmark.COLORS)
+
+
 def test_half_precision_rows_need_less(benchmark):
     peaks = {}
     for dtype in ("fp32", "bf16"):
