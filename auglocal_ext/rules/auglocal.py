@@ -137,7 +137,7 @@ class AugLocal(Rule):
             raise ValueError(
                 f"AugLocal(depth={self.depth}) trains the last {self.depth} layers as one module, but the network has "
                 f"{num_layers} layers, which leaves no layer to be trained locally; choose depth <= {num_layers - 1}, "
-                "joint_tail=False, or a number of modules"
+                "joint_tail=False, or a number of modules (of the command: --depth, --no-joint-tail, --modules)"
             )
         return (*range(count - 1), num_layers - 1)
 
