@@ -129,9 +129,9 @@ def load_data(
 
     if kind == MASKS:
         pairs, tested = list_pairs(root)
+        found = classes_of(root, pairs, tested, workers=workers, progress=progress)
         if train_images is not None:
             pairs = pairs.part(_part(len(pairs.paths), train_images, seed).tolist())
-        found = classes_of(root, pairs, tested, workers=workers, progress=progress)
         return MaskFiles(MASKS, found, pairs, tested, image_size or streamed_size)
 
     names, *tensors = READERS[kind](root)

@@ -72,6 +72,9 @@ def test_pairs_are_found_and_classes_counted(folder):
         "train/masks/0.png",
         "train/masks/1.png",
     ]
+    write(folder, "train", "0", np.where(rectangles(0) == 2, 3, rectangles(0)))
+    part = load(folder, train_images=2)
+    assert part.classes == ("0", "1", "2", "3") and "0.png" not in "".join(part.train.paths)  # a class it does not have
     (folder / "classes.txt").write_text("ground\nhouse\ntree\nroad\n")
     assert load(folder, train_images=2).classes == ("ground", "house", "tree", "road")
     assert load(folder, train_images=2).train_count == 2
