@@ -124,6 +124,10 @@ def _jpeg_mask(root):
     (root / "train" / "masks" / "0.png").rename(root / "train" / "masks" / "0.jpg")
 
 
+def _jpeg_named_png(root):
+    Image.fromarray(rectangles(0)).save(root / "train" / "masks" / "0.png", format="JPEG")
+
+
 def _twice(root):
     Image.fromarray(rectangles(0)).save(root / "train" / "images" / "0.jpg")
 
@@ -193,6 +197,7 @@ def _no_test(root):
         (_no_mask, r"images without a mask: \S*train/images/3.png; masks without an image: none"),
         (_no_image, r"images without a mask: none; masks without an image: \S*test/masks/1.png"),
         (_jpeg_mask, "masks are PNG files.*masks/0.jpg"),
+        (_jpeg_named_png, "train/masks/0.png: .*(cannot identify image file|is a JPEG file)"),
         (_twice, r"images/0.jpg and \S*images/0.png have the same name"),
         (_other_size, r"masks/2.png: the mask is 32 pixels wide and 10 high, its image \S*2.png 32 wide and 26 high"),
         (_damaged_mask, "test/masks/2.png: unreadable image"),
