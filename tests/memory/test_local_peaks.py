@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import lru_cache
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ def images(batch):
     return torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
 
 
+@lru_cache(maxsize=None)
 def activation_peak(depth, rule, batch=64):
     """Peak bytes of a training pass that are neither parameters, buffers, gradients nor inputs."""
     with FakeTensorMode():
@@ -62,9 +64,9 @@ def deep_ones_slow(cases):
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 def test_the_peak_does_not_grow_with_the_number_of_modules(rule):
-    shallow, deep = activation_peak(20, rule), activation_peak(56, rule)
-    # a few scalars per module: its loss and its count of hits
-    assert deep - shallow <= 36 * 8 * 512
+    shallow, deep = activation_peak(20, rule), activation_peak(38, rule)
+    # a few scalars per layer: its module's loss and count of hits
+    assert deep - shallow <= 18 * 8 * 512
     assert shallow < activation_peak(20, None)
 
 

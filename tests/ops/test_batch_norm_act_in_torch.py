@@ -75,33 +75,34 @@ def test_opcheck(device: str, provider: str, layout: str) -> None:
 @column.cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("slope", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "no-residual"])
 def test_ops_of_several_passes_are_their_passes(
-    device: str, provider: str, dtype: torch.dtype, layout: str, poison: None
+    device: str, provider: str, dtype: torch.dtype, layout: str, slope: float, with_residual: bool, poison: None
 ) -> None:
     """To the bit, and what is not needed has no elements."""
     x, weight, bias, *running, residual = inputs((5, 6, 3, 4), dtype, device)
     weight, bias, *running = (vector.float() for vector in (weight, bias, *running))
-    x = column.LAYOUTS[layout](x)
+    x, added = column.LAYOUTS[layout](x), residual if with_residual else None
     grad, batches = torch.randn_like(x), torch.tensor(3, device=device)
     names = ("factors_", "act_apply", "act_forward_", "act_reduce", "act_input_grad", "act_backward")
     factors_, apply, forward_, reduce, input_grad, backward = (column.op(f"batch_norm_{n}", provider) for n in names)
-    for added, slope in itertools.product((None, residual), (0.0, 0.3, 1.0)):
-        whole, apart = ([tensor.clone() for tensor in (*running, batches)] for _ in range(2))
-        y, mean, rstd = forward_(x, *whole, weight, bias, added, 0.1, 1e-5, slope)
-        expected = factors_(x, *apart, 0.1, 1e-5)
-        tensors = (grad, x, mean, rstd, weight, bias, added, slope)
-        made = apply(*tensors[1:])
-        assert y.stride() == x.stride()
-        assert all(torch.equal(*pair) for pair in zip((y, mean, rstd, *whole), (made, *expected, *apart), strict=True))
-        sums = reduce(*tensors)
-        for training, need_x, need_vectors, need_residual in itertools.product((True, False), repeat=4):
-            found = backward(*tensors, training, need_x, need_vectors, need_residual)
-            through, none = training and need_x, [x.new_empty(0)] * 2
-            maps = input_grad(*tensors, *(sums if through else (None, None)), need_residual)
-            wanted = [*(maps if need_x or need_residual else none), *(sums if through or need_vectors else none)]
-            for index, pair in enumerate(zip(found, wanted, strict=True)):
-                assert pair[0].dtype == (x.dtype if index < 2 else torch.float32)
-                assert torch.equal(pair[0], pair[1].to(pair[0].dtype))
+    whole, apart = ([tensor.clone() for tensor in (*running, batches)] for _ in range(2))
+    y, mean, rstd = forward_(x, *whole, weight, bias, added, 0.1, 1e-5, slope)
+    expected = factors_(x, *apart, 0.1, 1e-5)
+    tensors = (grad, x, mean, rstd, weight, bias, added, slope)
+    made = apply(*tensors[1:])
+    assert y.stride() == x.stride()
+    assert all(torch.equal(*pair) for pair in zip((y, mean, rstd, *whole), (made, *expected, *apart), strict=True))
+    sums = reduce(*tensors)
+    for training, need_x, need_vectors, need_residual in itertools.product((True, False), repeat=4):
+        found = backward(*tensors, training, need_x, need_vectors, need_residual)
+        through, none = training and need_x, [x.new_empty(0)] * 2
+        maps = input_grad(*tensors, *(sums if through else (None, None)), need_residual)
+        wanted = [*(maps if need_x or need_residual else none), *(sums if through or need_vectors else none)]
+        for index, pair in enumerate(zip(found, wanted, strict=True)):
+            assert pair[0].dtype == (x.dtype if index < 2 else torch.float32)
+            assert torch.equal(pair[0], pair[1].to(pair[0].dtype))
 
 
 @column.cases

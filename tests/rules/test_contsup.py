@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import pytest
 import torch
 from torch import nn
@@ -10,9 +12,16 @@ from auglocal_ext import ContSup, LocalSequential, models
 from auglocal_ext.cost import count_macs
 
 
+@lru_cache(maxsize=None)  # several tests count in one network
 def wrap(name, context, modules, head="1c2f"):
     with torch.device("meta"):
         return LocalSequential(models.build(name), ContSup(context, head), 10, (3, 32, 32), modules=modules)
+
+
+@lru_cache(maxsize=None)
+def backbone_macs(name):
+    with torch.device("meta"):
+        return count_macs(models.build(name), (3, 32, 32))
 
 
 def count(module):
@@ -26,10 +35,10 @@ def count(module):
         ("resnet32", 4, 13_512, 2944, 84_958),
         ("resnet32", 8, 29_160, 8960, 180_102),
         ("resnet32", 16, 62_232, 21_808, 388_374),
-        ("resnet110", 2, 3912, 192, 28_170),
-        ("resnet110", 4, 13_512, 2944, 84_958),
         ("resnet110", 8, 30_936, 9776, 198_086),
-        ("resnet110", 16, 62_232, 21_808, 388_374),
+        pytest.param("resnet110", 2, 3912, 192, 28_170, marks=pytest.mark.slow),
+        pytest.param("resnet110", 4, 13_512, 2944, 84_958, marks=pytest.mark.slow),
+        pytest.param("resnet110", 16, 62_232, 21_808, 388_374, marks=pytest.mark.slow),
     ],
 )
 def test_parameter_counts(name, k, e, r1, heads):
@@ -56,15 +65,14 @@ def test_parameter_counts(name, k, e, r1, heads):
         ("resnet32", "R1", 8, 2.15),
         ("resnet32", "R1", 16, 4.24),
         ("resnet32", "R2", 16, 8.75),
-        ("resnet32", "R4", 16, 18.6),
-        ("resnet32", "R8", 16, 39.6),
         ("resnet32", "R16", 16, 61.1),
+        pytest.param("resnet32", "R4", 16, 18.6, marks=pytest.mark.slow),
+        pytest.param("resnet32", "R8", 16, 39.6, marks=pytest.mark.slow),
     ],
 )
 def test_arithmetic_of_the_context(name, context, k, millions):
-    net = wrap(name, context, k)
+    net, backbone = wrap(name, context, k), backbone_macs(name)
     with torch.device("meta"):
-        backbone = count_macs(models.build(name), (3, 32, 32))
         with_context = count_macs(net.export(), (3, 32, 32))
     assert backbone / 1e6 == pytest.approx(69.12 if name == "resnet32" else 253.15, abs=0.006)
     assert (with_context - backbone) / 1e6 == pytest.approx(millions, rel=0.006, abs=0.005)
