@@ -26,7 +26,7 @@ ROWS = {
     "ContSup R0": "--rule contsup --context R0",
     "ContSup E": "--rule contsup --context E",
     "ContSup R1E": "--rule contsup --context R1E",
-    "DGL": "--rule dgl --head mlp-sr",
+    "DGL": "--rule dgl --head mlp-sr-auglocal",
     "PredSim": "--rule predsim --beta 0.99 --limit 512 --no-scale-classifier",
     "InfoPro": "--rule infopro --loss softmax --head 1c2f --weights 5,0.05,0.2,0.5",
     "Greedy": "--rule greedy",

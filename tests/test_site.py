@@ -50,6 +50,7 @@ INTERNAL = {
         "write",
     },
     "nn": {
+        "own_part",
         "Deferred",
         "gathering",
         "give_memory",

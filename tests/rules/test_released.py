@@ -157,7 +157,7 @@ def test_weights_that_change_by_stage():
     for (task, reconstruction), stage in zip(found, stages, strict=True):
         assert reconstruction == pytest.approx(5 * (1 - stage / 14)) and task == pytest.approx(0.5 * (1 - stage / 14))
     with pytest.raises(ValueError, match=r"stage_steps=2 makes the weights of local module 1, in stage 3, \(-2.5"):
-        counted(MAN(head=InfoPro((5, 0.5), (0, 0), stage_steps=2)), modules=[8, 12])
+        counted(MAN(head=InfoPro((5, 0.5), (0, 0), stage_steps=2)), modules=[2, 12])
     with pytest.raises(ValueError, match="at least 1; got 0"):
         InfoPro(*WEIGHTS, stage_steps=0)
 

@@ -134,7 +134,14 @@ def test_rules_that_compare_samples_by_class_refuse_mixtures_before_training(con
     trainer(config(mixup=0.0, **rule), separable)
 
 
-@pytest.mark.parametrize("settings", [{"mixup": -0.1}, {"cutmix": float("inf")}, {"cutmix": float("nan")}])
-def test_strengths_that_cannot_be(config, settings):
-    with pytest.raises(SettingsError, match="is alpha of Beta.alpha, alpha., at least 0"):
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"mixup": -0.1}, "is alpha of Beta.alpha, alpha., at least 0"),
+        ({"cutmix": float("inf")}, "--cutmix must be finite, got inf"),
+        ({"cutmix": float("nan")}, "--cutmix must be finite, got nan"),
+    ],
+)
+def test_strengths_that_cannot_be(config, settings, said):
+    with pytest.raises(SettingsError, match=said):
         config(**settings)
