@@ -130,15 +130,16 @@ def test_flat_layers_are_one_chain():
     assert not net.local_modules[0].fused
 
 
-def test_output():
-    net = small(modules=3)
+@pytest.mark.parametrize("modules", [1, 2, 3])
+def test_output(modules):
+    net = small(modules=modules)
     x, y = batch()
     out = net(x, y)
     assert out.loss.dim() == 0 and out.loss.requires_grad
     assert out.logits.shape == (6, 10) and not out.logits.requires_grad
-    assert out.module_losses.shape == (3,) and not out.module_losses.requires_grad
+    assert out.module_losses.shape == (modules,) and not out.module_losses.requires_grad
     torch.testing.assert_close(out.loss.detach(), out.module_losses.sum())
-    assert out.module_correct.shape == (3,) and out.module_correct.dtype == torch.int64
+    assert out.module_correct.shape == (modules,) and out.module_correct.dtype == torch.int64
     assert int(out.module_correct[-1]) == int((out.logits.argmax(1) == y).sum())
 
 

@@ -204,15 +204,15 @@ def test_gradients_of_several_calls_are_averaged():
 
 def test_gradients_left_by_another_pass_are_not_added():
     net, other = twins()
-    x, y = next(batches(1))
     plain, step = sgd(other.parameters()), LocalStep(net, sgd)
-    running = {k: v.clone() for k, v in net.named_buffers()}
-    net(x, y).loss.backward()
-    for name, value in net.named_buffers():
-        value.copy_(running[name])
-    plain_step(other, plain, x, y)
-    step(x, y)
-    assert_same_state(net, other)
+    for x, y in batches(2):
+        running = {k: v.clone() for k, v in net.named_buffers()}
+        net(x, y).loss.backward()
+        for name, value in net.named_buffers():
+            value.copy_(running[name])
+        plain_step(other, plain, x, y)
+        step(x, y)
+        assert_same_state(net, other)
 
 
 def test_a_parameter_shared_by_two_modules_is_stepped_once_with_both_gradients():

@@ -68,6 +68,19 @@ def test_a_step_by_hand_applies_the_gradients_of_another_pass(accumulate):
     assert_same_state(net, other)
 
 
+def test_a_step_by_hand_applies_the_gradients_of_another_pass_after_an_update_too():
+    net, other = twins()
+    step, plain = LocalStep(net, sgd), sgd(other.parameters())
+    x, y = next(batches(1))
+    for _ in range(2):
+        plain_step(other, plain, x, y)
+    step(x, y)
+    assert step.updated
+    net(x, y).loss.backward()
+    step.optimizer.step()
+    assert_same_state(net, other)
+
+
 def test_the_step_by_hand_makes_no_cycle():
     step = LocalStep(small(), sgd)
     step(*next(batches(1)))
