@@ -119,3 +119,12 @@ def test_documents_name_files_that_exist(name):
         rooms = "|".join(room for room in floors() if (PACKAGE / room).is_dir())
         for path in re.findall(rf"`((?:{rooms})/[\w./-]+\.\w+)`", text):
             assert (PACKAGE / path).exists(), f"{name} names {path}"
+
+
+def test_test_files_have_names_of_their_own_and_one_subject():
+    """pytest imports them by name alone. What is longer than 400 lines has several subjects."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    names = [path.name for path in files if path.name not in ("conftest.py", "__init__.py")]
+    assert len(set(names)) == len(names), sorted({name for name in names if names.count(name) > 1})
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert not {path: length for path, length in lengths.items() if length > 400}

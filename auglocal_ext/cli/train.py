@@ -146,7 +146,7 @@ def add_parser(subparsers: Any) -> None:
         help="mix images in pairs, shares from Beta(A, A); labels become probabilities",
     )
     add("--cutmix", type=float, metavar="A", help="the same by rectangles; with both, either is drawn for each batch")
-    add("--seed", type=int, metavar="N", help="default 1234")
+    add("--seed", type=whole, metavar="N", help="default 1234")
     add("--amp", choices=tuple(AMP), help="mixed precision (default none)")
     add("--channels-last", action="store_const", const=True, help="store images and activations channels last")
     add("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:1, ...")

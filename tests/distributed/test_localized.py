@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run
-from test_replicas import mesh as replicas
-from test_replicas import sgd
+from replicated import mesh as replicas
+from replicated import sgd
 from test_shards import assert_equal, held_bytes
 from test_stages import mesh as grid
 from test_step_checkpoint import by_name

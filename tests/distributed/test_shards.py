@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
-import signal
 
 import pytest
 import torch
 from ranks import run
+from replicated import RULES, network, parts, sgd
+from replicated import mesh as replicas
 from test_edges import ReadoutRule
-from test_replicas import RULES, Skipping, network, parts, sgd
-from test_replicas import mesh as replicas
+from test_replicas import Skipping
 from test_stages import mesh as grid
-from test_step_checkpoint import BATCHES, OPTIMIZERS, adamw, by_name, one_process, states, train
+from test_step_checkpoint import BATCHES, adamw, by_name, train
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from auglocal_ext import Greedy, LocalSequential, LocalStep, localize, models
-from auglocal_ext.distributed import CheckpointError, DisagreementError, Shards
+from auglocal_ext import Greedy, LocalSequential, LocalStep, models
+from auglocal_ext.distributed import DisagreementError, Shards
 from auglocal_ext.nn import deferred
 
 
@@ -383,204 +376,3 @@ def _odd(rank, world):
 def test_odd_parameters(world):
     """Of float32 and bf16, so the rounding of clipping is within 1e-5."""
     run(world, _odd, world)
-
-
-def _goes_on(shape, folder, name, expected, saved_as=None, **options):
-    """Load at this mesh, save what was loaded if asked to, finish the run. All replicas see one batch."""
-    rule, optimizer = OPTIMIZERS[name.split()[0]]
-    step = LocalStep(network(rule, seed=99), optimizer, mesh=shape, **options)
-    train(step, BATCHES[:1])  # state and weights of another run
-    assert step.load(folder / name) == {"batches": 3}
-    if saved_as is not None:
-        step.save(folder / saved_as, {"batches": 3})
-    train(step, BATCHES[3:])
-    state, of_optimizer = expected[name.split()[0]]
-    exactly = shape["replica"].size() in (1, 2) if "replica" in shape.mesh_dim_names else True
-    assert_equal(step.net.state_dict(), state, exactly)
-    ours = by_name(step)
-    assert_equal(ours, {key: of_optimizer[key] for key in ours}, exactly)
-    whole_net = network(rule)
-    whole_net.load_state_dict(state)
-    step.net.eval(), whole_net.eval()
-    predicted = step.predict(BATCHES[0][0])
-    if predicted is not None:  # by the last stage
-        torch.testing.assert_close(predicted, whole_net(BATCHES[0][0]), rtol=1e-9, atol=1e-9)
-    step.close()
-
-
-def _saved_by_two(rank, folder, expected):
-    mesh = replicas(2)
-    for name in OPTIMIZERS:
-        _goes_on(mesh, folder, name, expected, f"{name} shards", shard=True)
-        _goes_on(mesh, folder, f"{name} shards", expected)
-        _goes_on(grid(2), folder, f"{name} shards", expected, f"{name} stages")
-        _goes_on(mesh, folder, f"{name} stages", expected, shard=True)
-        rule, optimizer = OPTIMIZERS[name]
-        with torch.device("meta"):
-            net = network(rule)
-        step = LocalStep(net, optimizer, mesh=replicas(2), shard=True)
-        step.load(folder / f"{name} shards")
-        train(step, BATCHES[3:])
-        assert_equal(step.net.state_dict(), expected[name][0], exactly=True)
-    with pytest.raises(CheckpointError, match="the rule of the checkpoint is"):
-        LocalStep(network("dgl"), sgd, mesh=replicas(2), shard=True).load(folder / "sgd shards")
-
-
-def _saved_by_four(rank, folder, expected):
-    mesh = grid(2, 2)
-    three = init_device_mesh("cpu", (3,), mesh_dim_names=("replica",))  # without the last process
-    for name in OPTIMIZERS:
-        _goes_on(mesh, folder, f"{name} shards", expected, f"{name} grid", shard=True)
-        _goes_on(mesh, folder, f"{name} grid", expected)
-    for name in OPTIMIZERS if rank < 3 else ():
-        _goes_on(three, folder, f"{name} grid", expected, f"{name} three", shard=True)
-
-
-@pytest.mark.slow
-def test_checkpoints_go_among_shards_replicas_stages_and_one_process(tmp_path):
-    expected = {}
-    for name in OPTIMIZERS:
-        step = one_process(name, BATCHES[:3])
-        step.save(tmp_path / name, {"batches": 3})
-        train(step, BATCHES[3:])
-        expected[name] = states(step)
-    run(2, _saved_by_two, tmp_path, expected)
-    run(4, _saved_by_four, tmp_path, expected)
-    for name, (rule, optimizer) in OPTIMIZERS.items():
-        for saved in ("shards", "grid", "three"):
-            step = LocalStep(network(rule, seed=97), optimizer)
-            step.load(tmp_path / f"{name} {saved}")
-            train(step, BATCHES[3:])
-            assert_equal(step.net.state_dict(), expected[name][0], exactly=True)
-            assert_equal(by_name(step), expected[name][1], exactly=True)
-    _written_once(tmp_path / "adamw grid")
-
-
-def _written_once(folder):
-    """Chunks of each tensor cover it, and are in the files once."""
-    listed = FileSystemReader(next(folder.glob("tensors-*"))).read_metadata()
-    tensors = {k: item for k, item in listed.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)}
-    for name, item in tensors.items():
-        assert sum(chunk.sizes.numel() for chunk in item.chunks) == item.size.numel(), name
-    chunks = [(name, chunk.sizes.numel()) for name, item in tensors.items() for chunk in item.chunks]
-    stored = [index.fqn for index in listed.storage_data if index.fqn in tensors]
-    assert sorted(stored) == sorted(name for name, size in chunks)
-    assert any(len(item.chunks) == 2 for item in tensors.values())
-
-
-def _until_killed(rank, folder, dies):
-    step = LocalStep(network("man", seed=95 if folder.exists() else 7), sgd, mesh=replicas(2), shard=True)
-    begun = step.load(folder)["batches"] if folder.exists() else 0
-    batches = list(parts(2, 6))
-    for number in range(begun, 6):
-        if dies and (rank, number) == (1, 3):
-            os.kill(os.getpid(), signal.SIGKILL)
-        step(*batches[number][rank])
-        if number % 2:
-            step.save(folder, {"batches": number + 1})
-    step.save(folder.with_name("end"))
-
-
-@pytest.mark.slow
-def test_killed_processes_go_on_from_the_last_checkpoint(tmp_path):
-    ends = []
-    for dies in (True, False):
-        folder = tmp_path / str(dies) / "last"
-        if dies:
-            with pytest.raises((ProcessExitedException, ProcessRaisedException)):
-                run(2, _until_killed, folder, True)
-        run(2, _until_killed, folder, False)
-        step = LocalStep(network("man"), sgd)
-        step.load(folder.with_name("end"))
-        ends.append(step)
-    assert_equal(ends[0].net.state_dict(), ends[1].net.state_dict(), exactly=True)
-    assert_equal(by_name(ends[0]), by_name(ends[1]), exactly=True)
-
-
-def _linears(*widths, rule=None):
-    return LocalSequential(nn.Sequential(*map(nn.Linear, widths, widths[1:])), rule or Greedy(), widths[-1], widths[:1])
-
-
-@pytest.fixture
-def lonely():
-    """A process group of two whose other process is not there."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    yield
-    torch.distributed.destroy_process_group()
-
-
-class Scaled(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer, self.scale = nn.Linear(6, 6), nn.Parameter(torch.ones(()))
-
-    def forward(self, x):
-        return self.layer(x) * self.scale
-
-
-@pytest.mark.filterwarnings("ignore:local modules 0 and 1 share")
-def test_parameters_that_cannot_be_sharded_are_refused(lonely):
-    def refused(net, message, error=ValueError):
-        with pytest.raises(error, match=message):
-            LocalStep(net, sgd, mesh=replicas(2), shard=True)
-
-    refused(
-        LocalSequential(nn.Sequential(Scaled(), nn.Linear(6, 4)), Greedy(), 4, (6,)),
-        "primary.0.scale is a single number, which is not sharded; give it the shape",
-    )
-    refused(network("greedy").to(memory_format=torch.channels_last), "conv.weight is not contiguous, and torch shards")
-    net = _linears(6, 6, 6, 4)
-    net.primary[1].weight = net.primary[0].weight
-    refused(net, r"local modules 0 and 1 share primary\.0\.weight, and a parameter is whole only while")
-    net = _linears(6, 6, 4)
-    net.primary[0].weight.register_hook(lambda g: g)
-    refused(net, "primary.0.weight has a hook, which would not run")
-    for step in ({"shard": True}, {}):
-        net = network("greedy", fused=False)
-        fully_shard(net.primary[0], mesh=replicas(2))
-        with pytest.raises(RuntimeError, match="are sharded: .*Leave fully_shard.*shard=True.* shards them itself"):
-            LocalStep(net, sgd, mesh=replicas(2), **step)
-
-
-class SharedScale(nn.Module):
-    """A parameter of the model itself that all blocks use."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers, self.scale = nn.ModuleList(nn.Linear(6, 6) for _ in range(5)), nn.Parameter(torch.ones(6))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = torch.tanh(layer(x) * self.scale)
-        return x
-
-
-class Kept(nn.Module):
-    """Runs a parameter that it keeps in a list."""
-
-    def __init__(self):
-        super().__init__()
-        self.one, self.two, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
-        self.weights = [self.two.weight]
-
-    def forward(self, x):
-        return self.head(F.linear(self.one(x), self.weights[0], self.two.bias))
-
-
-@pytest.mark.filterwarnings("ignore:local modules .* share")
-def test_parameters_of_localized_models_that_cannot_be_sharded_are_refused(lonely):
-    net = localize(SharedScale(), Greedy(), 6, input_shape=(6,), layout="channels_last")
-    with pytest.raises(ValueError, match=r"local modules 1 and 2 share primary\.scale, and a parameter is whole only"):
-        LocalStep(net, sgd, mesh=replicas(2), shard=True)
-    net = localize(Kept(), Greedy(), 6, input_shape=(6,), layout="channels_last")
-    with pytest.raises(
-        ValueError, match=r"Kept keeps primary\.two\.weight beside its parameters, in its attribute weights,"
-    ):
-        LocalStep(net, sgd, mesh=replicas(2), shard=True)
-
-
-def test_shards_are_of_several_replicas():
-    with pytest.raises(ValueError, match="shard=True is for several replicas"):
-        LocalStep(network("greedy"), sgd, shard=True)

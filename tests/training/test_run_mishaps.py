@@ -25,7 +25,7 @@ from auglocal_ext.training import (
 )
 from auglocal_ext.training.errors import OutputError, WorkerError
 from auglocal_ext.training.learner import LocalLearner
-from auglocal_ext.training.run_lock import RunLock, refuse_unusable, refuse_used
+from auglocal_ext.training.run_lock import RunLock, refuse_used
 from auglocal_ext.training.schedule import learning_rate
 
 
@@ -358,72 +358,3 @@ def test_pictures_that_cannot_be_drawn_lose_no_run(config, separable, monkeypatc
     run._say = said.append
     run.fit()
     assert any(line.endswith("curves.png cannot be written: No space left on device") for line in said)
-
-
-@pytest.mark.parametrize(
-    ("output", "said"),
-    [
-        ("file", "file is no folder; choose another"),
-        ("file/run", "file is no folder; choose another"),
-        ("n" * 300, "File name too long; choose another"),
-        ("a\0b", "null"),
-        ("/proc/run", "/proc"),
-    ],
-)
-def test_an_output_that_cannot_be_is_refused_before_images_are_read(tmp_path, output, said):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SettingsError, match=f"--output .*{said}"):
-        refuse_unusable(tmp_path / output)
-        with RunLock(tmp_path / output):  # some folders take no others only when they are made
-            pass
-
-
-def test_a_read_only_folder_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    with pytest.raises(SettingsError, match="cannot be written: .* is read-only; choose another"):
-        refuse_unusable(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--output", "~nosuch/run"], "--output ~nosuch/run: there is no user nosuch"),
-        (["--recipe", "~nosuch/x"], "--recipe ~nosuch/x: neither a recipe"),
-        (["--seed", str(2**64)], "--seed must be at most 18446744073709551615"),
-        (["--width", "1000000"], "--network resnet8 --width 1000000 cannot be made here: DefaultCPUAllocator"),
-        (["--lr", "inf"], "--lr must be finite, got inf"),
-        (["--weight-decay", "nan"], "--weight-decay must be finite, got nan"),
-        (["--data", "~nosuch/x"], "~nosuch/x: no such folder"),
-    ],
-)
-def test_options_that_cannot_be_are_one_line(image_folder, tmp_path, capsys, arguments, said):
-    common = ["--data", str(image_folder()), "--output", str(tmp_path / "run"), "--network", "resnet8"]
-    assert main(["train", *common, *arguments]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {said}") and not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"rule": "infopro", "weights": (1.0, float("nan"), 1.0, 1.0)},
-        {"rule": "predsim", "beta": float("nan")},
-        {"mean": (float("nan"), 1.0, 1.0)},
-        {"std": (1.0, float("inf"), 1.0)},
-        {"momentum": float("nan")},
-        {"mixup": float("inf")},
-    ],
-)
-def test_numbers_that_are_not_finite_are_refused(config, settings):
-    (name,) = settings.keys() - {"rule"}
-    with pytest.raises(SettingsError, match=f"--{name} must be finite"):
-        config(**settings)
-
-
-def test_weights_of_a_file_that_are_not_finite_are_refused(config, separable, tmp_path):
-    network = trainer(config(rule="bp"), separable).network
-    state = network.state_dict()
-    next(iter(state.values())).view(-1)[0] = torch.nan
-    torch.save(state, tmp_path / "weights.pt")
-    with pytest.raises(SettingsError, match="--network-weights .*weights.pt: stem.conv.weight is not finite"):
-        trainer(config(rule="bp", network_weights=str(tmp_path / "weights.pt")), separable)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import signal
 from dataclasses import replace
 
 import pytest
@@ -18,7 +17,6 @@ from auglocal_ext.training import (
     DivergedError,
     Interrupted,
     SettingsError,
-    Trainer,
     checkpoint,
 )
 from auglocal_ext.training.metrics import EpochSums, StepResult
@@ -74,133 +72,6 @@ def test_hits_of_each_module_are_counted_over_the_images():
     again = EpochSums(3, torch.device("cpu"))
     again.load_state_dict(sums.state_dict())
     assert again.read().module_losses == reading.module_losses
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("after", [8, 11, 9], ids=["end of epoch 2", "within epoch 3", "first step of epoch 3"])
-def test_resume_is_bit_exact(config, separable, tmp_path, rule, after):
-    straight = config(output=str(tmp_path / "straight"), **rule)
-    whole = trainer(straight, separable)
-    whole.fit()
-
-    settings = config(output=str(tmp_path / "stopped"), **rule)
-    first = trainer(settings, separable)
-    interrupt_after(first, after)
-    with pytest.raises(Interrupted, match=f"in epoch {(after - 1) // 4 + 1} after {(after - 1) % 4 + 1} of 4 steps"):
-        first.fit()
-
-    torch.manual_seed(999)  # nothing may depend on what this process drew before
-    second = trainer(settings, separable)
-    second.resume()
-    summary = second.fit()
-    for (name, expected), (_, found) in zip(
-        whole.network.state_dict().items(), second.network.state_dict().items(), strict=True
-    ):
-        assert torch.equal(expected, found), name
-    assert log(settings) == log(straight)
-    assert summary.best_epoch >= 1 and summary.last_accuracy == whole._done.last_accuracy
-
-
-def test_interrupt_during_evaluation_loses_nothing(config, separable, tmp_path, monkeypatch):
-    straight = config(output=str(tmp_path / "straight"))
-    trainer(straight, separable).fit()
-    settings = config(output=str(tmp_path / "stopped"))
-    run = trainer(settings, separable)
-    test = run._batches.test
-
-    def interrupted():
-        for batch in test():
-            signal.raise_signal(signal.SIGINT)
-            yield batch
-
-    monkeypatch.setattr(run._batches, "test", interrupted)
-    with pytest.raises(Interrupted, match="epoch 1 after 4 of 4 steps"):
-        run.fit()
-    again = trainer(settings, separable)
-    again.resume()
-    again.fit()
-    assert log(settings) == log(straight)
-
-
-def test_sigint_means_what_it_did_before_and_after(config, separable):
-    before = signal.getsignal(signal.SIGINT)
-    run = trainer(config(), separable)
-    interrupt_after(run, 2)
-    with pytest.raises(Interrupted):
-        run.fit()
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_second_interrupt_stops_at_once(config, separable):
-    run = trainer(config(), separable)
-    step = run._learner.step
-
-    def twice(*arguments):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        return step(*arguments)
-
-    run._learner.step = twice
-    with pytest.raises(KeyboardInterrupt):
-        run.fit()
-
-
-def test_rows_logged_after_the_checkpoint_are_not_repeated(config, separable, tmp_path, monkeypatch):
-    """A crash between the log row and the checkpoint."""
-    settings = config()
-    run = trainer(settings, separable)
-    save, calls = run.save, []
-
-    def crash():
-        calls.append(None)
-        if len(calls) == 3:
-            raise OSError("disk is gone")
-        save()
-
-    monkeypatch.setattr(run, "save", crash)
-    with pytest.raises(OSError, match="disk is gone"):
-        run.fit()
-    assert len(log(settings)) == 3
-    again = trainer(settings, separable)
-    again.resume()
-    again.fit()
-    assert [row["epoch"] for row in log(settings)] == ["1", "2", "3", "4"]
-
-
-def test_resuming_a_finished_run_trains_nothing(config, separable):
-    settings = config(epochs=2)
-    summary = trainer(settings, separable).fit()
-    again = trainer(settings, separable)
-    again.resume()
-    assert again.fit() == replace(summary, peak_bytes=again.fit().peak_bytes)
-    assert len(log(settings)) == 2
-    (again.output / "log.csv").unlink()  # there is nothing to draw then
-    (again.output / "curves.png").unlink()
-    again.fit()
-    assert log(settings) == [] and not (again.output / "curves.png").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"lr": 0.07}, "--lr: 0.05 in the checkpoint, now 0.07"),
-        ({"rule": "auglocal", "depth": 2}, "--rule: 'bp' in the checkpoint, now 'auglocal'"),
-        ({"seed": 1}, "--seed"),
-    ],
-)
-def test_resume_with_other_settings_is_refused(config, separable, change, said):
-    run = trainer(config(), separable)
-    interrupt_after(run, 1)
-    with pytest.raises(Interrupted):
-        run.fit()
-    with pytest.raises(CheckpointError, match=said):
-        trainer(config(**change), separable).resume()
-
-
-def test_how_steps_are_launched_may_change_on_resume(config, separable):
-    rule = {"rule": "auglocal", "depth": 2, "epochs": 2}
-    trainer(config(**rule), separable).fit()
-    trainer(config(graph="off", overlap=False, **rule), separable).resume()
 
 
 def test_recompute_at_the_peak_trains_as_without(config, separable, tmp_path):
@@ -520,58 +391,3 @@ def test_settings_that_do_not_fit_are_refused_before_training(config, separable,
     with pytest.raises(SettingsError, match=said):
         trainer(config(**settings), separable)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
-@pytest.mark.parametrize("rule", RULES)
-def test_on_cuda(config, separable, tmp_path, rule, amp):
-    settings = config(device="cuda", amp=amp, channels_last=True, epochs=3, **rule)
-    run = trainer(settings, separable)
-    interrupt_after(run, 6)
-    with pytest.raises(Interrupted):
-        run.fit()
-    again = trainer(settings, separable)
-    again.resume()
-    summary = again.fit()
-    assert summary.peak_bytes > 0 and len(log(settings)) == 3
-    assert all(torch.isfinite(p).all() and p.is_cuda for p in again.network.parameters())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("rule", RULES)
-def test_a_step_on_cuda_never_waits_for_the_device(config, separable, rule):
-    run = trainer(config(device="cuda", **rule), separable)
-    batches = run._feed(run._batches.train(1))
-    images, labels = next(batches)
-    for _ in range(6):  # a local rule's step is captured after some eager ones
-        run._learner.step(images, labels)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        images, labels = next(batches)
-        run._sums.add(run._learner.step(images, labels), len(labels))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("rule", RULES[1:])
-def test_on_cuda_the_steps_run_as_one_graph_and_the_run_says_so(config, separable, rule):
-    said = []
-    run = Trainer(config(device="cuda", batch_size=10, **rule), separable, bars=False, say=said.append)
-    assert run.launch() == "one CUDA graph each, captured after the first few"
-    run.fit()
-    assert said[0].startswith("steps: 0 of 3 as one CUDA graph (captured after")
-    assert run._learner.outcome() == "steps: 9 of 12 as one CUDA graph"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("rule", RULES[1:])
-def test_on_cuda_graph_and_overlap_train_as_eager_steps_do(config, separable, tmp_path, rule):
-    losses = []
-    for name, how in (("eager", {"graph": "off", "overlap": False}), ("graph", {"graph": "on", "overlap": True})):
-        settings = config(device="cuda", batch_size=10, output=str(tmp_path / name), **how, **rule)
-        trainer(settings, separable).fit()
-        losses.append([float(row["local_loss_sum"]) for row in log(settings)])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
