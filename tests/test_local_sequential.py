@@ -211,6 +211,13 @@ def test_second_backward_is_refused():
         assert torch.equal(grad, before[name])
 
 
+def test_gradients_of_gradients_are_refused():
+    net, factor = small(), torch.ones((), requires_grad=True)
+    (grad,) = torch.autograd.grad(net(*batch()).loss * factor, next(net.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_gradients_are_handed_over_without_a_copy():
     net = small()
     out = net(*batch())

@@ -80,6 +80,17 @@ def test_float16_with_grad_scaler_keeps_small_gradients():
     assert scaler.get_scale() == 2.0**14
 
 
+def test_a_third_of_a_scaled_loss_gives_a_third_of_the_gradients():
+    x, y = torch.randn(8, 12), torch.randint(0, 4, (8,))
+    net, scaler = mlp(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    net(x, y).loss.backward()
+    whole = {name: grad.clone() for name, grad in grads(net).items()}
+    net.zero_grad()
+    scaler.scale(net(x, y, grad_scaler=scaler).loss / 3).backward()
+    for name, grad in grads(net).items():
+        torch.testing.assert_close(grad / 2.0**10, whole[name] / 3)
+
+
 def test_grad_scaler_skips_overflow():
     net = mlp()
     before = net.primary[0].weight.detach().clone()

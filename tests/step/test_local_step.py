@@ -183,20 +183,21 @@ def test_clipping_of_all_modules_together():
     assert all(p.grad is None for p in net.parameters())
 
 
-def test_gradients_of_several_calls_are_averaged():
+@pytest.mark.parametrize("calls", [2, 3])
+def test_gradients_of_several_calls_are_averaged(calls):
     net, other = twins()
-    plain, step = sgd(other.parameters()), LocalStep(net, sgd, accumulate=3)
+    plain, step = sgd(other.parameters()), LocalStep(net, sgd, accumulate=calls)
     for _ in range(2):
         plain.zero_grad()
-        for x, y in batches(3):
-            (other(x, y).loss / 3).backward()
+        for x, y in batches(calls):
+            (other(x, y).loss / calls).backward()
             step(x, y)
         plain.step()
     for (name, value), (_, theirs) in zip(net.state_dict().items(), other.state_dict().items(), strict=True):
         torch.testing.assert_close(value, theirs, msg=name)
-    step(x, y)
     weights = copy.deepcopy(list(net.parameters()))
-    step(x, y)
+    for _ in range(calls - 1):
+        step(x, y)
     assert all(torch.equal(a, b) for a, b in zip(weights, net.parameters(), strict=True))  # no step is due
     step(x, y)
     assert not all(torch.equal(a, b) for a, b in zip(weights, net.parameters(), strict=True))
@@ -302,6 +303,8 @@ def test_the_cpu_runs_eagerly_and_says_why():
         ({"overlap": 3}, ValueError, "overlap must be"),
         ({"autocast": torch.float32}, ValueError, "autocast must be"),
         ({"clip_norm": 0.0}, ValueError, "clip_norm must be positive"),
+        ({"clip_norm": -1.0}, ValueError, "clip_norm must be positive"),
+        ({"clip_norm": float("nan")}, ValueError, "clip_norm must be positive"),
         ({"clip_norm": 1.0, "clip": "all"}, ValueError, "clip must be one of"),
         ({"accumulate": 0}, ValueError, "accumulate"),
         ({"accumulate": True}, ValueError, "accumulate"),
