@@ -136,7 +136,8 @@ def test_a_rule_as_head_and_a_recipe_of_ones_own(images, tmp_path, capsys):
     settings = json.loads((output / "config.json").read_text())["settings"]
     assert (settings["context"], settings["head"]) == ("R1E", "infopro:weights=5,0,0,1")
     assert settings["recipe_file"] == str(own) and settings["recipe"] == "cifar10"
-    assert entries(capsys.readouterr().out.split("\n\n")[0])["rule"].startswith("contsup: 2 local modules; widen 1, init own, context R1E")
+    rule = entries(capsys.readouterr().out.split("\n\n")[0])["rule"]
+    assert rule.startswith("contsup: 2 local modules; widen 1, init own, context R1E")
     assert main([*arguments, "--context", "R1E", "--resume"]) == 0
     assert main([*arguments, "--head", "infopro:weights=5,0,0,2", "--context", "R1E", "--resume"]) == 1
     assert "--head: 'infopro:weights=5,0,0,1' in the checkpoint" in capsys.readouterr().err
