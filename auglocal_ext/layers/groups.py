@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -151,18 +152,46 @@ def nesting_hint(layers: nn.Sequential) -> str:
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Within the context every submodule is in eval mode and no gradient is recorded; modes are restored after."""
+    """Within the context every submodule is in eval mode and no gradient is recorded; modes are restored after.
+
+    So are other attributes, such as a cache that a module fills in eval mode and would keep in training mode.
+    """
     parts = [part for module in modules for part in module.modules()]
     models = {segment.model for segment in parts if isinstance(segment, Segment)}
-    modes = [(part, part.training) for part in (*parts, *(part for model in models for part in model.modules()))]
+    parts += [part for model in models for part in model.modules()]
+    held = [(part, _attributes(part)) for part in parts]
     try:
-        for part, _ in modes:
+        for part in parts:
             part.training = False
         with torch.no_grad():
             yield
     finally:
-        for part, mode in modes:
-            part.training = mode
+        for part, attributes in held:
+            _restore(part, attributes)
+
+
+_OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """What a module holds beside parameters, buffers, submodules and hooks; of a container also its contents."""
+    return {
+        key: (value, value.copy() if type(value) in (dict, list, set) else None)
+        for key, value in vars(module).items()
+        if key not in _OF_MODULES
+    }
+
+
+def _restore(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
+    own = vars(module)
+    for key in [key for key in own if key not in _OF_MODULES and key not in attributes]:
+        del own[key]
+    for key, (value, content) in attributes.items():
+        own[key] = value
+        if content is None:
+            continue
+        value.clear()
+        (value.extend if isinstance(value, list) else value.update)(content)
 
 
 def probe_input(module: nn.Module, shape: Sequence[int], batch: int = 1, dtype: torch.dtype | None = None) -> Tensor:
