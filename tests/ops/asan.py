@@ -13,11 +13,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from emulator import build
-
-from auglocal_ext.ops import providers
 
 HERE = Path(__file__).resolve().parent
 
@@ -43,31 +42,37 @@ def package(folder: Path) -> None:
 
 def run(folder: Path, command: list[str], **environment: str) -> int:
     """Run Python under AddressSanitizer, whose reports are printed; returns its status, which no report leaves 0."""
+    reports = Path(tempfile.mkdtemp(dir=folder))
     variables = {
         "PYTHONPATH": os.pathsep.join([str(folder), str(HERE)]),
         "LD_PRELOAD": runtime_libraries(),
         # Python gives little back at its end. pytest keeps what is printed by a process that ends at once.
-        "ASAN_OPTIONS": f"detect_leaks=0:log_path={folder / 'report'}",
+        "ASAN_OPTIONS": f"detect_leaks=0:log_path={reports / 'report'}",
         **environment,
     }
-    done = subprocess.run([sys.executable, *command], cwd=folder, env={**os.environ, **variables}, check=False)
-    for report in folder.glob("report.*"):
-        print(report.read_text())
-        report.unlink()
+    done = subprocess.run(
+        [sys.executable, *command],
+        **{"cwd": folder, "env": {**os.environ, **variables}, "text": True},
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
+    )
+    print(done.stdout, *(report.read_text() for report in reports.iterdir()), sep="\n")
     return done.returncode
 
 
 def main(options: list[str]) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        package(folder)
         build.build_runtime(folder, build.ADDRESS)
-        for op in providers.TABLES:
-            build.build(build.SOURCES / "cuda" / f"{op}.cu", folder, build.ADDRESS)
         tests = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE), *options]
-        return run(folder, [*tests, "-k", "cpu-cpu"]) or run(
-            folder, [*tests, "-k", "cpu-cuda", "-p", "emulated"], AUGLOCAL_EMULATED=name
-        )
+        with ThreadPoolExecutor(2) as pool:
+            packaged = pool.submit(package, folder)
+            build.build_ops(folder, build.ADDRESS)
+            packaged.result()
+            runs = [
+                pool.submit(run, folder, [*tests, "-k", "cpu-cpu"]),
+                pool.submit(run, folder, [*tests, "-k", "cpu-cuda", "-p", "emulated"], AUGLOCAL_EMULATED=name),
+            ]
+            return max(abs(done.result()) for done in runs)
 
 
 if __name__ == "__main__":

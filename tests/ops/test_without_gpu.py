@@ -50,8 +50,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         pytest.skip("needs Linux and a C++ compiler")
     folder = tmp_path_factory.mktemp("emulator")
     build.build_runtime(folder)
-    for op in providers.TABLES:
-        build.build(build.SOURCES / "cuda" / f"{op}.cu", folder)
+    build.build_ops(folder)
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return {"PYTHONPATH": path, "AUGLOCAL_EMULATED": str(folder)}
 

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
+from auglocal_ext.ops import providers
+
 from .translate import host_source
 
 HERE = Path(__file__).resolve().parent
@@ -69,6 +71,12 @@ def build(source: Path, folder: Path, sanitize: Sequence[str] = CHECKED, torch: 
     translated.write_text(includes + host_source(source.read_text(), name))
     link += [f"-L{folder}", f"-l:{RUNTIME}.so", "-Wl,-rpath,$ORIGIN"]
     return _link(folder / f"{source.stem}.so", [_compile(translated, work, options)], link)
+
+
+def build_ops(folder: Path, sanitize: Sequence[str] = CHECKED) -> None:
+    """Compile the kernels of every op for the runtime in ``folder``, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda op: build(SOURCES / "cuda" / f"{op}.cu", folder, sanitize), providers.TABLES))
 
 
 def build_cpu(library: Path, work: Path, sanitize: Sequence[str]) -> Path:
