@@ -27,13 +27,13 @@ ROWS = {
     "ContSup E": "--rule contsup --context E",
     "ContSup R1E": "--rule contsup --context R1E",
     "DGL": "--rule dgl --head mlp-sr-auglocal",
-    "PredSim": "--rule predsim --beta 0.99 --limit 512 --no-scale-classifier",
-    "InfoPro": "--rule infopro --loss softmax --head 1c2f --weights 5,0.05,0.2,0.5",
+    "PredSim": "--rule predsim --beta 0.99 --limit 512 --no-scale-classifier --zero-padding --init auglocal",
+    "InfoPro": "--rule infopro --loss softmax --head 1c2f --init released --weights 5,0.05,0.2,0.5",
     "Greedy": "--rule greedy",
     "MAN": "--rule man",
     "MAN + DGL": "--rule man --head dgl",
 }
-_OF_NETWORK = {("InfoPro", "resnet110"): "--rule infopro --loss softmax --head 1c2f --weights 5,0,0.5,1"}
+_OF_NETWORK = {("InfoPro", "resnet110"): "--rule infopro --loss softmax --head 1c2f --init released --weights 5,0,0.5,1"}
 
 MODULES = 16
 """Local modules, at most, of the rows whose papers cut deep networks into so many of equal counts."""
