@@ -33,7 +33,9 @@ ROWS = {
     "MAN": "--rule man",
     "MAN + DGL": "--rule man --head dgl",
 }
-_OF_NETWORK = {("InfoPro", "resnet110"): "--rule infopro --loss softmax --head 1c2f --init released --weights 5,0,0.5,1"}
+_OF_NETWORK = {
+    ("InfoPro", "resnet110"): "--rule infopro --loss softmax --head 1c2f --init released --weights 5,0,0.5,1",
+}
 
 MODULES = 16
 """Local modules, at most, of the rows whose papers cut deep networks into so many of equal counts."""
