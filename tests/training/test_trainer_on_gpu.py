@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from runs import RULES, interrupt_after, log, trainer
+from waits import no_waits
 
 from auglocal_ext.training import Interrupted, Trainer
 
@@ -33,13 +34,9 @@ def test_a_step_on_cuda_never_waits_for_the_device(config, separable, rule):
     images, labels = next(batches)
     for _ in range(6):  # a local rule's step is captured after some eager ones
         run._learner.step(images, labels)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         images, labels = next(batches)
         run._sums.add(run._learner.step(images, labels), len(labels))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
