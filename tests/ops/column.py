@@ -77,6 +77,34 @@ def assert_close(what: str, ours: Tensor, same_dtype: Tensor, oracle: Tensor) ->
     )
 
 
+def assert_compiles(step: Callable[..., Tensor], leaves: Sequence[Tensor], running: Sequence[Tensor]) -> None:
+    """``step(leaves, running)`` as one graph: output, running statistics and gradients are those of eager mode."""
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        fresh = [leaf.detach().requires_grad_() for leaf in leaves]
+        updated = [statistic.clone() for statistic in running]
+        y = function(fresh, updated)
+        (y * y).sum().backward()
+        results.append([y.detach(), *updated, *(leaf.grad for leaf in fresh)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def assert_repeatable(
+    step: Callable[..., Tensor], leaves: Sequence[Tensor], running: Sequence[Tensor], grad: Tensor
+) -> None:
+    """``step(leaves, running)`` twice: output, running statistics and gradients agree to the bit."""
+
+    def once() -> list[Tensor]:
+        fresh = [leaf.detach().requires_grad_() for leaf in leaves]
+        updated = [statistic.clone() for statistic in running]
+        y = step(fresh, updated)
+        return [y.detach(), *updated, *torch.autograd.grad(y, fresh, grad)]
+
+    for first, again in zip(once(), once(), strict=True):
+        assert torch.equal(first, again)
+
+
 def assert_follows_the_stream(run: Callable[[Tensor], Sequence[Tensor]], x: Tensor) -> None:
     """On a side stream on which x is written late, ``run`` makes of it what it makes of an x long there."""
     expected = run(x)

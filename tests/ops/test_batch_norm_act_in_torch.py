@@ -114,15 +114,7 @@ def test_compiles_as_one_graph(device: str, provider: str, training: bool) -> No
         x, weight, bias, residual = leaves
         return batch_norm_act(*(x * 2, weight, bias, *running), residual=residual, training=training, provider=provider)
 
-    results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaves = [t.detach().requires_grad_() for t in (x, weight, bias, residual)]
-        running = [mean.clone(), var.clone()]
-        y = function(leaves, running)
-        (y * y).sum().backward()
-        results.append([y.detach(), *running, *(leaf.grad for leaf in leaves)])
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected)
+    column.assert_compiles(step, (x, weight, bias, residual), (mean, var))
 
 
 def test_automatic_choice_compiles() -> None:
@@ -152,14 +144,11 @@ def test_bitwise_repeatable(device: str, provider: str, layout: str) -> None:
     x, weight, bias, mean, var, residual = inputs((70, 33, 5, 5), torch.float32, device)
     x, grad = column.LAYOUTS[layout](x), torch.randn(x.shape, device=device)
 
-    def once() -> list[Tensor]:
-        leaves = [t.detach().requires_grad_() for t in (x, weight, bias, residual)]
-        running = [mean.clone(), var.clone()]
-        y = batch_norm_act(*leaves[:3], *running, residual=leaves[3], training=True, provider=provider)
-        return [y.detach(), *running, *torch.autograd.grad(y, leaves, grad)]
+    def step(leaves: list[Tensor], running: list[Tensor]) -> Tensor:
+        x, weight, bias, residual = leaves
+        return batch_norm_act(x, weight, bias, *running, residual=residual, training=True, provider=provider)
 
-    for first, again in zip(once(), once(), strict=True):
-        assert torch.equal(first, again)
+    column.assert_repeatable(step, (x, weight, bias, residual), (mean, var), grad)
 
 
 @column.cases

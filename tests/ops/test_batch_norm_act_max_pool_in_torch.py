@@ -53,15 +53,7 @@ def test_compiles_as_one_graph(device: str, provider: str, training: bool) -> No
         x, weight, bias = leaves
         return batch_norm_act_max_pool(x * 2, weight, bias, *running, training=training, provider=provider)
 
-    results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
-        running = [mean.clone(), var.clone()]
-        y = function(leaves, running)
-        (y * y).sum().backward()
-        results.append([y.detach(), *running, *(leaf.grad for leaf in leaves)])
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected)
+    column.assert_compiles(step, (x, weight, bias), (mean, var))
 
 
 def test_automatic_choice_compiles() -> None:
@@ -90,13 +82,10 @@ def test_bitwise_repeatable(device: str, provider: str, layout: str) -> None:
     x, weight, bias, mean, var = inputs((images, 33, 7, 8), torch.float32, device)
     x, grad = column.LAYOUTS[layout](x), torch.randn(images, 33, 4, 4, device=device)
 
-    def once() -> list[Tensor]:
-        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
-        y = batch_norm_act_max_pool(*leaves, mean.clone(), var.clone(), training=True, provider=provider)
-        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+    def step(leaves: list[Tensor], running: list[Tensor]) -> Tensor:
+        return batch_norm_act_max_pool(*leaves, *running, training=True, provider=provider)
 
-    for first, again in zip(once(), once(), strict=True):
-        assert torch.equal(first, again)
+    column.assert_repeatable(step, (x, weight, bias), (mean, var), grad)
 
 
 @column.cases
