@@ -12,7 +12,7 @@ from replicated import mesh as replicas
 from replicated import network, parts, sgd
 from test_shards import assert_equal
 from test_stages import mesh as grid
-from test_step_checkpoint import BATCHES, OPTIMIZERS, by_name, one_process, states, train
+from test_step_checkpoint import BATCHES, OPTIMIZERS, by_name, go_on, saved_halfway, train
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
@@ -75,12 +75,7 @@ def _saved_by_four(rank, folder, expected):
 
 @pytest.mark.slow
 def test_checkpoints_go_among_shards_replicas_stages_and_one_process(tmp_path):
-    expected = {}
-    for name in OPTIMIZERS:
-        step = one_process(name, BATCHES[:3])
-        step.save(tmp_path / name, {"batches": 3})
-        train(step, BATCHES[3:])
-        expected[name] = states(step)
+    expected = {name: saved_halfway(tmp_path, name) for name in OPTIMIZERS}
     run(2, _saved_by_two, tmp_path, expected)
     run(4, _saved_by_four, tmp_path, expected)
     for name, (rule, optimizer) in OPTIMIZERS.items():
@@ -106,15 +101,12 @@ def _written_once(folder):
 
 
 def _until_killed(rank, folder, dies):
-    step = LocalStep(network("man", seed=95 if folder.exists() else 7), sgd, mesh=replicas(2), shard=True)
-    begun = step.load(folder)["batches"] if folder.exists() else 0
-    batches = list(parts(2, 6))
-    for number in range(begun, 6):
+    def before(number):
         if dies and (rank, number) == (1, 3):
             os.kill(os.getpid(), signal.SIGKILL)
-        step(*batches[number][rank])
-        if number % 2:
-            step.save(folder, {"batches": number + 1})
+
+    step = LocalStep(network("man", seed=95 if folder.exists() else 7), sgd, mesh=replicas(2), shard=True)
+    go_on(step, folder, [of_rank[rank] for of_rank in parts(2, 6)], before)
     step.save(folder.with_name("end"))
 
 

@@ -46,6 +46,24 @@ def one_process(name, batches=BATCHES):
     return step
 
 
+def saved_halfway(folder, name):
+    """Saves a run of one process after three batches; the states at its end."""
+    step = one_process(name, BATCHES[:3])
+    step.save(folder / name, {"batches": 3})
+    train(step, BATCHES[3:])
+    return states(step)
+
+
+def go_on(step, folder, batches, before=lambda number: None):
+    """Trains on from the last checkpoint, and saves after every second batch; ``before(number)`` precedes each."""
+    begun = step.load(folder)["batches"] if folder.exists() else 0
+    for number in range(begun, len(batches)):
+        before(number)
+        step(*batches[number])
+        if number % 2:
+            step.save(folder, {"batches": number + 1})
+
+
 def assert_states(step, expected, exactly=True):
     """The tensors that a process holds are those of one process's network and optimizer."""
     state, optimizer = expected
@@ -150,15 +168,13 @@ def _meta(rank, folder, name, expected):
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_a_run_goes_on_among_other_processes(tmp_path, name):
     rule, optimizer = OPTIMIZERS[name]
-    step = one_process(name, BATCHES[:3])
-    step.save(tmp_path / name, {"batches": 3})
-    train(step, BATCHES[3:])
+    whole = saved_halfway(tmp_path, name)
     with deferred(seed=3):
         net = network(rule)
     net.materialise("cpu")
     begun = LocalStep(net, optimizer)
     train(begun, BATCHES)
-    expected = {name: states(step), "deferred": states(begun)}
+    expected = {name: whole, "deferred": states(begun)}
 
     run(2, _spread, tmp_path, name, expected)
 
@@ -196,27 +212,19 @@ def _grids(rank, folder, expected):
 
 @pytest.mark.slow
 def test_grids_of_stages_and_replicas(tmp_path):
-    expected = {}
-    for name in OPTIMIZERS:
-        step = one_process(name, BATCHES[:3])
-        step.save(tmp_path / name, {"batches": 3})
-        train(step, BATCHES[3:])
-        expected[name] = states(step)
+    expected = {name: saved_halfway(tmp_path, name) for name in OPTIMIZERS}
     run(4, _grids, tmp_path, expected)
 
 
 def _until_killed(rank, folder, dies):
-    """Train on from the last checkpoint, and save after every second batch."""
-    step = LocalStep(network("contsup", seed=95 if folder.exists() else 7), sgd, mesh=mesh(2))
-    begun = step.load(folder)["batches"] if folder.exists() else 0
-    for number in range(begun, 6):
+    def before(number):
         if dies == (rank, number):
             os.kill(os.getpid(), signal.SIGKILL)
         if dies == (rank, f"saves {number}"):
             _die_at_the_last_moment()
-        step(*BATCHES[number])
-        if number % 2:
-            step.save(folder, {"batches": number + 1})
+
+    step = LocalStep(network("contsup", seed=95 if folder.exists() else 7), sgd, mesh=mesh(2))
+    go_on(step, folder, BATCHES, before)
     torch.save(states(step), folder.with_name(f"{rank}.pt"))
     step.close()
 
