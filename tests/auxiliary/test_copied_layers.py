@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from isolation import assert_gradient_isolated, assert_same_values
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -228,11 +229,7 @@ def check(make, **options):
         torch.manual_seed(3)
         made.append(local(source, **options))
     net, other = made
-    found, again = net.auxiliary.state_dict(), other.auxiliary.state_dict()
-    assert list(found) == list(again)
-    for name, value in found.items():
-        assert torch.equal(value, again[name]) and not value.isnan().any(), name
-        assert not name.endswith("num_batches_tracked") or value == 0, name
+    assert_same_values(net, other)
     assert storages(net.auxiliary).isdisjoint(storages(net.primary))
     net.eval()
     for k, auxiliary in enumerate(net.auxiliary):
@@ -245,15 +242,7 @@ def check(make, **options):
             hook.remove()
             assert taken == [net.network.layers[index - 1].shape]  # as in the network
     net.train()
-    x = torch.randn(4, *net.network.input_shape)
-    for module in net.local_modules[:-1]:
-        h = module(x)
-        module.local_loss(h, Y).backward()
-        trained = set(module.parameters())
-        assert all(parameter.grad is None for parameter in net.parameters() if parameter not in trained)
-        assert all(parameter.grad is not None for parameter in net.auxiliary[module.index].parameters())
-        net.zero_grad(set_to_none=True)
-        x = h.detach()
+    assert_gradient_isolated(net, torch.randn(4, *net.network.input_shape), Y)
     return net
 
 

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from isolation import assert_gradient_isolated, assert_same_values
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -126,24 +127,12 @@ def test_copies_compute_what_the_layers_do(make):
 
 @pytest.mark.parametrize("make", [Attentive, Vectors])
 def test_auxiliary_networks_have_no_value_of_the_model_and_train_apart_from_it(make):
-    states = []
+    nets = []
     for source in (make(), spoiled(make())):
         torch.manual_seed(3)
-        states.append(wrapped(source).auxiliary.state_dict())
-    one, other = states
-    assert list(one) == list(other) and one
-    for name, value in one.items():
-        assert torch.equal(value, other[name]) and not value.isnan().any(), name
-    net = wrapped(make())
-    x = X
-    for module in net.local_modules[:-1]:
-        h = module(x)
-        module.local_loss(h, Y).backward()
-        trained = set(module.parameters())
-        assert all(parameter.grad is None for parameter in net.parameters() if parameter not in trained)
-        assert all(parameter.grad is not None for parameter in net.auxiliary[module.index].parameters())
-        net.zero_grad(set_to_none=True)
-        x = h.detach()
+        nets.append(wrapped(source))
+    assert_same_values(*nets)
+    assert_gradient_isolated(nets[0], X, Y)
 
 
 def test_a_linear_layer_inside_a_module_that_does_more_is_copied_with_the_module():
