@@ -100,14 +100,11 @@ class AugLocal(Rule):
         if not 0.0 <= self.pyramid <= 1.0:
             raise ValueError(f"pyramid is the slope of the pyramidal depth, within 0 .. 1; got {self.pyramid!r}")
         head = resolved(self.head)
-        inner: Rule | None = head
-        while inner is not None:
-            if inner.follows_layers:
-                raise ValueError(
-                    f"head={self.head!r} makes auxiliary networks of the layers behind its input, and behind sampled "
-                    "layers there are none. Make it the outer rule, or raise depth"
-                )
-            inner = inner.head_rule
+        if any(rule.follows_layers for rule in head.with_heads):
+            raise ValueError(
+                f"head={self.head!r} makes auxiliary networks of the layers behind its input, and behind sampled "
+                "layers there are none. Make it the outer rule, or raise depth"
+            )
         if self.single_layer_norm and type(head) is not LinearHead:
             raise ValueError(
                 f"single_layer_norm puts a BatchNorm before the linear head's layer; head={self.head!r} has no such "

@@ -162,6 +162,12 @@ class Rule(ABC):
         return None if head is None else resolved(head)
 
     @property
+    def with_heads(self) -> list[Rule]:
+        """The rule, its head, the head of its head, and so on."""
+        head = self.head_rule
+        return [self] if head is None else [self, *head.with_heads]
+
+    @property
     def classifier_weight(self) -> float:
         """Weight of the last module's loss, which goes through the network's own classifier."""
         return 1.0 if self.head_rule is None else self.head_rule.classifier_weight
@@ -173,14 +179,12 @@ class Rule(ABC):
 
     def refuse_classifier_apart(self) -> None:
         """ValueError for a rule made of the layers behind a module, to which the classifier would be one of them."""
-        rule: Rule | None = self
-        while rule is not None:
+        for rule in self.with_heads:
             if rule.follows_layers:
                 raise ValueError(
                     f"{type(rule).__name__} makes auxiliary networks of the layers behind a module, which the "
                     "classifier as a local module by itself (PredSim(classifier_apart=True)) is not: leave it out"
                 )
-            rule = rule.head_rule
 
     @property
     def supplies_context(self) -> bool:
