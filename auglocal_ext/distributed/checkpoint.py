@@ -3,8 +3,6 @@
 ``NAME/rest.pt`` holds everything but tensors, and names the subfolder with torch's files, each with its checksum. It is
 replaced atomically and last; only then are the files of the previous checkpoint deleted. The first checkpoint is
 written to ``.NAME.partial``, which is renamed when it is complete.
-
-Checksums are CRC-32: they find damage, not forgery.
 """
 
 from __future__ import annotations
@@ -16,8 +14,6 @@ import re
 import secrets
 import shutil
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .agreement import everyone
+from .checkpoint_files import PARTIAL, changed, checksum, load_checked, readable, reason, replaced, sync
 
 FORMAT = 1
 _REST, _LIST = "rest.pt", ".metadata"  # the second one is torch's
@@ -108,7 +105,7 @@ def write(folder: Path, tensors: dict[str, Tensor], rest: Mapping[str, Any], gro
     first = group is None or torch.distributed.get_rank(group) == 0
     name = everyone(f"tensors-{secrets.token_hex(4)}", group)[0]
     together(lambda: _as_bytes(rest), group)  # what cannot be saved is refused before anything is written
-    beside = folder.with_name(f".{folder.name}.partial")
+    beside = folder.with_name(f".{folder.name}{PARTIAL}")
     place = everyone(together(lambda: _prepare(folder, beside) if first else folder, group), group)[0]
     writer = checkpoint.FileSystemWriter(place / name)
     with _quietly(group):
@@ -122,15 +119,7 @@ def write(folder: Path, tensors: dict[str, Tensor], rest: Mapping[str, Any], gro
 def _own_checksums(folder: Path, group: Any) -> dict[str, int]:
     """Of the files that this process has written, by name."""
     rank = 0 if group is None else torch.distributed.get_rank(group)
-    return {path.name: _checksum(path) for path in folder.glob(f"__{rank}_*")}
-
-
-def _checksum(path: Path) -> int:
-    found = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            found = zlib.crc32(block, found)
-    return found
+    return {path.name: checksum(path) for path in folder.glob(f"__{rank}_*")}
 
 
 def _of_all(checksums: dict[str, int], group: Any) -> dict[str, int]:
@@ -167,21 +156,16 @@ def _finish(folder: Path, place: Path, name: str, rest: Mapping[str, Any], check
             "all processes share"
         )
     for file in {*files, _LIST} - checksums.keys():
-        checksums[file] = _checksum(place / name / file)
+        checksums[file] = checksum(place / name / file)
     written = _as_bytes({**rest, "format": FORMAT, "folder": name, "checksums": checksums})
-    partial = place / f"{_REST}.partial"
-    with open(partial, "wb") as file:
+    sync(place / name)
+    with replaced(place / _REST) as file:
         file.write(written)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(place / name)
-    os.replace(partial, place / _REST)
-    _sync(place)
     if place == folder:
         _clear(folder, name)
     else:
         os.replace(place, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
 
 
 @contextmanager
@@ -195,16 +179,6 @@ def _quietly(group: Any) -> Iterator[None]:
 
 def _is_checkpoint(folder: Path) -> bool:
     return (folder / _REST).is_file()
-
-
-def _sync(folder: Path) -> None:
-    """A rename lives in the folder around it."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 class Stored:
@@ -231,17 +205,14 @@ class Stored:
                 f"{folder}: {'not a checkpoint of LocalStep' if folder.exists() else 'there is no such checkpoint'}"
             )
         self._folder = folder
-        with self._readable():
-            with zipfile.ZipFile(folder / _REST) as archive:
-                if damaged := archive.testzip():  # torch writes checksums and does not compare them
-                    raise _changed(damaged)
-            self.rest = torch.load(folder / _REST, map_location="cpu", weights_only=True)
+        with readable(folder, CheckpointError):
+            self.rest = load_checked(folder / _REST)
             found = self.rest.get("format")
         if found != FORMAT:
             raise CheckpointError(
                 f"{folder}: expected a checkpoint of format {FORMAT}, found {found}: another version wrote it"
             )
-        with self._readable():
+        with readable(folder, CheckpointError):
             self._checksums: dict[str, int] | None = self.rest.get("checksums")
             self.tensors = folder / Path(self.rest["folder"]).name
             self._compare([_LIST])
@@ -249,22 +220,12 @@ class Stored:
             tensors = {name: item for name, item in listed.items() if isinstance(item, TensorStorageMetadata)}
             self.forms = {name: (item.size, item.properties.dtype) for name, item in tensors.items()}
 
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        """CheckpointError for whatever reading raises: the errors of damaged files are of no particular kind."""
-        try:
-            yield
-        except CheckpointError:
-            raise
-        except Exception as error:
-            raise CheckpointError(f"{self._folder}: not a readable checkpoint ({_reason(error)})") from error
-
     def _compare(self, files: list[str]) -> None:
         if self._checksums is None:
             return
         for file in files:
-            if _checksum(self.tensors / file) != self._checksums[file]:
-                raise _changed(file)
+            if checksum(self.tensors / file) != self._checksums[file]:
+                raise changed(file)
 
     def read(self, tensors: dict[str, Tensor], group: Any) -> None:
         """Fill ``tensors``, by name; a collective call.
@@ -281,7 +242,7 @@ class Stored:
             warnings.warn(f"{self._folder} has no checksums, and is not checked for damage", stacklevel=2)
 
         def compare() -> None:
-            with self._readable():
+            with readable(self._folder, CheckpointError):
                 self._compare(sorted(self._checksums or ())[rank::size])  # each file is read by one process
 
         together(compare, group)
@@ -295,14 +256,4 @@ class Stored:
 
 def _class_in(error: BaseException) -> str:
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    return _reason(error) if found is None else found[1]
-
-
-def _changed(file: str) -> ValueError:
-    return ValueError(f"{file} has another checksum than when it was written")
-
-
-def _reason(error: BaseException) -> str:
-    """An error in one line: what it says first, and its kind where that says nothing alone."""
-    said = (str(error).splitlines() or [""])[0]
-    return said if " " in said else f"{type(error).__name__}: {said}"
+    return reason(error) if found is None else found[1]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..distributed.checkpoint_files import load_checked, readable
 from .errors import CheckpointError
 from .writing import replaced
 
@@ -24,41 +22,13 @@ def save(state: dict[str, Any], path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state ``save`` wrote, tensors on the CPU; CheckpointError if there is none or it is damaged.
-
-    torch writes a checksum of every tensor and does not read it: here it is compared.
-    """
+    """The state ``save`` wrote, tensors on the CPU; CheckpointError if there is none or it is damaged."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no checkpoint to resume from; train without --resume first")
-    with unreadable(path):
-        if damaged := _damaged(path):
-            raise ValueError(f"{damaged} has another checksum than when it was written")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    with readable(path, CheckpointError):
+        state = load_checked(path)
     check_format(state, path)
     return state
-
-
-def _damaged(path: Path) -> str | None:
-    with zipfile.ZipFile(path) as archive:
-        return archive.testzip()
-
-
-@contextmanager
-def unreadable(path: Path) -> Iterator[None]:
-    """CheckpointError for whatever reading ``path`` raises: the errors of damaged files are of no particular kind."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason(error)})") from error
-
-
-def reason(error: BaseException) -> str:
-    """An error in one line: what it says first, and its kind where that says nothing alone."""
-    lines = str(error).splitlines()
-    said = lines[0] if lines else ""
-    return said if " " in said else f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def check_format(state: Any, path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.checkpoint_files import reason
 from ..nn import is_sharded
-from .checkpoint import reason
 from .errors import CheckpointError, TrainingError
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from ..distributed import checkpoint_files
 from .errors import OutputError
-
-_PARTIAL = ".partial"
 
 
 @contextmanager
@@ -22,23 +20,8 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OutputError: if it cannot be written; ``path`` is as it was.
     """
-    temporary = path.with_name(path.name + _PARTIAL)
-    with to(path):
-        try:
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        if os.name == "posix":  # the rename itself lives in the folder
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+    with to(path), checkpoint_files.replaced(path) as file:
+        yield file
 
 
 @contextmanager
@@ -63,7 +46,7 @@ def _of_system(error: BaseException | None) -> OSError | None:
 def remove_partial(folder: Path) -> None:
     """Delete what a killed process had begun to write in a run folder."""
     with to(folder):
-        for path in folder.glob(f"*{_PARTIAL}"):
+        for path in folder.glob(f"*{checkpoint_files.PARTIAL}"):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
