@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..segments import Ghost, Segment
+from ..segments.ghost import Standing
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class CopiedSegment(Segment):
         self._missing: tuple[_Missing, ...] = ()
         self._dtype: torch.dtype | None = None
         #: For a device and a dtype, what stands where while the segment runs.
-        self._ghosts: dict[Any, list[tuple[dict[str, Any], str, Ghost]]] = {}
+        self._ghosts: dict[Any, list[Standing]] = {}
 
     def drop_unused(self) -> None:
         """Release what the segment does not use; once, when its own tensors are there."""
@@ -59,22 +58,7 @@ class CopiedSegment(Segment):
         for each in self._missing:
             getattr(self.model.get_submodule(each.path), each.kind)[each.key] = None
 
-    def forward(self, h: Tensor) -> Tensor:
-        with self._complete(h.device):
-            return super().forward(h)
-
-    @contextmanager
-    def _complete(self, device: torch.device) -> Iterator[None]:
-        standing = self._standing(device)
-        try:
-            for place, key, ghost in standing:
-                place[key] = ghost
-            yield
-        finally:
-            for place, key, _ in standing:
-                place[key] = None
-
-    def _standing(self, device: torch.device) -> list[tuple[dict[str, Any], str, Ghost]]:
+    def _standing(self, device: torch.device) -> list[Standing]:
         dtype = self._floating()
         if _get_current_dispatch_mode() is not None:  # a fake tensor mode takes none that was made outside
             return self._made(device, dtype)
@@ -82,7 +66,7 @@ class CopiedSegment(Segment):
             self._ghosts[device, dtype] = self._made(device, dtype)
         return self._ghosts[device, dtype]
 
-    def _made(self, device: torch.device, dtype: torch.dtype | None) -> list[tuple[dict[str, Any], str, Ghost]]:
+    def _made(self, device: torch.device, dtype: torch.dtype | None) -> list[Standing]:
         made = []
         for each in self._missing:
             now = dtype if dtype is not None and each.dtype == self._dtype else each.dtype  # converted since

@@ -7,6 +7,8 @@ on something skipped is recognised by its type. Ghosts work beside real and fake
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,6 +77,23 @@ class Ghost(Tensor):
             for leaf in leaves
         ]
         return tree_unflatten(made, spec)
+
+
+#: A module's parameters or buffers, the name of one, and the ghost that stands in its place.
+Standing = tuple[dict[str, Any], str, Ghost]
+
+
+@contextmanager
+def standing(ghosts: Sequence[Standing]) -> Iterator[None]:
+    """Within it ghosts stand in the place of parameters and buffers that are not there, or not whole."""
+    before = [tensors[key] for tensors, key, _ in ghosts]
+    try:
+        for tensors, key, ghost in ghosts:
+            tensors[key] = ghost
+        yield
+    finally:
+        for (tensors, key, _), tensor in zip(ghosts, before, strict=True):
+            tensors[key] = tensor
 
 
 def _shape_of(value: Any) -> Any:

@@ -11,7 +11,7 @@ for the parameters and buffers that only other segments use.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import get_ident
 from typing import Any, Literal, cast
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..nn import FusedSequential, eager_type, is_sharded, run_chain
 from .boundaries import Boundary, Passage
 from .carried import carried, carry
-from .ghost import CrossingError, Ghost
+from .ghost import CrossingError, Ghost, Standing, standing
 from .recording import SLOT, Call, Form, Linear, picked_output
 
 #: Models of which a segment runs, by ``id``.
@@ -275,7 +275,7 @@ class Segment(nn.Module):
                 "such tensors: hand on module.hand_on(out), which keeps them, in place of out.detach()"
             )
         run = _Run(self.model, script, h)
-        with run.patched(), self._without_others(h.device) if self.spread else nullcontext():
+        with run.patched(), standing(self._standing(h.device)):
             try:
                 out = self.model(run.input())
             except _Reached as reached:
@@ -292,25 +292,20 @@ class Segment(nn.Module):
             raise CrossingError(f"the output of {self!r} depends on something before it that its input does not carry")
         return carry(out.view_as(out) if beside and out is h else cast("Tensor", out), beside)
 
-    @contextmanager
-    def _without_others(self, device: torch.device) -> Iterator[None]:
-        """Within it ghosts stand for tensors that the code takes, but other segments use, and are not whole here."""
+    def _standing(self, device: torch.device) -> list[Standing]:
+        """Ghosts for tensors that the code takes, but other segments use, where they are not whole here."""
+        if not self.spread:
+            return []
         if self._others is None:
             self._others = list(self._taken_of_others())
-        held: list[tuple[dict[str, Any], str, Tensor]] = []
-        try:
-            for module, key in self._others:
-                tensors: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
-                tensor = tensors.get(key)
-                if tensor is None or not (is_sharded(tensor) or (tensor.is_meta and device.type != "meta")):
-                    continue
-                held.append((tensors, key, tensor))
+        ghosts: list[Standing] = []
+        for module, key in self._others:
+            tensors: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
+            tensor = tensors.get(key)
+            if tensor is not None and (is_sharded(tensor) or (tensor.is_meta and device.type != "meta")):
                 shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-                tensors[key] = Ghost(shape, device)
-            yield
-        finally:
-            for tensors, key, tensor in held:
-                tensors[key] = tensor
+                ghosts.append((tensors, key, Ghost(shape, device)))
+        return ghosts
 
     def _taken_of_others(self) -> Iterator[tuple[nn.Module, str]]:
         """Where the model has tensors that the segment's code takes without depending on them, under every name."""
