@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .calls import Call, Form, Recording
 from .look import Crossing, Look
-from .recording import SLOT, Call, Form, Recording, record
+from .recording import SLOT, record
 
 #: What becomes of tensors that cross a cut beside the one that is handed on, such as skip connections.
 Skips = Literal["refuse", "detach"]

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .recording import Call, Form, Recording
+from .calls import Call, Form, Recording
 
 
 @dataclass(frozen=True)

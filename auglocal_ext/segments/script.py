@@ -9,7 +9,7 @@ from torch import nn
 
 from ..nn import eager_type
 from .boundaries import Boundary, Passage
-from .recording import Call
+from .calls import Call
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..nn import FusedSequential, is_sharded, run_chain
 from .boundaries import Boundary, Passage
+from .calls import Call, Form, Linear
 from .carried import carried, carry
 from .ghost import CrossingError, Ghost, Standing, standing
-from .recording import SLOT, Call, Form, Linear, picked_output
+from .recording import SLOT, picked_output
 from .script import Action, Script
 
 #: Models of which a segment runs, by ``id``.
