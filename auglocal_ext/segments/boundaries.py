@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .calls import Call, Form, Recording
-from .look import Crossing, Look
+from .dataflow import Crossing, Dataflow
 from .recording import SLOT, record
 
 #: What becomes of tensors that cross a cut beside the one that is handed on, such as skip connections.
@@ -33,7 +33,7 @@ class Boundary:
         names: all submodules that end here.
         crossing: what crosses beside the tensor that is handed on.
         overwritten: whether that tensor is changed in place later.
-        lost: parameters used before it, but for what crosses alone (:meth:`auglocal_ext.segments.look.Look.lost`).
+        lost: parameters used before it, but for what crosses alone; see ``Dataflow.lost``.
     """
 
     name: str
@@ -150,28 +150,28 @@ def find_boundaries(
             raise TypeError(f"{name or 'the model'} is a scripted module, whose calls cannot be followed")
     recordings = record(model, example, False, output), record(model, example, True, output)
     parameters = frozenset(name for name, _ in model.named_parameters())
-    looks = [Look(recording, parameters) for recording in recordings]
-    for look in looks:
-        look.refuse_reentrant()
+    flows = [Dataflow(recording, parameters) for recording in recordings]
+    for flow in flows:
+        flow.refuse_reentrant()
     compiled = frozenset(name for name, module in model.named_modules() if _is_compiled(module))
     found: dict[tuple[str, int], Boundary] = {}
-    for group in looks[0].groups():
-        made = [_boundary(call, looks, compiled, skips) for call in group]
+    for group in flows[0].groups():
+        made = [_boundary(call, flows, compiled, skips) for call in group]
         fit = [each for each in made if not each.refused]
         fit = [each for each in fit if not each.crossing] or fit
         best = (fit or [each for each in made if each.crossing] or made)[-1]  # the outermost: its name is the shortest
         names = tuple(each.name for each in fit or made)
         found[best.key] = replace(best, names=names)
-    places = sorted(found.values(), key=lambda each: looks[0].call(each.key).end)
+    places = sorted(found.values(), key=lambda each: flows[0].call(each.key).end)
     legal = tuple(each for each in places if not each.refused)
-    ends = [[look.call(each.key).end for each in legal] for look in looks]
-    flops = looks[1].flops(ends[1])  # in eval mode attention may be one operator, which is not counted
+    ends = [[flow.call(each.key).end for each in legal] for flow in flows]
+    flops = flows[1].flops(ends[1])  # in eval mode attention may be one operator, which is not counted
     legal = tuple(replace(each, flops=count) for each, count in zip(legal, flops[:-1], strict=True))
-    own, unused = _owners(model, looks, ends)
-    work = tuple(looks[1].work)
+    own, unused = _owners(model, flows, ends)
+    work = tuple(flows[1].work)
     changed, takers = _changed(recordings), _takers(recordings)
-    leaves = [{each.key: look.crossings(look.call(each.key)).leaf for each in legal} for look in looks]
-    legal = tuple(_completed(each, looks, leaves) for each in legal)
+    leaves = [{each.key: flow.crossings(flow.call(each.key)).leaf for each in legal} for flow in flows]
+    legal = tuple(_completed(each, flows, leaves) for each in legal)
     for recording in recordings:  # what was needed for this alone, and is large
         recording.operators = []
     return Passage(
@@ -216,24 +216,24 @@ def _is_compiled(module: nn.Module) -> bool:
     return isinstance(module, torch._dynamo.OptimizedModule) or module.__dict__.get(SLOT) is not None
 
 
-def _boundary(call: Call, looks: Sequence[Look], compiled: frozenset[str], skips: Skips) -> Boundary:
+def _boundary(call: Call, flows: Sequence[Dataflow], compiled: frozenset[str], skips: Skips) -> Boundary:
     several = refused = ""
     found = []
-    for look in looks:
-        if not look.has(call.key):
+    for flow in flows:
+        if not flow.has(call.key):
             refused = refused or "it is not called in training mode"
             continue
-        same = look.call(call.key)
-        found.append(look.crossings(same))
+        same = flow.call(call.key)
+        found.append(flow.crossings(same))
         several = several or found[-1].several
-        refused = refused or found[-1].refused or look.changed(same)
+        refused = refused or found[-1].refused or flow.changed(same)
     if not refused and len({each.beside for each in found}) > 1:
         refused = "other tensors cross it in training mode than in eval mode"
     form = None
     if not refused:
         form = call.leaves[found[0].leaf]
         assert isinstance(form, Form)
-        refused = _unfit(call, form, looks[0], compiled)
+        refused = _unfit(call, form, flows[0], compiled)
     crossing = () if refused else found[0].beside
     if several and skips == "refuse":
         refused = several
@@ -242,14 +242,14 @@ def _boundary(call: Call, looks: Sequence[Look], compiled: frozenset[str], skips
     return Boundary(call.name, call.nth, shape, size, 0, refused, crossing=crossing)
 
 
-def _completed(boundary: Boundary, looks: Sequence[Look], leaves: Sequence[dict[tuple[str, int], int]]) -> Boundary:
+def _completed(boundary: Boundary, flows: Sequence[Dataflow], leaves: Sequence[dict[tuple[str, int], int]]) -> Boundary:
     key = boundary.key
-    overwritten = any(look.overwritten(look.call(key), of[key]) for look, of in zip(looks, leaves, strict=True))
-    lost = looks[1].lost(looks[1].call(key), leaves[1][key]) if boundary.crossing else ()
+    overwritten = any(flow.overwritten(flow.call(key), of[key]) for flow, of in zip(flows, leaves, strict=True))
+    lost = flows[1].lost(flows[1].call(key), leaves[1][key]) if boundary.crossing else ()
     return replace(boundary, overwritten=overwritten, lost=lost)
 
 
-def _unfit(call: Call, form: Form, look: Look, compiled: frozenset[str]) -> str:
+def _unfit(call: Call, form: Form, flow: Dataflow, compiled: frozenset[str]) -> str:
     """Why no segment can end and begin behind ``call``, by what it returns and by what is around it."""
     if not form.dtype.is_floating_point:
         return f"what crosses it is in {form.dtype}"
@@ -268,23 +268,23 @@ def _unfit(call: Call, form: Form, look: Look, compiled: frozenset[str]) -> str:
             return f"it lies in {around.name}, which torch.utils.checkpoint runs"
     if call.checkpointed == "with others":
         return "torch.utils.checkpoint runs it together with others"
-    for before in look.recording.root.walk():
+    for before in flow.recording.root.walk():
         if before.end <= call.end and before.opaque and before.data and before not in call.ancestors():
             return f"{before.name} before it returns {before.opaque}, which a segment cannot do without"
     return ""
 
 
 def _owners(
-    model: nn.Module, looks: Sequence[Look], ends: Sequence[Sequence[int]]
+    model: nn.Module, flows: Sequence[Dataflow], ends: Sequence[Sequence[int]]
 ) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
     """Names of what each piece uses: parameters where they meet data, buffers also where an operator takes them."""
     parameters = [name for name, _ in model.named_parameters()]
     buffers = [name for name, _ in model.named_buffers()]
     used: list[set[str]] = [set() for _ in range(len(ends[0]) + 1)]
-    for look, at in zip(looks, ends, strict=True):
-        for time, operator in enumerate(look.recording.operators):
+    for flow, at in zip(flows, ends, strict=True):
+        for time, operator in enumerate(flow.recording.operators):
             piece = used[bisect_right(at, time)]
-            if look.needed[time]:
+            if flow.needed[time]:
                 piece |= operator.meets
             piece |= operator.own.intersection(buffers)
     anywhere = set().union(*used)

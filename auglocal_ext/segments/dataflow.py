@@ -54,7 +54,7 @@ class Crossings:
     refused: str = ""
 
 
-class Look:
+class Dataflow:
     """A recording, with what of it the output depends on.
 
     Args:
