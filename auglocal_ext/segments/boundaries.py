@@ -1,4 +1,4 @@
-"""Where a model can be cut: behind which calls of submodules, and what is needed later of what was made before."""
+"""Where a model can be cut: after which calls of submodules, and what is needed later of what was made before."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Skips = Literal["refuse", "detach"]
 
 @dataclass(frozen=True)
 class Boundary:
-    """A place behind a call of a submodule.
+    """A place after a call of a submodule.
 
     Attributes:
         name: of the submodule.
@@ -71,7 +71,7 @@ class Passage:
         unused: parameters that no output depends on.
         changed: buffers that a forward changes, such as BatchNorm's.
         takers: for each parameter and buffer the names of the modules whose forward takes it.
-        tail_flops: of what runs behind the last boundary, per sample.
+        tail_flops: of what runs after the last boundary, per sample.
         output: what is picked of the model's output.
         input_shape: of one sample.
     """
@@ -250,7 +250,7 @@ def _completed(boundary: Boundary, flows: Sequence[Dataflow], leaves: Sequence[d
 
 
 def _unfit(call: Call, form: Form, flow: Dataflow, compiled: frozenset[str]) -> str:
-    """Why no segment can end and begin behind ``call``, by what it returns and by what is around it."""
+    """Why no segment can end and begin after ``call``, by what it returns and by what is around it."""
     if not form.dtype.is_floating_point:
         return f"what crosses it is in {form.dtype}"
     if form.per_sample is None:

@@ -1,4 +1,4 @@
-"""A dry run, with what of it the output depends on: which tensors are needed behind a call, and who made them."""
+"""A dry run, with what of it the output depends on: which tensors are needed after a call, and who made them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Crossing:
 
 @dataclass(frozen=True)
 class Crossings:
-    """What crosses the place behind a call.
+    """What crosses the place after a call.
 
     Attributes:
         leaf: which leaf of the call's output is the tensor of the boundary; -1: none.
@@ -108,7 +108,7 @@ class Dataflow:
         groups: dict[int, list[Call]] = {}
         for call in calls:
             done = bisect_right(self.work, call.end - 1)
-            if 0 < done < len(self.work):  # before the first and behind the last there is nothing to run
+            if 0 < done < len(self.work):  # before the first and after the last there is nothing to run
                 groups.setdefault(done, []).append(call)
         return list(groups.values())
 
@@ -121,7 +121,7 @@ class Dataflow:
         ]
 
     def crossings(self, call: Call) -> Crossings:
-        """What crosses the place behind ``call``; of several tensors the first of its own output is the boundary's."""
+        """What crosses the place after ``call``; of several tensors the first of its own output is the boundary's."""
         live = self.live(call.end)
         outputs = [index for index, number in enumerate(call.outputs) if number in live]
         others = [number for number in live if number not in call.outputs]
@@ -147,7 +147,7 @@ class Dataflow:
         return Crossings(own, tuple(found[number] for number in sorted(found, key=lambda n: self._made[n])), several)
 
     def _trace_back(self, number: int, call: Call, found: dict[int, Crossing]) -> str:
-        """Adds what a segment behind ``call`` must be given so that the model's own code makes tensor ``number`` again.
+        """Adds what a segment after ``call`` must be given so that the model's own code makes tensor ``number`` again.
 
         That is what submodules return, or the model's input. What the forwards around ``call`` compute of it between
         submodules, each segment that needs it computes anew. Returns why that is impossible; empty where it is not.
@@ -194,7 +194,7 @@ class Dataflow:
         return next((each for each in self._outputs_at.get(number, ()) if each > time), None)
 
     def overwritten(self, call: Call, leaf: int) -> bool:
-        """Whether the tensor that crosses behind ``call`` is changed in place later."""
+        """Whether the tensor that crosses after ``call`` is changed in place later."""
         return any(time >= call.end for time in self._outputs_at[call.outputs[leaf]])
 
     def lost(self, call: Call, leaf: int) -> tuple[tuple[str, int, int], ...]:

@@ -19,7 +19,7 @@ class _Children:
     Attributes:
         start, stop: they are ``start .. stop - 1``.
         given: whether the segment begins right before the first of them.
-        ends: whether it ends behind the last.
+        ends: whether it ends after the last.
     """
 
     start: int
@@ -87,7 +87,7 @@ class Script:
         self.actions.setdefault(action.call.name, []).append(action)
 
     def _child(self, model: nn.Module, child: Call, contained: bool) -> None:
-        """Adds what a call does that a partly run one makes; ``contained``: a container breaks off behind the last."""
+        """Adds what a call does that a partly run one makes; ``contained``: a container breaks off after the last."""
         begins_inside = not self._begun and self.first is not None and child in self.first.ancestors()
         ends_inside = self.last is not None and child in self.last.ancestors()
         does: Literal["run", "stop"] = "stop" if child is self.last and not contained else "run"

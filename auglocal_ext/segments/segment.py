@@ -1,11 +1,11 @@
 """``Segment``: the part of a model's own forward between two boundaries, as a module that runs alone.
 
-A call runs the model's ``forward``. Submodules that finish before the segment return ghosts at once; the one it begins
-behind returns the segment's input; the one it ends behind breaks off the forward with its output. Where more tensors
-than one cross a cut, the submodules that made them return those. Everything between is the model's own code, functional
-parts, dropout and control flow included. What is changed for the time of a call is one entry in the ``__dict__`` of
-each of these submodules, and nothing stays behind. In a process that does not hold the whole model, ghosts also stand
-for the parameters and buffers that only other segments use.
+A call runs the model's ``forward``. Submodules that finish before the segment return ghosts at once. The submodule
+after which it begins returns the segment's input; the one after which it ends breaks off the forward with its output.
+Where more than one tensor crosses a cut, the submodules that made them return them. Everything between is the model's
+own code, functional parts, dropout and control flow included. A call changes one entry in the ``__dict__`` of each of
+these submodules, and changes it back. In a process that does not hold the whole model, ghosts also stand for the
+parameters and buffers that only other segments use.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Reached(BaseException):  # no Exception, which a model might catch
 
 
 class Segment(nn.Module):
-    """The part of ``model.forward`` behind boundary ``first`` and up to ``last``; None is its beginning, or its end.
+    """The part of ``model.forward`` after boundary ``first`` and up to ``last``; None is its beginning, or its end.
 
     ``(N, *shape) -> (N, *shape)``, with what else crosses the two boundaries on these tensors
     (:func:`auglocal_ext.segments.carried`). Its parameters and buffers are those that are used in it, under the names
