@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .errors import DataError, SettingsError
 from .folder import FileList, MixedSizes, check_headers, decode, few, list_folder, sampled_sizes
-from .masks import PairList, classes_of, has_masks, list_pairs
+from .mask_pairs import PairList, has_masks, list_pairs
+from .masks import classes_of
 from .torchvision_files import MARKS, READERS
 from .values import user_path
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masks import IGNORED
+from .mask_file import IGNORED
 
 
 @dataclass(frozen=True)

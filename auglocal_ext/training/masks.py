@@ -1,89 +1,23 @@
-"""Folders of images and masks, ``train/images/*`` beside ``train/masks/*.png``: paired by name and checked."""
+"""The classes of a data set of images and masks: named in ``classes.txt`` or counted, after every mask is checked."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .errors import DataError
-from .folder import IMAGE_ENDINGS, few, no_split, run_chunks
-from .image_file import files_below, opened, rgb
+from .folder import few, run_chunks
+from .image_file import opened, rgb
+from .mask_file import IGNORED, read_mask
+from .mask_pairs import PairList
 
-IGNORED = 255
-"""The value of pixels that count nowhere."""
-
-LAYOUT = "expected train/images/<name>.jpg with train/masks/<name>.png, and the same in test/"
 CLASSES = "classes.txt"
 
 _CHUNK = 32
 _EXIF_ORIENTATION = 0x0112
-# What Pillow multiplies grey values of fewer than 8 bits by.
-_SCALES = {"L;2": 85, "L;4": 17}
-
-
-@dataclass(frozen=True)
-class PairList:
-    """The images of one split and the mask of each, sorted by name."""
-
-    paths: tuple[str, ...]
-    masks: tuple[str, ...]
-
-    def part(self, indices: Sequence[int]) -> PairList:
-        """Some of the pairs."""
-        return PairList(tuple(self.paths[i] for i in indices), tuple(self.masks[i] for i in indices))
-
-
-def has_masks(root: Path) -> bool:
-    """Whether ``root`` is laid out for images and masks."""
-    return any((root / split / "images").is_dir() and (root / split / "masks").is_dir() for split in ("train", "test"))
-
-
-def list_pairs(root: Path) -> tuple[PairList, PairList]:
-    """Train and test pairs below ``root``; DataError for a missing folder, and for what has no counterpart."""
-    return _list_split(root / "train"), _list_split(root / "test")
-
-
-def _list_split(folder: Path) -> PairList:
-    if not folder.is_dir():
-        raise no_split(folder, LAYOUT)
-    images, masks = (_by_name(folder / part) for part in ("images", "masks"))
-    other = [path for path in masks.values() if not path.lower().endswith(".png")]
-    if other:
-        raise DataError(
-            f"{folder / 'masks'}: masks are PNG files, palette or 8-bit grey, because lossy formats change class "
-            f"indices; found {few(other)}"
-        )
-    no_mask = [images[name] for name in sorted(set(images) - set(masks))]
-    no_image = [masks[name] for name in sorted(set(masks) - set(images))]
-    if no_mask or no_image:
-        raise DataError(
-            f"{folder}: an image and its mask have the same name up to the ending; images without a mask: "
-            f"{few(no_mask)}; masks without an image: {few(no_image)}"
-        )
-    names = sorted(images)
-    return PairList(tuple(images[name] for name in names), tuple(masks[name] for name in names))
-
-
-def _by_name(folder: Path) -> dict[str, str]:
-    """The image files in a folder and below it, by their path in it without the ending."""
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; {LAYOUT}")
-    found: dict[str, str] = {}
-    for path in files_below(folder, IMAGE_ENDINGS):
-        name = os.path.splitext(os.path.relpath(path, folder))[0]
-        if name in found:
-            raise DataError(f"{found[name]} and {path} have the same name up to the ending; remove one")
-        found[name] = path
-    if not found:
-        raise DataError(f"{folder}: holds no images; expected files ending in {', '.join(IMAGE_ENDINGS)}")
-    return found
 
 
 def read_classes(root: Path) -> tuple[str, ...] | None:
@@ -101,25 +35,6 @@ def read_classes(root: Path) -> tuple[str, ...] | None:
             f"values, no line empty and no name twice; got {len(names)} lines: {few([*map(repr, names)])}"
         )
     return tuple(names)
-
-
-def read_mask(path: str) -> Tensor:
-    """One mask as a tensor (H, W) uint8 of class indices; DataError if it cannot be read or holds no indices."""
-    import numpy as np
-
-    with opened(path) as file:
-        image: Any = file
-        if image.format != "PNG":
-            raise DataError(f"{path}: the mask is a {image.format} file in spite of its name; masks are PNG files")
-        mode = image.mode
-        scale = _SCALES.get(str(image.tile[0][3]), 1) if image.tile else 1
-        pixels = np.array(image)
-    if mode not in ("P", "L", "1"):
-        raise DataError(
-            f"{path}: the mask is of Pillow's mode {mode}, but the value of a pixel must be its class: save it as "
-            "palette (P) or 8-bit grey (L), with class indices for colours"
-        )
-    return torch.from_numpy(pixels.astype(np.uint8) // scale)
 
 
 def check_pairs(pairs: PairList, classes: int, *, workers: int, progress: bool, label: str) -> list[int]:

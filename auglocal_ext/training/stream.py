@@ -16,7 +16,8 @@ from .errors import DataError, WorkerError
 from .folder import FileList, read_image
 from .interrupt import ignore_interrupts
 from .joint_crop import JointCrop
-from .masks import PairList, read_mask
+from .mask_file import read_mask
+from .mask_pairs import PairList
 from .order import WHOLE, Part, epoch_order, mixed_seed, steps_per_epoch
 from .torchvision_files import import_torchvision
 

@@ -17,7 +17,7 @@ from auglocal_ext.tasks import Segmentation
 from auglocal_ext.training import DataError, Interrupted, MaskFiles, SettingsError, load_data, load_run
 from auglocal_ext.training.curves import read_curves
 from auglocal_ext.training.joint_crop import JointCrop
-from auglocal_ext.training.masks import read_mask
+from auglocal_ext.training.mask_file import read_mask
 from auglocal_ext.training.metrics import EpochSums, StepResult
 from auglocal_ext.training.networks import check_data
 
