@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from ..nn.written import Written
 from ..segments import Segment
 from .constructors import initialise_as_constructor
 from .copied_segment import CopiedSegment
+from .untouched import Untouched
 
 #: The way out, in messages.
 FACTORY = "AugLocal(block=factory) with a factory(in_channels, out_channels, stride, layer) that returns an nn.Module"
@@ -205,29 +206,6 @@ def _unregistered(part: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, value in vars(part).items():
         if name not in _REGISTERED:
             yield from ((name, leaf) for leaf in tree_leaves(value))
-
-
-class Untouched(TorchDispatchMode):
-    """Raises ValueError where an operator uses the memory of parameters or buffers of ``module``, while it is active.
-
-    Args:
-        message: of the error.
-    """
-
-    def __init__(self, module: nn.Module, message: str) -> None:
-        super().__init__()
-        self._storages = {_storage(tensor) for tensor in (*module.parameters(), *module.buffers())}
-        self._message = message
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if any(isinstance(leaf, Tensor) and _storage(leaf) in self._storages for leaf in tree_leaves((args, kwargs))):
-            raise ValueError(self._message)
-        return func(*args, **kwargs)
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, str]]:

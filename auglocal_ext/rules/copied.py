@@ -7,7 +7,8 @@ from collections import OrderedDict
 from torch import nn
 
 from ..auxiliary.adapter import adapter
-from ..auxiliary.fresh import FACTORY, Untouched, fresh_copy
+from ..auxiliary.fresh import FACTORY, fresh_copy
+from ..auxiliary.untouched import Untouched
 from ..layers import SAY_LAYOUT, Features, evaluating, observe, probe_input
 from ..segments import Segment
 from .base import Network
