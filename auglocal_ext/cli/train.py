@@ -24,7 +24,8 @@ from ..training.config import AMP, GRAPH, RECOMPUTE_CHOICES, differences, from_d
 from ..training.data import DATASETS, ImageFiles, detect, load_data
 from ..training.processes import Launch
 from ..training.rule_options import RULE_OPTIONS
-from ..training.run_lock import refuse_unusable, refuse_used
+from ..training.run_folder import refuse_unusable
+from ..training.run_lock import refuse_used
 from ..training.saving import find, read, refuse_earlier_run
 from ..training.schedule import SCHEDULES
 from ..training.stored import taken_from

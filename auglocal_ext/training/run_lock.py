@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import stat
 import warnings
 from pathlib import Path
 from types import TracebackType
@@ -40,13 +39,13 @@ class RunLock:
         try:
             self._output.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:
-            raise SettingsError(_unusable(self._output, "cannot be made", error)) from error
+            raise SettingsError(unusable(self._output, "cannot be made", error)) from error
         if fcntl is not None:
             try:
                 while self._handle is None:
                     self._handle = self._locked()
             except OSError as error:
-                raise SettingsError(_unusable(self._output, "cannot be written", error)) from error
+                raise SettingsError(unusable(self._output, "cannot be written", error)) from error
             _held.add(self._key)
         return self
 
@@ -105,28 +104,10 @@ def refuse_used(output: Path) -> None:
             pass
 
 
-def refuse_unusable(output: Path) -> None:
-    """SettingsError if a run folder cannot be made there or written; nothing is made."""
-    if output.parts[:1] and output.parts[0].startswith("~"):
-        raise SettingsError(f"--output {output}: there is no user {output.parts[0][1:]}; choose another")
-    for place in (output, *output.parents):
-        try:
-            is_folder = stat.S_ISDIR(os.stat(place).st_mode)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except (OSError, ValueError) as error:  # such as too long a name
-            raise SettingsError(_unusable(output, "cannot be made", error)) from error
-        how = "cannot be written" if place == output and is_folder else "cannot be made"
-        if not is_folder:
-            raise SettingsError(_unusable(output, how, f"{place} is no folder"))
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise SettingsError(_unusable(output, how, f"{place} is read-only"))
-        return
-
-
 def _in_use(output: Path, holder: str) -> str:
     return f"{output} is in use by {holder}: wait for it, stop it, or choose another --output"
 
 
-def _unusable(output: Path, how: str, error: Any) -> str:
+def unusable(output: Path, how: str, error: Any) -> str:
+    """The message for a run folder that cannot be made or written."""
     return f"--output {output}: this folder {how}: {getattr(error, 'strerror', None) or error}; choose another"
