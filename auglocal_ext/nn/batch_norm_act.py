@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.batch_norm_act import ACTIVATIONS, batch_norm_act
+from ..ops.batch_norm_act import batch_norm_act
+from ..ops.batch_norm_checks import ACTIVATIONS
 from ..ops.transforms import transforms_active
 from .fusable import counted, norm_call
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..ops import batch_norm_act_max_pool
-from ..ops.batch_norm_act import passes, stand_in
+from ..ops.batch_norm_passes import passes, stand_in
 from .fusable import (
     NOTHING,
     Activation,

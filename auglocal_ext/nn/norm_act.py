@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.batch_norm_act import Passes, count_as_written
+from ..ops.batch_norm_passes import Passes, count_as_written
 from ..ops.registry import refuse_create_graph
 from .fusable import NormCall, counted
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.batch_norm_act import Passes, check_eps, check_map, passes, slope_of
+from ..ops.batch_norm_checks import check_eps, check_map, slope_of
+from ..ops.batch_norm_passes import Passes, passes
 from ..ops.registry import refuse_create_graph
 from ..ops.transforms import refuse_transforms
 from .fusable import NormCall

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from ..ops.batch_norm_act import passes
+from ..ops.batch_norm_passes import passes
 from .chain import flattened, run_chain
 from .fusable import NOTHING, activation_of, conv_call, conv_hindrance, must_be_eager, norm_call, norm_hindrance
 from .norm_act import count_as_updated, norm_act_call

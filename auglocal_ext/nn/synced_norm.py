@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops.batch_norm_act import Passes, passes, slope_of, stand_in, standing_in
+from ..ops.batch_norm_checks import slope_of
+from ..ops.batch_norm_passes import Passes, passes, stand_in, standing_in
 from .batch_norm_act import BatchNormAct1d, BatchNormAct2d
 from .fusable import FUSABLE_NORMS, must_be_eager, norm_call
 from .norm_act import count_as_updated, norm_act_call

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import providers, registry
+from . import registry
+from .batch_norm_checks import check_eps, check_map, check_tensors, slope_of, wide_dtype
+from .batch_norm_passes import NAME, count_as_written, passes, refuse_stand_in
 from .layout import empty_like
 from .transforms import refuse_transforms
 
-NAME = "batch_norm_act"
 _INSTEAD = "F.batch_norm"
-ACTIVATIONS = ("relu", "leaky_relu", "none")
 
 
 def batch_norm_act(
@@ -101,12 +98,6 @@ def batch_norm_factors(
         )
 
 
-def count_as_written(*tensors: Tensor | None) -> None:
-    """Tell autograd that ops will write to tensors, which those that a library defines leave undone."""
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
-
-
 def batch_norm_stats(x: Tensor, *, provider: str | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over images and positions, each (C,) in float32 (float64 for a double x).
 
@@ -189,177 +180,8 @@ def batch_norm_act_input_grad(
     return grads[0], None if not need_residual else grad if slope == 1 else grads[1]
 
 
-class Passes(NamedTuple):
-    """What runs on maps of one device and dtype: a provider's passes, as overloads, and whether autocast may cast."""
-
-    factors_: Any
-    stats: Any
-    apply: Any
-    reduce: Any
-    input_grad: Any
-    forward_: Any
-    backward: Any
-    dtype: torch.dtype
-    wide: torch.dtype
-    autocasts: str | None
-
-    def factors(
-        self,
-        x: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-    ) -> tuple[Tensor, Tensor]:
-        """:func:`batch_norm_factors` of an x with elements that needs no gradient, without ``count_as_written``."""
-        wide, batches = self.wide, num_batches_tracked
-        if not training:
-            if running_mean is None or running_var is None:
-                raise ValueError("expected running_mean and running_var for training=False; pass them or training=True")
-            return running_mean.to(wide), running_var.to(wide).add(eps).rsqrt_()
-        count = x.numel() // x.shape[1]
-        if count == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
-        if batches is not None and (batches.dtype is not torch.int64 or batches.device != x.device):
-            batches.add_(1)
-            batches = None
-        if (running_mean is None or running_mean.dtype is wide and running_mean.is_contiguous()) and (
-            running_var is None or running_var.dtype is wide and running_var.is_contiguous()
-        ):
-            return self.factors_(x, running_mean, running_var, batches, momentum, eps)
-        mean, var = self.stats(x)
-        if running_mean is not None:
-            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-        if running_var is not None:
-            running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
-        if batches is not None:
-            batches.add_(1)
-        return mean, var.add_(eps).rsqrt_()
-
-    def autocast_dtype(self) -> torch.dtype | None:
-        """The dtype autocast makes ``F.conv2d`` compute in; None where it is off or, as for float64, leaves x alone."""
-        device = self.autocasts
-        return torch.get_autocast_dtype(device) if device and torch.is_autocast_enabled(device) else None
-
-
-_chosen: dict[tuple[Any, ...], Passes] = {}
-_stand_in: Callable[[Passes], Passes] | None = None
-
-
-def stand_in() -> Callable[[Passes], Passes] | None:
-    """What :func:`standing_in` was entered with; None outside."""
-    return _stand_in
-
-
-@contextmanager
-def standing_in(made: Callable[[Passes], Passes]) -> Iterator[None]:
-    """Within it :func:`passes` returns ``made(passes)``, in all threads: recomputation may run in autograd's."""
-    global _stand_in
-    before, _stand_in = _stand_in, made
-    try:
-        yield
-    finally:
-        _stand_in = before
-
-
-def refuse_stand_in(op: str) -> None:
-    """NotImplementedError within :func:`standing_in`, for an op that has passes of its own."""
-    if _stand_in is not None:
-        raise NotImplementedError(
-            f"{op} takes the statistics of this process alone, and those of all are asked for (sync_batch_norm=True); "
-            "use nn.BatchNorm2d or BatchNormAct2d layers in place of the op"
-        )
-
-
-def passes(x: Tensor, provider: str | None = None) -> Passes:
-    """The passes over maps as x; the choice is made once for each device, dtype and provider asked for."""
-    if torch.compiler.is_compiling():
-        return _choose(x, provider)
-    key = x.device, x.dtype, provider, os.environ.get(providers.ENVIRONMENT)
-    found = _chosen.get(key)
-    if found is None:
-        found = _chosen[key] = _choose(x, provider)
-    return found if _stand_in is None else _stand_in(found)
-
-
-def _choose(x: Tensor, provider: str | None) -> Passes:
-    def op(name: str) -> Any:
-        return registry.chosen(NAME, x, provider, name)
-
-    device = x.device.type
-    # Of these two it is known; the compiler of torch 2.11 cannot ask.
-    may_cast = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
-    return Passes(
-        op("batch_norm_factors_"),
-        op("batch_norm_stats"),
-        op("batch_norm_act_apply"),
-        op("batch_norm_act_reduce"),
-        op("batch_norm_act_input_grad"),
-        op("batch_norm_act_forward_"),
-        op("batch_norm_act_backward"),
-        x.dtype,
-        _wide(x),
-        device if may_cast and x.dtype != torch.float64 else None,
-    )
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def slope_of(activation: str, negative_slope: float) -> float:
-    """Slope of the activation left of zero: how the providers are told which it is."""
-    if activation == "relu":
-        return 0.0
-    if activation == "none":
-        return 1.0
-    if activation == "leaky_relu":
-        return float(negative_slope)
-    raise ValueError(f"expected activation {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
-
-
-def check_map(x: Tensor) -> None:
-    if x.dim() < 2 or 0 in x.shape:
-        raise ValueError(
-            f"expected x of shape (N, C) or (N, C, *positions) with at least one image, channel and position, "
-            f"got {tuple(x.shape)}"
-        )
-    if x.dtype not in providers.ALL:
-        raise TypeError(f"expected x in float16, bfloat16, float32 or float64, got {x.dtype}")
-
-
-def check_eps(eps: float, training: bool) -> None:
-    """ValueError for an ``eps`` that can make infinities of a constant channel, as F.batch_norm has it."""
-    if eps < 0 or (training and eps == 0):
-        raise ValueError(f"expected a positive eps{'' if training else ' or 0'}, got {eps}")
-
-
-def check_tensors(x: Tensor, vectors: dict[str, Tensor | None], residual: Tensor | None) -> None:
-    check_map(x)
-    for name, vector in vectors.items():
-        if vector is None:
-            continue
-        if vector.shape != x.shape[1:2]:
-            raise ValueError(
-                f"expected {name} of shape ({x.shape[1]},) for x {tuple(x.shape)}, got {tuple(vector.shape)}"
-            )
-        if vector.dtype not in (x.dtype, _wide(x)):
-            raise TypeError(f"expected {name} in {_wide(x)} or, as x, {x.dtype}, got {vector.dtype}; convert it")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise (ValueError if residual.dtype == x.dtype else TypeError)(
-            f"expected residual {tuple(x.shape)} in {x.dtype} as x, got {tuple(residual.shape)} in {residual.dtype}"
-        )
-    for name, tensor in {**vectors, "residual": residual}.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(
-                f"expected {name} on {x.device} as x, got it on {tensor.device}; move it with .to(x.device)"
-            )
-
-
 def _fake_stats(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    mean = x.new_empty(x.shape[1], dtype=_wide(x))
+    mean = x.new_empty(x.shape[1], dtype=wide_dtype(x))
     return mean, torch.empty_like(mean)
 
 
@@ -382,7 +204,7 @@ def _fake_forward_(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _fake_backward(grad: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
     *_, training, need_x, need_vectors, need_residual = others
     grads = _fake_input_grad(grad, x, need_residual) if need_x or need_residual else _nothing(x)
-    return *grads, *(_fake_stats(x) if need_vectors or (training and need_x) else _nothing(x, _wide(x)))
+    return *grads, *(_fake_stats(x) if need_vectors or (training and need_x) else _nothing(x, wide_dtype(x)))
 
 
 def _nothing(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -411,7 +233,7 @@ def _gradients(provider: str, *arguments: Any) -> tuple[Tensor, ...]:
     *tensors, training, need_x, need_vectors, need_residual = arguments
     x = tensors[1]
     through_statistics = training and need_x
-    sums, grads = _nothing(x, _wide(x)), _nothing(x)
+    sums, grads = _nothing(x, wide_dtype(x)), _nothing(x)
     if through_statistics or need_vectors:
         sums = registry.overload("batch_norm_act_reduce", provider)(*tensors)
     if need_x or need_residual:  # where the residual's alone is needed, x's is made the cheapest way

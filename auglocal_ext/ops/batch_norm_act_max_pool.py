@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .batch_norm_act import batch_norm_factors, check_tensors, refuse_stand_in, slope_of
+from .batch_norm_act import batch_norm_factors
+from .batch_norm_checks import check_tensors, slope_of
+from .batch_norm_passes import refuse_stand_in
 from .deferred import check_values
 from .layout import empty_like
 from .reference.batch_norm_act_max_pool import Window, empty_pooled, first_inside, outside, pooled_size

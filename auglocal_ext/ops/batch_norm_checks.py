@@ -1,0 +1,64 @@
+"""What the BatchNorm ops take: dtypes, shapes, devices, ``eps`` and activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import providers
+
+ACTIVATIONS = ("relu", "leaky_relu", "none")
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which maps like ``x`` are accumulated."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def slope_of(activation: str, negative_slope: float) -> float:
+    """Slope of the activation left of zero: how the providers are told which it is."""
+    if activation == "relu":
+        return 0.0
+    if activation == "none":
+        return 1.0
+    if activation == "leaky_relu":
+        return float(negative_slope)
+    raise ValueError(f"expected activation {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+
+
+def check_map(x: Tensor) -> None:
+    if x.dim() < 2 or 0 in x.shape:
+        raise ValueError(
+            f"expected x of shape (N, C) or (N, C, *positions) with at least one image, channel and position, "
+            f"got {tuple(x.shape)}"
+        )
+    if x.dtype not in providers.ALL:
+        raise TypeError(f"expected x in float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def check_eps(eps: float, training: bool) -> None:
+    """ValueError for an ``eps`` that can make infinities of a constant channel, as F.batch_norm has it."""
+    if eps < 0 or (training and eps == 0):
+        raise ValueError(f"expected a positive eps{'' if training else ' or 0'}, got {eps}")
+
+
+def check_tensors(x: Tensor, vectors: dict[str, Tensor | None], residual: Tensor | None) -> None:
+    check_map(x)
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if vector.shape != x.shape[1:2]:
+            raise ValueError(
+                f"expected {name} of shape ({x.shape[1]},) for x {tuple(x.shape)}, got {tuple(vector.shape)}"
+            )
+        if vector.dtype not in (x.dtype, wide_dtype(x)):
+            raise TypeError(f"expected {name} in {wide_dtype(x)} or, as x, {x.dtype}, got {vector.dtype}; convert it")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise (ValueError if residual.dtype == x.dtype else TypeError)(
+            f"expected residual {tuple(x.shape)} in {x.dtype} as x, got {tuple(residual.shape)} in {residual.dtype}"
+        )
+    for name, tensor in {**vectors, "residual": residual}.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"expected {name} on {x.device} as x, got it on {tensor.device}; move it with .to(x.device)"
+            )

@@ -1,0 +1,141 @@
+"""The passes over a feature map that BatchNorm is made of, chosen once for maps of a device and dtype.
+
+Modules that run several of them in one autograd node take them from here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import providers, registry
+from .batch_norm_checks import wide_dtype
+
+NAME = "batch_norm_act"
+
+
+class Passes(NamedTuple):
+    """What runs on maps of one device and dtype: a provider's passes, as overloads, and whether autocast may cast."""
+
+    factors_: Any
+    stats: Any
+    apply: Any
+    reduce: Any
+    input_grad: Any
+    forward_: Any
+    backward: Any
+    dtype: torch.dtype
+    wide: torch.dtype
+    autocasts: str | None
+
+    def factors(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """``batch_norm_factors`` of an x with elements that needs no gradient, without ``count_as_written``."""
+        wide, batches = self.wide, num_batches_tracked
+        if not training:
+            if running_mean is None or running_var is None:
+                raise ValueError("expected running_mean and running_var for training=False; pass them or training=True")
+            return running_mean.to(wide), running_var.to(wide).add(eps).rsqrt_()
+        count = x.numel() // x.shape[1]
+        if count == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+        if batches is not None and (batches.dtype is not torch.int64 or batches.device != x.device):
+            batches.add_(1)
+            batches = None
+        if (running_mean is None or running_mean.dtype is wide and running_mean.is_contiguous()) and (
+            running_var is None or running_var.dtype is wide and running_var.is_contiguous()
+        ):
+            return self.factors_(x, running_mean, running_var, batches, momentum, eps)
+        mean, var = self.stats(x)
+        if running_mean is not None:
+            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+        if running_var is not None:
+            running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
+        if batches is not None:
+            batches.add_(1)
+        return mean, var.add_(eps).rsqrt_()
+
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype autocast makes ``F.conv2d`` compute in; None where it is off or, as for float64, leaves x alone."""
+        device = self.autocasts
+        return torch.get_autocast_dtype(device) if device and torch.is_autocast_enabled(device) else None
+
+
+_chosen: dict[tuple[Any, ...], Passes] = {}
+_stand_in: Callable[[Passes], Passes] | None = None
+
+
+def stand_in() -> Callable[[Passes], Passes] | None:
+    """What :func:`standing_in` was entered with; None outside."""
+    return _stand_in
+
+
+@contextmanager
+def standing_in(made: Callable[[Passes], Passes]) -> Iterator[None]:
+    """Within it :func:`passes` returns ``made(passes)``, in all threads: recomputation may run in autograd's."""
+    global _stand_in
+    before, _stand_in = _stand_in, made
+    try:
+        yield
+    finally:
+        _stand_in = before
+
+
+def refuse_stand_in(op: str) -> None:
+    """NotImplementedError within :func:`standing_in`, for an op that has passes of its own."""
+    if _stand_in is not None:
+        raise NotImplementedError(
+            f"{op} takes the statistics of this process alone, and those of all are asked for (sync_batch_norm=True); "
+            "use nn.BatchNorm2d or BatchNormAct2d layers in place of the op"
+        )
+
+
+def passes(x: Tensor, provider: str | None = None) -> Passes:
+    """The passes over maps as x; the choice is made once for each device, dtype and provider asked for."""
+    if torch.compiler.is_compiling():
+        return _choose(x, provider)
+    key = x.device, x.dtype, provider, os.environ.get(providers.ENVIRONMENT)
+    found = _chosen.get(key)
+    if found is None:
+        found = _chosen[key] = _choose(x, provider)
+    return found if _stand_in is None else _stand_in(found)
+
+
+def _choose(x: Tensor, provider: str | None) -> Passes:
+    def op(name: str) -> Any:
+        return registry.chosen(NAME, x, provider, name)
+
+    device = x.device.type
+    # Of these two it is known; the compiler of torch 2.11 cannot ask.
+    may_cast = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return Passes(
+        op("batch_norm_factors_"),
+        op("batch_norm_stats"),
+        op("batch_norm_act_apply"),
+        op("batch_norm_act_reduce"),
+        op("batch_norm_act_input_grad"),
+        op("batch_norm_act_forward_"),
+        op("batch_norm_act_backward"),
+        x.dtype,
+        wide_dtype(x),
+        device if may_cast and x.dtype != torch.float64 else None,
+    )
+
+
+def count_as_written(*tensors: Tensor | None) -> None:
+    """Tell autograd that ops will write to tensors, which those that a library defines leave undone."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
