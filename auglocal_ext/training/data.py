@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .errors import DataError, SettingsError
 from .folder import FileList, MixedSizes, check_headers, decode, few, list_folder, sampled_sizes
+from .image_file import readable
 from .mask_pairs import PairList, has_masks, list_pairs
 from .masks import classes_of
 from .torchvision_files import MARKS, READERS
@@ -118,9 +119,23 @@ def load_data(
     kind = detect(root) if dataset == "auto" else dataset
     if kind not in DATASETS:
         raise SettingsError(f"--dataset is one of {', '.join(DATASETS)}, not {dataset!r}")
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; {_expected()}")
     workers = default_workers() if workers is None else workers
+    with readable(root):
+        if not root.is_dir():
+            raise DataError(f"{root}: no such folder; {_expected()}")
+        return _load(root, kind, image_size, streamed_size, train_images, seed, workers, progress)
+
+
+def _load(
+    root: Path,
+    kind: str,
+    image_size: int | None,
+    streamed_size: int,
+    train_images: int | None,
+    seed: int,
+    workers: int,
+    progress: bool,
+) -> Images:
     if kind == "folder":
         classes, train, test = list_folder(root)
         if train_images is not None:
@@ -155,6 +170,11 @@ def load_data(
 
 def detect(root: Path) -> str:
     """The data set's name by what lies in ``root``; DataError if that is nothing known, or more than one."""
+    with readable(root):
+        return _detected(root)
+
+
+def _detected(root: Path) -> str:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; {_expected()}")
     found = [name for name, (mark, _) in MARKS.items() if (root / mark).exists()]

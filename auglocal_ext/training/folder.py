@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .errors import DataError
-from .image_file import files_below, opened, rgb
+from .image_file import files_below, is_folder, opened, rgb
 from .interrupt import ignore_interrupts
 from .logs import progress_bar
 
@@ -54,7 +54,12 @@ def list_folder(root: Path) -> tuple[list[str], FileList, FileList]:
 def _list_split(folder: Path) -> tuple[list[str], FileList]:
     if not folder.is_dir():
         raise no_split(folder, _LAYOUT)
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    with os.scandir(folder) as entries:
+        inside = list(entries)
+    lost = [entry.name for entry in inside if entry.is_symlink() and not os.path.exists(entry.path)]
+    if lost:
+        raise DataError(f"{folder}: links that lead nowhere: {few(sorted(lost))}; mend or remove them")
+    classes = sorted(entry.name for entry in inside if is_folder(entry))
     if not classes:
         raise DataError(f"{folder}: holds no class folders; {_LAYOUT}")
     paths: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -22,10 +23,12 @@ _16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
 def files_below(folder: str | os.PathLike[str], endings: tuple[str, ...]) -> list[str]:
-    """Paths of the files with these endings in a folder and all below it, links followed, in torchvision's order.
+    """Paths with these endings in a folder and all below it, links followed, in torchvision's order.
+
+    Whatever is no folder is among them, also a link that leads nowhere: :func:`opened` refuses what is no file.
 
     Raises:
-        DataError: for a link to a folder that contains it, for what is no file, and for a folder that cannot be read.
+        DataError: for a link to a folder that contains it, and for a folder that cannot be read.
     """
     found = sorted(_folders(os.fspath(folder), ()))
     return [os.path.join(where, name) for where, names in found for name in sorted(names) if _ends(name, endings)]
@@ -37,19 +40,34 @@ def _ends(name: str, endings: tuple[str, ...]) -> bool:
 
 def _folders(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, list[str]]]:
     """Each folder with the names in it that are no folders."""
-    try:
+    with readable(folder):
         status = os.stat(folder)
         own = (status.st_dev, status.st_ino)
         if own in above:
             raise DataError(f"{folder}: a link to a folder that contains it; remove the link")
         with os.scandir(folder) as entries:
-            inside = list(entries)
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error.strerror}") from error
-    yield folder, [entry.name for entry in inside if not entry.is_dir()]
-    for entry in inside:
-        if entry.is_dir():
+            inside = [(entry, is_folder(entry)) for entry in entries]
+    yield folder, [entry.name for entry, below in inside if not below]
+    for entry, below in inside:
+        if below:
             yield from _folders(entry.path, (*above, own))
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or a link to one; a link that leads nowhere is none, nor is one to itself."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+@contextmanager
+def readable(path: str | os.PathLike[str]) -> Iterator[None]:
+    """DataError for what the system raises while the block reads folders and files, ``path`` or below."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{error.filename or os.fspath(path)} cannot be read: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -63,8 +81,8 @@ def opened(path: str) -> Iterator[Image]:
     from PIL import Image
 
     try:
-        if not os.path.isfile(path):  # opening a pipe would wait for ever
-            raise OSError("no such file" if not os.path.exists(path) else "not a regular file")
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            raise OSError("not a regular file")
         with Image.open(path, formats=_FORMATS) as image:
             if _range(image) is None:
                 raise ValueError(f"values of mode {image.mode} have no known range: save it with 8 or 16 bits")
@@ -77,7 +95,7 @@ def opened(path: str) -> Iterator[Image]:
 
 def unreadable(path: str, error: Exception) -> str:
     """What is said of a file that is no image."""
-    reason: object = error
+    reason: object = getattr(error, "strerror", None) or error
     if type(error).__name__ == "UnidentifiedImageError":
         reason = f"cannot identify image file; expected {', '.join(_FORMATS)}"
     size = os.path.getsize(path) if os.path.exists(path) else 0

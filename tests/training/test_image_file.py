@@ -84,7 +84,39 @@ def test_a_pipe_is_refused_and_not_waited_for(image_folder):
         load_data(root, workers=0, progress=False)
     (root / "train" / "cat" / "pipe.png").unlink()
     (root / "train" / "cat" / "link.png").symlink_to("nowhere.png")
-    with pytest.raises(DataError, match=r"link.png: unreadable image \(no such file"):
+    with pytest.raises(DataError, match=r"link.png: unreadable image \(No such file"):
+        load_data(root, workers=0, progress=False)
+
+
+def test_links_that_lead_nowhere(image_folder):
+    root = image_folder()
+    cat = root / "train" / "cat"
+    (cat / "notes").symlink_to("notes")  # no image
+    assert load_data(root, workers=0, progress=False).train_count == 12
+    (cat / "a.png").symlink_to("a.png")
+    with pytest.raises(DataError, match=r"cat/a.png: unreadable image \(Too many levels of symbolic links"):
+        load_data(root, workers=0, progress=False)
+    (cat / "a.png").unlink()
+    for target in ("bird", "nowhere"):
+        (root / "train" / "bird").symlink_to(target)
+        with pytest.raises(DataError, match="train: links that lead nowhere: bird; mend or remove them"):
+            load_data(root, workers=0, progress=False)
+        (root / "train" / "bird").unlink()
+
+
+def test_a_path_that_the_system_does_not_take_is_one_line(image_folder, tmp_path, monkeypatch):
+    for dataset in ("auto", "folder", "masks"):
+        with pytest.raises(DataError, match="a cannot be read: File name too long"):
+            load_data(tmp_path / ("a" * 300), dataset)
+    root, plain = image_folder(), os.stat
+
+    def closed(path, *arguments, **options):
+        if os.fspath(path).endswith("dog/002.png"):
+            raise PermissionError(13, "Permission denied")
+        return plain(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", closed)
+    with pytest.raises(DataError, match=r"dog/002.png: unreadable image \(Permission denied"):
         load_data(root, workers=0, progress=False)
 
 
