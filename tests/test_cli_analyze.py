@@ -272,6 +272,20 @@ def test_results_are_not_written_over(analyze, tmp_path, capsys):
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(analyze, tmp_path, capsys, monkeypatch):
+    (tmp_path / "out").write_text("a file")
+    assert analyze("--checkpoint", "bp", "--analyses", "curves") == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'out'} cannot be written: File exists\n"
+    (tmp_path / "out").unlink()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report.Report, "_curves", full)
+    assert analyze("--checkpoint", "bp", "--analyses", "curves") == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'out'} cannot be written: No space left on device\n"
+
+
 def test_ctrl_c_loses_only_the_run_in_progress(analyze, tmp_path, capsys, monkeypatch):
     calls = []
 

@@ -20,6 +20,7 @@ from ..training import SavedRun, SettingsError
 from ..training.config import to_dict
 from ..training.values import user_path
 from ..training.versions import versions
+from ..training.writing import to
 from . import plots
 from .cka import CKA, cka
 from .curves import ModuleScore, module_scores
@@ -40,20 +41,25 @@ class Report:
     """Results of a selection of runs in the folder ``settings.output``.
 
     A run's rows are on the disk, and the figures drawn again with it, as soon as it is analysed. ``say`` receives the
-    lines for the terminal. SettingsError if the folder holds results already.
+    lines for the terminal. SettingsError if the folder holds results already, OutputError if it cannot be written.
     """
 
     def __init__(self, selection: Selection, *, bars: bool = True, say: Callable[[str], None] = print):
         self._selection, self._settings = selection, selection.settings
         self._bars, self._say = bars, say
         self.output = user_path(self._settings.output)
-        if (self.output / FACTS).exists():
-            raise SettingsError(f"{self.output} holds results: choose another --output, or delete {FACTS} there")
-        self.output.mkdir(parents=True, exist_ok=True)
-        (self.output / FACTS).write_text(json.dumps(self.describe(), indent=2) + "\n")
+        with to(self.output):
+            if (self.output / FACTS).exists():
+                raise SettingsError(f"{self.output} holds results: choose another --output, or delete {FACTS} there")
+            self.output.mkdir(parents=True, exist_ok=True)
+            (self.output / FACTS).write_text(json.dumps(self.describe(), indent=2) + "\n")
 
     def write(self) -> None:
-        """All analyses, each with its table for the terminal."""
+        """All analyses, each with its table for the terminal; OutputError if a file cannot be written."""
+        with to(self.output):
+            self._write()
+
+    def _write(self) -> None:
         makers = {"cka": self._cka, "probes": self._probes, "information": self._information, "curves": self._curves}
         for name, make in makers.items():
             if name in self._settings.analyses:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -139,13 +140,13 @@ def load_run(path: str | Path, device: str = "auto") -> SavedRun:
     """
     target = pick_device(device)
     path = user_path(path)
-    given = path.is_file() or path.name == saving.FOLDER and path.is_dir()
+    given = os.path.isfile(path) or path.name == saving.FOLDER and os.path.isdir(path)
     file = path if given else saving.find(path)
     if file is None:
         raise CheckpointError(
             f"{path}: expected the folder of a run, as `train --output` makes it, with a {saving.FILE} in it, or a "
             f"folder {saving.FOLDER}; "
-            + ("there is none in it" if path.is_dir() else "there is no such file or folder")
+            + ("there is none in it" if os.path.isdir(path) else "there is no such file or folder")
         )
     state = saving.read(file)
     facts = state["data"]

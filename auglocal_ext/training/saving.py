@@ -30,10 +30,14 @@ FILE, FOLDER = "checkpoint.pt", "checkpoint"
 
 
 def find(output: Path) -> Path | None:
-    """The checkpoint in a run folder; None if there is none."""
+    """The checkpoint in a run folder; None if there is none. CheckpointError if the folder cannot be read."""
     file, folder = output / FILE, output / FOLDER
-    if not file.exists() or not folder.exists():
-        return next((path for path in (file, folder) if path.exists()), None)
+    try:
+        found = [path for path in (file, folder) if path.exists()]
+    except OSError as error:
+        raise CheckpointError(f"{output} cannot be read: {error.strerror}") from error
+    if len(found) < 2:
+        return found[0] if found else None
     return max((folder, file), key=lambda path: _how_far(read(path)))
 
 

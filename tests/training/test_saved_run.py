@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,3 +117,15 @@ def test_what_is_no_run(config, separable, tmp_path):
     checkpoint.save(state, run.output / "checkpoint.pt")
     with pytest.raises(CheckpointError, match="unknown settings gamma"):
         load_run(run.output, "cpu")
+
+
+def test_a_folder_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match="a cannot be read: File name too long"):
+        load_run(tmp_path / ("a" * 300))
+
+    def closed(path, *arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", closed)
+    with pytest.raises(CheckpointError, match="run cannot be read: Permission denied"):
+        load_run(tmp_path / "run")
