@@ -218,6 +218,8 @@ def test_a_recipe_that_is_not_there():
         SettingsError, match=r"--recipe inforpo: neither a recipe \(auglocal, .* did you mean infopro\?"
     ):
         resolved("inforpo", "cifar10")
+    with pytest.raises(SettingsError, match=r"--recipe a{300}: neither a recipe"):  # too long a name for a file
+        resolved("a" * 300, "cifar10")
 
 
 @pytest.mark.parametrize(

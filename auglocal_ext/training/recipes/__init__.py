@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import difflib
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -111,7 +112,7 @@ def find(recipe: str) -> Path:
     if recipe in names():
         return _FOLDER / f"{recipe}.ini"
     path = user_path(recipe)
-    if path.is_file():
+    if os.path.isfile(path):
         return path.resolve()
     close = difflib.get_close_matches(recipe, names(), 1)
     raise SettingsError(
