@@ -18,7 +18,7 @@ from .spelling import as_options, too_large, whole
 
 _EPILOG = """
 FLOPs are those of convolutions and matrix products, for one sample, forward, since the cut before. The network runs on
-fake tensors; no image is needed. localize(model, rule, modules=[NAME, ...]) cuts behind the submodules named; where
+fake tensors; no image is needed. localize(model, rule, modules=[NAME, ...]) cuts after the submodules named; where
 something crosses beside the output, with skips="detach".
 """
 
@@ -29,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
         "cuts",
         usage="python -m auglocal_ext cuts --network NAME [options]",
         help="list where a network can be cut into local modules",
-        description="List the submodules behind which exactly one tensor is needed later, so that a network can be cut "
+        description="List the submodules after which exactly one tensor is needed later, so that a network can be cut "
         "there.",
         epilog=_EPILOG,
     )
@@ -94,7 +94,7 @@ def _made(name: str, shape: list[int] | None) -> tuple[nn.Module, tuple[int, ...
 def as_text(passage: Passage, refused: bool = False) -> str:
     """The boundaries as a table; with ``refused`` also where the model cannot be cut."""
     crossed = any(each.crossing for each in passage.boundaries)
-    rows = [("behind", "shape", "bytes per sample", "FLOPs", "crossing beside it, bytes per sample")[: 4 + crossed]]
+    rows = [("after", "shape", "bytes per sample", "FLOPs", "crossing beside it, bytes per sample")[: 4 + crossed]]
     rows += [
         (str(each), _shape(each), f"{each.bytes:,}", _flops(each.flops), _crossing(each))[: 4 + crossed]
         for each in passage.boundaries
@@ -103,17 +103,17 @@ def as_text(passage: Passage, refused: bool = False) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
     if refused:
-        lines += ["", "not behind"]
+        lines += ["", "not after"]
         lines += [f"{each}: {each.refused}" for each in passage.refused]
     return "\n".join(lines)
 
 
 def _aligned(row: tuple[str, ...], widths: list[int]) -> list[str]:
-    behind, shape, size, flops = (
+    after, shape, size, flops = (
         cell.ljust(width) if column < 2 else cell.rjust(width)
         for column, (cell, width) in enumerate(zip(row, widths, strict=False))
     )
-    return [behind, shape, size, flops, *row[4:]]
+    return [after, shape, size, flops, *row[4:]]
 
 
 def _crossing(boundary: Boundary) -> str:

@@ -196,7 +196,7 @@ class Stage:
     def close(self, device: torch.device, left: Sequence[int] = (0, 0)) -> None:
         """End the run; in all stages. A further batch begins a new one.
 
-        ``left``: how many batches were sent and not received, before this stage and behind it.
+        ``left``: how many batches were sent and not received, before this stage and after it.
         """
         self._largest = None
         for link, count in zip((self._from, self._to), left, strict=True):

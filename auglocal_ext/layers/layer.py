@@ -28,7 +28,7 @@ from .residual import Residual, ResidualFinder
 Kind = Literal["basic", "bottleneck", "conv", "linear", "other"]
 #: One layout for all layers that hand on positions, or one (or None) for each layer.
 LayoutChoice = Layout | Sequence[Layout | None] | None
-#: What to do where nothing tells which axis holds the channels.
+#: What to do where it is unknown which axis holds the channels.
 SAY_LAYOUT = (
     "say layout='channels_first' for (C, *positions), 'channels_last' for (*positions, C) and "
     "tokens (T, C), 'class_token' for tokens of which heads read the first; or one for each layer"
@@ -46,8 +46,8 @@ class Layer:
             ``"other"``.
         block: what an auxiliary block is modelled on: the residual block's form, the convolution or the linear layer.
         shape: shape of its output without the batch dimension.
-        features: the same with its axes known; None where nothing tells them.
-        base_width: :attr:`width`; None where nothing tells which axis holds the channels.
+        features: the same with its axes; None where they are unknown.
+        base_width: :attr:`width`; None where it is unknown which axis holds the channels.
         what: what the layer is, in words for messages.
         inside: features after its first child with parameters; for the last layer those before the classifier.
         layout: what the user said about its output.
@@ -89,7 +89,7 @@ class Described:
 
     Attributes:
         layers: in order.
-        input: the input's features; None where nothing tells which axis holds the channels.
+        input: the input's features; None where it is unknown which axis holds the channels.
         classified: what the network's classifier takes; None where a single layer is all there is.
     """
 
@@ -98,7 +98,7 @@ class Described:
     classified: Handed | None = None
 
     def with_classifier_apart(self, layers: nn.Sequential) -> Described:
-        """The same with the classifier as a layer of its own, behind the one that it belonged to.
+        """The same with the classifier as a layer of its own, after the one that it belonged to.
 
         Args:
             layers: the network, of whose children the layers are runs.
@@ -173,7 +173,7 @@ def describe(layers: nn.Sequential, example: Tensor, layout: LayoutChoice = None
 
 
 def _told_by_later(layers: list[Layer]) -> list[Layer]:
-    """Layers whose axes nothing tells take those of the next one that puts out the same sizes, if C is none of them."""
+    """Layers of unknown axes take those of the next one that puts out the same sizes, if C is none of them."""
     told = list(layers)
     for index in range(len(layers) - 2, -1, -1):
         layer, later = told[index], told[index + 1]
@@ -202,7 +202,7 @@ def _layouts(layout: LayoutChoice, count: int) -> list[Layout | None]:
 def _first_output(
     children: Sequence[nn.Module], handed: Sequence[Handed], start: int, stop: int, layout: Layout | None
 ) -> Features | None:
-    """What is behind the first child that has parameters; None if nothing tells its axes."""
+    """What the first child that has parameters puts out; None if its axes are unknown."""
     position = next((i for i in range(start, stop) if has_parameters(children[i])), stop - 1)
     return _said(handed[position + 1], layout)
 

@@ -133,11 +133,11 @@ def localize(
         logits = model(x)      # the model is the user's own
 
     A local module is a segment of the model's own ``forward``: the code between two submodules. A model can be cut
-    behind a submodule if exactly one tensor, with the batch first, is needed later; dry runs on fake tensors find these
+    after a submodule if exactly one tensor, with the batch first, is needed later; dry runs on fake tensors find these
     places. ``net`` is a :class:`auglocal_ext.LocalSequential` and used like one.
 
-    ``skips="detach"`` also cuts where more than one tensor is needed later, behind submodules named in ``modules``:
-    across the skip connections of a U-Net or a dense block, or behind a submodule that returns a tuple. All tensors
+    ``skips="detach"`` also cuts where more than one tensor is needed later, after submodules named in ``modules``:
+    across the skip connections of a U-Net or a dense block, or after a submodule that returns a tuple. All tensors
     that cross a cut become inputs of the next local modules, detached. What is learned, and what is not:
 
     - The local loss of a module sees its output alone: what the named submodule returns, of a tuple the first tensor
@@ -222,7 +222,7 @@ def _names(modules: Modules, skips: Skips) -> frozenset[str]:
 
 
 def _before_classifier(model: nn.Module, passage: Passage, last: Boundary) -> list[Boundary]:
-    """Where to divide what runs behind ``last``, if skip connections cross it: the classifier is no layer by itself."""
+    """Where to divide what runs after ``last``, if skip connections cross it: the classifier is no layer by itself."""
     for end in reversed(passage.boundaries[passage.boundaries.index(last) + 1 :] if last.crossing else ()):
         if all(starts_layer(_between(model, passage, *ends)) for ends in ((last, end), (end, None))):
             return [end]
@@ -238,14 +238,14 @@ def _refuse_lost(model: nn.Module, passage: Passage, segments: Sequence[Segment]
         names = [name for name, depends, used in lost if depends < begin <= used and name in trainable]
         if names:
             raise ValueError(
-                f"only what crosses the cut behind {segment.last}, detached, depends on {', '.join(sorted(names)[:4])}"
+                f"only what crosses the cut after {segment.last}, detached, depends on {', '.join(sorted(names)[:4])}"
                 + (" and others" if len(names) > 4 else "")
                 + ": no loss would train them. Cut elsewhere, or freeze them by requires_grad_(False)"
             )
 
 
 def _nowhere(model: nn.Module, passage: Passage) -> str:
-    reasons = "; ".join(f"behind {each}: {each.refused}" for each in passage.refused[:3])
+    reasons = "; ".join(f"after {each}: {each.refused}" for each in passage.refused[:3])
     return f"{type(model).__name__} can be cut nowhere. {reasons or 'It calls no submodule before its last operators'}"
 
 
@@ -321,7 +321,7 @@ def _named(names: Sequence[object], ends: Sequence[Boundary], layers: int, passa
         if name not in last:
             places = ", ".join(map(str, ends[: layers - 1])) or "the model alone"
             raise ValueError(
-                f"the model cannot be cut behind {name!r}: {_why_not(str(name), passage)}. Layers end with {places}"
+                f"the model cannot be cut after {name!r}: {_why_not(str(name), passage)}. Layers end with {places}"
             )
         found.append(last[str(name)])
     return sorted(found)

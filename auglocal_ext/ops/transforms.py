@@ -15,11 +15,11 @@ def transforms_active() -> bool:
 def refuse_transforms(name: str, instead: str, *tensors: Tensor | None) -> None:
     """NotImplementedError under a transform of ``torch.func``, and for tensors with a tangent of forward-mode AD.
 
-    torch itself speaks of batching rules and autograd functions there, or leaves a tangent out without a word.
+    torch's own errors there are about batching rules and autograd functions, and some tangents are dropped silently.
 
     Args:
         name: the op.
-        instead: what has the derivatives that it has not.
+        instead: torch's function that has these derivatives.
         tensors: its differentiable inputs.
     """
     if torch.compiler.is_compiling() or not transforms_active():

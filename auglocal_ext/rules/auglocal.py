@@ -102,7 +102,7 @@ class AugLocal(Rule):
         head = resolved(self.head)
         if any(rule.follows_layers for rule in head.with_heads):
             raise ValueError(
-                f"head={self.head!r} makes auxiliary networks of the layers behind its input, and behind sampled "
+                f"head={self.head!r} makes auxiliary networks of the layers after its input, and after sampled "
                 "layers there are none. Make it the outer rule, or raise depth"
             )
         if self.single_layer_norm and type(head) is not LinearHead:
@@ -204,7 +204,7 @@ class AugLocal(Rule):
         return self._ended(network, module, blocks, features)
 
     def _ended(self, network: Network, module: int, blocks: list[nn.Module], features: Features) -> Auxiliary:
-        """The blocks, which put out ``features``, with the head behind them."""
+        """The blocks, which put out ``features``, with the head after them."""
         head = resolved(self.head)
         if type(head) is LinearHead:
             wanted = self.single_layer_norm
@@ -242,7 +242,7 @@ class AugLocal(Rule):
             )
 
     def _fit(self, model: Layer, features: Features, blocks: list[nn.Module]) -> Features:
-        """What a block modelled on ``model`` is fed with, behind ``blocks``; pooled where it takes vectors."""
+        """What a block modelled on ``model`` takes after ``blocks``; pooled where it takes vectors."""
         if model.kind in ("conv", "basic", "bottleneck"):
             _needs_map(features, f"layer {model.index} is {model.what}, a convolution of maps")
         elif model.kind == "linear" and not features.is_vector:

@@ -84,7 +84,7 @@ def balanced_ends(
 
 @dataclass
 class _Costs:
-    """Of each layer, of the auxiliary network behind it, and of the context before it."""
+    """Of each layer, of the auxiliary network after it, and of the context before it."""
 
     layers: list[int]
     heads: list[int]

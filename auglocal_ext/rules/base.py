@@ -29,7 +29,7 @@ class Network:
         input_shape: shape of one input, ``(C, H, W)`` or ``(features,)``, or of tokens ``(T,)``.
         task: what is learned.
         ends: index of the last layer of each local module, ascending.
-        input: the input's features; None where nothing tells which axis holds the channels.
+        input: the input's features; None where it is unknown which axis holds the channels.
         input_dtype: of integer inputs; None of floating-point ones.
         recompute: of each local module, whether its auxiliary network is to recompute.
     """
@@ -131,7 +131,7 @@ class Rule(ABC):
 
     #: Name on the command line and in recipes, once the rule is in ``RULES``.
     name: ClassVar[str] = ""
-    #: Whether its auxiliary networks are made of the layers behind a module's last one.
+    #: Whether its auxiliary networks are made of the layers after a module's last one.
     follows_layers: ClassVar[bool] = False
 
     @classmethod
@@ -174,15 +174,15 @@ class Rule(ABC):
 
     @property
     def classifier_apart(self) -> bool:
-        """Whether the network's own classifier is a local module by itself, behind that of the last layer."""
+        """Whether the network's own classifier is a local module by itself, after that of the last layer."""
         return self.head_rule is not None and self.head_rule.classifier_apart
 
     def refuse_classifier_apart(self) -> None:
-        """ValueError for a rule made of the layers behind a module, to which the classifier would be one of them."""
+        """ValueError for a rule made of the layers after a module, to which the classifier would be one of them."""
         for rule in self.with_heads:
             if rule.follows_layers:
                 raise ValueError(
-                    f"{type(rule).__name__} makes auxiliary networks of the layers behind a module, which the "
+                    f"{type(rule).__name__} makes auxiliary networks of the layers after a module, which the "
                     "classifier as a local module by itself (PredSim(classifier_apart=True)) is not: leave it out"
                 )
 

@@ -71,7 +71,7 @@ def features_of(
     """What the first ``count`` of the parts of layer ``index`` put out.
 
     Raises:
-        ValueError: where nothing tells which axis holds the channels.
+        ValueError: where it is unknown which axis holds the channels.
     """
     layer = network.layers[index]
     if count == len(parts) and layer.features is not None and layer.shape == handed[-1].shape:

@@ -28,7 +28,7 @@ def copied_block(network: Network, index: int, features: Features, rule: str) ->
         rule: the name of the rule that makes the block, for messages.
 
     Raises:
-        ValueError: where nothing tells which axis of the layer's input or output holds the channels, where no fresh
+        ValueError: where it is unknown which axis of the layer's input or output holds the channels, where no fresh
             copy can be made or no adapter, and for a copy that reaches into the network or puts out another size.
     """
     layer = network.layers[index]
@@ -38,7 +38,7 @@ def copied_block(network: Network, index: int, features: Features, rule: str) ->
     taken = taken_by(network, index)
     if taken is None:
         raise ValueError(
-            f"{rule} copies {what}, and nothing tells which axis of its input holds the channels: {SAY_LAYOUT}. Or "
+            f"{rule} copies {what}, and it is unknown which axis of its input holds the channels: {SAY_LAYOUT}. Or "
             f"pass {FACTORY}"
         )
     source, made = _source(network, index, rule)
@@ -62,7 +62,7 @@ def copied_block(network: Network, index: int, features: Features, rule: str) ->
 
 
 def taken_by(network: Network, index: int) -> Features | None:
-    """Features of the input of layer ``index``; None where nothing tells which axis holds the channels."""
+    """Features of the input of layer ``index``; None where it is unknown which axis holds the channels."""
     return network.input if index == 0 else network.layers[index - 1].features
 
 

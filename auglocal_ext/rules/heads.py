@@ -1,4 +1,4 @@
-"""Heads: the rules that end an auxiliary network, by themselves or behind another rule's blocks."""
+"""Heads: the rules that end an auxiliary network, by themselves or after another rule's blocks."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class MomentumNetwork(Auxiliary):
     get no gradients; its BatchNorm statistics are its own.
 
     Args:
-        block: the next block of the network. It is looked at, not owned.
+        block: the next block of the network; it stays outside this module and is only read.
         head: auxiliary network on the block's output.
         momentum: m.
         afresh: whether the copies' convolutions and BatchNorms are initialised again, each on its own.
@@ -146,8 +146,8 @@ class MAN(Rule):
         after = network.ends[module] + 1
         if after == len(network.layers):
             raise ValueError(
-                "MAN copies the next layer, and its head another one behind that if it is MAN too, but the network has "
-                f"{len(network.layers)} layers and none behind layer {after - 1}; choose another head"
+                "MAN copies the next layer, and its head the one after that if it is MAN too, but the network has "
+                f"{len(network.layers)} layers and none after layer {after - 1}; choose another head"
             )
         block, features = body(network, after, "MAN")
         # To the head the module ends one layer later, before the classifier if that layer holds it.

@@ -81,8 +81,8 @@ def _checked(path: str, mask_path: str, classes: int) -> Tensor:
         )
     if turned != 1:
         raise DataError(
-            f"{path}: this image is to be shown turned or mirrored (EXIF orientation {turned}), and nothing tells "
-            "whether its mask is: save the image as it is to be seen, without that tag"
+            f"{path}: EXIF orientation {turned} rotates or mirrors this image for display, and it is unknown whether "
+            "its mask needs the same: save the image in its displayed orientation, without this tag"
         )
     wrong = (mask >= classes) & (mask != IGNORED)
     if wrong.any():

@@ -101,7 +101,7 @@ REFUSED = {
     ),
     "unused parameters": (odd.Unused, {}, "does not depend on spare.weight"),
     "no tensor": (lambda: odd.Outputs("dict"), {}, "output="),
-    "no such submodule": (odd.Functional, {"modules": ["four"]}, "cannot be cut behind 'four'"),
+    "no such submodule": (odd.Functional, {"modules": ["four"]}, "cannot be cut after 'four'"),
     "scripted": (lambda: torch.jit.script(odd.Functional()), {}, "scripted"),
     "compiled as a whole": (lambda: torch.compile(odd.Functional()), {}, "compile its blocks"),
     "no parameters": (nn.ReLU, {}, "no parameters"),

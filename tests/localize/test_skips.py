@@ -232,7 +232,7 @@ REFUSED = {
     "not asked for": (UNet, ["down2"], {"skips": "refuse"}, 'skips="detach" allows it, with no gradient'),
     "unknown": (UNet, ["down2"], {"skips": "cut"}, 'must be "refuse" or "detach"'),
     "a number": (UNet, 3, {}, "name the submodules"),
-    "untrained": (Lateral, ["two"], {}, r"behind two, detached, depends on lateral\.bias, lateral\.weight: no loss"),
+    "untrained": (Lateral, ["two"], {}, r"after two, detached, depends on lateral\.bias, lateral\.weight: no loss"),
     "random": (lambda: Nested("dropout"), ["two"], {}, "random and would be drawn again"),
     "in place": (lambda: Nested("in place"), ["two"], {}, "is changed in place by add_"),
     "of a parameter": (

@@ -223,7 +223,7 @@ def test_a_layer_that_cannot_be_copied_needs_a_factory():
             nn.Conv2d(3, 8, 3), Strange(), Strange(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
         )
 
-    with pytest.raises(ValueError, match="AugLocal copies layer 2 \\(Strange\\), and nothing tells.*block=factory"):
+    with pytest.raises(ValueError, match="AugLocal copies layer 2 \\(Strange\\), and it is unknown.*block=factory"):
         LocalSequential(layers(), AugLocal(2), 4, (3, 8, 8))
     with pytest.raises(ValueError, match="layer 2 \\(Strange\\) has the parameter 'weight'.*block=factory"):
         LocalSequential(layers(), AugLocal(2), 4, (3, 8, 8), layout="channels_first")

@@ -36,14 +36,12 @@ def sgd(params):
 
 @pytest.mark.parametrize("head", [MAN(), AugLocal(2), Greedy(MAN()), InfoPro(*WEIGHTS, head=AugLocal(2))], ids=repr)
 def test_no_later_layers_are_behind_sampled_ones(head):
-    with pytest.raises(
-        ValueError, match="behind sampled layers there are none. Make it the outer rule, or raise depth"
-    ):
+    with pytest.raises(ValueError, match="after sampled layers there are none. Make it the outer rule, or raise depth"):
         AugLocal(3, head=head)
 
 
 def test_the_layer_after_next_may_not_be_there():
-    with pytest.raises(ValueError, match="MAN copies the next layer, and its head another one.*none behind layer 6"):
+    with pytest.raises(ValueError, match="MAN copies the next layer.*its head the one after that.*none after layer 6"):
         network(MAN(head=MAN()))
     assert network(MAN(head=AugLocal(2, joint_tail=False))).num_modules == 7
 

@@ -249,7 +249,7 @@ def test_cuts_with_the_classifier_apart():
     rule = PredSim(classifier_apart=True)
     assert small(rule, 2).num_modules == 3 and small(rule, [1]).num_modules == 3 and small(rule, 1).num_modules == 1
     assert small(Greedy(rule), 2).num_modules == 3
-    with pytest.raises(ValueError, match="MAN makes auxiliary networks of the layers behind a module"):
+    with pytest.raises(ValueError, match="MAN makes auxiliary networks of the layers after a module"):
         small(MAN(head=rule))
     with pytest.raises(ValueError, match="say classifier_apart=True here too"):
         PredSim(head=rule)

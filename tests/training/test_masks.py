@@ -210,7 +210,7 @@ def _no_test(root):
         (_wrong_names, "classes.txt: expected the names of 2 to 255 classes, .* got 3 lines: 'ground', '', 'house'"),
         (_one_class, "at least two classes are needed, found the values 0 .*make the 255 a 1"),
         (_nothing_to_test, "test/masks: every pixel has the value 255"),
-        (_turned, "images/0.png: this image is to be shown turned or mirrored .EXIF orientation 3"),
+        (_turned, "images/0.png: EXIF orientation 3 rotates or mirrors this image for display"),
         (_no_test, "test: no such folder; expected train/images/<name>.jpg .*rename or link it to 'test'"),
     ],
 )
