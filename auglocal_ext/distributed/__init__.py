@@ -1,10 +1,10 @@
 """Several processes that train one network, on torch.distributed."""
 
 from .agreement import DisagreementError, agree, everyone, shapes_of
-from .checkpoint import CheckpointError, Stored, together, write
-from .edges import ParameterEdge
+from .checkpoint_folder import CheckpointError, Stored, together, write
 from .link import Form
 from .mesh import Mesh, group_like, mesh_groups
+from .parameter_edge import ParameterEdge
 from .replicas import Average, Replicas
 from .shards import Shards
 from .stages import Stage, balanced_cuts, checked_cuts, crossing_inputs, cut_numbers

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
 
 from auglocal_ext import AugLocal, ContSup, Greedy, LocalSequential, LocalStep, PredSim
-from auglocal_ext.distributed import CheckpointError, checkpoint
+from auglocal_ext.distributed import CheckpointError, checkpoint_folder
 
 
 def _linears(*widths, rule=None):
@@ -94,7 +94,7 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path, monkeypatch, f
             elif failing == "write":
                 patch.setattr(FileSystemWriter, "finish", stop)
             else:
-                patch.setattr(checkpoint.os, "replace", stop)
+                patch.setattr(checkpoint_folder.os, "replace", stop)
             with pytest.raises(CheckpointError, match="OSError: stopped"):
                 step.save(folder, {"number": number})
 

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from auglocal_ext import LocalStep
-from auglocal_ext.distributed import CheckpointError, checkpoint
+from auglocal_ext.distributed import CheckpointError, checkpoint_folder
 from auglocal_ext.nn import deferred
 
 BATCHES = [batch for (batch,) in parts(1, 6)]
@@ -235,7 +235,7 @@ def _die_at_the_last_moment():
     def finish(*args):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint._finish = finish
+    checkpoint_folder._finish = finish
 
 
 @pytest.mark.slow
