@@ -8,12 +8,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from auglocal_ext._torch import ConvBase, ConvTransposeBase, FakeTensorMode, TorchDispatchMode, detect_fake_mode
 from auglocal_ext.layers import evaluating, probe_input
 from auglocal_ext.segments import Ghost
 
@@ -79,14 +76,14 @@ def _macs(module: nn.Module, input_shape: Sequence[int], run: Callable[[Tensor],
 
     def add(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         nonlocal macs
-        if isinstance(layer, _ConvTransposeNd):  # every input element meets the kernel once
+        if isinstance(layer, ConvTransposeBase):  # every input element meets the kernel once
             macs += inputs[0].numel() * layer.weight[0].numel()
-        elif isinstance(layer, _ConvNd):
+        elif isinstance(layer, ConvBase):
             macs += output.numel() * layer.weight[0].numel()
         else:
             macs += output.numel() * cast(int, layer.in_features)
 
-    layers = [m for m in module.modules() if isinstance(m, _ConvNd) or _is_linear(m)]
+    layers = [m for m in module.modules() if isinstance(m, ConvBase) or _is_linear(m)]
     mode = detect_fake_mode(list(module.parameters())) or FakeTensorMode(allow_non_fake_inputs=True)
     heads = _LossHeads()
     handles = [layer.register_forward_hook(add) for layer in layers]
@@ -158,7 +155,7 @@ class FlopMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        packet = getattr(func, "_overloadpacket", None)
+        packet = getattr(func, "overloadpacket", None)
         formula = _FORMULAS.get(packet, flop_registry.get(packet))
         if formula is not None and not isinstance(out, Ghost):
             self.flops += formula(*args, **(kwargs or {}), out_val=out)

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from .._torch import current_dispatch_mode
 from ..segments import Ghost, Segment
 from ..segments.ghost import Standing
 
@@ -60,7 +60,7 @@ class CopiedSegment(Segment):
 
     def _standing(self, device: torch.device) -> list[Standing]:
         dtype = self._floating()
-        if _get_current_dispatch_mode() is not None:  # a fake tensor mode takes none that was made outside
+        if current_dispatch_mode() is not None:  # a fake tensor mode takes none that was made outside
             return self._made(device, dtype)
         if (device, dtype) not in self._ghosts:
             self._ghosts[device, dtype] = self._made(device, dtype)

@@ -21,11 +21,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
+from .._torch import (
+    MODULE_HOOKS,
+    RESETS,
+    FakeTensor,
+    TorchDispatchMode,
+    is_compiled,
+    non_persistent,
+    storage_id,
+    tree_leaves,
+    without_dispatch_modes,
+)
 from ..nn.written import Written
 from ..segments import Segment
 from .constructors import initialise_as_constructor
@@ -34,9 +42,7 @@ from .untouched import Untouched
 
 #: The way out, in messages.
 FACTORY = "AugLocal(block=factory) with a factory(in_channels, out_channels, stride, layer) that returns an nn.Module"
-_RESETS = ("reset_parameters", "_reset_parameters")
-_HOOKS = [name for name, value in vars(nn.Module()).items() if name.endswith("hooks") and isinstance(value, dict)]
-_REGISTERED = ("_parameters", "_buffers", "_modules", *_HOOKS)
+_REGISTERED = ("_parameters", "_buffers", "_modules", *MODULE_HOOKS)
 
 
 def fresh_copy(source: nn.Module, what: str, model: nn.Module | None = None) -> nn.Module:
@@ -124,7 +130,7 @@ def _initialise(made: nn.Module, source: nn.Module, methods: dict[nn.Module, Cal
     run = set(_running(source))
     parts = [part for part in _inside_out(_root(made), set()) if sources[part] in run]
     for part in parts:
-        for name in _RESETS:
+        for name in RESETS:
             if callable(getattr(part, name, None)):
                 getattr(part, name)()
                 break
@@ -153,7 +159,7 @@ def _running(module: nn.Module) -> Iterable[nn.Module]:
 
 def _refuse_missed(source: nn.Module, what: str, methods: dict[nn.Module, Callable[[nn.Module], Any]]) -> None:
     """ValueError for a parameter or buffer that :func:`_initialise` does not fill, found on a copy without data."""
-    with _disable_current_modes(), torch.device("meta"), torch.no_grad():
+    with without_dispatch_modes(), torch.device("meta"), torch.no_grad():
         made = _copied(
             source, lambda tensor, kept: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
         )
@@ -183,7 +189,7 @@ def _refuse_hidden(source: nn.Module, what: str) -> None:
         where = f"{what}, in {path or 'itself'} ({type(part).__name__}),"
         if part in used and parametrize.is_parametrized(part):
             raise ValueError(f"{where} has parametrized weights, which a fresh copy would not have. Pass {FACTORY}")
-        if isinstance(part, torch.jit.ScriptModule) or hasattr(part, "_orig_mod"):
+        if isinstance(part, torch.jit.ScriptModule) or is_compiled(part):
             raise ValueError(
                 f"{where} is compiled or scripted, so that no fresh copy of it can be made for an auxiliary block: "
                 f"compile it in place by its compile(), or pass {FACTORY}"
@@ -225,8 +231,7 @@ def _structural(module: nn.Module) -> set[int]:
         id(buffer)
         for part in _root(module).modules()
         for name, buffer in part._buffers.items()
-        if buffer is not None
-        and (name in part._non_persistent_buffers_set or (buffer.dim() > 0 and not _has_fractions(buffer)))
+        if buffer is not None and (name in non_persistent(part) or (buffer.dim() > 0 and not _has_fractions(buffer)))
     }
 
 
@@ -248,7 +253,7 @@ def _copied(source: nn.Module, make: Callable[[Tensor, bool], Tensor]) -> nn.Mod
         memo[id(tensor)] = nn.Parameter(made, _has_fractions(made)) if isinstance(tensor, nn.Parameter) else made
     used = _used(source)
     for part in root.modules():
-        memo.update((id(getattr(part, name)), OrderedDict()) for name in _HOOKS)
+        memo.update((id(getattr(part, name)), OrderedDict()) for name in MODULE_HOOKS)
         left: list[Any] = [*part._parameters.values(), *part._buffers.values()]
         if part not in used:
             left += [leaf for _, leaf in _unregistered(part)]

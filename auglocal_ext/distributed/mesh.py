@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .._torch import group_timeout
+
 #: A ``torch.distributed.device_mesh.DeviceMesh``, which torch may have been built without.
 Mesh = Any
 
@@ -56,7 +58,7 @@ def group_like(group: Any, ranks: Sequence[int] | None = None, *, on_hosts: bool
         on_hosts: for tensors on the CPU, by gloo where this torch has it.
     """
     ranks = torch.distributed.get_process_group_ranks(group) if ranks is None else list(ranks)
-    options = group._get_backend(group._device_types[0]).options
-    timeout = None if options is None else options._timeout  # torch's "fake" backend has none
     backend = "gloo" if on_hosts and torch.distributed.is_gloo_available() else None
-    return torch.distributed.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
+    return torch.distributed.new_group(
+        ranks, timeout=group_timeout(group), backend=backend, use_local_synchronization=True
+    )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch import version
 from ..nn import is_sharded, own_part
 
 
@@ -219,7 +220,7 @@ def _in_messages(forms: Sequence[_Form], device: torch.device) -> list[tuple[Ten
 
 def _marks(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
     """What changes if a parameter is written to or put in another's place."""
-    return [(part.data_ptr(), part._version) for part in map(own_part, parameters)]
+    return [(part.data_ptr(), version(part)) for part in map(own_part, parameters)]
 
 
 def _sharded(whole: Tensor, shard: Tensor, mesh: Any) -> Tensor:

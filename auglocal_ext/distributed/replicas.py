@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .._torch import foreach_copy_
 from ..nn import waiting_for
 from .agreement import DisagreementError, agree, shapes_of
 from .times import spent
@@ -80,7 +81,7 @@ class Bucket:
         if self._trained:
             self.memory[: self._trained].div_(replicas)
         if self._buffers:
-            torch._foreach_copy_(list(self._buffers), self._places)
+            foreach_copy_(list(self._buffers), self._places)
 
 
 def _place(memory: Tensor, at: int, like: Tensor) -> Tensor:

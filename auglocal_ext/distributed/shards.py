@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from .._torch import backward_hooks, foreach_mul_, post_accumulate_hooks, tree_leaves
 from ..nn import own_part, waiting_for
 from .replicas import Average, Bucket, Message, Replicas, refuse_sparse
 
@@ -166,7 +166,7 @@ class Shards(Replicas):
         for parameter, gradient in gradients:
             name = self._names[id(parameter)]
             refuse_sparse(name, gradient)
-            if parameter._backward_hooks:
+            if backward_hooks(parameter):
                 raise RuntimeError(f"{name} is sharded, and a hook of its gradient would not run: remove the hook")
             alike.setdefault(gradient.dtype, []).append((parameter, gradient))
         moved: dict[torch.dtype, list[Tensor]] = {}
@@ -188,7 +188,7 @@ class Shards(Replicas):
         norms[torch.distributed.get_rank(self._group)] = norm
         torch.distributed.all_reduce(norms, group=self._group)
         factor = (largest / (torch.linalg.vector_norm(norms) + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(shards, factor)
+        foreach_mul_(shards, factor)
 
 
 class _Group(nn.Module):
@@ -259,5 +259,5 @@ def _refuse(name: str, parameter: nn.Parameter) -> None:
             f"shard=True: {name} is not contiguous, and torch shards contiguous parameters alone: call "
             "net.to(memory_format=torch.contiguous_format). The input may stay channels-last"
         )
-    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+    if backward_hooks(parameter) or post_accumulate_hooks(parameter):
         raise ValueError(f"shard=True: {name} has a hook, which would not run: the parameter is replaced by its shards")

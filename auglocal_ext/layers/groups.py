@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch import ConvBase, NormBase
 from ..nn import eager_type
 from ..segments import Segment
 
 _NORMS = (
-    nn.modules.batchnorm._NormBase,
+    NormBase,
     nn.LayerNorm,
     nn.GroupNorm,
     nn.RMSNorm,
     nn.LocalResponseNorm,
 )
 #: Weights that mix channels however few of them there are.
-_MIXING = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase)
+_MIXING = (ConvBase, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase)
 
 
 def has_parameters(module: nn.Module) -> bool:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._torch import ConvBase, NormBase, TorchDispatchMode, schema
 from ..segments import Ghost
 from .features import Features, Layout
 from .groups import starts_layer
@@ -26,14 +26,12 @@ Axis = Literal[1, -1]
 FIRST: Axis = 1
 LAST: Axis = -1
 _NAMES: dict[int, Layout] = {FIRST: "channels_first", LAST: "channels_last"}
-_POOLS = (
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-    nn.modules.pooling._LPPoolNd,
+_POOLS = tuple(
+    getattr(nn, f"{kind}Pool{axes}d")
+    for kind in ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax", "LP")
+    for axes in (1, 2, 3)
 )
-_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LocalResponseNorm, *_POOLS)
+_CHANNELS_FIRST = (ConvBase, NormBase, nn.GroupNorm, nn.LocalResponseNorm, *_POOLS)
 
 
 def channel_axis(module: nn.Module) -> Axis | None:
@@ -101,7 +99,7 @@ class _Permutations(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        permutes = func._schema.name in ("aten::permute", "aten::transpose")
+        permutes = schema(func).name in ("aten::permute", "aten::transpose")
         if permutes and args[0].dim() > 2 and not isinstance(args[0], Ghost):
             self.count += 1
         return func(*args, **(kwargs or {}))

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from .._torch import BatchNormBase, TorchDispatchMode, schema, storage_id
 
 #: The value of a tensor, as far as the forms below need it: its input "x", or an operator's name, what it was made of,
 #: and for a convolution its form.
@@ -73,18 +74,18 @@ class _Trace(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         made = out[0] if isinstance(out, tuple | list) and out else out
         if isinstance(made, Tensor):
-            if func._schema.is_mutable:
+            if schema(func).is_mutable:
                 self._forget_views(made)
-            name = func._schema.name.removeprefix("aten::").rstrip("_")
+            name = schema(func).name.removeprefix("aten::").rstrip("_")
             self._expressions[id(made)] = _expression(name, inputs, args, kwargs or {})
             self._kept.append(made)
         return out
 
     def _forget_views(self, written: Tensor) -> None:
         """Nothing is known of tensors that share the memory of one that was written to."""
-        storage = written.untyped_storage()._cdata
+        storage = storage_id(written.untyped_storage())
         for tensor in self._kept:
-            if tensor is not written and tensor.untyped_storage()._cdata == storage:
+            if tensor is not written and storage_id(tensor.untyped_storage()) == storage:
                 self._expressions[id(tensor)] = ("?",)
 
 
@@ -181,7 +182,7 @@ class _Dropouts(TorchFunctionMode):
 
 def _norm_settings(block: nn.Module) -> tuple[float, float | None] | None:
     """eps and momentum of a block's BatchNorm layers; None if they differ, or one has no weights or no statistics."""
-    norms = [part for part in block.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    norms = [part for part in block.modules() if isinstance(part, BatchNormBase)]
     plain = all(isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats for norm in norms)
     settings = {(norm.eps, norm.momentum) for norm in norms}
     if not norms:  # functional ones, of parameters of the block's own

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .._torch import backward_hooks, foreach_mul_
 from ..auxiliary.base import LossContext
 from ..segments import carried, detached
 from .local_module import LocalModule, Relay
@@ -115,7 +116,7 @@ class _HandOver(torch.autograd.Function):
             if value is not None:
                 by_device.setdefault(value.device, []).append(value)
         for device, group in by_device.items():
-            torch._foreach_mul_(group, factor.to(device, non_blocking=True))
+            foreach_mul_(group, factor.to(device, non_blocking=True))
         return (None, None, None, *values)
 
 
@@ -124,7 +125,7 @@ def _hooks_held_back(parameters: Sequence[Tensor]) -> Any:
     """Within the context the parameters' tensor hooks do not run: they run when gradients are handed over."""
     held = []
     for parameter in parameters:
-        hooks = parameter._backward_hooks
+        hooks = backward_hooks(parameter)
         if hooks:
             held.append((hooks, dict(hooks)))
             hooks.clear()

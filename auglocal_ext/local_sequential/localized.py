@@ -10,8 +10,8 @@ from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from .._torch import FakeTensor, is_compiled, version
 from ..layers import (
     Described,
     LayoutChoice,
@@ -167,7 +167,7 @@ def localize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {type(model).__name__}")
-    if isinstance(model, torch._dynamo.OptimizedModule):
+    if is_compiled(model):
         raise TypeError("the model is compiled as a whole: localize the model itself, and compile its blocks")
     if isinstance(model, LocalSequential):
         raise TypeError("the model is wrapped for local learning already: localize its primary")
@@ -186,13 +186,13 @@ def localize(
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """Undoes what the runs on an example change in buffers, such as a count of calls."""
-    held = [(each, 0 if each.is_inference() else each._version, each.clone()) for each in model.buffers()]
+    held = [(each, 0 if each.is_inference() else version(each), each.clone()) for each in model.buffers()]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, version, value in held:
-                if not buffer.is_inference() and buffer._version != version:
+            for buffer, before, value in held:
+                if not buffer.is_inference() and version(buffer) != before:
                     buffer.copy_(value)
 
 

@@ -11,9 +11,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import unserializable_hook
 
+from .._torch import BatchNormBase, FakeTensor, is_replica
 from ..auxiliary.base import Auxiliary, can_recompute, followed_by, parts_of, set_recompute
 from ..auxiliary.context import ContextSupply
 from ..layers import Described, LayoutChoice, describe, evaluating, group_children, nesting_hint, probe_input
@@ -240,7 +240,7 @@ class LocalSequential(CheckedBatches):
                 whose = f"the output of local module {module.index}'s auxiliary network"
                 module.auxiliary.settings.task.check_output(tuple(output.shape[1:]), whose)
 
-        norms = [m for m in names if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [m for m in names if isinstance(m, BatchNormBase)]
         hooks = [norm.register_forward_pre_hook(note) for norm in norms]
         try:
             with evaluating(self):
@@ -330,7 +330,7 @@ class LocalSequential(CheckedBatches):
             out = self._infer(x) if len(self.context) == 0 else run_forward(self.local_modules, x)
             self._warn_of_backpropagation(out)
             return out
-        if getattr(self, "_is_replica", False):
+        if is_replica(self):
             raise RuntimeError(
                 "net(x, y) in nn.DataParallel, whose replicas have no parameters of their own to train: use "
                 "DistributedDataParallel with a process per GPU (torchrun), or show this process one GPU "

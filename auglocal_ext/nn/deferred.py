@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .._torch import TorchDispatchMode, schema, skipped_init, storage_id, tree_flatten, tree_unflatten
 
 
 @dataclass(frozen=True)
@@ -162,12 +161,10 @@ class _Skipped(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "meta").type == "meta":
             return func(*args, **{**kwargs, "device": "cpu"}).to("meta")
         out = func(*args, **kwargs)
-        if out is True and func == Tensor.is_meta.__get__:  # type: ignore[attr-defined]
-            asking = sys._getframe(1)
-            if asking.f_globals.get("__name__") == "torch.nn.init":  # and returns at once
-                function = getattr(nn.init, asking.f_code.co_name)
-                given = {name: asking.f_locals[name] for name in inspect.signature(function).parameters}
-                self._recorder.note(function, (), given, args, (), drawn=True)
+        if (skipped := skipped_init(func, out)) is not None:
+            function = getattr(nn.init, skipped.f_code.co_name)
+            given = {name: skipped.f_locals[name] for name in inspect.signature(function).parameters}
+            self._recorder.note(function, (), given, args, (), drawn=True)
         return out
 
 
@@ -205,7 +202,7 @@ def deferred(seed: int) -> Iterator[None]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return storage_id(tensor.untyped_storage())
 
 
 def _is_meta(value: Any) -> bool:
@@ -220,7 +217,7 @@ def _stored(value: Any) -> Any:
 
 def changed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
     """Tensors that a call writes to, by its schema."""
-    for place, argument in enumerate(func._schema.arguments):
+    for place, argument in enumerate(schema(func).arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = kwargs.get(argument.name, args[place] if place < len(args) else None)
             yield from (each for each in tree_flatten(value)[0] if isinstance(each, Tensor))

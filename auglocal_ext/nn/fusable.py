@@ -10,14 +10,12 @@ forward.
 
 from __future__ import annotations
 
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from ..ops.transforms import transforms_active
+from .._torch import COMPILED_CALL, call_hooks, has_global_hooks, transforms_active
 
 
 class Activation(NamedTuple):
@@ -30,17 +28,14 @@ class Activation(NamedTuple):
 NOTHING, RELU = Activation("none", 1.0), Activation("relu", 0.0)
 
 
-_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 def replaced_call(module: nn.Module) -> str | None:
     """Why calling ``module`` does more, or other, than its class's forward; None where it does not."""
     own = module.__dict__  # this and what follows is asked at every call, and nn.Module's attributes take their time
-    if any(_HOOKS(own)):  # a call that hooks wait for must happen
+    if any(call_hooks(own)):  # a call that hooks wait for must happen
         return "has hooks"
     if "forward" in own:
         return "has a forward of its own"
-    if own.get("_compiled_call_impl") is not None:
+    if own.get(COMPILED_CALL) is not None:
         return "is compiled"
     return None
 
@@ -108,7 +103,7 @@ def must_be_eager(x: Tensor) -> bool:
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or transforms_active()
-        or _has_any_global_hook()
+        or has_global_hooks()
         or x.numel() == 0
     )
 

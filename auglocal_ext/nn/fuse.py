@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .._torch import NormBase
 from .chain import FusedSequential, is_container, units
 from .fusable import conv_hindrance, norm_hindrance, pool_hindrance
 from .residual import block_hindrance
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+_NORMS = (NormBase, nn.GroupNorm, nn.LayerNorm)
 #: Classes whose forward is replaced, each with the subclass that replaces it: what differs is the class alone, so
 #: parameters, buffers, hooks, copies and pickles of a module are as before.
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {nn.Sequential: FusedSequential}

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from .._torch import version
+
 
 def recomputed(module: nn.Module, *inputs: Any) -> Any:
     """``module(*inputs)`` under gradient checkpointing; without gradients just the call.
@@ -49,7 +51,7 @@ def recomputed(module: nn.Module, *inputs: Any) -> Any:
 def _versions(inputs: Any) -> list[int]:
     if torch.compiler.is_compiling():
         return []
-    return [value._version for value in inputs if isinstance(value, Tensor) and not value.is_inference()]
+    return [version(value) for value in inputs if isinstance(value, Tensor) and not value.is_inference()]
 
 
 def _name(module: nn.Module) -> str:

@@ -7,6 +7,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from .._torch import is_fsdp_managed
+
 
 def in_process_group() -> bool:
     """Whether this process is one of a group."""
@@ -46,7 +48,7 @@ def sharded(module: nn.Module) -> bool:
     if not in_process_group():
         return False
     # Parameters are whole while their module runs, and stay so until its backward: both wrappers mark what they hold.
-    marked = any(getattr(part, "_is_fsdp_managed_module", False) for part in module.modules())
+    marked = any(map(is_fsdp_managed, module.modules()))
     return marked or any(map(is_sharded, module.parameters()))
 
 

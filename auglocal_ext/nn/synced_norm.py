@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from .._torch import BatchNormBase
 from ..ops.batch_norm_checks import slope_of
 from ..ops.batch_norm_passes import Passes, passes, stand_in, standing_in
 from .batch_norm_act import BatchNormAct1d, BatchNormAct2d
@@ -80,7 +80,7 @@ def sync_batch_norm(module: nn.Module) -> int:
     Raises:
         ValueError: for a normalisation over the batch of another kind, which would keep a process's own statistics.
     """
-    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
+    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, BatchNormBase)]
     for name, layer in layers:
         if type(layer) not in _SYNCED and not isinstance(layer, _Synced):
             raise ValueError(

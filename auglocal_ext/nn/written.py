@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from .._torch import TorchDispatchMode, skipped_init, storage_id
 from .deferred import changed
 
 
@@ -67,14 +66,13 @@ class _SkippedInit(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if out is True and func == Tensor.is_meta.__get__:  # type: ignore[attr-defined]
-            if sys._getframe(1).f_globals.get("__name__") == "torch.nn.init":
-                self._written.note(args[0])
+        if skipped_init(func, out) is not None:
+            self._written.note(args[0])
         return out
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return storage_id(tensor.untyped_storage())
 
 
 def _elements(tensor: Tensor) -> int:

@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 
 from .. import native
+from .._torch import constant_when_compiled
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 ENVIRONMENT = "AUGLOCAL_PROVIDER"
@@ -98,6 +99,7 @@ _REASONS: dict[str, Callable[[], str | None]] = {
 }
 
 
+@constant_when_compiled
 def choose(op: str, device: torch.device | str, dtype: torch.dtype, requested: str | None = None) -> str:
     """Name of the provider that runs ``op`` for a feature map on this device and of this dtype.
 
@@ -124,10 +126,6 @@ def choose(op: str, device: torch.device | str, dtype: torch.dtype, requested: s
         if provider.serves(kind) and dtype in provider.dtypes and available(provider.name, device):
             return provider.name
     raise TypeError(f"{op}: no provider takes {dtype} on {device}; expected a floating-point feature map")
-
-
-# What torch.compiler.assume_constant_result sets, without its import of torch._dynamo (over a second at each start).
-choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _explicit(table: Table, device: torch.device, dtype: torch.dtype, name: str, origin: str) -> str:

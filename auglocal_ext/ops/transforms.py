@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-
-def transforms_active() -> bool:
-    """Whether ``torch.func`` transforms what is called now, or a level of forward-mode AD is open."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+from .._torch import functorch_active, transforms_active
 
 
 def refuse_transforms(name: str, instead: str, *tensors: Tensor | None) -> None:
@@ -24,7 +21,7 @@ def refuse_transforms(name: str, instead: str, *tensors: Tensor | None) -> None:
     """
     if torch.compiler.is_compiling() or not transforms_active():
         return
-    if torch._C._are_functorch_transforms_active():
+    if functorch_active():
         raise NotImplementedError(
             f"{name} does not work under torch.func (vmap, grad, jvp, jacrev, hessian, ...). Take gradients by "
             f"backward() or torch.autograd.grad, or under torch.func use {instead}"

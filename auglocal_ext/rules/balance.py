@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .._torch import storage_id
 from ..auxiliary.base import Auxiliary, LossContext
 from ..cost import FlopMeter
 from ..layers import evaluating
@@ -24,14 +25,14 @@ def saved_bytes(run: Callable[[], Tensor], parameters: frozenset[int]) -> int:
 
     Args:
         run: builds a graph on a batch of two.
-        parameters: ``id`` of the storages that do not count (``tensor.untyped_storage()._cdata``).
+        parameters: ``id`` of the storages that do not count (``storage_id(tensor.untyped_storage())``).
     """
     storages: dict[int, tuple[int, object]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            storages[storage._cdata] = (storage.nbytes(), storage)
+        if storage_id(storage) not in parameters:
+            storages[storage_id(storage)] = (storage.nbytes(), storage)
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -127,7 +128,7 @@ def _bytes(network: Network, rule: Rule, example: Tensor) -> _Costs:
         if module is None:
             return 0
         known = [*module.parameters(), *module.buffers(), *shared]
-        return saved_bytes(run, frozenset(t.untyped_storage()._cdata for t in known))
+        return saved_bytes(run, frozenset(storage_id(t.untyped_storage()) for t in known))
 
     # In eval mode BatchNorm saves the same maps but moves no running statistic.
     with torch.random.fork_rng(devices=[]), evaluating(network.primary):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .._torch import foreach_lerp_
 from ..auxiliary.base import Auxiliary, LossContext
 from ..auxiliary.followed import Followed
 from ..models.blocks import initialise
@@ -79,7 +80,7 @@ class MomentumNetwork(Auxiliary):
             )
         if average:
             _refuse_standstill(average[0].dtype, self.momentum)
-        torch._foreach_lerp_(average, followed, 1 - self.momentum)
+        foreach_lerp_(average, followed, 1 - self.momentum)
         self.head.after_step()
 
 

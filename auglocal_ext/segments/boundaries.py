@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .._torch import COMPILED_CALL, is_compiled
 from .calls import Call, Form, Recording
 from .dataflow import Crossing, Dataflow
-from .recording import SLOT, record
+from .recording import record
 
 #: What becomes of tensors that cross a cut beside the one that is handed on, such as skip connections.
 Skips = Literal["refuse", "detach"]
@@ -213,7 +214,7 @@ def _takers(recordings: Sequence[Recording]) -> dict[str, frozenset[str]]:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return isinstance(module, torch._dynamo.OptimizedModule) or module.__dict__.get(SLOT) is not None
+    return is_compiled(module) or module.__dict__.get(COMPILED_CALL) is not None
 
 
 def _boundary(call: Call, flows: Sequence[Dataflow], compiled: frozenset[str], skips: Skips) -> Boundary:

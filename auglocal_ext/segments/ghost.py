@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .._torch import disabled_torch_function, make_wrapper_subclass, schema, tree_flatten, tree_unflatten
 
 _META = torch.device("meta")
 
@@ -31,11 +32,11 @@ class Ghost(Tensor):
     """
 
     _shape: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = disabled_torch_function  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, shape: Tensor, device: torch.device) -> Ghost:
-        made = Tensor._make_wrapper_subclass(
+        made = make_wrapper_subclass(
             cls,
             shape.shape,
             strides=shape.stride(),
@@ -60,7 +61,7 @@ class Ghost(Tensor):
         device = kwargs.get("device") or device
         if torch.Tag.inplace_view in func.tags:
             raise CrossingError(f"{func} changes the shape, in place, of a value from before the segment")
-        if func._schema.is_mutable:
+        if schema(func).is_mutable:
             _refuse_writes(func, args, kwargs)
         shapes = [_shape_of(value) for value in flat]
         of = {id(shape): value for shape, value in zip(shapes, flat, strict=True) if isinstance(value, Tensor)}
@@ -106,7 +107,7 @@ def _shape_of(value: Any) -> Any:
 
 def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
     """A real tensor that takes in what is not there would be wrong without a sign of it."""
-    for place, argument in enumerate(func._schema.arguments):
+    for place, argument in enumerate(schema(func).arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = kwargs.get(argument.name, args[place] if place < len(args) else None)
             if any(isinstance(each, Tensor) and not isinstance(each, Ghost) for each in tree_flatten(value)[0]):

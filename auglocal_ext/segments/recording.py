@@ -16,14 +16,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.flop_counter import flop_registry
 
+from .._torch import (
+    COMPILED_CALL,
+    FakeTensorMode,
+    TorchDispatchMode,
+    detect_fake_mode,
+    plain_call,
+    schema,
+    storage_id,
+    tree_flatten,
+    tree_unflatten,
+)
 from .calls import Call, Form, Linear, Operator, Recording
 
 _BATCHES = (2, 3)
@@ -31,8 +38,6 @@ _CHECKPOINT = CheckpointFunction.forward.__code__.co_filename
 _DEVICE_QUERY = torch.ops.prim.device.default
 #: What a skipped call may return beside tensors.
 _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.Size)
-#: Under this key a module's ``__dict__`` has what ``module(...)`` runs in place of its forward and hooks.
-SLOT = "_compiled_call_impl"
 
 
 class _Trace(TorchDispatchMode):
@@ -69,7 +74,7 @@ class _Trace(TorchDispatchMode):
         made = [each for each in tree_flatten(out)[0] if isinstance(each, Tensor) and id(each) not in self._own]
         numbers = [self.number(each) for each in made]
         writes: frozenset[str] = frozenset()
-        if func._schema.is_mutable:  # a write is seen by every tensor over the same memory
+        if schema(func).is_mutable:  # a write is seen by every tensor over the same memory
             written = list(_written(func, args, kwargs))
             writes = frozenset(self._own[id(each)] for each in written if id(each) in self._own)
             for each in (*made, *written):
@@ -83,10 +88,10 @@ class _Trace(TorchDispatchMode):
         else:
             for number in numbers:
                 self._sources[number] = meets | self._sources.get(number, frozenset())
-        formula = flop_registry.get(getattr(func, "_overloadpacket", None))
+        formula = flop_registry.get(getattr(func, "overloadpacket", None))
         self.operators.append(
             Operator(
-                func._schema.name.partition("::")[2],
+                schema(func).name.partition("::")[2],
                 tuple(dict.fromkeys(taken)),
                 tuple(dict.fromkeys(numbers)),
                 own,
@@ -104,13 +109,13 @@ class _Trace(TorchDispatchMode):
 
 def _storage(tensor: Tensor) -> int | None:
     try:
-        return tensor.untyped_storage()._cdata
+        return storage_id(tensor.untyped_storage())
     except (NotImplementedError, RuntimeError):  # sparse
         return None
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    for place, argument in enumerate(func._schema.arguments):
+    for place, argument in enumerate(schema(func).arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = kwargs.get(argument.name, args[place] if place < len(args) else None)
             yield from (each for each in tree_flatten(value)[0] if isinstance(each, Tensor))
@@ -126,7 +131,7 @@ class _Calls:
         self._first: dict[int, int] = {}  # for what a call returned, the number before the call returned it
         self.root: Call | None = None
         for name, module in model.named_modules():
-            module.__dict__[SLOT] = self._noting(name, module)
+            module.__dict__[COMPILED_CALL] = self._noting(name, module)
 
     def _noting(self, name: str, module: nn.Module) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -139,7 +144,7 @@ class _Calls:
             self._now, trace.caller = this, name
             buffers = dict(module._buffers)
             try:
-                out = self._end(this, module._call_impl(*args, **kwargs))
+                out = self._end(this, plain_call(module)(*args, **kwargs))
                 this.assigns = tuple(key for key, each in module._buffers.items() if buffers.get(key) is not each)
                 return out
             finally:

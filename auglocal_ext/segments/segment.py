@@ -17,14 +17,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .._torch import COMPILED_CALL, plain_call, tree_flatten, tree_unflatten
 from ..nn import FusedSequential, is_sharded, run_chain
 from .boundaries import Boundary, Passage
 from .calls import Call, Form, Linear
 from .carried import carried, carry
 from .ghost import CrossingError, Ghost, Standing, standing
-from .recording import SLOT, picked_output
+from .recording import picked_output
 from .script import Action, Script
 
 #: Models of which a segment runs, by ``id``.
@@ -277,15 +277,15 @@ class _Run:
         try:
             for name in self._script.actions:
                 module = self._model.get_submodule(name)
-                before.append((module, module.__dict__.get(SLOT)))
-                module.__dict__[SLOT] = self._patch(name, module, module.__dict__.get(SLOT))
+                before.append((module, module.__dict__.get(COMPILED_CALL)))
+                module.__dict__[COMPILED_CALL] = self._patch(name, module, module.__dict__.get(COMPILED_CALL))
             yield
         finally:
             for module, slot in before:
                 if slot is None:
-                    module.__dict__.pop(SLOT, None)
+                    module.__dict__.pop(COMPILED_CALL, None)
                 else:
-                    module.__dict__[SLOT] = slot
+                    module.__dict__[COMPILED_CALL] = slot
             for module, held in attributes:  # what a forward keeps of an earlier segment is not there
                 for key in [key for key, value in vars(module).items() if isinstance(value, Ghost)]:
                     if key in held:
@@ -295,7 +295,7 @@ class _Run:
             _RUNNING.discard(id(self._model))
 
     def _patch(self, name: str, module: nn.Module, compiled: Any) -> Callable[..., Any]:
-        as_always = module._call_impl if compiled is None else compiled
+        as_always = plain_call(module) if compiled is None else compiled
         left = self._left[name]
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -362,7 +362,7 @@ class _Run:
 
         module.__dict__["forward"] = forward
         try:
-            return module._call_impl(*args, **kwargs)
+            return plain_call(module)(*args, **kwargs)
         finally:
             del module.__dict__["forward"]
 
