@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from auglocal_ext._torch import FakeTensorMode
 from auglocal_ext.cost import count_flops
 from auglocal_ext.memory.device import read_device_memory, release_device_memory
 from auglocal_ext.memory.meter import Mark, MemoryMeter

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from auglocal_ext._torch import TorchDispatchMode, storage_id
 
 ROUNDING = 512  # bytes; the CUDA caching allocator hands out multiples of this
 
@@ -217,7 +218,7 @@ class MemoryMeter(TorchDispatchMode):
         except (NotImplementedError, RuntimeError):
             return
         nbytes = rounded(storage.nbytes())
-        key = storage._cdata
+        key = storage_id(storage)
         entry = self._entries.get(key)
         if entry is None:
             entry = _Entry(storage, self._forget)

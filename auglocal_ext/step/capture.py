@@ -1,7 +1,5 @@
 """Recording a CUDA graph: its stream, what is forbidden meanwhile, and the recovery from a capture that failed.
 
-All private functions of torch that a step needs are used here.
-
 ``torch.cuda.graph`` restores nothing when CUDA has invalidated the capture. Stream, allocator and, in torch 2.11, the
 generator are restored by hand, so that a failed capture leaves no trace. Garbage is not collected during a capture,
 because destroying an old graph would invalidate it.
@@ -22,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .._torch import clear_cublas_workspaces, give_back_pool
 
 WAITS = "called a synchronizing CUDA operation"
 """What torch warns of where the host waits for the device."""
@@ -153,8 +153,7 @@ def _recover(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream, 
     graph.reset()
     _broken.append(graph)
     with suppress(RuntimeError):  # "not currently recording": this torch has done both
-        torch._C._cuda_endAllocateToPool(device, pool)
-        torch._C._cuda_releasePool(device, pool)
+        give_back_pool(device, pool)
     # The generator of torch 2.11 is in capture mode until a capture ends well.
     with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
         torch.zeros((), device=stream.device)
@@ -166,11 +165,11 @@ def _own_workspaces() -> Iterator[None]:
 
     Those of the warm-up would be in the graph too, but torch frees them when it destroys any graph of this stream.
     """
-    torch._C._cuda_clearCublasWorkspaces()
+    clear_cublas_workspaces()
     try:
         yield
     finally:
-        torch._C._cuda_clearCublasWorkspaces()
+        clear_cublas_workspaces()
 
 
 @contextmanager

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .._torch import FakeTensorMode, detect_fake_mode
 from ..local_sequential import LocalSequential
 
 

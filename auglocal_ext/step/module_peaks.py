@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException
 
+from .._torch import DataDependentOutputException, storage_id
 from ..cost import FlopMeter
 from ..local_modules import LocalModule, OneStream, Recompute
 from ..local_sequential import LocalSequential
@@ -218,7 +218,7 @@ class _NotingUpdates(Updates):
     def take(self, module: Any, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
         module.note_gradients(gradients)
         earlier = (p.grad for group in self.optimizers.whole.param_groups for p in group["params"])
-        alive = {g.untyped_storage()._cdata: g for g in (*gradients, *earlier) if g is not None}
+        alive = {storage_id(g.untyped_storage()): g for g in (*gradients, *earlier) if g is not None}
         self.most = max(self.most, sum(rounded(g.untyped_storage().nbytes()) for g in alive.values()))
         super().take(module, parameters, gradients)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .._torch import FakeTensor
 from ..local_modules import OneStream, Recompute
 from ..local_sequential import LocalSequential
 from .fake_copy import DataCopy
@@ -107,4 +108,4 @@ class _Clock(OneStream):
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor)
+    return isinstance(tensor, FakeTensor)

@@ -9,7 +9,7 @@ fused and capturable forms.
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch import mark_as_stepped, step_scales_gradients, without_step_hooks
 from ..local_modules import LocalModule
 from ..nn import is_sharded, shard_like
 
@@ -100,8 +101,7 @@ class ModuleOptimizers:
                     self._pushed[index].update(written)
                     group.update(written)
                     break
-        # What a scheduler looks at to warn of steps in the wrong order.
-        self.whole._opt_called = True  # type: ignore[attr-defined]
+        mark_as_stepped(self.whole)
 
     def try_step(self) -> str | None:
         """Step a copy of one parameter of each group with the options that :meth:`prepare` has set; nothing changes.
@@ -146,7 +146,7 @@ class ModuleOptimizers:
         """The optimizer with a copy of one parameter of each group, and for each value of ``of`` within it."""
         trial = object.__new__(type(self.whole))
         trial.__dict__.update(self.everything.__dict__)
-        trial.__dict__.update(_optimizer_step_pre_hooks=OrderedDict(), _optimizer_step_post_hooks=OrderedDict())
+        without_step_hooks(trial)
         trial.state, trial.param_groups = defaultdict(dict), []
         for group in self.everything.param_groups:
             chosen: dict[Any, Tensor] = {}
@@ -204,10 +204,8 @@ class ModuleOptimizers:
         view = object.__new__(type(self.whole))
         view.__dict__.update(self.whole.__dict__)
         view.__dict__.pop("step", None)  # a scheduler's wrapper is for the whole
-        # The views step without a capture before they do so within one, which torch would warn of.
-        view._warned_capturable_if_run_uncaptured = True
         if all(group.get("fused") for group in self._groups):
-            view._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+            step_scales_gradients(view)
         view.param_groups = [
             {**group, "params": [p for p in group["params"] if module in (None, self._owner[p])]}
             for group in self._groups

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import storage_id
 from ..distributed import Form, balanced_cuts, checked_cuts
 from ..local_modules import Recompute
 from ..local_sequential import LocalSequential
@@ -225,7 +226,7 @@ def _state_bytes(optimizer: torch.optim.Optimizer, ranks: int) -> Iterator[int]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages = {storage_id(tensor.untyped_storage()): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(map(rounded, storages.values()))
 
 

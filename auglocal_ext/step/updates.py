@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from .._torch import foreach_zero_, mark_as_wrapped
 from ..distributed import Average, Replicas, Shards
 from ..local_modules import LocalModule, LocalOutput, OneStream, Relay, local_pass
 from .optimizers import ModuleOptimizers
@@ -178,7 +179,7 @@ class Updates:
             for parameter in trained:
                 parameter.grad = None
         else:  # the buffers are used again, by a captured step at the same address
-            torch._foreach_zero_([p.grad for p in trained])
+            foreach_zero_([p.grad for p in trained])
 
 
 def _moved(module: LocalModule) -> list[Tensor]:
@@ -219,7 +220,7 @@ def guard_steps_by_hand(updates: Updates) -> None:
             plain(whole)
         return result
 
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # a scheduler wraps bound methods alone
+    mark_as_wrapped(step)
     updates.optimizers.whole.step = step  # type: ignore[method-assign]
 
 
