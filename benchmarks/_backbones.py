@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from _torch_private import unset_fake_temporarily
 from torch import nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 
 def _blocks(stages: Iterable[nn.Module], stage: type[nn.Module]) -> list[nn.Module]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from auglocal_ext._torch import TorchDispatchMode, schema
 
 # Operators whose result the host needs, or whose result's shape depends on values: on CUDA each waits for the device.
 HOST_READS = frozenset(
@@ -49,7 +50,7 @@ class OperatorCounter(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # a question, not an operator
             return func(*args)
         self.operators += 1
-        name = func._schema.name
+        name = schema(func).name
         if name in HOST_READS or (name in _INDEXING and _by_mask(args[1])):
             self.host_reads[name] += 1
         return func(*args, **(kwargs or {}))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from _counters import count_synchronisations
+from _torch_private import sleep_on_device
 
 GRAPH, SLEEP = "graph replays", "behind a device sleep"
 LEAST_SLEEP, MOST_SLEEP = 1e-3, 0.2  # seconds
@@ -54,7 +55,7 @@ class Cuda:
         return torch.cuda.Event(enable_timing=True)
 
     def sleep(self, seconds: float) -> None:
-        torch.cuda._sleep(int(seconds * self._cycles_per_second))
+        sleep_on_device(int(seconds * self._cycles_per_second))
 
     def flush(self) -> None:
         self._flush.zero_()
@@ -156,12 +157,12 @@ def _host_seconds(device: Any, run: Callable[[], Any]) -> float:
 
 
 def _cycles_per_second() -> float:
-    """Of the clock that ``torch.cuda._sleep`` counts, by events; the first sleep wakes the device."""
+    """Of the clock that ``sleep_on_device`` counts, by events; the first sleep wakes the device."""
     cycles = 10_000_000
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(cycles)
+    sleep_on_device(cycles)
     start.record()
-    torch.cuda._sleep(cycles)
+    sleep_on_device(cycles)
     end.record()
     end.synchronize()
     return cycles / max(start.elapsed_time(end) / 1e3, 1e-4)

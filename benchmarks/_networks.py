@@ -7,10 +7,11 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from _backbones import BACKBONES
+from _torch_private import unset_fake_temporarily, whole_step_compiles
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.checkpoint import checkpoint
 
 from auglocal_ext import AugLocal, Balanced, Greedy, LocalSequential, fuse, models
@@ -121,12 +122,8 @@ def compiling(compiled: bool, budget: float | None = None) -> Iterator[None]:
     if not compiled:
         yield
         return
-    import torch._functorch.config
-
-    budgets = {} if budget is None else {"activation_memory_budget": budget}
     try:
-        # A backward pass within the compiled function is an error where this is off, as it is by default.
-        with torch._dynamo.config.patch(trace_autograd_ops=True), torch._functorch.config.patch(budgets):
+        with whole_step_compiles(budget):
             yield
     finally:
         torch.compiler.reset()

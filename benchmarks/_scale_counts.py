@@ -13,9 +13,9 @@ from _networks import local
 from _rule_rows import RULES
 from _scale_model import Layer, Local
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from auglocal_ext import ContSup, Greedy, LocalSequential
+from auglocal_ext._torch import FakeTensorMode
 from auglocal_ext.auxiliary.base import LossContext
 from auglocal_ext.cost import FlopMeter
 from auglocal_ext.local_modules import LocalModule, run_forward

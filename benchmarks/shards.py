@@ -23,9 +23,9 @@ from _environment import environment
 from _networks import auglocal
 from _resume import write_text
 from _tables_markdown import markdown
+from _torch_private import fake_store
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from auglocal_ext import LocalSequential, LocalStep
 from auglocal_ext.nn import deferred
@@ -55,7 +55,7 @@ def count(network: str, depth: int, replicas: int) -> dict[str, int]:
     gathered = max((a + b for a, b in pairwise(modules)), default=modules[0])
     if replicas == 1:  # all of it, and its momentum is as large
         return {"replicas": 1, "parameters": held(net.parameters()), "momentum": held(net.parameters()), "gathered": 0}
-    torch.distributed.init_process_group("fake", rank=0, world_size=replicas, store=FakeStore())
+    torch.distributed.init_process_group("fake", rank=0, world_size=replicas, store=fake_store())
     try:
         mesh = init_device_mesh("cpu", (replicas,), mesh_dim_names=("replica",))
         step = LocalStep(net, sgd, mesh=mesh, shard=True)
