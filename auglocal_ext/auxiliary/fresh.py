@@ -27,10 +27,8 @@ from .._torch import (
     MODULE_HOOKS,
     RESETS,
     FakeTensor,
-    TorchDispatchMode,
     is_compiled,
     non_persistent,
-    storage_id,
     tree_leaves,
     without_dispatch_modes,
 )

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec
+
+from .._torch import TreeSpec
 
 
 @dataclass(frozen=True)
