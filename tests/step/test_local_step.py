@@ -216,6 +216,24 @@ def test_gradients_left_by_another_pass_are_not_added():
         assert_same_state(net, other)
 
 
+def test_an_accumulation_drops_what_was_left_and_keeps_its_buffers():
+    net, other = twins()
+    plain, step = sgd(other.parameters()), LocalStep(net, sgd, accumulate=2)
+    places = []
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)  # left by another pass
+    for _ in range(2):
+        plain.zero_grad()
+        for x, y in batches(2):
+            (other(x, y).loss / 2).backward()
+            step(x, y)
+        plain.step()
+        places.append([p.grad.data_ptr() for p in net.parameters() if p.grad is not None])
+    for (name, value), (_, theirs) in zip(net.state_dict().items(), other.state_dict().items(), strict=True):
+        torch.testing.assert_close(value, theirs, msg=name)
+    assert places[0] and places[0] == places[1]  # a captured step adds to them at one address
+
+
 def test_a_parameter_shared_by_two_modules_is_stepped_once_with_both_gradients():
     def build():
         torch.manual_seed(3)
@@ -234,6 +252,16 @@ def test_a_parameter_shared_by_two_modules_is_stepped_once_with_both_gradients()
     net, other = build(), build()
     plain, step = sgd(other.parameters()), LocalStep(net, sgd)
     for x, y in batches(3):
+        plain_step(other, plain, x, y)
+        step(x, y)
+    assert_same_state(net, other)
+
+
+def test_a_parameter_that_the_optimizer_does_not_hold_stays_and_those_behind_it_are_stepped():
+    net, other = twins()
+    ours, theirs = ([p for i, p in enumerate(n.parameters()) if i > 0] for n in (net, other))
+    plain, step = sgd(theirs), LocalStep(net, sgd, params=ours)
+    for x, y in batches(2):
         plain_step(other, plain, x, y)
         step(x, y)
     assert_same_state(net, other)
