@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from auglocal_ext.auxiliary import ContextSupply, parse_context, supplied_inputs
+from auglocal_ext.auxiliary import ContextSupply, ImageEncoder, InputEncoder, parse_context, supplied_inputs
 from auglocal_ext.layers import Features
 
 
@@ -62,6 +64,44 @@ def test_supply_adds_and_writes_nothing():
     torch.testing.assert_close(merged, expected)
     for tensor, copy in zip((*history, h), copies, strict=True):
         assert torch.equal(tensor, copy)
+
+
+def convolved(encoder, x):
+    """Each convolution of an encoder with BatchNorm and ReLU, at the size of ``x``."""
+    for conv, norm, _ in zip(*[iter(encoder.encoder)] * 3, strict=True):
+        z = F.conv2d(x, conv.weight, conv.bias, padding=conv.weight.shape[-1] // 2)
+        x = F.relu(F.batch_norm(z, None, None, norm.weight, norm.bias, training=True))
+    return x
+
+
+def test_an_image_is_encoded_by_two_convolutions_and_an_input_by_one():
+    supply = ContextSupply(Features((8, 4, 3)), Features((3, 16, 9)), {1: Features((5, 8, 6))})
+    assert supply.needed == {0, 1}
+    x, source, h = torch.randn(2, 3, 16, 9), torch.randn(2, 5, 8, 6), torch.randn(2, 8, 4, 3)
+    image, (earlier,) = supply.image, supply.inputs
+    assert [conv.weight.shape for conv in image.encoder[::3]] == [(12, 3, 3, 3), (8, 12, 3, 3)]
+    assert earlier.encoder[0].weight.shape == (8, 5, 1, 1)
+    expected = h + F.adaptive_avg_pool2d(convolved(image, x), (4, 3))
+    expected = expected + F.adaptive_avg_pool2d(convolved(earlier, source), (4, 3))
+    torch.testing.assert_close(supply(h, [x, source]), expected)
+
+
+def test_encoders_by_themselves_have_12_channels_inside_and_biases_of_zero():
+    for encoder in (ImageEncoder(3, 8), InputEncoder(3, 8)):
+        convolutions = encoder.encoder[::3]
+        assert not any(conv.bias.any() for conv in convolutions)
+        assert [conv.out_channels for conv in convolutions] == [12, 8][-len(convolutions) :]
+
+
+@pytest.mark.parametrize("size", [(4, 3), (8, 3), (2, 9), (4, 4), (3, 3)])
+def test_while_compiling_sizes_that_divide_are_pooled_by_a_mean(monkeypatch, size):
+    encoder, source, size = InputEncoder(5, 6), torch.randn(2, 5, 8, 9), torch.Size(size)
+    with patch.object(F, "adaptive_avg_pool2d", wraps=F.adaptive_avg_pool2d) as pooling:
+        expected = encoder(source, size)
+        assert pooling.call_count == 1
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        torch.testing.assert_close(encoder(source, size), expected)
+        assert pooling.call_count == (2 if 8 % size[0] or 9 % size[1] else 1)
 
 
 def test_channels_last_maps_are_supplied_as_channels_first_ones():

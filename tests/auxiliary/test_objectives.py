@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from seen import network, settings
 
 from auglocal_ext import Classification, Regression
-from auglocal_ext.auxiliary import LossContext, Objectives, ReconstructionLoss, SimilarityLoss
+from auglocal_ext.auxiliary import LossContext, Objectives, ReconstructionLoss, SimilarityLoss, objectives
 from auglocal_ext.layers import Features, vectors
 from auglocal_ext.ops import supervised_contrast
 from auglocal_ext.rules import LinearHead
@@ -95,15 +95,28 @@ def test_similarity_loss(features, ignored, smoothing):
     assert float(term.loss(h, LossContext(target)).detach()) == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_map_of_one_position_is_a_vector():
-    term = SimilarityLoss(Features((4, 1, 1)), settings(3))
-    h, context = torch.randn(6, 4, 1, 1), LossContext(torch.tensor([0, 2, 1, -100, 0, 7]))
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_a_map_of_one_position_is_a_vector(axes):
+    shape = (4, *[1] * axes)
+    term = SimilarityLoss(Features(shape), settings(3))
+    h, context = torch.randn(6, *shape), LossContext(torch.tensor([0, 2, 1, -100, 0, 7]))
     plain = SimilarityLoss(vectors(4), settings(3))
     with torch.no_grad():
-        plain.encoder.weight.copy_(term.encoder.weight[:, :, 1, 1])
+        plain.encoder.weight.copy_(term.encoder.weight[(..., *[1] * axes)])
     loss = term.loss(h, context)
     torch.testing.assert_close(loss, plain.loss(h.flatten(1), context))
     assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("features", SEEN.values(), ids=SEEN)
+def test_vectors_and_standard_deviations_are_what_replicas_gather(features, monkeypatch):
+    term = SimilarityLoss(features, settings(3))
+    h, context = torch.randn(6, *features.shape), LossContext(torch.tensor([0, 2, 1, 0, 0, 1]))
+    expected, handed = term.loss(h, context), []
+    monkeypatch.setattr(objectives, "gathering", lambda: True)
+    monkeypatch.setattr(objectives, "gathered", lambda z, target: (handed.append(z), (z, target))[1])
+    torch.testing.assert_close(term.loss(h, context), expected)
+    assert [z.shape for z in handed] == [(6, 4)]
 
 
 def test_similarity_is_of_classes_alone():
@@ -185,6 +198,8 @@ def test_weights_of_objectives():
         torch.testing.assert_close(ours, theirs)
     assert int(found.tally) == int((logits.argmax(1) == y).sum())
     torch.testing.assert_close(both(h), logits)
+    alone = Objectives(head, 0.25, [(0.0, similarity)])
+    torch.testing.assert_close(alone.loss(h, LossContext(y)).loss, 0.25 * F.cross_entropy(logits, y))
 
 
 def test_a_network_of_weight_zero_only_counts():
