@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from seen import network
 from torch import nn
 from torch.nn import functional as F
 
-from auglocal_ext import AugLocal, Classification, ContSup, Greedy, Regression
+from auglocal_ext import AugLocal, Classification, ContSup, Greedy, InfoPro, Regression
 from auglocal_ext.auxiliary import LossContext
 from auglocal_ext.layers import Features, vectors
 from auglocal_ext.rules import (
     CONV_HEADS,
     HEADS,
+    RULES,
     ConvHead,
     DGLHead,
     LinearHead,
@@ -54,6 +57,7 @@ def test_conv_heads(kind, widen):
     assert (len(convs), len(linears)) == (int(kind[0]), int(kind[2]))
     assert all(c.out_channels == int(32 * widen) for c in convs)
     assert all(m.out_features == int(24 * widen) for m in linears[:-1])
+    assert not any(isinstance(m, nn.BatchNorm1d) for m in head.modules())
     x, y = torch.randn(4, 16, 8, 8, requires_grad=True), torch.randint(0, 10, (4,))
     logits = head(x)
     result = head.loss(x, LossContext(y))
@@ -68,6 +72,7 @@ def test_conv_head_errors():
         ConvHead(widen=0)
     for kind, options, unread in (
         ("0c1f", {"widen": 2.0}, "widen and no feature_dim"),
+        ("0c1f", {"widen": 0.5}, "widen and no feature_dim"),
         ("0c1f", {"feature_dim": 64}, "widen and no feature_dim"),
         ("1c1f", {"feature_dim": 64}, "feature_dim"),
     ):
@@ -78,6 +83,16 @@ def test_conv_head_errors():
     for features, found in ((vectors(16), "vectors of 16"), (TOKENS, "7 tokens of 16"), (Features((16, 9)), "maps")):
         with pytest.raises(ValueError, match=f"needs feature maps with height and width, but .* puts out {found}"):
             built(ConvHead("1c1f"), features)
+
+
+def test_widths_and_limits_of_one():
+    head = built(ConvHead("1c2f", widen=1 / 32, feature_dim=32), Features((16, 8, 8)))
+    assert (head.blocks[0].conv.out_channels, head.head.hidden[0].out_features) == (1, 1)
+    assert built(ConvHead("0c2f", feature_dim=1), Features((16, 8, 8))).head.linear.in_features == 1
+    assert built(PredictionHead(limit=1), Features((16, 8, 8))).head.linear.in_features == 16
+    for make in (lambda: ConvHead(feature_dim=0), lambda: PredictionHead(limit=0)):
+        with pytest.raises(ValueError, match="at least 1; got .*0"):
+            make()
 
 
 def test_linear_head_norm_and_vgg_head():
@@ -171,6 +186,13 @@ def test_every_name_is_a_rule_and_a_head_supplies_no_context():
     for head in ("9c9f", 3, None):
         with pytest.raises(ValueError, match="unknown auxiliary head .*linear.*mlp-sr.*AugLocal"):
             resolved(head)
+
+
+def test_rules_and_heads_are_values():
+    assert PredictionHead() == PredictionHead(2048, zero_padding=False, init="own")
+    rules = [rule() for name, rule in RULES.items() if name != "infopro"]
+    for rule in (*map(resolved, HEADS), PredictionHead(), InfoPro((5, 1), (0, 0)), *rules):
+        assert {rule: True}[copy.deepcopy(rule)]
 
 
 def test_a_head_means_the_same_to_every_rule():
