@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,6 +127,38 @@ def test_predsim_pools_to_at_most_so_many_features(features, width):
     assert head.head.linear.in_features == width
     x = torch.randn(2, *features.shape)
     assert head.head.features(x).shape == (2, width)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pools", "narrow", "convolutions", "hidden"),
+    [
+        ("mlp-sr", [(2, 3), (2, 2)], [(1, 3), (2, 2)], 3, 3),
+        ("mlp", [(2, 2)], [(2, 2)], 0, 3),
+        ("cnn", [(2, 2)], [(2, 2)], 2, 0),
+        ("mlp-sr-auglocal", [(2, 3), (2, 2)], [(1, 3), (1, 2)], 3, 2),
+    ],
+)
+def test_dgls_heads_round_a_quarter_of_each_axis_up(kind, pools, narrow, convolutions, hidden):
+    for shape, sizes in (((8, 6, 10), pools), ((8, 4, 10), narrow)):
+        head = built(DGLHead(kind), Features(shape)).head
+        assert [m.output_size for m in head.modules() if isinstance(m, nn.AdaptiveAvgPool2d)] == sizes
+        assert sum(isinstance(m, nn.Conv2d) for m in head.modules()) == convolutions
+        width = 8 * sizes[-1][0] * sizes[-1][1]
+        assert [m.in_features for m in head.modules() if isinstance(m, nn.Linear)] == [width] * (hidden + 1)
+
+
+@pytest.mark.parametrize("kind", ["mlp-sr", "mlp", "cnn"])
+def test_dgls_heads_recompute_to_the_same_numbers(kind):
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        seen = replace(network(Features((4, 8, 8))), recompute=(recompute, recompute))
+        head = DGLHead(kind).build_auxiliary(seen, 0).double()
+        h = torch.rand(3, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+        loss = head.loss(h, LossContext(torch.tensor([0, 1, 2]))).loss
+        results.append([loss, *torch.autograd.grad(loss, [h, *head.parameters()]), *head.buffers()])
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(plain, again)
 
 
 LAYOUTS = {
