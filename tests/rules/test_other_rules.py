@@ -14,7 +14,7 @@ from auglocal_ext import DGL, MAN, AugLocal, ContSup, Greedy, InfoPro, LocalSequ
 from auglocal_ext.auxiliary import LossContext
 from auglocal_ext.cost import count_macs
 from auglocal_ext.layers import Features
-from auglocal_ext.rules import INFOPRO_WEIGHTS, DGLHead
+from auglocal_ext.rules import INFOPRO_WEIGHTS, DGLHead, FCNHead
 from auglocal_ext.rules.man import MomentumNetwork
 
 
@@ -159,6 +159,7 @@ def test_man_follows_the_next_block():
     twin = copy.deepcopy(auxiliary)
     z = twin.trained(h) + twin.average(h)
     torch.testing.assert_close(auxiliary(h), twin.head(z))
+    torch.testing.assert_close(auxiliary.loss(h, LossContext(y)).loss, F.cross_entropy(twin.head(z), y))
     average = [p.clone() for p in auxiliary.average.parameters()]
     for _ in range(3):
         block = [p.detach().clone() for p in following.parameters()]
@@ -168,6 +169,15 @@ def test_man_follows_the_next_block():
         for ours, theirs in zip(auxiliary.average.parameters(), average, strict=True):
             torch.testing.assert_close(ours, theirs)
     assert all(p.grad is None for p in auxiliary.average.parameters())
+
+
+def test_an_average_of_momentum_1_stays():
+    auxiliary = small(MAN(momentum=1.0), modules=2).auxiliary[0]
+    kept = [p.clone() for p in auxiliary.average.parameters()]
+    for parameter in auxiliary._followed.layers[0].parameters():
+        parameter.data.add_(1)
+    auxiliary.after_step()
+    assert all(map(torch.equal, auxiliary.average.parameters(), kept))
 
 
 def test_man_before_the_classifier():
@@ -259,6 +269,41 @@ def test_every_rule_trains(rule, recompute):
 def test_bad_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: MAN(momentum=value),
+        lambda value: PredSim(beta=value),
+        lambda value: AugLocal(6, pyramid=value),
+        lambda value: FCNHead(dropout=value),
+    ],
+    ids=["momentum", "beta", "pyramid", "dropout"],
+)
+def test_shares_are_within_0_and_1(make):
+    assert make(0) != make(1.0)
+    for value in (-0.01, 1.01, float("nan")):
+        with pytest.raises(ValueError, match=f"within 0 .. 1; got {value}"):
+            make(value)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: AugLocal(depth=value),
+        lambda value: PredSim(limit=value),
+        lambda value: ContSup(feature_dim=value),
+        lambda value: InfoPro((0, 0), (1, 1), feature_dim=value),
+        lambda value: InfoPro((0, 0), (1, 1), stage_steps=value),
+    ],
+    ids=["depth", "limit", "contsup feature_dim", "infopro feature_dim", "stage_steps"],
+)
+def test_counts_are_at_least_1(make):
+    assert make(1) != make(2)
+    for value in (0, -1):
+        with pytest.raises(ValueError, match=f"at least 1; got .*{value}"):
+            make(value)
 
 
 @pytest.mark.parametrize("rule", [DGL(), InfoPro((1, 1), (1, 1))], ids=repr)
