@@ -88,23 +88,35 @@ class Balanced:
     wrapper is built, on a batch of the example twice. A module's cost is the sum over its layers, its head and its
     context.
 
-    ``LocalStep(stage_cuts=Balanced(by="flops"))`` balances the counted FLOPs of stages, ``Balanced(by="time")`` the
-    measured time of each local module's part of a step. See :class:`auglocal_ext.LocalStep`.
+    ``LocalStep(stage_cuts=Balanced(by="flops"))`` balances the counted FLOPs of stages,
+    ``Balanced(by="time", batch_size=N)`` the measured time of each local module's part of a step. See
+    :class:`auglocal_ext.LocalStep`.
 
     Args:
         modules: number of parts. May be left out for stages, of which there are as many as the mesh has.
         by: what is balanced: ``"memory"`` or ``"flops"`` for local modules, ``"flops"`` or ``"time"`` for stages.
+        batch_size: samples per call of the measured step; required by ``"time"``.
 
     Raises:
-        ValueError: for an unknown ``by``. Where it is used, for one that cannot be balanced there.
+        ValueError: for an unknown ``by``, and for ``"time"`` without a batch size. Where it is used, for one that
+            cannot be balanced there.
     """
 
     modules: int | None = None
     by: Balance = "memory"
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.by not in get_args(Balance):
             raise ValueError(f"by is one of {', '.join(get_args(Balance))}; got {self.by!r}")
+        size = self.batch_size
+        if self.by == "time" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(
+                'Balanced(by="time") measures steps on batches of batch_size samples: pass batch_size=, at least 1; '
+                f"got {size!r}"
+            )
+        if self.by != "time" and size is not None:
+            raise ValueError(f'batch_size is for Balanced(by="time"); leave it out with by={self.by!r}')
 
 
 def balance(

@@ -190,24 +190,32 @@ def _local_loop(
 
 def owned_step(row: Row, network: str, batch: int) -> Step:
     """``LocalStep`` with the row's options; ``recompute`` may be "peak" or what was planned for each module."""
-    from auglocal_ext.step import LocalStep
+    from auglocal_ext.step import LocalStep, plan_memory
 
     net, _ = row.model(network)
     net, x, y = prepared(row, net, network, batch)
     options = {**row.options, "autocast": torch.bfloat16 if row.half else None}
-    recompute = options.get("recompute")
-    if recompute == "peak":
-        options["batch_size"] = batch
-    elif recompute is not None:  # a plan made earlier: a choice for each module
-        net.recompute = options.pop("recompute")
+    recompute = options.pop("recompute", None)
     with torch.device("cpu"):  # a step is built as in a user's program: the tensors are on the GPU, the default is not
-        owner = LocalStep(net, lambda params: torch.optim.SGD(params, lr=LR, momentum=MOMENTUM), **options)
+        if recompute == "peak":
+            overlap = options["overlap"] and x.is_cuda
+            options["plan"] = plan_memory(
+                net, batch, sgd, autocast=options["autocast"], recompute="peak", overlap=overlap
+            )
+            options["overlap"] = overlap
+        elif recompute is not None:  # a plan made earlier: a choice for each module
+            net.recompute = recompute
+        owner = LocalStep(net, sgd, **options)
 
     def run(mark: Mark) -> None:
         mark("modules")
         owner(x, y)
 
     return Step(run, net, owner.optimizer, (x, y), owner)
+
+
+def sgd(params: Any) -> torch.optim.SGD:
+    return torch.optim.SGD(params, lr=LR, momentum=MOMENTUM)
 
 
 def whole_optimizer(net: nn.Module) -> torch.optim.Optimizer:

@@ -151,4 +151,9 @@ def test_balanced_says_what_it_cannot_balance():
     with pytest.raises(ValueError, match="needs the number of local modules"):
         ends(Balanced(by="flops"))
     with pytest.raises(ValueError, match="time.* is for stages, .*Take by=.flops"):
-        ends(Balanced(2, by="time"))
+        ends(Balanced(2, by="time", batch_size=4))
+    for size in (None, 0, True, "4"):
+        with pytest.raises(ValueError, match=f"measures steps on .* pass batch_size=, at least 1; got {size!r}"):
+            Balanced(2, by="time", batch_size=size)
+    with pytest.raises(ValueError, match='batch_size is for Balanced.by="time".; leave it out with by=.flops'):
+        Balanced(2, by="flops", batch_size=4)

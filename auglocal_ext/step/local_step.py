@@ -15,16 +15,17 @@ from ..distributed import Mesh, StepTimes
 from ..local_modules import LocalModule, LocalOutput, OneStream, Recompute
 from ..local_sequential import LocalSequential
 from ..nn import eager_type, in_process_group
+from ..partition import Balanced
 from . import checkpoint, in_flight
 from .built_in import NetworkState
 from .graph import Form, GraphedStep, Graphs, NotForGraphs, Way
-from .memory_plan import MemoryPlan
+from .memory_plan import MemoryPlan, step_facts
 from .module_peaks import module_flops
 from .module_times import module_times
 from .optimizers import ModuleOptimizers, OptimizerFactory, held, listed, replaced
 from .overlap import TwoStreams
-from .plan import MemoryBudget, StepRecompute, plan_memory
 from .processes import Processes, StageCuts
+from .refusals import check_plan, refuse_former
 from .updates import Clip, Updates, guard_steps_by_hand, updating_pass
 
 Switch = Literal[True, False, "auto"]
@@ -75,27 +76,27 @@ class LocalStep:
         graph: ``"auto"`` captures where it can and records in :attr:`eager_reason` why not; True raises
             :class:`auglocal_ext.step.GraphCaptureError` instead; False never does.
         overlap: run the backward pass of module k beside the forward pass of module k + 1, on two CUDA streams. The
-            activations of up to two modules are then alive. ``"auto"`` is off unless there is a ``memory_budget``.
+            activations of up to two modules are then alive. ``"auto"`` does as the ``plan`` says, and without one it
+            is off.
         autocast: None leaves it to a surrounding ``torch.autocast``; ``torch.float16`` makes a ``GradScaler``.
         grad_scaler: a scaler of your own.
         clip_norm: largest 2-norm of gradients.
         clip: ``"module"`` clips the gradients of each local module separately; ``"global"`` clips all together and
             keeps all gradients until the end of the pass: as many bytes as the parameters.
         accumulate: calls per optimizer step; their gradients are averaged. Above 1 all gradients are kept.
-        recompute: sets ``net.recompute``; None leaves it as it is. ``"peak"`` recomputes only where that lowers the
-            step's peak.
-        memory_budget: bytes, ``"400MB"`` or ``"0.4GiB"``: the least recomputation that fits, by prediction; with
-            ``overlap="auto"`` modules overlap if that costs no more. See :func:`auglocal_ext.step.plan_memory`.
-        batch_size: images per call, for ``recompute="peak"``, ``memory_budget`` and ``Balanced(by="time")``.
+        recompute: sets ``net.recompute``; None leaves it as it is.
+        plan: what :func:`auglocal_ext.step.plan_memory` returned for this network, optimizer and these options: it
+            says what is recomputed, and whether modules overlap. Larger batches than planned raise.
+        memory_budget, batch_size: raise, and name ``plan``, which is made with them.
         mesh: a ``DeviceMesh``. Steps of several processes run eagerly, on one stream, and are not planned:
-            ``graph=True``, ``overlap=True``, ``recompute="peak"`` and ``memory_budget`` raise. Over stages so do fp16,
-            ``clip="global"`` and parameters that stages share.
+            ``graph=True``, ``overlap=True`` and ``plan`` raise. Over stages so do fp16, ``clip="global"`` and
+            parameters that stages share.
         sync_batch_norm: BatchNorm uses the statistics of all replicas. Changes the class of the layers, see
             :func:`auglocal_ext.nn.sync_batch_norm`, and sends 2 C + 1 numbers per layer and pass.
         stage_cuts: the first local module of every stage but the first. None, or ``Balanced(by="flops")``, balances the
-            stages' FLOPs. ``Balanced(by="time")`` balances time: the first process measures seven steps of a copy of
-            the network on random inputs of ``batch_size``, and all processes use the cuts it finds. During that its
-            device holds the whole network twice, with gradients and optimizer state of the copy.
+            stages' FLOPs. ``Balanced(by="time", batch_size=N)`` balances time: the first process measures seven steps
+            of a copy of the network on N random inputs, and all processes use the cuts it finds. During that its device
+            holds the whole network twice, with gradients and optimizer state of the copy.
         check_batches: stages compare the samples they are given, which reads a value from the device per batch. Without
             it they compare the number of samples, on CPUs only.
         gather_features: losses that compare samples (PredSim, InfoPro's contrast) see those of all replicas. Each
@@ -105,22 +106,22 @@ class LocalStep:
             ``DTensor`` parameters, among them Adafactor, Rprop and the fused SGD, and for parameters that local modules
             share.
         delay: calls between making features and training on them, from one stage to the next; a multiple of
-            ``accumulate``. Steps run eagerly. fp16, ``clip="global"``, ``graph=True``, ``overlap=True``,
-            ``recompute="peak"`` and ``memory_budget`` raise, in a replay too.
+            ``accumulate``. Steps run eagerly. fp16, ``clip="global"``, ``graph=True``, ``overlap=True`` and ``plan``
+            raise, in a replay too.
 
     Attributes:
         net: the network.
         grad_scaler: the scaler, or None.
-        plan: the :class:`auglocal_ext.step.MemoryPlan` behind ``recompute="peak"`` or ``memory_budget``, else None.
+        plan: the plan, or None.
 
     Raises:
-        MemoryBudgetError: if no choice fits ``memory_budget``.
         DisagreementError: in all processes, if they differ in the network, in options or in versions.
         RuntimeError: in a process group of more than one process without ``mesh``; for a network that another step has
             spread over stages or shards, or that your own ``fully_shard`` holds.
-        TypeError: if ``net`` is no :class:`LocalSequential`, ``optimizer`` makes no optimizer or ``mesh`` is no mesh.
-        ValueError: for an option out of range, a combination that is not supported, or an optimizer that cannot be
-            stepped module by module.
+        TypeError: if ``net`` is no :class:`LocalSequential`, ``optimizer`` makes no optimizer, ``mesh`` is no mesh or
+            ``plan`` no plan.
+        ValueError: for an option out of range, a combination that is not supported, a plan that was made for another
+            step, or an optimizer that cannot be stepped module by module.
     """
 
     def __init__(
@@ -136,9 +137,10 @@ class LocalStep:
         clip_norm: float | None = None,
         clip: Clip = "module",
         accumulate: int = 1,
-        recompute: StepRecompute | None = None,
-        memory_budget: MemoryBudget | None = None,
-        batch_size: int | None = None,
+        recompute: Recompute | None = None,
+        plan: MemoryPlan | None = None,
+        memory_budget: None = None,
+        batch_size: None = None,
         mesh: Mesh | None = None,
         sync_batch_norm: bool = False,
         stage_cuts: StageCuts = None,
@@ -157,12 +159,14 @@ class LocalStep:
         for name, switch in (("graph", graph), ("overlap", overlap)):
             if switch not in (True, False, "auto"):
                 raise ValueError(f'{name} must be True, False or "auto", got {switch!r}')
+        refuse_former(recompute, memory_budget, batch_size)
+        check_plan(plan, recompute, overlap)
         self._meshed = mesh is not None
         self._refuse_processes()
         if autocast not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast}")
         self.net = net
-        self.plan: MemoryPlan | None = None
+        self.plan = plan
         device = next(net.parameters()).device.type
         if device == "meta":
             if mesh is None:
@@ -183,8 +187,7 @@ class LocalStep:
                 "clip_norm": clip_norm,
                 "clip": clip,
                 "accumulate": accumulate,
-                "recompute": recompute,
-                "memory_budget": memory_budget,
+                "plan": plan,
                 "sync_batch_norm": sync_batch_norm,
                 "stage_cuts": stage_cuts,
                 "check_batches": check_batches,
@@ -202,8 +205,7 @@ class LocalStep:
             _stage_costs,
             net,
             optimizer,
-            batch_size,
-            recompute=cast("Recompute | None", recompute),
+            recompute=recompute,
             options={"params": params, "autocast": autocast, "clip_norm": clip_norm, "clip": clip}
             | {"accumulate": accumulate},
         )
@@ -215,35 +217,22 @@ class LocalStep:
             params = held(params, net, everywhere)
         self._parameters = [p for p in net.parameters() if not p.is_meta]
         self._network_state = NetworkState(list(net.modules()), self._parameters, gradients=accumulate > 1)
-        if recompute == "peak" or memory_budget is not None:
-            if batch_size is None:
-                raise ValueError('recompute="peak" and memory_budget are planned for a batch size: pass batch_size=')
-            self.plan = plan_memory(
-                net,
-                batch_size,
-                optimizer,
-                params=params,
-                autocast=autocast,
-                clip_norm=clip_norm,
-                clip=clip,
-                accumulate=accumulate,
-                recompute=recompute,
-                memory_budget=memory_budget,
-                overlap=overlap if self._parameters[0].is_cuda else False,
-            )
         self._optimizers = ModuleOptimizers(self._modules, optimizer, params)
         if shard:
             self._optimizers.refuse_shards()
+        if plan is not None:
+            clipping: dict[str, Any] = {"clip_norm": clip_norm, "clip": clip}
+            plan.check(step_facts(net, self._optimizers.whole, autocast=autocast, accumulate=accumulate, **clipping))
         options = {"autocast": str(autocast), "grad_scaler": grad_scaler is not None, "accumulate": accumulate}
         self._processes.meet(net, self._optimizers.whole, {**options, "clip_norm": clip_norm, "clip": clip})
         self._updates = Updates(self._optimizers, grad_scaler, clip_norm, clip, accumulate, self._processes.replicas)
         guard_steps_by_hand(self._updates)
-        if self.plan is not None:
-            net.recompute = self.plan.recompute
+        if plan is not None:
+            net.recompute = plan.recompute
         elif recompute is not None:
-            net.recompute = cast("Recompute", recompute)
+            net.recompute = recompute
         self._autocast_dtype = autocast
-        self._overlap = overlap is True if self.plan is None else self.plan.overlap
+        self._overlap = overlap is True if plan is None else plan.overlap
         eagerly = graph is False or self._processes.eager_reason is not None
         self._graphs = None if eagerly else Graphs(graph is True, warmup=2, phases=accumulate)
         self._streams = OneStream()
@@ -293,12 +282,15 @@ class LocalStep:
             The output of the pass, all of it detached; with ``delay`` a :class:`auglocal_ext.step.DelayedOutput`.
 
         Raises:
-            TypeError, ValueError: for a bad batch, as ``net(x, y)`` does, before anything is changed.
+            TypeError, ValueError: for a bad batch, as ``net(x, y)`` does, and for a larger one than planned, before
+                anything is changed.
             GraphCaptureError: with ``graph=True`` if the step cannot be captured; nothing is changed.
             RuntimeError: if another process fails, or after a step of several processes that broke off in this one.
         """
         self._refuse_processes()
         self._processes.refuse_broken()
+        if self.plan is not None:
+            self.plan.check_batch(len(x))
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             way = self._way(x, y)
             if isinstance(way, GraphedStep):
@@ -554,21 +546,17 @@ class LocalStep:
 def _stage_costs(
     net: LocalSequential,
     optimizer: OptimizerFactory,
-    batch_size: int | None,
-    by: str,
+    balanced: Balanced,
     *,
     recompute: Recompute | None,
     options: dict[str, Any],
 ) -> Sequence[float]:
     """FLOPs of each local module, or its seconds."""
-    if by == "flops":
+    if balanced.by == "flops":
         return module_flops(net, optimizer, recompute)
+    assert balanced.batch_size is not None
     options = {**options, "params": _parameters_named(net, options["params"])}
-    if batch_size is None:
-        raise ValueError(
-            'stage_cuts=Balanced(by="time") measures steps on batches of batch_size images: pass batch_size='
-        )
-    return module_times(net, batch_size, optimizer, recompute=recompute, **options)
+    return module_times(net, balanced.batch_size, optimizer, recompute=recompute, **options)
 
 
 def _parameters_named(net: LocalSequential, params: list[Any]) -> list[Any]:

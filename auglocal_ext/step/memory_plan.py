@@ -1,12 +1,24 @@
-"""``MemoryPlan``: what was chosen, what it costs, and the table that shows it."""
+"""``MemoryPlan``: what was chosen, what it costs, what it was made for, and the table that shows it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
-from ..local_modules import RECOMPUTE, Recompute
+import torch
+from torch import Tensor
+
+from ..distributed import shapes_of
+from ..local_modules import RECOMPUTE, LocalModule, Recompute
+from ..local_sequential import LocalSequential
+from .empty_batch import channels_last
+from .updates import Clip
+
+#: Options of an optimizer that a plan does not depend on: the learning rate, and torch's choice of an implementation.
+_INDEPENDENT = ("params", "lr", "foreach", "fused", "capturable")
 
 
 @dataclass(frozen=True)
@@ -22,8 +34,10 @@ class MemoryPlan:
             part of the module cannot honour are left out.
         module_flops: for each module and way FLOPs of its part of a step, 2 per multiply-accumulate, of convolutions
             and matrix products alone.
-        batch_size: images per call.
+        batch_size: images per call, at most.
         budget_bytes: what was asked for; None if nothing was.
+        made_for: the network and the settings of the step it was made for, as plain values by name
+            (:func:`step_facts`).
     """
 
     recompute: tuple[Recompute, ...]
@@ -34,6 +48,25 @@ class MemoryPlan:
     module_flops: tuple[Mapping[Recompute, int], ...]
     batch_size: int
     budget_bytes: int | None
+    made_for: Mapping[str, Any] = field(repr=False)
+
+    def check(self, facts: Mapping[str, Any]) -> None:
+        """ValueError if a step with these facts is not the one that the plan was made for."""
+        for name in dict.fromkeys([*self.made_for, *facts]):
+            planned, here = (of.get(name, "nothing") for of in (self.made_for, facts))
+            if planned != here:
+                raise ValueError(
+                    f"the plan was made for another step, which differs in {name}: planned {planned}, here {here}. "
+                    "Call plan_memory with the network, the optimizer and the options of this step"
+                )
+
+    def check_batch(self, samples: int) -> None:
+        """ValueError for a batch larger than the planned one."""
+        if samples > self.batch_size:
+            raise ValueError(
+                f"the plan is for batches of at most {self.batch_size} samples, and this one has {samples}: plan for "
+                f"the largest batch, plan_memory(net, {samples}, optimizer, ...)"
+            )
 
     @property
     def step_flops(self) -> int:
@@ -78,6 +111,56 @@ class MemoryPlan:
             f"workspaces\nbetween steps {amount(self.base_bytes)}; recomputation adds {self.recomputed_share:.1%} of "
             f"the step's FLOPs; overlap {'on' if self.overlap else 'off'}"
         )
+
+
+def step_facts(
+    net: LocalSequential,
+    optimizer: torch.optim.Optimizer,
+    *,
+    autocast: torch.dtype | None,
+    clip_norm: float | None,
+    clip: Clip,
+    accumulate: int,
+) -> dict[str, Any]:
+    """What the memory of a step depends on besides the batch size and the choice of recomputation, by name.
+
+    The device is no part of it: a plan made without a GPU is a plan for one.
+
+    Args:
+        net, autocast, clip_norm, clip, accumulate: as :class:`auglocal_ext.LocalStep` has them.
+        optimizer: of the parameters that it trains, of ``net`` or of a copy.
+    """
+    names = {id(module): name for name, module in net.primary.named_modules()}
+    return {
+        "rule": re.sub(r" at 0x\w+", "", repr(net.rule)),
+        "task": re.sub(r" at 0x\w+", "", repr(net.task)),
+        "sample": f"{net.network.input_dtype or 'floating point'} {list(net.network.input_shape)}",
+        "number of local modules": net.num_modules,
+        **{f"local module {module.index}": _content(module, names) for module in net.local_modules},
+        **shapes_of((*net.named_parameters(), *net.named_buffers())),
+        "memory format": "channels last" if channels_last(net) else "contiguous",
+        "autocast": str(autocast),
+        "clipping": "none" if clip_norm is None else clip,
+        "accumulate": accumulate,
+        **{f"parameter group {k}": _group(optimizer, group) for k, group in enumerate(optimizer.param_groups)},
+    }
+
+
+def _content(module: LocalModule, names: Mapping[int, str]) -> str:
+    layers = ", ".join(names.get(id(layer), type(layer).__name__) for layer in module.layers)
+    size = sum(p.numel() for p in module.parameters())
+    return f"{layers} of {size:,} parameters{', fused' if module.fused else ''}"
+
+
+def _group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> str:
+    """The optimizer's class, which of its options are on, and how many parameters it holds."""
+    on = [name for name, value in group.items() if name not in _INDEPENDENT and _is_on(value)]
+    size = sum(p.numel() for p in group["params"])
+    return f"{type(optimizer).__name__}({', '.join(sorted(on))}) of {size:,} parameters"
+
+
+def _is_on(value: Any) -> bool:
+    return isinstance(value, Tensor) or bool(value)
 
 
 def amount(size: int) -> str:

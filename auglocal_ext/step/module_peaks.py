@@ -19,6 +19,7 @@ from ..memory import MemoryMeter
 from ..memory.meter import rounded
 from ..segments import carried
 from ..tasks import Criterion
+from .empty_batch import empty_batch
 from .fake_copy import FakeCopy, fake_mode_of
 from .optimizers import ModuleOptimizers, OptimizerFactory, held
 from .planned_stage import PlannedStage
@@ -261,18 +262,6 @@ class _Watch(OneStream):
             for k, (_, live, _) in enumerate(self._begins[:-1])
         )
         return StepCost(base, modules, self._begins[-1][1] + added[-1])
-
-
-def empty_batch(net: LocalSequential, batch_size: int) -> tuple[Tensor, Tensor]:
-    """A batch in the dtype of the parameters, or of integers, channels last where the weights are."""
-    maps = [p for p in net.primary.parameters() if p.dim() == 4]
-    channels_last = any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in maps)
-    floating = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    dtype = floating if net.network.input_dtype is None else net.network.input_dtype
-    x = torch.empty(batch_size, *net.network.input_shape, dtype=dtype)
-    if channels_last and x.dim() == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
-    return x, net.task.example_for(net.network.input, batch_size)
 
 
 def module_flops(net: LocalSequential, optimizer: OptimizerFactory, recompute: Recompute | None = None) -> list[int]:

@@ -12,8 +12,8 @@ import torch
 from .._torch import FakeTensor
 from ..local_modules import OneStream, Recompute
 from ..local_sequential import LocalSequential
+from .empty_batch import empty_batch
 from .fake_copy import DataCopy
-from .module_peaks import empty_batch
 from .optimizers import ModuleOptimizers, OptimizerFactory
 from .updates import Clip, Updates, updating_pass
 

@@ -21,7 +21,7 @@ from ..local_modules import RECOMPUTE, Recompute
 from ..local_sequential import LocalSequential
 from .choice import Choice, Costs, cheapest_within, lowest_peak
 from .edges import crossed
-from .memory_plan import MemoryPlan, amount
+from .memory_plan import MemoryPlan, amount, step_facts
 from .module_peaks import StepEstimate
 from .optimizers import OptimizerFactory, listed
 from .updates import Clip
@@ -66,8 +66,12 @@ def plan_memory(
 
     ::
 
-        plan = plan_memory(net, 1024, lambda p: torch.optim.SGD(p, lr=0.8, momentum=0.9), recompute="peak")
+        def sgd(params):
+            return torch.optim.SGD(params, lr=0.8, momentum=0.9)
+
+        plan = plan_memory(net, 1024, sgd, memory_budget="600MB")
         print(plan)
+        step = LocalStep(net, sgd, plan=plan)
 
     Local modules are isolated, so each one's peak is measured for each choice by three steps on fake tensors, and the
     peak of every mixture is known from them exactly. Counted is every tensor storage of a step that is not the first,
@@ -80,13 +84,9 @@ def plan_memory(
 
     Args:
         net: the network, on any device, or built of fake tensors.
-        batch_size: images per call; they have the dtype of the parameters, and are channels last if weights are.
-        optimizer: as for :class:`auglocal_ext.LocalStep`, like the next five arguments.
-        params: see there.
-        autocast: see there.
-        clip_norm: see there.
-        clip: see there.
-        accumulate: see there.
+        batch_size: images per call, at most. They have the dtype of the parameters, and are channels last if weights
+            are.
+        optimizer, params, autocast, clip_norm, clip, accumulate: those of the :class:`auglocal_ext.LocalStep`.
         recompute: ``"peak"``: the lowest peak there is, and of all choices with this peak the least recomputation;
             one of ``"none"``, ``"auxiliary"``, ``"all"`` for all modules; None: as ``net.recompute`` says.
         memory_budget: bytes, or a string such as ``"400MB"`` (1e6 bytes) or ``"0.4GiB"`` (2**30): the least
@@ -110,16 +110,14 @@ def plan_memory(
             f"memory_budget chooses the least recomputation that fits; it takes no recompute={recompute!r} beside it. "
             'Leave recompute out, or ask for recompute="peak", the lowest memory, without a budget'
         )
-    estimate = StepEstimate(
-        net,
-        batch_size,
-        optimizer,
-        params=list(net.parameters()) if params is None else listed(params),
-        autocast=autocast,
-        clip_norm=clip_norm,
-        clip=clip,
-        accumulate=accumulate,
-    )
+    settings: dict[str, Any] = {
+        "autocast": autocast,
+        "clip_norm": clip_norm,
+        "clip": clip,
+        "accumulate": accumulate,
+    }
+    params = list(net.parameters()) if params is None else listed(params)
+    estimate = StepEstimate(net, batch_size, optimizer, params=params, **settings)
     possible = net.recompute_ways
     uniform = {
         way: estimate.cost([way if way in ways else "none" for ways in possible])
@@ -143,6 +141,7 @@ def plan_memory(
         module_flops=costs.module_flops,
         batch_size=batch_size,
         budget_bytes=budget,
+        made_for=step_facts(net, estimate.optimizer, **settings),
     )
 
 

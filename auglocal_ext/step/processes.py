@@ -90,10 +90,10 @@ class Processes:
             raise ValueError("check_batches=True is for several stages: pass a mesh that has them, or leave it out")
         if not self.alone:
             refuse(options, "graph", "overlap", what="several processes")
-            if options["recompute"] == "peak" or options["memory_budget"] is not None:
+            if options["plan"] is not None:
                 raise ValueError(
-                    'recompute="peak" and memory_budget are planned for one process, not for several: name the '
-                    "recomputation, or leave them out"
+                    "memory is planned for one process, not for several: leave plan= out, and name the recomputation, "
+                    'such as recompute="all"'
                 )
         if self._stages is not None:
             refuse(options, "grad_scaler", what="several stages, each of which would find a scale of its own")
@@ -104,7 +104,7 @@ class Processes:
                 )
 
     def place(
-        self, net: LocalSequential, cuts: StageCuts, costs: Callable[[str], Sequence[float]]
+        self, net: LocalSequential, cuts: StageCuts, costs: Callable[[Balanced], Sequence[float]]
     ) -> tuple[LocalModule, ...]:
         """The local modules of this process; all others are moved to the meta device.
 
@@ -112,7 +112,7 @@ class Processes:
 
         Args:
             cuts: the first local module of every stage but the first, or how to balance them; None balances FLOPs.
-            costs: returns what each local module costs, in ``"flops"`` or ``"time"``.
+            costs: returns what each local module costs, in FLOPs or in time.
         """
         modules = net.local_modules
         if net.held is not None:
@@ -184,17 +184,17 @@ class Processes:
         net.sharded = True
         net.spread("shards of the network")
 
-    def _balanced(self, asked: Balanced, costs: Callable[[str], Sequence[float]], count: int) -> tuple[int, ...]:
+    def _balanced(self, asked: Balanced, costs: Callable[[Balanced], Sequence[float]], count: int) -> tuple[int, ...]:
         if asked.modules not in (None, count):
             raise ValueError(f"stage_cuts={asked!r} asks for {asked.modules} stages, and the mesh has {count}")
         if asked.by == "memory":
             raise ValueError(
                 f'stages are balanced by FLOPs or measured time: stage_cuts=Balanced({count}, by="flops") or '
-                f'Balanced({count}, by="time"); got {asked!r}'
+                f'Balanced({count}, by="time", batch_size=...); got {asked!r}'
             )
         if asked.by == "time":  # which every process would measure otherwise
-            return self._told(lambda: balanced_cuts(costs("time"), count))
-        return balanced_cuts(costs("flops"), count)
+            return self._told(lambda: balanced_cuts(costs(asked), count))
+        return balanced_cuts(costs(asked), count)
 
     def _told(self, find: Callable[[], Any]) -> Any:
         """What ``find()`` returns in the first process, in all of them; its error is raised in all of them too."""

@@ -9,6 +9,7 @@ from ..auxiliary.base import parts_of
 from ..local_modules import LocalModule
 from ..local_sequential import LocalSequential
 from .edges import Crossing
+from .memory_plan import MemoryPlan
 
 
 def check_delay(delay: int, several: bool, options: dict[str, Any]) -> None:
@@ -30,10 +31,10 @@ def check_delay(delay: int, several: bool, options: dict[str, Any]) -> None:
         )
     refuse(options, "graph", "overlap", what="stages with a delay")
     refuse(options, "grad_scaler", what="stages with a delay, each of which would find a scale of its own")
-    if options["recompute"] == "peak" or options["memory_budget"] is not None:
+    if options["plan"] is not None:
         raise ValueError(
-            'recompute="peak" and memory_budget do not plan the batches that delay= keeps: name the recomputation, or '
-            "leave them out"
+            "plans do not count the batches that delay= keeps: leave plan= out, and name the recomputation, such as "
+            'recompute="all"'
         )
     if options["clip_norm"] is not None and options["clip"] == "global":
         raise ValueError('clip="global" clips gradients of one batch, and with delay= stages train on different ones')
@@ -42,6 +43,38 @@ def check_delay(delay: int, several: bool, options: dict[str, Any]) -> None:
             f"accumulate={accumulate} with delay={delay}: stages would be at different places of an accumulation. Take "
             "a delay that is a multiple of accumulate"
         )
+
+
+def refuse_former(recompute: Any, memory_budget: Any, batch_size: Any) -> None:
+    """ValueError for arguments of a plan, which a step takes ready-made."""
+    if recompute == "peak" or memory_budget is not None:
+        asked = 'recompute="peak"' if memory_budget is None else f"memory_budget={memory_budget!r}"
+        size = "batch_size" if batch_size is None else batch_size
+        raise ValueError(
+            f"LocalStep takes a plan in place of {asked}: from auglocal_ext.step import plan_memory, and pass "
+            f"plan=plan_memory(net, {size}, optimizer, {asked}), with the params, autocast, clip_norm, clip and "
+            "accumulate of the step"
+        )
+    if batch_size is not None:
+        raise ValueError(
+            f"LocalStep takes no batch_size: a plan has its own, plan=plan_memory(net, {batch_size}, optimizer), and "
+            f'measured stages too, stage_cuts=Balanced(by="time", batch_size={batch_size})'
+        )
+
+
+def check_plan(plan: Any, recompute: Any, overlap: Any) -> None:
+    """TypeError for what is no plan, and ValueError for options that contradict it."""
+    if isinstance(plan, MemoryPlan):
+        if recompute is not None:
+            raise ValueError(f"the plan says what is recomputed: leave out recompute={recompute!r}, or plan=")
+        if overlap not in ("auto", plan.overlap):
+            raise ValueError(
+                f"the plan has overlap={plan.overlap}, and the step overlap={overlap}: leave overlap out, or call "
+                f"plan_memory(..., overlap={overlap})"
+            )
+    elif plan is not None:
+        hint = "; a plan of stages is used by stage_cuts=plan.cuts" if hasattr(plan, "cuts") else ""
+        raise TypeError(f"plan must be what plan_memory returned, got {type(plan).__name__}{hint}")
 
 
 def refuse_other_devices(net: LocalSequential, device: str | None) -> None:

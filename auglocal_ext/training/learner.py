@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..distributed import DisagreementError, Mesh, StepTimes
 from ..layers import Features
+from ..local_modules import Recompute
 from ..local_sequential import LocalSequential
 from ..memory import MemoryMeter
 from ..models import network_by_name
@@ -291,15 +292,15 @@ class LocalLearner:
         self.modules = network.num_modules
         self._batch_size = config.recipe_values.batch_size
         try:
+            self.memory_plan = self._plan()
             self._step = LocalStep(
                 network,
                 lambda parameters: sgd(config, parameters),
                 graph=GRAPH[config.graph],
                 overlap="auto" if config.overlap is None else config.overlap,
                 autocast=AMP[config.amp],
-                recompute=config.recompute if config.memory_budget is None else None,
-                memory_budget=config.memory_budget,
-                batch_size=self._batch_size,
+                recompute=None if self.memory_plan is not None else cast("Recompute", config.recompute),
+                plan=self.memory_plan,
                 mesh=mesh,
                 sync_batch_norm=config.sync_batch_norm and config.replicas > 1,
                 stage_cuts=config.stage_cuts,
@@ -335,9 +336,28 @@ class LocalLearner:
     def times(self) -> StepTimes | None:
         return self._step.times
 
-    @property
-    def memory_plan(self) -> MemoryPlan | None:
-        return self._step.plan
+    def _plan(self) -> MemoryPlan | None:
+        """What ``recompute="peak"`` or ``memory_budget`` asks for."""
+        config, budget = self._config, self._config.memory_budget
+        if config.recompute != "peak" and budget is None:
+            return None
+        if not self._alone:
+            raise SettingsError(
+                "--recompute peak and --memory-budget are planned for one process, not for several: name the "
+                "recomputation, or leave them out"
+            )
+        overlap: bool | Literal["auto"] = False  # there are no streams on a CPU
+        if self._device.type == "cuda":
+            overlap = "auto" if config.overlap is None else config.overlap
+        return plan_memory(
+            self.network,
+            self._batch_size,
+            partial(sgd, config),
+            autocast=AMP[config.amp],
+            recompute="peak" if budget is None else None,
+            memory_budget=budget,
+            overlap=overlap,
+        )
 
     @property
     def classifier_weight(self) -> float:

@@ -53,7 +53,7 @@ STAGES = {
     r"stage_cuts: \(1,\) and \(2,\)": lambda odd: (network(), sgd, {"stage_cuts": (2,) if odd else (1,)}),
     r"stage_cuts: None and Balanced": lambda odd: (network(), sgd, {"stage_cuts": TIMED if odd else None}),
 }
-TIMED = Balanced(2, by="time")
+TIMED = Balanced(2, by="time", batch_size=4)
 
 
 def _refused(rank):
@@ -89,15 +89,14 @@ def _measured(rank, grid):
         return [1.0, 1.0, 5.0] if rank == 0 else [5.0, 1.0, 1.0]
 
     local_step.module_times = measured
-    step = LocalStep(net, sgd, mesh=grid, stage_cuts=TIMED, batch_size=4)
+    step = LocalStep(net, sgd, mesh=grid, stage_cuts=TIMED)
     assert step._processes.stage.first == (0 if rank < 2 else 2)
     assert (len(times) > 0) == (rank == 0)
     local_step.module_times = measure
     for net, options, message in (
-        (network(), {"stage_cuts": TIMED}, "pass batch_size="),
-        (network(), {"stage_cuts": Balanced(3, by="time"), "batch_size": 4}, "asks for 3 stages, and the mesh has 2"),
+        (network(), {"stage_cuts": Balanced(3, "time", 4)}, "asks for 3 stages, and the mesh has 2"),
         (network(), {"stage_cuts": Balanced(2)}, "stages are balanced by FLOPs or measured time"),
-        (later(False), {"stage_cuts": TIMED, "batch_size": 4}, "measures .*built inside deferred.* name the cuts"),
+        (later(False), {"stage_cuts": TIMED}, "measures .*built inside deferred.* name the cuts"),
     ):
         with pytest.raises(ValueError, match=message):
             LocalStep(net, sgd, mesh=grid, **options)

@@ -16,6 +16,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from auglocal_ext import MAN, LocalStep
 from auglocal_ext.distributed import CheckpointError
+from auglocal_ext.step import plan_memory
 
 BATCHES = [batch for (batch,) in parts(1, 10)]
 CUTS = {2: (1,), 3: (1, 2)}
@@ -376,7 +377,7 @@ def test_what_a_delay_cannot_honour_is_refused():
         ({"delay": 1, "stage_cuts": (1,), "graph": True}, "graph=True cannot be honoured among stages with a delay"),
         ({"delay": 1, "stage_cuts": (1,), "overlap": True}, "overlap=True cannot be honoured"),
         ({"delay": 1, "stage_cuts": (1,), "autocast": torch.float16}, "each of which would find a scale of its own"),
-        ({"delay": 1, "stage_cuts": (1,), "recompute": "peak", "batch_size": 4}, "do not plan the batches that delay="),
+        ({"delay": 1, "stage_cuts": (1,), "plan": plan_memory(net, 4, sgd)}, "do not count the batches that delay="),
         ({"delay": 1, "stage_cuts": (1,), "clip_norm": 1.0, "clip": "global"}, "clips gradients of one batch"),
         ({"delay": 3, "stage_cuts": (1,), "accumulate": 2}, "Take a delay that is a multiple of accumulate"),
     ):

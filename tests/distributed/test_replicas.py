@@ -27,6 +27,7 @@ from auglocal_ext import Greedy, LocalSequential, LocalStep, models
 from auglocal_ext.distributed import DisagreementError
 from auglocal_ext.nn import BatchNormAct2d, sync_batch_norm, synced_statistics
 from auglocal_ext.ops import batch_norm_act
+from auglocal_ext.step import plan_memory
 
 
 def _train(rank, wanted, world, options):
@@ -305,12 +306,11 @@ def test_what_is_no_mesh_is_refused():
 
 
 @pytest.mark.parametrize("lonely", [2], indirect=True)
-@pytest.mark.parametrize(
-    "option", [{"graph": True}, {"overlap": True}, {"recompute": "peak"}, {"memory_budget": "1GB"}], ids=str
-)
-def test_options_that_replicas_cannot_honour_are_refused(lonely, option):
-    with pytest.raises(ValueError, match="several processes|planned for one process"):
-        LocalStep(network(), sgd, mesh=mesh(2), batch_size=4, **option)
+def test_options_that_replicas_cannot_honour_are_refused(lonely):
+    net = network()
+    for option in ({"graph": True}, {"overlap": True}, {"plan": plan_memory(net, 4, sgd)}):
+        with pytest.raises(ValueError, match="several processes|planned for one process"):
+            LocalStep(net, sgd, mesh=mesh(2), **option)
 
 
 @pytest.mark.parametrize("lonely", [1], indirect=True)

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from auglocal_ext import AugLocal, Greedy, LocalSequential, LocalStep
 from auglocal_ext.distributed import DisagreementError, balanced_cuts
+from auglocal_ext.step import plan_memory
 
 SIZES = (8, 8, 5, 8, 3, 8)
 
@@ -105,7 +106,7 @@ def _refusals(rank):
         (network("auglocal"), {"clip_norm": 1.0, "clip": "global"}, 'clip="global" needs the gradients of all stages'),
         (network("auglocal"), {"autocast": torch.float16}, "grad_scaler=.* cannot be honoured among several stages"),
         (network("auglocal"), {"graph": True}, "graph=True cannot be honoured among several processes"),
-        (network("auglocal"), {"memory_budget": "1GB", "batch_size": 4}, "planned for one process"),
+        (network("auglocal"), {"plan": plan_memory(network("auglocal"), 4, sgd)}, "planned for one process"),
         (network("auglocal"), {"sync_batch_norm": True}, "sync_batch_norm=True is for several replicas"),
         (_tied(), {"stage_cuts": (2,)}, "local module 2 shares a parameter .* keep them together"),
     ):

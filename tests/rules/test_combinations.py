@@ -190,7 +190,8 @@ def test_plans_choose_among_what_each_module_can_do():
         plan_memory(net, 64, sgd, memory_budget=plan.base_bytes)
     with pytest.raises(ValueError, match="Plain cannot recompute"):
         plan_memory(net, 64, sgd, recompute="all")
-    assert LocalStep(net, sgd, memory_budget="400MB", batch_size=4)(*batch(4)).loss.isfinite()
+    step = LocalStep(net, sgd, plan=plan_memory(net, 4, sgd, memory_budget="400MB"))
+    assert step(*batch(4)).loss.isfinite()
 
 
 # MAN's copies

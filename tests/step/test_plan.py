@@ -71,7 +71,8 @@ def metered(step, batch=BATCH, calls=1, x=None):
 )
 def test_the_meters_reading_on_real_tensors(name, autocast):
     net = wrap(RULES[name])
-    step = LocalStep(net, sgd, autocast=autocast, recompute="peak", batch_size=BATCH)
+    plan = plan_memory(net, BATCH, sgd, autocast=autocast, recompute="peak")
+    step = LocalStep(net, sgd, autocast=autocast, plan=plan)
     assert metered(step) == step.plan.predicted_bytes
     for way in WAYS:
         net.recompute = way
@@ -197,11 +198,11 @@ def test_fake_networks_and_parameter_groups():
     with FakeTensorMode():
         fake = wrap(AugLocal(2), depth=8)
         inside = plan_memory(fake, BATCH, sgd, params=groups(fake), recompute="peak")
-    assert plan_memory(fake, BATCH, sgd, recompute="peak") == inside
+    assert plan_memory(fake, BATCH, sgd, params=groups(fake), recompute="peak") == inside
     real = wrap(AugLocal(2), depth=8)
-    assert plan_memory(real, BATCH, sgd, recompute="peak") == inside
-    step = LocalStep(real, sgd, params=groups(real), recompute="peak", batch_size=BATCH)
-    assert step.plan == inside
+    assert plan_memory(real, BATCH, sgd, params=groups(real), recompute="peak") == inside
+    step = LocalStep(real, sgd, params=groups(real), plan=inside)
+    assert real.recompute == inside.recompute
     assert [len(group["params"]) > 0 for group in step.optimizer.param_groups] == [True, True]
     assert plan_memory(real, BATCH, sgd, autocast=torch.float16).predicted_bytes < inside.predicted_bytes
 
@@ -215,16 +216,16 @@ def test_what_a_gpus_optimizer_has_beside_the_cpus_is_left_out():
 
 def test_a_step_takes_its_plan():
     net = wrap(AugLocal(2), depth=8)
-    step = LocalStep(net, sgd, recompute="peak", batch_size=BATCH)
-    assert net.recompute == step.plan.recompute != ("none",) * net.num_modules
+    plan = plan_memory(net, BATCH, sgd, recompute="peak")
+    step = LocalStep(net, sgd, plan=plan)
+    assert step.plan is plan and net.recompute == plan.recompute != ("none",) * net.num_modules
     free = plan_memory(net, BATCH, sgd, recompute="none").predicted_bytes
-    step = LocalStep(net, sgd, memory_budget=free, batch_size=BATCH)
-    assert set(net.recompute) == {"none"} and step.plan.budget_bytes == free
-    assert not step.plan.overlap  # on a CPU modules never overlap
+    LocalStep(net, sgd, plan=plan_memory(net, BATCH, sgd, memory_budget=free))
+    assert set(net.recompute) == {"none"}
     assert LocalStep(net, sgd).plan is None
-    for options in ({"recompute": "peak"}, {"memory_budget": "1GB"}):
-        with pytest.raises(ValueError, match="pass batch_size="):
-            LocalStep(net, sgd, **options)
+    with pytest.raises(ValueError, match=f"batches of at most {BATCH} samples, and this one has {BATCH + 1}"):
+        step(*images(BATCH + 1))
+    assert step(*images(BATCH)).loss.isfinite() and step(*images(2)).loss.isfinite()
 
 
 def test_budget():

@@ -222,7 +222,7 @@ def test_what_cannot_work_is_one_line_and_begins_nothing(train):
     assert "--amp fp16 is not for stages" in line and not output.exists()
     _, done = train("refused", 2, "--memory-budget", "1GiB")
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert "memory_budget are planned for one process" in line
+    assert "--memory-budget are planned for one process" in line
     _, done = train("refused", 2, "--batch-size", "9")
     assert "choose a multiple of 2" in done.stderr and not output.exists()
     # A run that is there is not taken up by torchrun's restarts.

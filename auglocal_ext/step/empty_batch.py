@@ -1,0 +1,24 @@
+"""A batch such as a step is called with, without values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..local_sequential import LocalSequential
+
+
+def empty_batch(net: LocalSequential, batch_size: int) -> tuple[Tensor, Tensor]:
+    """A batch in the dtype of the parameters, or of integers, channels last where the weights are."""
+    floating = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    dtype = floating if net.network.input_dtype is None else net.network.input_dtype
+    x = torch.empty(batch_size, *net.network.input_shape, dtype=dtype)
+    if channels_last(net) and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x, net.task.example_for(net.network.input, batch_size)
+
+
+def channels_last(net: LocalSequential) -> bool:
+    """Whether the weights of convolutions are stored channels last."""
+    maps = [p for p in net.primary.parameters() if p.dim() == 4]
+    return any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in maps)
