@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from auglocal_ext import ContSup, LocalSequential
 from auglocal_ext.memory.meter import INPUTS
-from auglocal_ext.step import plan_memory
+from auglocal_ext.planning import plan_memory
 
 CONTEXT_MODULES = 16
 

@@ -20,7 +20,7 @@ from auglocal_ext.auxiliary.base import LossContext
 from auglocal_ext.cost import FlopMeter
 from auglocal_ext.local_modules import LocalModule, run_forward
 from auglocal_ext.memory import MemoryMeter
-from auglocal_ext.step.module_peaks import StepEstimate
+from auglocal_ext.planning.estimate import StepEstimate
 
 SAMPLE = 64  # images for which backpropagation is counted; all of it grows with the batch
 sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)

@@ -190,7 +190,8 @@ def _local_loop(
 
 def owned_step(row: Row, network: str, batch: int) -> Step:
     """``LocalStep`` with the row's options; ``recompute`` may be "peak" or what was planned for each module."""
-    from auglocal_ext.step import LocalStep, plan_memory
+    from auglocal_ext.planning import plan_memory
+    from auglocal_ext.step import LocalStep
 
     net, _ = row.model(network)
     net, x, y = prepared(row, net, network, batch)

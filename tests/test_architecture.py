@@ -68,7 +68,7 @@ def test_no_import_runs_upward():
                 edges.setdefault(room, set()).add(target)
             elif target == "__init__" or not (PACKAGE / target).exists() and not (PACKAGE / f"{target}.py").exists():
                 # a name of the package itself, e.g. LocalSequential: only the top floor may go through __init__
-                assert known[room] >= 5, f"{path.relative_to(ROOT)} imports the whole package"
+                assert known[room] >= 7, f"{path.relative_to(ROOT)} imports the whole package"
     for room, targets in edges.items():  # neighbours on one floor may use each other, in one direction
         for target in targets:
             assert room not in edges.get(target, ()), f"{room} and {target} import each other"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from auglocal_ext.step.module_peaks import StepEstimate
+from auglocal_ext.planning.estimate import StepEstimate
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "scale"
 TINY = ["--network", "resnet8", "--modules", "0", "--batch", "32", "--stages", "2", "--replicas", "2"]

@@ -17,7 +17,7 @@ from torch import nn
 from auglocal_ext import MAN, LocalSequential, LocalStep, models
 from auglocal_ext.cost import count_macs, count_parameters, count_training_macs
 from auglocal_ext.memory import estimate_step
-from auglocal_ext.step import plan_memory
+from auglocal_ext.planning import plan_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "extend"

@@ -10,7 +10,7 @@ import torch
 
 from auglocal_ext import Balanced, ContSup, Greedy, LocalSequential, PredSim, models
 from auglocal_ext.partition import CONTSUP_BALANCED, balance, cut_points
-from auglocal_ext.step.module_peaks import module_flops
+from auglocal_ext.step.module_costs import module_flops
 
 # [stage, block] after which a module ends, ContSup's "equal layers" partitions; a stage has 5 or 18 blocks.
 EQUAL_RESNET32 = {

@@ -72,6 +72,7 @@ PACKAGES = (
     "models",
     "nn",
     "ops",
+    "planning",
     "rules",
     "step",
     "tasks",

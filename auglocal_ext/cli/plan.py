@@ -12,8 +12,9 @@ import torch
 from ..local_modules import RECOMPUTE
 from ..local_sequential import LocalSequential
 from ..models import default_input_shape, network_by_name
+from ..planning import StagePlan, plan_memory, plan_stages
 from ..rules import Greedy
-from ..step import MemoryPlan, StagePlan, plan_memory, plan_stages
+from ..step import MemoryPlan
 from ..training import SettingsError, TrainConfig
 from ..training.config import AMP, RULE_OPTIONS, make_rule
 from ..training.networks import cut, task_of

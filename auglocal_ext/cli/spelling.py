@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import Collection
 
-from ..step.plan import parse_bytes
+from ..planning.memory import parse_bytes
 
 _LIMIT = 2**63
 

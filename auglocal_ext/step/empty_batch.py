@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from ..local_sequential import LocalSequential
+from ..tasks import Criterion, Task
 
 
 def empty_batch(net: LocalSequential, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -22,3 +27,24 @@ def channels_last(net: LocalSequential) -> bool:
     """Whether the weights of convolutions are stored channels last."""
     maps = [p for p in net.primary.parameters() if p.dim() == 4]
     return any(p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous() for p in maps)
+
+
+@contextmanager
+def explained_targets(task: Task, y: Tensor, what: str) -> Iterator[None]:
+    """Around a step on targets ``y`` of :func:`empty_batch`: a criterion may not take what was assumed of them.
+
+    Args:
+        what: is done by the step, for the message: ``"memory is planned"``.
+    """
+    try:
+        yield
+    except DataDependentOutputException:
+        raise
+    except Exception as error:
+        if not isinstance(task, Criterion) or task.example_said:
+            raise
+        raise ValueError(
+            f"{what} by a step on targets of shape {tuple(y.shape)} in {y.dtype}, which the criterion, or the network, "
+            f"does not take: say what targets are like, task=Criterion(criterion, outputs={task.outputs}, "
+            f"example=targets of one sample). It says: {error}"
+        ) from error

@@ -20,8 +20,7 @@ from . import checkpoint, in_flight
 from .built_in import NetworkState
 from .graph import Form, GraphedStep, Graphs, NotForGraphs, Way
 from .memory_plan import MemoryPlan, step_facts
-from .module_peaks import module_flops
-from .module_times import module_times
+from .module_costs import module_flops, module_times
 from .optimizers import ModuleOptimizers, OptimizerFactory, held, listed, replaced
 from .overlap import TwoStreams
 from .processes import Processes, StageCuts
@@ -85,7 +84,7 @@ class LocalStep:
             keeps all gradients until the end of the pass: as many bytes as the parameters.
         accumulate: calls per optimizer step; their gradients are averaged. Above 1 all gradients are kept.
         recompute: sets ``net.recompute``; None leaves it as it is.
-        plan: what :func:`auglocal_ext.step.plan_memory` returned for this network, optimizer and these options: it
+        plan: what :func:`auglocal_ext.planning.plan_memory` returned for this network, optimizer and these options: it
             says what is recomputed, and whether modules overlap. Larger batches than planned raise.
         memory_budget, batch_size: raise, and name ``plan``, which is made with them.
         mesh: a ``DeviceMesh``. Steps of several processes run eagerly, on one stream, and are not planned:

@@ -51,7 +51,7 @@ def refuse_former(recompute: Any, memory_budget: Any, batch_size: Any) -> None:
         asked = 'recompute="peak"' if memory_budget is None else f"memory_budget={memory_budget!r}"
         size = "batch_size" if batch_size is None else batch_size
         raise ValueError(
-            f"LocalStep takes a plan in place of {asked}: from auglocal_ext.step import plan_memory, and pass "
+            f"LocalStep takes a plan in place of {asked}: from auglocal_ext.planning import plan_memory, and pass "
             f"plan=plan_memory(net, {size}, optimizer, {asked}), with the params, autocast, clip_norm, clip and "
             "accumulate of the step"
         )

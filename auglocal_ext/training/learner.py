@@ -17,10 +17,11 @@ from ..layers import Features
 from ..local_modules import Recompute
 from ..local_sequential import LocalSequential
 from ..memory import MemoryMeter
+from ..memory.copies import FakeCopy, fake_mode_of
 from ..models import network_by_name
-from ..step import GraphCaptureError, LocalStep, MemoryPlan, plan_memory
-from ..step.fake_copy import FakeCopy, fake_mode_of
-from ..step.module_peaks import StepEstimate
+from ..planning import plan_memory
+from ..planning.estimate import StepEstimate
+from ..step import GraphCaptureError, LocalStep, MemoryPlan
 from ..tasks import Classification, Segmentation
 from .config import AMP, GRAPH, TrainConfig, make_rule
 from .errors import CheckpointError, SettingsError
@@ -71,7 +72,7 @@ class Learner(Protocol):
     def predicted_peak(self, images: int) -> int:
         """Peak bytes of the tensors of a step on ``images`` images, predicted in seconds on any machine.
 
-        As :func:`auglocal_ext.step.plan_memory` counts them; the weights and the random state are not touched.
+        As :func:`auglocal_ext.planning.plan_memory` counts them; the weights and the random state are not touched.
         """
 
     def outcome(self) -> str | None:
@@ -245,8 +246,7 @@ class EndToEndLearner:
     def predicted_peak(self, images: int) -> int:
         memory_format = torch.channels_last if self._config.channels_last else torch.contiguous_format
         with fake_mode_of(self.network):
-            # It copies any module.
-            network: nn.Module = FakeCopy(cast("LocalSequential", self.network)).net
+            network = FakeCopy(self.network).net
             optimizer = sgd(self._config, network.parameters())
             x = torch.empty(images, *self._input_shape).contiguous(memory_format=memory_format)
             y = self._task.example_for(Features(self._input_shape), images)

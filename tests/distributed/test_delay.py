@@ -16,7 +16,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from auglocal_ext import MAN, LocalStep
 from auglocal_ext.distributed import CheckpointError
-from auglocal_ext.step import plan_memory
+from auglocal_ext.planning import plan_memory
 
 BATCHES = [batch for (batch,) in parts(1, 10)]
 CUTS = {2: (1,), 3: (1, 2)}

@@ -27,7 +27,7 @@ from auglocal_ext import Greedy, LocalSequential, LocalStep, models
 from auglocal_ext.distributed import DisagreementError
 from auglocal_ext.nn import BatchNormAct2d, sync_batch_norm, synced_statistics
 from auglocal_ext.ops import batch_norm_act
-from auglocal_ext.step import plan_memory
+from auglocal_ext.planning import plan_memory
 
 
 def _train(rank, wanted, world, options):

@@ -13,7 +13,7 @@ from auglocal_ext import Greedy, LocalSequential, LocalStep
 from auglocal_ext.cost import FlopMeter
 from auglocal_ext.memory import MemoryMeter
 from auglocal_ext.memory.meter import OPTIMIZER_STATE
-from auglocal_ext.step import plan_memory, plan_stages
+from auglocal_ext.planning import plan_memory, plan_stages
 
 BATCH = 6
 

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from auglocal_ext import AugLocal, Greedy, LocalSequential, LocalStep
 from auglocal_ext.distributed import DisagreementError, balanced_cuts
-from auglocal_ext.step import plan_memory
+from auglocal_ext.planning import plan_memory
 
 SIZES = (8, 8, 5, 8, 3, 8)
 

@@ -13,7 +13,7 @@ from skip_models import Branching, Dense, FeaturePyramid, Lateral, Nested, Pairs
 from auglocal_ext import AugLocal, ContSup, Greedy, LocalStep, localize
 from auglocal_ext.auxiliary.base import LossContext
 from auglocal_ext.memory import MemoryMeter
-from auglocal_ext.step import plan_memory, plan_stages
+from auglocal_ext.planning import plan_memory, plan_stages
 
 SHAPE = (3, 16, 16)
 CUTS = {

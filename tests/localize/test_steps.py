@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from auglocal_ext import DGL, AugLocal, ContSup, Greedy, LocalSequential, LocalStep, localize
 from auglocal_ext.memory import MemoryMeter
-from auglocal_ext.step import plan_memory
+from auglocal_ext.planning import plan_memory
 
 sys.path += [str(Path(__file__).parents[1] / "step"), str(Path(__file__).parents[1] / "distributed")]
 

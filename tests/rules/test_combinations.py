@@ -11,8 +11,8 @@ from torch import nn
 
 from auglocal_ext import MAN, AugLocal, ContSup, Greedy, InfoPro, LocalSequential, LocalStep, PredSim, models
 from auglocal_ext.auxiliary import Auxiliary, AuxiliaryNetwork, Objectives, Term
+from auglocal_ext.planning import MemoryBudgetError, plan_memory
 from auglocal_ext.rules import ConvHead, LinearHead, Rule
-from auglocal_ext.step import MemoryBudgetError, plan_memory
 
 WEIGHTS = ((5.0, 0.5), (0.5, 1.0))
 

@@ -369,3 +369,11 @@ def test_a_bad_batch_changes_nothing():
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name]), name
     step(x, y)
+
+
+@pytest.mark.parametrize("extra", [[1, 2], "epoch"])
+def test_what_is_saved_besides_is_a_dict(extra, tmp_path):
+    step = LocalStep(small(), sgd)
+    with pytest.raises(TypeError, match=f"extra is a dict .* got {type(extra).__name__}"):
+        step.save(tmp_path / "run", extra=extra)
+    assert not list(tmp_path.iterdir())

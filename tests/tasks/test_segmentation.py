@@ -32,8 +32,8 @@ from auglocal_ext import (
 from auglocal_ext.analysis import module_scores
 from auglocal_ext.cost import count_training_macs
 from auglocal_ext.layers import Features
+from auglocal_ext.planning import plan_memory
 from auglocal_ext.rules import HEADS, FCNHead, LinearHead, Rule
-from auglocal_ext.step import plan_memory
 
 WEIGHTS = ((1.0, 0.5), (0.5, 1.0))
 

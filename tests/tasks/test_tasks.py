@@ -27,7 +27,7 @@ from auglocal_ext import (
 )
 from auglocal_ext.layers import Features
 from auglocal_ext.ops import deferred
-from auglocal_ext.step import plan_memory
+from auglocal_ext.planning import plan_memory
 from auglocal_ext.tasks import Task
 
 

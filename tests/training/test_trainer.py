@@ -11,7 +11,7 @@ import pytest
 import torch
 from runs import RULES, interrupt_after, log, trainer
 
-from auglocal_ext.step import plan_memory
+from auglocal_ext.planning import plan_memory
 from auglocal_ext.training import (
     CheckpointError,
     DivergedError,

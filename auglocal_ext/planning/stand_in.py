@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from ..auxiliary.base import LossContext
 from ..local_modules import LocalModule
+from ..step.optimizers import ModuleOptimizers
 from ..tasks import Scored
-from .optimizers import ModuleOptimizers
 
 
 class Trials:

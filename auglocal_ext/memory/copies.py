@@ -1,4 +1,4 @@
-"""A copy of a network on which a step can be tried out: of fake CPU tensors of the same shapes, or with its data.
+"""A copy of a network on which a step can run: of fake CPU tensors of the same shapes, or with its data.
 
 It is a deepcopy with a memo that maps every parameter and buffer to a tensor of the same form.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .._torch import FakeTensorMode, detect_fake_mode
-from ..local_sequential import LocalSequential
+
+_Net = TypeVar("_Net", bound=nn.Module)
 
 
 def fake_mode_of(net: nn.Module) -> FakeTensorMode:
@@ -21,7 +22,7 @@ def fake_mode_of(net: nn.Module) -> FakeTensorMode:
     return detect_fake_mode(list(net.parameters())) or FakeTensorMode(allow_non_fake_inputs=True)
 
 
-class _Copy:
+class _Copy(Generic[_Net]):
     """``net`` in training mode, on tensors of its own; nothing that runs on the copy changes ``net``.
 
     Shapes, strides, dtypes, ``requires_grad`` and sharing are those of ``net``.
@@ -30,7 +31,7 @@ class _Copy:
         net: the copy.
     """
 
-    def __init__(self, net: LocalSequential, made: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, net: _Net, made: Callable[[Tensor], Tensor]) -> None:
         self._made: dict[int, Tensor] = {id(tensor): made(tensor) for tensor in _tensors(net)}
         self.net = copy.deepcopy(net, dict(self._made))
         if not net.training:
@@ -50,17 +51,17 @@ class _Copy:
         return [self._group(part) for part in item] if isinstance(item, list) else item
 
 
-class FakeCopy(_Copy):
+class FakeCopy(_Copy[_Net]):
     """``net`` on fake CPU tensors, whatever its device; to be made and used under :func:`fake_mode_of`."""
 
-    def __init__(self, net: LocalSequential) -> None:
+    def __init__(self, net: _Net) -> None:
         super().__init__(net, _fake)
 
 
-class DataCopy(_Copy):
+class DataCopy(_Copy[_Net]):
     """``net`` with its data, on its device."""
 
-    def __init__(self, net: LocalSequential) -> None:
+    def __init__(self, net: _Net) -> None:
         super().__init__(net, _cloned)
 
 

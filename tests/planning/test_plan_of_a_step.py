@@ -10,7 +10,7 @@ import torch
 from test_plan import BATCH, adamw, sgd, wrap
 
 from auglocal_ext import AugLocal, Greedy, LocalStep
-from auglocal_ext.step import plan_memory, plan_stages
+from auglocal_ext.planning import plan_memory, plan_stages
 
 OTHER_STEPS = {
     "rule: planned AugLocal.*depth=2.*, here AugLocal.*depth=3": (lambda: wrap(AugLocal(3), 8), {}),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..distributed import Form, Replicas, crossing_inputs
 from ..local_modules import LocalModule, OneStream, Relay
-from .pipeline import passing
+from ..step.pipeline import passing
 
 
 class PlannedStage(OneStream):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ..local_modules import Recompute
 from ..memory.meter import ROUNDING
-from .module_peaks import StepCost
+from .estimate import StepCost
 
 _STREAMS = (0, 1)  # even and odd modules
 

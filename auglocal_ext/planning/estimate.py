@@ -16,15 +16,15 @@ from ..cost import FlopMeter
 from ..local_modules import LocalModule, OneStream, Recompute
 from ..local_sequential import LocalSequential
 from ..memory import MemoryMeter
+from ..memory.copies import FakeCopy, fake_mode_of
 from ..memory.meter import rounded
 from ..segments import carried
-from ..tasks import Criterion
-from .empty_batch import empty_batch
-from .fake_copy import FakeCopy, fake_mode_of
-from .optimizers import ModuleOptimizers, OptimizerFactory, held
+from ..step.empty_batch import empty_batch, explained_targets
+from ..step.module_costs import step_on_cpu
+from ..step.optimizers import ModuleOptimizers, OptimizerFactory, held
+from ..step.updates import Clip, Updates, updating_pass
 from .planned_stage import PlannedStage
 from .stand_in import TrialModule, Trials, module_form
-from .updates import Clip, Updates, updating_pass
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class StepEstimate:
         """The step with this recomputation, of all modules or one for each.
 
         Args:
-            alike: let modules of one form run once (:mod:`auglocal_ext.step.stand_in`); the result is the same.
+            alike: let modules of one form run once (:mod:`auglocal_ext.planning.stand_in`); the result is the same.
         """
         with self._mode:
             self._net.recompute = recompute
@@ -165,9 +165,9 @@ class StepEstimate:
         self._net.recompute = recompute
 
     def _first_call(self) -> None:
-        task = self._net.task
         try:
-            self._call(alike=True)
+            with explained_targets(self._net.task, self._y, "memory is planned"):
+                self._call(alike=True)
         except DataDependentOutputException as error:
             way = "change its forward pass"
             who = "the network"
@@ -175,15 +175,7 @@ class StepEstimate:
                 who, way = type(self.optimizer).__name__, "predict with another optimizer that has as much state"
             raise ValuesReadBackError(
                 f"memory is predicted without data, but {who} reads values of tensors ({error}): {way}, or train "
-                'without a prediction, with recompute="none", "auxiliary" or "all" and no memory_budget'
-            ) from error
-        except Exception as error:
-            if not isinstance(task, Criterion) or task.example_said:
-                raise
-            raise ValueError(
-                f"memory is planned by a step on targets of shape {tuple(self._y.shape)} in {self._y.dtype}, which the "
-                "criterion, or the network, does not take: say what targets are like, "
-                f"task=Criterion(criterion, outputs={task.outputs}, example=targets of one sample). It says: {error}"
+                'without a plan, with recompute="none", "auxiliary" or "all"'
             ) from error
 
     def _call(self, alike: bool, watch: OneStream | None = None) -> Trials:
@@ -264,49 +256,9 @@ class _Watch(OneStream):
         return StepCost(base, modules, self._begins[-1][1] + added[-1])
 
 
-def module_flops(net: LocalSequential, optimizer: OptimizerFactory, recompute: Recompute | None = None) -> list[int]:
-    """FLOPs of each local module in a training step, counted on fake tensors for two samples.
-
-    An optimizer that reads values back, which these have none of, is counted as SGD.
-
-    Args:
-        recompute: None for that of ``net``.
-
-    Raises:
-        ValueError: if the network reads values back.
-    """
-    try:
-        return _flops(net, optimizer, recompute)
-    except ValuesReadBackError:  # by the network or by the optimizer: ASGD and Adafactor read values back
-        pass
-    try:
-        return _flops(net, torch.optim.SGD, recompute)
-    except ValuesReadBackError as error:
-        raise ValueError(
-            f"FLOPs are counted without data, and the network reads values of tensors back ({error.__cause__}): name "
-            'the cuts, such as stage_cuts=(4, 9), or balance measured time, Balanced(by="time")'
-        ) from error
-
-
-def _flops(net: LocalSequential, optimizer: OptimizerFactory, recompute: Recompute | None) -> list[int]:
-    estimate = StepEstimate(
-        net,
-        2,
-        optimizer,
-        params=list(net.parameters()),
-        autocast=None,
-        clip_norm=None,
-        clip="module",
-        accumulate=1,
-    )
-    return [module.flops for module in estimate.cost(net.recompute if recompute is None else recompute).modules]
-
-
 def _as_on_cpu(optimizer: torch.optim.Optimizer, on_cuda: bool) -> None:
     """What only CUDA has is turned off; where it has no fused form, torch would choose ``foreach`` there."""
+    step_on_cpu(optimizer)
     for options in (optimizer.defaults, *optimizer.param_groups):
-        for key in ("capturable", "fused"):
-            if options.get(key):
-                options[key] = False
         if on_cuda and "fused" not in options and options.get("foreach", False) is None:
             options["foreach"] = True

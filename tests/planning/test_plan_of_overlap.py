@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from auglocal_ext import AugLocal, ContSup
 from auglocal_ext.local_modules import OneStream
 from auglocal_ext.memory.meter import rounded
-from auglocal_ext.step import LocalStep, plan_memory
-from auglocal_ext.step.choice import Choice, Costs, cheapest_within, lowest_peak
-from auglocal_ext.step.module_peaks import ModuleCost, StepCost
+from auglocal_ext.planning import plan_memory
+from auglocal_ext.planning.choice import Choice, Costs, cheapest_within, lowest_peak
+from auglocal_ext.planning.estimate import ModuleCost, StepCost
+from auglocal_ext.step import LocalStep
 from auglocal_ext.step.updates import updating_pass
 
 

@@ -1,4 +1,4 @@
-"""What each stage of a run would compute, hold and send: the step itself, tried out for every stage on fake tensors."""
+"""What each stage of a run would compute, hold and send: the step itself, run for every stage on fake tensors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from ..distributed import Form, balanced_cuts, checked_cuts
 from ..local_modules import Recompute
 from ..local_sequential import LocalSequential
 from ..memory.meter import BUFFERS, INPUTS, OPTIMIZER_STATE, PARAMETERS, rounded
-from .edges import followers, refuse_crossed
-from .module_peaks import StepEstimate, module_flops
-from .optimizers import OptimizerFactory, listed
+from ..step import OptimizerFactory
+from ..step.edges import followers, refuse_crossed
+from ..step.module_costs import module_flops
+from ..step.optimizers import listed
+from .estimate import StepEstimate
 from .planned_stage import PlannedStage
 
 

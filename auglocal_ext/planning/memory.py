@@ -1,8 +1,8 @@
 """Which local modules recompute, and whether two overlap, so that a step's memory is least or fits a budget.
 
-The plan runs the step itself, optimizer included, on a copy of the network without data (``fake_copy.py``), once for
-each way of recomputation. Three runs are enough for every mixture, because local modules are isolated: the bytes that
-one module adds do not depend on how others recompute. ``choice.py`` then chooses exactly.
+The plan runs the step itself, optimizer included, on a copy of the network without data (``memory/copies.py``), once
+for each way of recomputation. Three runs are enough for every mixture, because local modules are isolated: the bytes
+that one module adds do not depend on how others recompute. ``choice.py`` then chooses exactly.
 
 Not included: library workspaces, a captured step's copy of the batch, and the loss scaler. The optimizer runs as
 torch's for-loop, which has temporaries of one parameter, and autocast casts what it casts on a CPU. On real CPU
@@ -19,12 +19,13 @@ import torch
 
 from ..local_modules import RECOMPUTE, Recompute
 from ..local_sequential import LocalSequential
+from ..step import MemoryPlan, OptimizerFactory
+from ..step.edges import crossed
+from ..step.memory_plan import amount, step_facts
+from ..step.optimizers import listed
+from ..step.updates import Clip
 from .choice import Choice, Costs, cheapest_within, lowest_peak
-from .edges import crossed
-from .memory_plan import MemoryPlan, amount, step_facts
-from .module_peaks import StepEstimate
-from .optimizers import OptimizerFactory, listed
-from .updates import Clip
+from .estimate import StepEstimate
 
 #: How a step recomputes: one way for all modules, or ``"peak"``: only where it lowers the step's peak.
 StepRecompute = Recompute | Literal["peak"]
