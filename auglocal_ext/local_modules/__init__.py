@@ -1,6 +1,6 @@
 """A local module, and the training pass over local modules."""
 
-from .local_module import RECOMPUTE, LocalModule, Recompute, Relay, run_forward
+from .local_module import RECOMPUTE, LocalModule, PassModule, Recompute, Relay, run_forward
 from .local_pass import LocalOutput, OneStream, Take, local_pass
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "LocalModule",
     "LocalOutput",
     "OneStream",
+    "PassModule",
     "Recompute",
     "Relay",
     "Take",

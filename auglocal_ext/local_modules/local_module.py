@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from torch import Tensor, nn
 
@@ -17,6 +17,30 @@ from ..tasks import Scored, Task
 
 Recompute = Literal["none", "auxiliary", "all"]
 RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
+
+
+class PassModule(Protocol):
+    """What a training pass asks of a module: a :class:`LocalModule` has it, and what stands in for one in a plan."""
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def context(self) -> ContextSupply | None: ...
+
+    def __call__(self, h: Tensor, history: list[Tensor | None] | None, /) -> Tensor:
+        """Output of the module; its input is added to ``history``."""
+
+    def objective(self, out: Tensor, context: LossContext, /) -> Scored:
+        """Local loss of the output, with the task's output and count."""
+
+    def parts(self) -> Iterator[nn.Module]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those that the local loss trains."""
+
+    def after_step(self) -> None:
+        """The module's gradients have been used."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,13 +210,13 @@ class Relay:
         history: inputs that later modules are supplied with; None where none is.
     """
 
-    def __init__(self, modules: Sequence[LocalModule], x: Tensor) -> None:
+    def __init__(self, modules: Sequence[PassModule], x: Tensor) -> None:
         self.h = x
         self.history: list[Tensor | None] | None = None
         if any(module.context is not None for module in modules):
             self.history = []
 
-    def through(self, module: LocalModule) -> Tensor:
+    def through(self, module: PassModule) -> Tensor:
         """The output of ``module``; its input is released, except what autograd and later modules need."""
         self.h = module(self.h, self.history)
         return self.h

@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 from .._torch import backward_hooks, foreach_mul_
 from ..auxiliary.base import LossContext
 from ..segments import carried, detached
-from .local_module import LocalModule, Relay
+from .local_module import PassModule, Relay
 
 
 class LocalOutput(NamedTuple):
@@ -145,7 +145,7 @@ def _uncached_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 #: ``take(module, parameters, gradients)`` is given each module's finished gradients right after its backward. It calls
 #: ``module.after_step()`` when it has used them.
-Take = Callable[[LocalModule, Sequence[nn.Parameter], Sequence[Tensor | None]], None]
+Take = Callable[[PassModule, Sequence[nn.Parameter], Sequence[Tensor | None]], None]
 
 
 class OneStream:
@@ -170,7 +170,7 @@ class OneStream:
 
 
 def local_pass(
-    modules: Sequence[LocalModule],
+    modules: Sequence[PassModule],
     x: Tensor,
     target: Tensor,
     scale: Tensor | None = None,

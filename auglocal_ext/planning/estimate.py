@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._torch import DataDependentOutputException, storage_id
 from ..cost import FlopMeter
-from ..local_modules import LocalModule, OneStream, Recompute
+from ..local_modules import LocalModule, OneStream, PassModule, Recompute
 from ..local_sequential import LocalSequential
 from ..memory import MemoryMeter
 from ..memory.copies import FakeCopy, fake_mode_of
@@ -24,7 +24,7 @@ from ..step.module_costs import step_on_cpu
 from ..step.optimizers import ModuleOptimizers, OptimizerFactory, held
 from ..step.updates import Clip, Updates, updating_pass
 from .planned_stage import PlannedStage
-from .stand_in import TrialModule, Trials, module_form
+from .stand_in import StandIn, StandIns, likeness_of
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class StepEstimate:
         """The step with this recomputation, of all modules or one for each.
 
         Args:
-            alike: let modules of one form run once (:mod:`auglocal_ext.planning.stand_in`); the result is the same.
+            alike: let modules that are alike run once (:mod:`auglocal_ext.planning.stand_in`); the result is the same.
         """
         with self._mode:
             self._net.recompute = recompute
@@ -157,8 +157,8 @@ class StepEstimate:
                     meter.track(self._stage.messages)
                 base, self.categories = meter.live_bytes, meter.live_categories
                 watch = _Watch(meter, flops, self._first, self._stage)
-                trials = self._call(alike, watch)
-            return watch.cost(base, trials)
+                model = self._call(alike, watch).model
+            return watch.cost(base, model)
 
     def check(self, recompute: Recompute | Sequence[Recompute]) -> None:
         """ValueError for a recomputation that a part of the network cannot honour."""
@@ -178,20 +178,18 @@ class StepEstimate:
                 'without a plan, with recompute="none", "auxiliary" or "all"'
             ) from error
 
-    def _call(self, alike: bool, watch: OneStream | None = None) -> Trials:
+    def _call(self, alike: bool, watch: OneStream | None = None) -> StandIns:
         self._optimizers.prepare()
-        trials = Trials(self._all_gradients)
+        stand_ins = StandIns(self._all_gradients, self._updates.used)
         modules = [
-            TrialModule(module, module_form(module, self._optimizers) if alike else None, trials)
+            StandIn(module, likeness_of(module, self._optimizers) if alike else None, stand_ins)
             for module in self.local_modules
         ]
         streams = (OneStream() if self._stage is None else self._stage) if watch is None else watch
-        # A trial module has all that the pass asks of a local one.
-        lookalikes = cast("list[LocalModule]", modules)
-        relay = None if self._stage is None else self._stage.begin(lookalikes, self._x)
-        updating_pass(lookalikes, self._x, self._y, self._updates, self._autocast, streams, relay)
+        relay = None if self._stage is None else self._stage.begin(modules, self._x)
+        updating_pass(modules, self._x, self._y, self._updates, self._autocast, streams, relay)
         self._updates.count()
-        return trials
+        return stand_ins
 
 
 class ValuesReadBackError(ValueError):
@@ -204,12 +202,16 @@ def _raised_by_an_optimizer(error: BaseException) -> bool:
 
 
 class _NotingUpdates(Updates):
-    """Lets each trial module see its gradients, and notes how many bytes of gradients are alive at most."""
+    """Notes which parameters of each module have a gradient, and how many bytes of gradients are alive at most."""
 
     most = 0
 
-    def take(self, module: Any, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-        module.note_gradients(gradients)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.used: dict[int, tuple[bool, ...]] = {}
+
+    def take(self, module: PassModule, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+        self.used[module.index] = tuple(gradient is not None for gradient in gradients)
         earlier = (p.grad for group in self.optimizers.whole.param_groups for p in group["params"])
         alive = {storage_id(g.untyped_storage()): g for g in (*gradients, *earlier) if g is not None}
         self.most = max(self.most, sum(rounded(g.untyped_storage().nbytes()) for g in alive.values()))
@@ -241,16 +243,17 @@ class _Watch(OneStream):
     def _begin(self) -> None:
         self._begins.append((len(self._meter.timeline), self._meter.live_bytes, self._flops.flops))
 
-    def cost(self, base: int, trials: Trials) -> StepCost:
+    def cost(self, base: int, model: Mapping[int, int]) -> StepCost:
+        """``model``: for each module, by index, the one that has run in its place."""
         added, flops = [], []
         ends = [*(start for start, _, _ in self._begins[1:]), len(self._meter.timeline)]
         for (start, live, _), end in zip(self._begins, ends, strict=True):
             added.append(max([live, *(bytes for _, bytes in self._meter.timeline[start:end])]) - live)
         for (_, _, first), (_, _, last) in zip(self._begins, self._begins[1:], strict=False):
             flops.append(last - first)
-        model = [trials.model[self._first + k] - self._first for k in range(len(flops))]
+        ran = [model[self._first + k] - self._first for k in range(len(flops))]
         modules = tuple(
-            ModuleCost(live, added[model[k]], self._inputs[k], flops[model[k]])
+            ModuleCost(live, added[ran[k]], self._inputs[k], flops[ran[k]])
             for k, (_, live, _) in enumerate(self._begins[:-1])
         )
         return StepCost(base, modules, self._begins[-1][1] + added[-1])

@@ -1,4 +1,4 @@
-"""A stage without other processes: what it would hold of messages, for a step that is tried out."""
+"""A stage without other processes: what it would hold of messages, for a step that is planned."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import Form, Replicas, crossing_inputs
-from ..local_modules import LocalModule, OneStream, Relay
+from ..local_modules import OneStream, PassModule, Relay
 from ..step.pipeline import passing
 
 
@@ -55,7 +55,7 @@ class PlannedStage(OneStream):
         """What is in flight."""
         return [*self._asked, *self._sending]
 
-    def begin(self, modules: Sequence[LocalModule], x: Tensor) -> Relay:
+    def begin(self, modules: Sequence[PassModule], x: Tensor) -> Relay:
         """What the first module takes in: received features of the size of the batch ``x``."""
         history: list[Tensor | None] = [None] * self.first
         if self._arriving is None:

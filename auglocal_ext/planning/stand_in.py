@@ -1,4 +1,4 @@
-"""Local modules that are alike run once in a trial pass; the others of their form are stood in for.
+"""Local modules that are alike run once in a planned step; of each kind the first runs, and the others stand in.
 
 A stand-in replaces a module if all parts of both are equal, down to plain attributes and tensor shapes, and their
 inputs are too. It returns empty tensors of the right shapes. A deep network is therefore planned in about the time of
@@ -7,7 +7,7 @@ a shallow one. Modules with context all run, because their histories differ.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -21,86 +21,84 @@ from ..step.optimizers import ModuleOptimizers
 from ..tasks import Scored
 
 
-class Trials:
-    """Which module of a pass has run for each form; one for each pass.
+class StandIns:
+    """Which modules of a pass have run, and what the others stand in for; one for each pass.
 
     Args:
         gradients: let stand-ins have gradients too, where something of them stays: optimizer state, or themselves.
+        used: for each module that has run, by index, which of its parameters have a gradient: a module may have some
+            that its loss does not depend on. To be noted after its backward pass.
 
     Attributes:
         model: for each module, by index, the module that has run in its place; itself if it ran.
     """
 
-    def __init__(self, gradients: bool) -> None:
+    def __init__(self, gradients: bool, used: Mapping[int, tuple[bool, ...]]) -> None:
         self.gradients = gradients
+        self.used = used
         self.model: dict[int, int] = {}
-        self._trials: dict[Hashable, TrialModule] = {}
+        self._firsts: dict[Hashable, StandIn] = {}
 
-    def find(self, form: Hashable, trial: TrialModule) -> TrialModule:
-        """The module that stands for all of this form; ``trial`` itself if it is the first."""
-        found = trial if form is None else self._trials.setdefault(form, trial)
-        self.model[trial.index] = found.index
+    def find(self, likeness: Hashable, module: StandIn) -> StandIn:
+        """The module that runs for all of this likeness; ``module`` itself if it is the first."""
+        found = module if likeness is None else self._firsts.setdefault(likeness, module)
+        self.model[module.index] = found.index
         return found
 
 
-class TrialModule:
-    """A local module in a trial pass: it runs, or hands out what the first module of its form did.
+class StandIn:
+    """A local module in a planned step: it runs if it is the first of its likeness, or returns what the first one did.
 
-    A stand-in makes output, loss, logits and, if asked, gradients of the right shapes without the work between, so that
-    what the pass keeps is the same.
+    It makes output, loss, logits and, if asked, gradients of the right shapes without the work between, so that what
+    the pass keeps is the same. It has what the pass asks of a module, :class:`auglocal_ext.local_modules.PassModule`.
 
     Args:
         module: the module.
-        form: :func:`module_form` of it; None lets it run in any case.
-        trials: those of the pass.
+        likeness: :func:`likeness_of` it; None lets it run in any case.
+        stand_ins: those of the pass.
     """
 
-    def __init__(self, module: LocalModule, form: Hashable, trials: Trials) -> None:
+    def __init__(self, module: LocalModule, likeness: Hashable, stand_ins: StandIns) -> None:
         self.index = module.index
         self.context = module.context
         self._module = module
-        self._form = form
-        self._trials = trials
+        self._likeness = likeness
+        self._stand_ins = stand_ins
         self._first = self
-        self._output: TensorForm | None = None
-        self._scored: tuple[TensorForm, TensorForm] | None = None
-        self._used: tuple[bool, ...] = ()
+        self._output: TensorLikeness | None = None
+        self._scored: tuple[TensorLikeness, TensorLikeness] | None = None
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        if self._first is self or self._trials.gradients:
+        if self._first is self or self._stand_ins.gradients:
             yield from self._module.parameters()
 
     def parts(self) -> Iterator[nn.Module]:
         return self._module.parts()
 
     def __call__(self, h: Tensor, history: list[Tensor | None] | None) -> Tensor:
-        form = None if self._form is None else (self._form, TensorForm.of(h))
-        self._first = self._trials.find(form, self)
+        likeness = None if self._likeness is None else (self._likeness, TensorLikeness.of(h))
+        self._first = self._stand_ins.find(likeness, self)
         if self._first is not self:
             assert self._first._output is not None
             return self._first._output.empty()
         out = self._module(h, history)
-        self._output = TensorForm.of(out)
+        self._output = TensorLikeness.of(out)
         return out
 
     def objective(self, out: Tensor, context: LossContext) -> Scored:
         if self._first is self:
             result = self._module.objective(out, context)
-            self._scored = TensorForm.of(result.output), TensorForm.of(result.tally)
+            self._scored = TensorLikeness.of(result.output), TensorLikeness.of(result.tally)
             return result
         assert self._first._scored is not None
         trained = [p for p in self.parameters() if p.requires_grad]
-        loss = _Gradients.apply(self._first._used, *trained)
+        loss = _Gradients.apply(self._stand_ins.used[self._first.index], *trained)
         output, count = self._first._scored
         return Scored(loss, output.empty(), count.empty())
 
     def after_step(self) -> None:
         if self._first is self:
             self._module.after_step()
-
-    def note_gradients(self, gradients: Sequence[Tensor | None]) -> None:
-        """Which parameters have a gradient; a module may have some that its loss does not depend on."""
-        self._used = tuple(gradient is not None for gradient in gradients)
 
 
 class _Gradients(torch.autograd.Function):
@@ -119,14 +117,14 @@ class _Gradients(torch.autograd.Function):
         return (None, *(torch.empty_like(p) if used else None for p, used in pairs))
 
 
-def module_form(module: LocalModule, optimizers: ModuleOptimizers) -> Hashable:
-    """Equal for two modules that do the same work on inputs of one form; None for a module like no other.
+def likeness_of(module: LocalModule, optimizers: ModuleOptimizers) -> Hashable:
+    """Equal for two modules that do the same work on inputs of one likeness; None for a module like no other.
 
     Everything that the parts hold is compared, down to plain values and the shapes of tensors, and which parameter
     group and module a parameter is stepped with. What is neither a module, a tensor, a plain value nor a collection
     counts as the same only if it is the same object.
     """
-    if module.context is not None or module.index == 0:  # fed with a history, or with the batch, which outlives it
+    if module.context is not None or module.index == 0:  # takes a history, or the batch, which outlives it
         return None
     if module.segment is not None:  # what a model's forward does beside its submodules is not compared
         return None
@@ -137,14 +135,14 @@ def module_form(module: LocalModule, optimizers: ModuleOptimizers) -> Hashable:
 
     def of(value: Any) -> Hashable:
         if isinstance(value, Tensor):
-            return TensorForm.of(value), groups.get(id(value)), id(value) in mine
+            return TensorLikeness.of(value), groups.get(id(value)), id(value) in mine
         if isinstance(value, nn.Module):
             if id(value) in within:
                 return id(value)
             within.add(id(value))
-            form = type(value), of(vars(value))
+            found = type(value), of(vars(value))
             within.remove(id(value))
-            return form
+            return found
         if isinstance(value, dict):
             return type(value), tuple((key, of(item)) for key, item in value.items())
         if isinstance(value, (tuple, list)):
@@ -167,7 +165,7 @@ def module_form(module: LocalModule, optimizers: ModuleOptimizers) -> Hashable:
     )
 
 
-class TensorForm(NamedTuple):
+class TensorLikeness(NamedTuple):
     """What the work on a tensor depends on, but its values."""
 
     shape: tuple[int, ...]
@@ -179,8 +177,8 @@ class TensorForm(NamedTuple):
     kind: type
 
     @staticmethod
-    def of(tensor: Tensor) -> TensorForm:
-        return TensorForm(
+    def of(tensor: Tensor) -> TensorLikeness:
+        return TensorLikeness(
             tuple(tensor.shape),
             tensor.stride(),
             int(tensor.storage_offset()),
@@ -191,6 +189,6 @@ class TensorForm(NamedTuple):
         )
 
     def empty(self) -> Tensor:
-        """A new tensor of the form, over a storage as large."""
+        """A new tensor like it, over a storage as large."""
         storage = torch.empty(self.storage_bytes // self.dtype.itemsize, dtype=self.dtype)
         return storage.as_strided(self.shape, self.stride, self.offset)

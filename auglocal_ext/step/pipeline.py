@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import Shards, Stage, crossing_inputs
-from ..local_modules import LocalModule, LocalOutput, OneStream, Relay, local_pass
+from ..local_modules import LocalModule, LocalOutput, OneStream, PassModule, Relay, local_pass
 from .course import Batch, Course
 from .edges import Edges
 from .updates import Updates, updating
@@ -292,7 +292,7 @@ class _Handing(OneStream):
             self._boundaries.send(self._stage, h, history)
 
 
-def passing(modules: Sequence[LocalModule], x: Tensor, h: Tensor, history: list[Tensor | None]) -> Relay:
+def passing(modules: Sequence[PassModule], x: Tensor, h: Tensor, history: list[Tensor | None]) -> Relay:
     """A relay that has come as far as ``h``."""
     relay = Relay(modules, x)
     relay.h, relay.history = h, history

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._torch import foreach_zero_, mark_as_wrapped
 from ..distributed import Average, Replicas, Shards
-from ..local_modules import LocalModule, LocalOutput, OneStream, Relay, local_pass
+from ..local_modules import LocalOutput, OneStream, PassModule, Relay, local_pass
 from .optimizers import ModuleOptimizers
 
 Clip = Literal["module", "global"]
@@ -65,7 +65,7 @@ class Updates:
         self.calls = 0
         self.updated = False  # by the last call
         self._begun = False
-        self._averaging: list[tuple[LocalModule, Average]] = []
+        self._averaging: list[tuple[PassModule, Average]] = []
         self._shares: dict[torch.device, Tensor] = {}
 
     @property
@@ -90,7 +90,7 @@ class Updates:
             self.drop()
         self._begun = True
 
-    def take(self, module: LocalModule, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    def take(self, module: PassModule, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
         """The finished gradients of ``module``: with the last call of a step its parameters are updated at once.
 
         Gradients of parameters that the optimizer does not hold are dropped. Among replicas parameters are updated
@@ -117,7 +117,7 @@ class Updates:
             self._step(self.optimizers.view(module.index))
         module.after_step()
 
-    def _scatter(self, shards: Shards, module: LocalModule, gradients: Sequence[Tensor | None]) -> None:
+    def _scatter(self, shards: Shards, module: PassModule, gradients: Sequence[Tensor | None]) -> None:
         """Average the gradients of whole parameters, of which this process keeps its shard."""
         pairs = zip(shards.trained(module.index), gradients, strict=True)
         kept = [(p, g) for p, g in pairs if g is not None and p in self.optimizers.trained]
@@ -155,7 +155,7 @@ class Updates:
         """Whether all modules are updated together at the end of the pass."""
         return self.clip_norm is not None and self.clip == "global"
 
-    def _finish(self, averaging: Sequence[tuple[LocalModule, Average]]) -> None:
+    def _finish(self, averaging: Sequence[tuple[PassModule, Average]]) -> None:
         for module, average in averaging:
             average.wait()
             if self.due and not self.all_at_once:
@@ -182,7 +182,7 @@ class Updates:
             foreach_zero_([p.grad for p in trained])
 
 
-def _moved(module: LocalModule) -> list[Tensor]:
+def _moved(module: PassModule) -> list[Tensor]:
     """Buffers that the forward pass of a module moves."""
     return [b for part in module.parts() for name, b in part.named_buffers() if not name.endswith(_COUNTER)]
 
@@ -240,7 +240,7 @@ def updating(updates: Updates, autocast: torch.dtype | None, device: torch.devic
 
 
 def updating_pass(
-    modules: Sequence[LocalModule],
+    modules: Sequence[PassModule],
     x: Tensor,
     y: Tensor,
     updates: Updates,

@@ -132,12 +132,12 @@ def test_the_plans_figure_is_that_of_a_run_with_its_choice(rule):
     [("none", {}), ("all", {"clip_norm": 1.0, "clip": "global"}), ("auxiliary", {"accumulate": 2})],
     ids=str,
 )
-def test_modules_of_one_form_run_once_and_count_each(way, options):
+def test_modules_that_are_alike_run_once_and_count_each(way, options):
     alike, ran = [], []
-    trial = estimate(wrap(AugLocal(3)), **options)
+    planned = estimate(wrap(AugLocal(3)), **options)
     for counted, setting in ((alike, True), (ran, False)):
         with MemoryMeter() as meter:
-            counted.append(trial.cost(way, alike=setting))
+            counted.append(planned.cost(way, alike=setting))
         counted.append(meter.events)
     assert alike[0] == ran[0]
     assert alike[1] < ran[1]
@@ -147,9 +147,9 @@ def test_modules_that_differ_in_anything_run_each():
     def own(change):
         net = wrap(AugLocal(2), depth=14)
         change(net)
-        trial = estimate(net)
-        assert trial.cost("none") == trial.cost("none", alike=False)
-        return [module.added for module in trial.cost("none").modules[1:3]]  # alike but for the change
+        planned = estimate(net)
+        assert planned.cost("none") == planned.cost("none", alike=False)
+        return [module.added for module in planned.cost("none").modules[1:3]]  # alike but for the change
 
     same = own(lambda net: None)
     assert same[0] == same[1]

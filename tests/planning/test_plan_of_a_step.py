@@ -8,8 +8,9 @@ from dataclasses import asdict
 import pytest
 import torch
 from test_plan import BATCH, adamw, sgd, wrap
+from torch import nn
 
-from auglocal_ext import AugLocal, Greedy, LocalStep
+from auglocal_ext import AugLocal, Greedy, LocalSequential, LocalStep
 from auglocal_ext.planning import plan_memory, plan_stages
 
 OTHER_STEPS = {
@@ -77,6 +78,18 @@ def test_a_plan_is_for_equal_networks_and_any_learning_rate(plan):
         plan=plan,
     )
     assert net.recompute == plan.recompute
+
+
+def test_functions_of_a_task_are_compared_by_name():
+    """A network that is built anew has functions of its own, at other addresses."""
+
+    def build():
+        layers = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+        return LocalSequential(layers, Greedy(), criterion=lambda output, y: output.sum(), outputs=3, input_shape=(6,))
+
+    first, second = build(), build()
+    assert repr(first.task) != repr(second.task)
+    LocalStep(second, sgd, plan=plan_memory(first, 4, sgd))
 
 
 def test_a_plan_is_plain_data(plan):
