@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException
 
+from .._torch import DataDependentOutputException
 from ..local_sequential import LocalSequential
 from ..tasks import Criterion, Task
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 
+from .._torch import DataDependentOutputException, FakeTensor
 from ..cost import FlopMeter
 from ..local_modules import OneStream, Recompute
 from ..local_sequential import LocalSequential
