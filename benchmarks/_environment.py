@@ -71,7 +71,7 @@ def _commit() -> str | None:
 def _sources() -> str:
     """A digest of package, kernels and benchmarks: names and contents."""
     root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
-    for folder, ends in (("auglocal_ext", (".py", ".ini")), ("csrc", (".h", ".cpp", ".cu")), ("benchmarks", (".py",))):
+    for folder, ends in (("auglocal_ext", (".py", ".toml")), ("csrc", (".h", ".cpp", ".cu")), ("benchmarks", (".py",))):
         for path in sorted(path for path in (root / folder).rglob("*") if path.suffix in ends):
             if path.name != "_build_info.py":
                 digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

@@ -129,15 +129,17 @@ def test_cut_points(images, tmp_path, capsys):
 
 
 def test_a_rule_as_head_and_a_recipe_of_ones_own(images, tmp_path, capsys):
-    output, own = tmp_path / "run", tmp_path / "own.ini"
-    own.write_text("[rule]\nrule = contsup\ncontext = E\nmodules = 2\nhead = infopro:weights=5,0,0,1\n")
+    output, own = tmp_path / "run", tmp_path / "own.toml"
+    own.write_text(
+        '[rule]\nrule = "contsup"\ncontext = "E"\nmodules = 2\n[rule.head]\nrule = "infopro"\nweights = [5, 0, 0, 1]\n'
+    )
     arguments = ["train", "--recipe", str(own), "--data", str(images), "--output", str(output), "--epochs", "1", *SMALL]
     assert main([*arguments, "--context", "R1E"]) == 0
     settings = json.loads((output / "config.json").read_text())["settings"]
-    assert (settings["context"], settings["head"]) == ("R1E", "infopro:weights=5,0,0,1")
+    assert settings["context"] == "R1E" and settings["head"] == {"rule": "infopro", "weights": [5, 0, 0, 1]}
     assert settings["recipe_file"] == str(own) and settings["recipe"] == "cifar10"
     rule = entries(capsys.readouterr().out.split("\n\n")[0])["rule"]
-    assert rule.startswith("contsup: 2 local modules; widen 1, init own, context R1E")
+    assert rule == "contsup: 2 local modules; widen 1, init own, context R1E, head infopro:weights=5,0,0,1"
     assert main([*arguments, "--context", "R1E", "--resume"]) == 0
     assert main([*arguments, "--head", "infopro:weights=5,0,0,2", "--context", "R1E", "--resume"]) == 1
     assert "--head: 'infopro:weights=5,0,0,1' in the checkpoint" in capsys.readouterr().err
@@ -151,14 +153,14 @@ def test_printed_settings_are_a_recipe(images, tmp_path, capsys):
     arguments = ["--data", str(images), "--rule", "dgl", "--epochs", "1", *SMALL]
     assert main(["train", *arguments, "--config"]) == 0
     printed = capsys.readouterr().out
-    assert "rule = dgl\ninit = own\nhead = mlp-sr\n" in printed and "warmup = 0\nschedule = short\n" in printed
+    assert 'rule = "dgl"\ninit = "own"\nhead = "mlp-sr"\n' in printed and 'warmup = 0\nschedule = "short"\n' in printed
     assert not (tmp_path / "runs").exists()
-    (tmp_path / "printed.ini").write_text(printed)
-    assert main(["train", "--recipe", str(tmp_path / "printed.ini"), "--config"]) == 0
+    (tmp_path / "printed.toml").write_text(printed)
+    assert main(["train", "--recipe", str(tmp_path / "printed.toml"), "--config"]) == 0
     assert capsys.readouterr().out == printed
 
     settings = []
-    for name, given in (("a", arguments), ("b", ["--recipe", str(tmp_path / "printed.ini")])):
+    for name, given in (("a", arguments), ("b", ["--recipe", str(tmp_path / "printed.toml")])):
         assert main(["train", *given, "--output", str(tmp_path / name)]) == 0
         settings.append(json.loads((tmp_path / name / "config.json").read_text())["settings"])
         settings[-1] |= {"output": "", "recipe_file": ""}
@@ -170,14 +172,14 @@ def test_settings_without_images(capsys):
     assert main(["train", "--recipe", "infopro", "--dataset", "stl10", "--modules", "8", "--config"]) == 0
     printed = capsys.readouterr().out
     assert (
-        "base = stl10\n" in printed
-        and "schedule = published\n" in printed
-        and "weights = 20,0.2,5,1\n" in printed
+        'base = "stl10"\n' in printed
+        and 'schedule = "published"\n' in printed
+        and "weights = [20.0, 0.2, 5.0, 1.0]\n" in printed
         and "batch_size = 128\n" in printed
     )
     assert "data =" not in printed
     assert main(["train", "--recipe", "auglocal-imagenet", "--config"]) == 0
-    assert "network = resnet34\n" in capsys.readouterr().out
+    assert 'network = "resnet34"\n' in capsys.readouterr().out
     assert main(["train", "--recipe", "dgl", "--config"]) == 1
     assert "--config needs --data DIR or --dataset NAME" in capsys.readouterr().err
 

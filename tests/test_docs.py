@@ -132,7 +132,7 @@ def test_the_rules_options_and_its_place_as_a_head(example):
     assert [(o.name, o.kind, o.default) for o in example.SelfTaught.options()] == [
         ("decay", float, 0.99),
         ("teaching", float, 0.1),
-        ("head", str, "linear"),
+        ("head", str | dict, "linear"),
     ]
     with pytest.raises(ValueError, match="decay is within 0 .. 1"):
         example.SelfTaught(decay=2)

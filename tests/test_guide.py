@@ -159,8 +159,8 @@ def test_recipes_and_networks():
 
 
 def test_a_recipe_of_ones_own(tmp_path):
-    (tmp_path / "mine.ini").write_text(blocks(page("training"), "ini")[0])
-    settings = recipes.read(str(tmp_path / "mine.ini")).settings
+    (tmp_path / "mine.toml").write_text(blocks(page("training"), "toml")[0])
+    settings = recipes.read(str(tmp_path / "mine.toml")).settings
     assert (settings["rule"], settings["depth"], settings["epochs"], settings["lr"]) == ("auglocal", 4, 20, 0.4)
 
 

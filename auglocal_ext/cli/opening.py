@@ -11,7 +11,7 @@ from ..cost import count_parameters
 from ..training import Summary, TrainConfig, Trainer
 from ..training.data import MASKS
 from ..training.records import LOG
-from ..training.rule_options import RULE_OPTIONS
+from ..training.rule_options import RULE_OPTIONS, write_head
 from ..training.saving import find
 from ..training.schedule_picture import shares_table
 from ..training.trainer import CURVES, SCHEDULE
@@ -125,7 +125,7 @@ def rule_text(config: TrainConfig, modules: int) -> str:
     if config.rule == "bp":
         return "bp: backpropagation of the whole network, no local modules"
     options = [
-        f"{name.replace('_', '-')} {write(value)}"
+        f"{name.replace('_', '-')} {write_head(value) if name == 'head' else write(value)}"
         for name in RULE_OPTIONS[config.rule]
         if name != "modules" and (value := getattr(config, name)) is not None
     ]

@@ -14,7 +14,8 @@ class Option:
     Attributes:
         name: on the command line and in recipes.
         kind: type of its values as :mod:`auglocal_ext.training.values` reads them: bool, int, float, str,
-            ``tuple[float, ...]`` or ``int | tuple[int, ...]``.
+            ``tuple[float, ...]``, ``int | tuple[int, ...]``, or of a head ``str | dict``: a name, or a rule and its
+            options.
         help: a line for ``--help``.
         field: the rule's own name for it.
         default: of the rule; None where it has none.
@@ -63,7 +64,7 @@ def head_option(default: Any, help: str = "a head or a rule") -> Any:
         default: a head's name, or a rule.
         help: a line for ``--help``.
     """
-    return option(default, help, kind=str, metavar="H")
+    return option(default, help, kind=str | dict, metavar="H")
 
 
 def init_option(others: tuple[str, ...] = ("released",)) -> Any:

@@ -14,7 +14,8 @@ from ..models import check_name
 from ..rules import Rule
 from . import rule_options
 from .errors import SettingsError
-from .recipes import DATA_RECIPES, SECTIONS, Recipe, find, names, read, to_ini
+from .infopro_weights import infopro_weights
+from .recipes import DATA_RECIPES, SECTIONS, Recipe, find, names, read, write_recipe
 from .rule_options import OPTIONS, RULE_OPTIONS
 from .schedule import SCHEDULES, default_schedule, default_warmup
 from .values import user_path
@@ -57,11 +58,11 @@ class TrainConfig(_RuleSettings):
     """What is trained on what, and how; ``None`` stands for the recipe's or the rule's own value.
 
     Rules and their options: ``rule_options.RULE_OPTIONS``, as the rules of :mod:`auglocal_ext.rules` have them;
-    ``modules`` is None, a count, or explicit cut points; ``head`` names a classifier or is a rule as text
-    (``"auglocal:depth=3"``, see ``rule_options.parse_head``). ``fused`` and ``recompute`` are as
-    :class:`auglocal_ext.LocalSequential` has them, ``recompute="peak"``, ``memory_budget`` (such as "0.4GiB"),
-    ``graph`` ("auto", "on", "off") and ``overlap`` (None, True, False) as :class:`auglocal_ext.step.LocalStep` has
-    them. The rule ``"bp"`` is backpropagation of the same network, eager.
+    ``modules`` is None, a count, or explicit cut points; ``head`` names a classifier or a rule, or is a table of a rule
+    and its options: ``{"rule": "auglocal", "depth": 3}``, or as text ``"auglocal:depth=3"``. ``fused`` and
+    ``recompute`` are as :class:`auglocal_ext.LocalSequential` has them, ``recompute="peak"``, ``memory_budget`` (such
+    as "0.4GiB"), ``graph`` ("auto", "on", "off") and ``overlap`` (None, True, False) as
+    :class:`auglocal_ext.step.LocalStep` has them. The rule ``"bp"`` is backpropagation of the same network, eager.
     ``network`` is a name as :func:`auglocal_ext.models.network_by_name` takes it, and ``network_weights`` a file of the
     weights to begin with.
     ``schedule`` is ``"published"`` or ``"short"`` (:func:`auglocal_ext.training.schedule.learning_rate`), None for the
@@ -120,6 +121,8 @@ class TrainConfig(_RuleSettings):
     gather_features: bool = False
 
     def __post_init__(self) -> None:
+        if self.head is not None:
+            object.__setattr__(self, "head", rule_options.read_head(self.head))
         try:
             check_name(self.network)
         except ValueError as error:
@@ -269,7 +272,7 @@ def _rule_defaults(config: TrainConfig) -> dict[str, Any]:
     filled = rule_options.fill_weights(
         config.rule,
         _given_options(config),
-        lambda: rule_options.infopro_weights(config.dataset, config.network, rule, config.modules),
+        lambda: infopro_weights(config.dataset, config.network, rule, config.modules),
     )
     defaults = rule_options.values_of(config.rule, rule)
     return _missing(config, defaults) | filled
@@ -304,7 +307,14 @@ def pick_device(name: str) -> torch.device:
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Plain values, as they are stored in config.json and in checkpoints."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    return {name: _listed(value) for name, value in asdict(config).items()}
+
+
+def _listed(value: Any) -> Any:
+    """With lists in place of tuples, as JSON has them."""
+    if isinstance(value, dict):
+        return {name: _listed(each) for name, each in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
@@ -318,22 +328,26 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
 
 def to_recipe(config: TrainConfig) -> str:
     """The text of a recipe file that says all of a resolved configuration but the run folder."""
-    return to_ini(asdict(config), config.recipe)
+    return write_recipe(asdict(config), config.recipe)
 
 
 def differences(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
     """One line per setting that a resumed run may not change and ``given`` changes."""
     return [
-        f"{_flag(name)}: {stored[name]!r} in the checkpoint, now {value!r}"
+        f"{_flag(name)}: {_shown(name, stored[name])} in the checkpoint, now {_shown(name, value)}"
         for name, value in given.items()
         # A run of a version that lacked a setting had its default.
         if name not in _FREE_TO_CHANGE and name in stored and not _same(name, stored[name], value)
     ]
 
 
+def _shown(name: str, value: Any) -> str:
+    return repr(rule_options.write_head(rule_options.read_head(value)) if name == "head" and value else value)
+
+
 def _same(name: str, stored: Any, given: Any) -> bool:
-    if name == "head" and isinstance(stored, str) and isinstance(given, str):
-        return rule_options.includes(stored, given)
+    if name == "head" and stored is not None and given is not None:
+        return rule_options.includes(rule_options.read_head(stored), rule_options.read_head(given))
     if name == "device":  # which of them changes nothing
         return str(stored).partition(":")[0] == str(given).partition(":")[0]
     if name == "network_weights" and given is not None:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from ..layers import group_children
-from ..models import build
-from ..partition import CONTSUP_BALANCED, cut_points
-from ..rules import HEADS, INFOPRO_WEIGHTS, RULES, Rule
+from ..rules import HEADS, RULES, Rule
 from ..rules import Option as RuleOption
 from .errors import SettingsError
-from .values import reader, write
+from .values import checked, reader, to_toml, write
+
+#: A head in settings: a name, or a table of a rule and its options.
+HeadSetting = str | dict[str, Any]
+
+
+class WrongSetting(SettingsError):
+    """A key of a recipe's table that is unknown or has a wrong value.
+
+    Attributes:
+        table: its name, as in ``[rule.head]``.
+        key: empty for the table itself.
+        what: what is wrong with it.
+    """
+
+    def __init__(self, table: str, key: str, what: str) -> None:
+        super().__init__(f"[{table}]: {key} {what}" if key else f"[{table}] {what}")
+        self.table, self.key, self.what = table, key, what
 
 
 @dataclass(frozen=True)
@@ -72,11 +85,71 @@ def is_rule(head: str) -> bool:
     return head.partition(":")[0] in RULES
 
 
-def parse_head(text: str) -> tuple[str, dict[str, Any]]:
-    """``"infopro:loss=contrast,weights=5,0,0.5,1,head=auglocal:depth=3"`` -> the rule's name and options.
+def head_options(rule: str) -> tuple[str, ...]:
+    """The options of a rule as head: all but ``modules``, which the outer rule has."""
+    return tuple(name for name in RULE_OPTIONS[rule] if name != "modules")
 
-    A part without ``=`` continues the value before it; everything after ``head=`` belongs to that head. SettingsError
-    for what is no option of the rule, or no value of the option.
+
+def read_head(value: Any, table: str = "rule.head", as_text: bool = True) -> HeadSetting:
+    """A head as settings have it: the name of a classifier or of a rule, or a table with options of the rule.
+
+    Args:
+        value: a name, a rule as the command line writes it (``"auglocal:depth=3"``), or a table such as
+            ``{"rule": "infopro", "loss": "contrast", "head": {"rule": "auglocal", "depth": 3}}``.
+        table: its place in a recipe, for messages.
+        as_text: whether a rule may be written as on the command line.
+
+    Raises:
+        SettingsError: for what is no option of the rule and no value of an option; of a table a :class:`WrongSetting`.
+            Names of classifiers are checked by the rule.
+    """
+    outer, _, key = table.rpartition(".")
+    if isinstance(value, str):
+        if ":" in value and not as_text:
+            what = f"{to_toml(value)} has options: write a table [{table}], with rule = and each option on a line"
+            raise WrongSetting(outer, key, what)
+        return _read_text(value) if is_rule(value) else value
+    if not isinstance(value, Mapping):
+        what = f"expected the name of a head, or a table [{table}], got {to_toml(value)}"
+        raise WrongSetting(outer, key, what)
+    rule = value.get("rule")
+    if rule not in RULES:
+        came = "nothing" if rule is None else to_toml(rule)
+        raise WrongSetting(table, "rule", f"expected one of {', '.join(RULES)}, got {came}")
+    known = head_options(rule)
+    options: dict[str, Any] = {}
+    for name, given in value.items():
+        if name == "rule":
+            continue
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(known) or 'none'}"
+            raise WrongSetting(table, name, f"is no option of {rule}; {hint}")
+        if name == "head":
+            options[name] = read_head(given, f"{table}.head", as_text)
+            continue
+        try:
+            options[name] = checked(OPTIONS[name].kind, given)
+        except ValueError as error:
+            raise WrongSetting(table, name, str(error)) from error
+    return _table(rule, options)
+
+
+def _table(rule: str, options: Mapping[str, Any]) -> HeadSetting:
+    return {"rule": rule, **options} if options else rule
+
+
+def parts_of(head: HeadSetting) -> tuple[str, dict[str, Any]]:
+    """Rule and options of a head that is a rule."""
+    if isinstance(head, str):
+        return head, {}
+    return head["rule"], {name: value for name, value in head.items() if name != "rule"}
+
+
+def _read_text(text: str) -> HeadSetting:
+    """``"infopro:loss=contrast,weights=5,0,0.5,1,head=auglocal:depth=3"`` as a table.
+
+    A part without ``=`` continues the value before it; everything after ``head=`` belongs to that head.
     """
     rule, _, rest = text.partition(":")
     rest, cut, head = ("," + rest).partition(",head=")
@@ -86,7 +159,7 @@ def parse_head(text: str) -> tuple[str, dict[str, Any]]:
             parts.append(part)
         else:
             parts[-1] += "," + part
-    known = [name for name in RULE_OPTIONS[rule] if name != "modules"]
+    known = head_options(rule)
     options: dict[str, Any] = {}
     for part in parts + ([f"head={head}"] if cut else []):
         name, equals, value = part.partition("=")
@@ -98,26 +171,33 @@ def parse_head(text: str) -> tuple[str, dict[str, Any]]:
             )
         if name in options:
             raise SettingsError(f"--head {text}: {name} is given twice")
+        if name == "head":
+            options[name] = read_head(value.strip())
+            continue
         try:
             options[name] = reader(OPTIONS[name].kind)(value.strip())
         except ValueError as error:
             raise SettingsError(f"--head {text}: {name}: {error}") from error
-    return rule, options
+    return _table(rule, options)
 
 
-def write_head(rule: str, options: dict[str, Any]) -> str:
-    """The text that ``parse_head`` reads back."""
+def write_head(head: HeadSetting) -> str:
+    """A head as the command line writes it, which ``read_head`` reads back."""
+    if isinstance(head, str):
+        return head
+    rule, options = parts_of(head)
     ordered = sorted(options.items(), key=lambda item: item[0] == "head")
-    return rule + ":" * bool(options) + ",".join(f"{name}={write(value)}" for name, value in ordered)
+    said = [f"{name}={write_head(value) if name == 'head' else write(value)}" for name, value in ordered]
+    return f"{rule}:{','.join(said)}"
 
 
-def includes(stored: str, given: str) -> bool:
+def includes(stored: HeadSetting, given: HeadSetting) -> bool:
     """Whether the head ``given`` is ``stored``, which may say more (InfoPro's weights are filled in)."""
-    if stored == given or not (is_rule(stored) and is_rule(given)):
+    if stored == given or not all(isinstance(head, dict) or is_rule(head) for head in (stored, given)):
         return stored == given
-    (rule, known), (other, options) = parse_head(stored), parse_head(given)
+    (rule, known), (other, options) = parts_of(stored), parts_of(given)
     return rule == other and all(
-        includes(str(known.get(name)), value) if name == "head" else known.get(name) == value
+        name in known and (includes(known[name], value) if name == "head" else known[name] == value)
         for name, value in options.items()
     )
 
@@ -128,9 +208,9 @@ def fill_weights(rule: str, options: dict[str, Any], weights: Callable[[], Seque
     if rule == "infopro" and options.get("weights") is None:
         options["weights"] = tuple(weights())
     head = options.get("head")
-    if isinstance(head, str) and is_rule(head):
-        name, inner = parse_head(head)
-        options["head"] = write_head(name, fill_weights(name, inner, weights))
+    if isinstance(head, dict) or (isinstance(head, str) and is_rule(head)):
+        name, inner = parts_of(head)
+        options["head"] = _table(name, fill_weights(name, inner, weights))
     return options
 
 
@@ -144,8 +224,8 @@ def make(
     options = fill_weights(rule, options, lambda: _ANY_WEIGHTS)
     values = {name: value for name, value in options.items() if value is not None}
     head = values.get("head")
-    if isinstance(head, str) and is_rule(head):
-        values["head"] = make(*parse_head(head), mean, std)
+    if isinstance(head, dict) or (isinstance(head, str) and is_rule(head)):
+        values["head"] = make(*parts_of(head), mean, std)
     try:
         return RULES[rule].of_options(
             values, [m / 255 for m in mean or (0.0, 0.0, 0.0)], [s / 255 for s in std or (255.0, 255.0, 255.0)]
@@ -155,44 +235,7 @@ def make(
 
 
 def values_of(rule: str, made: Rule) -> dict[str, Any]:
-    """Every option of a made rule but ``modules``; None for a head that is a rule, whose text is its value."""
+    """Every option of a made rule but ``modules``; None for a head that is a rule, which settings say as
+    a table."""
     values = made.option_values()
     return {name: None if isinstance(value, Rule) else value for name, value in values.items()}
-
-
-def infopro_weights(dataset: str, network: str, rule: Rule, modules: int | tuple[int, ...] | None) -> tuple[float, ...]:
-    """InfoPro's ``(lambda1, lambda2, lambda1, lambda2)`` for an experiment of its paper; SettingsError for another."""
-    if (dataset, network) not in INFOPRO_WEIGHTS:
-        raise _unpublished(f"{network} on {dataset}")
-    with torch.random.fork_rng(devices=[]):
-        layers = len(group_children(build(network)))
-    try:
-        ends = rule.ends(layers, modules)
-    except (TypeError, ValueError) as error:
-        raise SettingsError(str(error)) from error
-    count = len(ends)
-    known = INFOPRO_WEIGHTS[dataset, network] if ends == cut_points(layers, count) else {}
-    if ends[:-1] == _balanced_cuts(dataset, layers, count):
-        known = INFOPRO_WEIGHTS.get((dataset, f"{network}, balanced"), {})
-    if count not in known:
-        raise _unpublished(f"{network} on {dataset} in {count} modules cut after {', '.join(map(str, ends[:-1]))}")
-    first, last = known[count]
-    return tuple(float(weight) for weight in (*first, *last))
-
-
-def _unpublished(experiment: str) -> SettingsError:
-    known = "; ".join(
-        f"{network} on {dataset} in {', '.join(map(str, table))}"
-        for (dataset, network), table in INFOPRO_WEIGHTS.items()
-    )
-    return SettingsError(
-        f"no weights of InfoPro are known for {experiment}: give them (--weights A,B,C,D, or in a head "
-        f"infopro:weights=A,B,C,D). Known: {known} modules"
-    )
-
-
-def _balanced_cuts(dataset: str, layers: int, count: int) -> tuple[int, ...] | None:
-    # STL-10's three modules of ResNet-110 are cut elsewhere than CIFAR-10's in the released configuration.
-    if (dataset, layers, count) == ("stl10", 55, 3):
-        return (9, 20)
-    return CONTSUP_BALANCED.get((layers, count))

@@ -32,7 +32,9 @@ def _settings(value: Any) -> bool:
     return _named(value) and "epochs" in value and all(map(_plain, value.values()))
 
 
-def _plain(value: Any) -> bool:
+def _plain(value: Any, depth: int = 10) -> bool:
+    if _named(value):  # a rule as head, which may have another one as its own
+        return depth > 0 and all(_plain(each, depth - 1) for each in value.values())
     if isinstance(value, list):
         return all(type(each) in (int, float) for each in value)
     return value is None or type(value) in (bool, int, float, str)

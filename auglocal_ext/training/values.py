@@ -1,9 +1,11 @@
-"""Settings as text, as they stand in recipe files, in a head's options and on the command line."""
+"""Values of settings: as text on the command line, and as TOML in recipes."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
@@ -36,6 +38,48 @@ def write(value: Any) -> str:
         return repr(value).removesuffix(".0")
     if isinstance(value, tuple | list):
         return ",".join(write(part) for part in value) + ("," if len(value) == 1 else "")
+    return str(value)
+
+
+def checked(hint: Any, value: Any) -> Any:
+    """A value out of a TOML file as one of the annotated type; ValueError says what was expected and what came.
+
+    Types as for ``reader``, tuples of whole numbers, and ``str | dict``, which is not looked into. Lists become tuples,
+    and whole numbers are floats where these are expected.
+    """
+    union = get_origin(hint) in (Union, UnionType)
+    kinds = [kind for kind in (get_args(hint) if union else (hint,)) if kind is not NoneType]
+    for kind in kinds:
+        items = get_args(kind)[0] if get_origin(kind) is tuple else None
+        if items is None and _is(kind, value):
+            return kind(value) if kind is float else value
+        if items is not None and isinstance(value, list | tuple) and value and all(_is(items, each) for each in value):
+            return tuple(map(items, value))
+    raise ValueError(f"expected {' or '.join(map(_expected, kinds))}, got {to_toml(value)}")
+
+
+def _is(kind: Any, value: Any) -> bool:
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < math.inf and abs(value) <= sys.float_info.max
+    return type(value) is kind and value != ""
+
+
+def _expected(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return f"a list of {'whole ' if get_args(kind)[0] is int else ''}numbers"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text in quotes"}.get(kind, "a table")
+
+
+def to_toml(value: Any) -> str:
+    """A value as a TOML file has it; a table in one line."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(to_toml, value))}]"
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {to_toml(each)}' for key, each in value.items())} }}"
     return str(value)
 
 

@@ -15,7 +15,14 @@ from auglocal_ext.training import RECIPES, SettingsError, TrainConfig, recipes
 from auglocal_ext.training.config import differences, make_rule, resolve, to_recipe
 from auglocal_ext.training.recipes import DATA_RECIPES, SECTIONS
 
-MAN_HEAD = "infopro:loss=softmax,weights=5,0.5,0,0,stage_steps=14,init=released,head=2c2f"
+MAN_HEAD = {
+    "rule": "infopro",
+    "loss": "softmax",
+    "weights": (5, 0.5, 0, 0),
+    "stage_steps": 14,
+    "init": "released",
+    "head": "2c2f",
+}
 
 # name: data set, network, local modules, epochs, batch, peak rate, and settings of the rule
 SHIPPED = [
@@ -67,7 +74,7 @@ SHIPPED = [
         160,
         1024,
         0.8,
-        {"context": "R1E", "head": "infopro:loss=contrast_batch,weights=0,1,0,1"},
+        {"context": "R1E", "head": {"rule": "infopro", "loss": "contrast_batch", "weights": (0, 1, 0, 1)}},
     ),
     (
         "contsup-decoder",
@@ -77,7 +84,7 @@ SHIPPED = [
         160,
         128,
         0.1,
-        {"head": "infopro:loss=contrast_batch,init=released,weights=20,0.5,10,0.1"},
+        {"head": {"rule": "infopro", "loss": "contrast_batch", "init": "released", "weights": (20, 0.5, 10, 0.1)}},
     ),
 ]
 
@@ -147,7 +154,7 @@ def test_given_settings_go_first():
 def test_epochs_rescale_the_schedule(tmp_path, epochs, warmup):
     given = {} if epochs is None else {"epochs": epochs}
     assert resolved("infopro", "cifar10", **given).warmup == warmup
-    own = tmp_path / "own.ini"
+    own = tmp_path / "own.toml"
     own.write_text("[optimisation]\nwarmup = 10\nepochs = 160\n")
     assert resolved(str(own), "cifar10", **given).warmup == warmup
 
@@ -156,8 +163,8 @@ def test_the_schedule_goes_with_the_number_of_epochs(tmp_path):
     assert resolved("infopro", "cifar10").schedule == "published"
     assert resolved("infopro", "cifar10", epochs=99).schedule == "short"
     assert resolved("infopro", "cifar10", epochs=8, schedule="published").schedule == "published"
-    own = tmp_path / "own.ini"
-    own.write_text("[optimisation]\nepochs = 8\nschedule = published\n")
+    own = tmp_path / "own.toml"
+    own.write_text('[optimisation]\nepochs = 8\nschedule = "published"\n')
     assert resolved(str(own), "cifar10").schedule == "published"
     assert resolved(str(own), "cifar10", epochs=2).schedule == "short"  # the file's was for its own number
     with pytest.raises(SettingsError, match="--schedule is one of published, short, not 'linear'"):
@@ -165,49 +172,72 @@ def test_the_schedule_goes_with_the_number_of_epochs(tmp_path):
 
 
 def test_a_files_own_warmup_is_kept(tmp_path):
-    own = tmp_path / "own.ini"
+    own = tmp_path / "own.toml"
     own.write_text("[optimisation]\nwarmup = 4\nepochs = 8\n")
     assert resolved(str(own), "cifar10").warmup == resolved(str(own), "cifar10", epochs=8).warmup == 4
 
 
 def test_a_file_of_ones_own(tmp_path):
-    own = tmp_path / "own.ini"
+    own = tmp_path / "own.toml"
     own.write_text(
-        "# mine\n[recipe]\nbase = contsup-decoder\n[rule]\nmodules = 15,   # one cut\nContext = E\n"
-        "[augmentation]\nmean = 1, 2, 3\npadding-mode = zero\n[step]\nfused = no\noverlap = off\n"
+        '# mine\n[recipe]\nbase = "contsup-decoder"\n[rule]\nmodules = [15]   # one cut\ncontext = "E"\n'
+        '[augmentation]\nmean = [1, 2, 3]\npadding_mode = "zero"\n[step]\nfused = false\noverlap = false\n'
+        "[processes]\nstages = 2\nstage_cuts = [1]\n"
     )
     settings = resolved(str(own), "cifar10")
     assert (settings.modules, settings.context, settings.mean) == ((15,), "E", (1, 2, 3))
     assert (settings.padding_mode, settings.fused, settings.overlap) == ("zero", False, False)
     assert (settings.epochs, settings.network, settings.recipe) == (160, "resnet110", "cifar10")
-    assert settings.head == "infopro:loss=contrast_batch,init=released,weights=5,0.1,0,0"
+    weights = {"weights": (5, 0.1, 0, 0)}
+    assert settings.head == {"rule": "infopro", "loss": "contrast_batch", "init": "released"} | weights
+    assert (settings.stage_cuts, type(settings.stage_cuts[0])) == ((1,), int)
     assert settings.recipe_file == str(own)
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[rule]\nrule = dgl\ndepht = 3\n", r"own.ini, line 3, \[rule\]: depht is unknown; did you mean depth\?"),
+        ('[rule]\nrule = "dgl"\ndepht = 3\n', r"own.toml, line 3, \[rule\]: depht is unknown; did you mean depth\?"),
         ("[rule]\nlr = 3\n", r"line 2, \[rule\]: lr belongs in \[optimisation\]"),
         ("[rule]\nxyz = 3\n", r"line 2, \[rule\]: xyz is unknown; \[rule\] has rule, modules, depth"),
-        ("\n[training]\nlr = 3\n", r"line 2: \[training\] is no section of a recipe; sections are recipe, data"),
-        ("[optimisation]\n# slow\nlr = fast\n", r"line 3, \[optimisation\]: lr expected a number, got 'fast'"),
-        ("[step]\nfused = maybe\n", r"line 2, \[step\]: fused expected yes or no, got 'maybe'"),
-        ("[optimisation]\nlr =\n", r"line 2, \[optimisation\]: lr has no value"),
-        ("[recipe]\nbase = mine\n", r"line 2, \[recipe\]: base is auto or one of auglocal"),
-        ("[recipe]\nbases = auto\n", r"line 2, \[recipe\]: bases is unknown; did you mean base\?"),
-        ("lr = 3\n", "own.ini: cannot be read as a recipe: .* no section headers"),
-        ("[rule]\ndepth = 3\ndepth = 4\n", "own.ini: cannot be read as a recipe: .*line  3"),
-        ("[rule]\nrule = dni\n", "--rule is one of"),
-        ("[augmentation]\nmean = 1, 2\n", "mean is three numbers"),
-        ("[augmentation]\nstd = 1, 0, 2\n", "std is three numbers"),
+        ("[rule]\npadding-mode = 3\n", r"line 2, \[rule\]: padding-mode is unknown"),
+        ("\n[training]\nlr = 3\n", r"line 2, \[training\] is no table of a recipe; tables are recipe, data"),
+        ('[optimisation]\n# slow\nlr = "fast"\n', r'line 3, \[optimisation\]: lr expected a number, got "fast"'),
+        ("[optimisation]\nlr = nan\n", r"lr expected a number, got nan"),
+        ("[optimisation]\nepochs = 3.5\n", r"epochs expected a whole number, got 3.5"),
+        ('[step]\nfused = "maybe"\n', r'line 2, \[step\]: fused expected true or false, got "maybe"'),
+        ('[network]\nnetwork = ""\n', r'line 2, \[network\]: network expected text in quotes, got ""'),
+        ("[rule]\nmodules = [3, 4.5]\n", r"modules expected a whole number or a list of whole numbers, got \[3, 4.5\]"),
+        ("[augmentation]\nmean = []\n", r"mean expected a list of numbers, got \[\]"),
+        ("[optimisation.sgd]\nlr = 3\n", r"\[optimisation\]: sgd is unknown"),
+        ('[recipe]\nbase = "mine"\n', r'line 2, \[recipe\]: base expected auto or one of auglocal, .* got "mine"'),
+        ("[recipe]\nbase = [1]\n", r"line 2, \[recipe\]: base expected auto or one of auglocal, .* got \[1\]"),
+        ('[recipe]\nbases = "auto"\n', r"line 2, \[recipe\]: bases is unknown; did you mean base\?"),
+        ("lr = 3\n", r"own.toml, \[lr\] is no table of a recipe"),
+        ("step = 3\n", r"own.toml, \[step\] is a table, got 3"),
+        ("[rule]\ndepth = 3\ndepth = 4\n", "own.toml: cannot be read as a recipe: .*line 3"),
+        ("[rule]\nhead = 3\n", r"line 2, \[rule\]: head expected the name of a head, or a table \[rule.head\], got 3"),
+        ('[rule]\nhead = "dgl:head=cnn"\n', r"line 2, \[rule\]: head .* has options: write a table \[rule.head\]"),
+        (
+            '[rule]\nrule = "man"\n[rule.head]\nrule = "auglocal"\ndepht = 3\n',
+            r"own.toml, line 5, \[rule.head\]: depht is no option of auglocal; did you mean depth\?",
+        ),
+        (
+            '[rule]\nrule = "man"\n[rule.head]\nrule = "man"\n[rule.head.head]\nrule = "predsim"\nbeta = "1"\n',
+            r'own.toml, line 7, \[rule.head.head\]: beta expected a number, got "1"',
+        ),
+        ("[rule.head]\ndepth = 3\n", r"own.toml, \[rule.head\]: rule expected one of auglocal, .* got nothing"),
+        ("[rule]\nrule = dgl\nmodules = 7, 15\n", r"own.toml: .* it is an INI file, and recipes are TOML: put text in"),
+        ('[rule]\nrule = "dni"\n', "--rule is one of"),
+        ("[augmentation]\nmean = [1, 2]\n", "mean is three numbers"),
+        ("[augmentation]\nstd = [1, 0, 2]\n", "std is three numbers"),
         ("[augmentation]\npadding = -1\n", "--padding must be at least 0"),
-        ("[augmentation]\npadding_mode = wrap\n", "is one of reflect, zero, not 'wrap'"),
+        ('[augmentation]\npadding_mode = "wrap"\n', "is one of reflect, zero, not 'wrap'"),
         ("[optimisation]\nmomentum = 1\n", "momentum, Nesterov's, lies between 0 and 1"),
     ],
 )
 def test_a_wrong_file_is_refused_with_its_place(tmp_path, text, said):
-    own = tmp_path / "own.ini"
+    own = tmp_path / "own.toml"
     own.write_text(text)
     with pytest.raises(SettingsError, match=said):
         resolved(str(own), "cifar10")
@@ -232,12 +262,14 @@ def test_a_recipe_that_is_not_there():
         ("infopro-balanced", "cifar10", {"modules": (15,)}),
         ("contsup-decoder", "svhn", {"modules": 4, "epochs": 8, "warmup": 4}),
         ("contsup", "svhn", {"head": "auglocal:depth=3,pyramid=0", "network": "resnet20", "width": 8, "modules": 4}),
+        ("contsup", "cifar10", {"head": "infopro:head=man:head=dgl", "modules": 16}),
+        ("man", "svhn", {"head": "dgl", "data": 'a "b" \\ c\n\x7f\u00e9'}),
         ("auglocal-imagenet", "folder", {"image_size": 64, "train_images": 100, "workers": 0}),
     ],
 )
 def test_the_printed_settings_are_a_recipe_of_the_same_run(tmp_path, recipe, dataset, settings):
     first = resolved(recipe, dataset, **settings)
-    printed = tmp_path / "printed.ini"
+    printed = tmp_path / "printed.toml"
     printed.write_text(to_recipe(first))
     made = TrainConfig.from_recipe(str(printed), output="run")
     again = resolve(made, dataset, False)
@@ -247,9 +279,9 @@ def test_the_printed_settings_are_a_recipe_of_the_same_run(tmp_path, recipe, dat
 
 
 def test_a_run_by_a_recipe_stores_its_settings_and_resumes(config, separable, tmp_path):
-    own = tmp_path / "own.ini"
+    own = tmp_path / "own.toml"
     own.write_text(
-        "[network]\nnetwork = resnet8\nwidth = 4\n[rule]\nrule = dgl\n[optimisation]\nepochs = 1\nlr = 0.05\n"
+        '[network]\nnetwork = "resnet8"\nwidth = 4\n[rule]\nrule = "dgl"\n[optimisation]\nepochs = 1\nlr = 0.05\n'
     )
     settings = TrainConfig.from_recipe(
         str(own), data="unused", output=str(tmp_path / "run"), batch_size=8, device="cpu"
@@ -259,7 +291,7 @@ def test_a_run_by_a_recipe_stores_its_settings_and_resumes(config, separable, tm
     stored = run.describe()["settings"]
     assert stored["recipe_file"] == str(own) and stored["rule"] == "dgl" and stored["padding"] == 4
     assert stored["mean"] == [125.3, 123.0, 113.9]
-    own.write_text("[rule]\nrule = bp\n")  # a run's settings are its own
+    own.write_text('[rule]\nrule = "bp"\n')  # a run's settings are its own
     again = trainer(TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}), separable)
     again.resume()
     assert again.config == run.config
@@ -267,4 +299,4 @@ def test_a_run_by_a_recipe_stores_its_settings_and_resumes(config, separable, tm
 
 def test_recipes_are_installed_with_the_package():
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert '"auglocal_ext.training.recipes" = ["*.ini"]' in text
+    assert '"auglocal_ext.training.recipes" = ["*.toml"]' in text

@@ -9,8 +9,8 @@ from runs import log, trainer
 
 from auglocal_ext.rules import DGL, INFOPRO_WEIGHTS, MAN, AugLocal, ContSup, Greedy, InfoPro, PredSim
 from auglocal_ext.training import SettingsError, TrainConfig
-from auglocal_ext.training.config import make_rule, resolve
-from auglocal_ext.training.rule_options import OPTIONS, RULE_OPTIONS, RULES, help_of, includes, parse_head, write_head
+from auglocal_ext.training.config import differences, from_dict, make_rule, resolve, to_dict
+from auglocal_ext.training.rule_options import OPTIONS, RULE_OPTIONS, RULES, help_of, includes, read_head, write_head
 from auglocal_ext.training.values import reader
 
 WEIGHTS = (5.0, 0.05, 0.2, 0.5)
@@ -80,30 +80,54 @@ def test_help_names_rules_and_defaults():
 
 
 @pytest.mark.parametrize(
-    ("text", "options"),
+    ("text", "head"),
     [
-        ("greedy", {}),
-        ("auglocal:depth=3", {"depth": 3}),
-        ("auglocal:depth=3,joint_tail=no", {"depth": 3, "joint_tail": False}),
+        ("1c2f", "1c2f"),
+        ("greedy", "greedy"),
+        ("auglocal:depth=3", {"rule": "auglocal", "depth": 3}),
+        ("auglocal:depth=3,joint-tail=no", {"rule": "auglocal", "depth": 3, "joint_tail": False}),
         (
             "infopro:weights=5,0,0.5,1,loss=contrast,head=man:head=dgl",
-            {"weights": (5, 0, 0.5, 1), "loss": "contrast", "head": "man:head=dgl"},
+            {
+                "rule": "infopro",
+                "weights": (5, 0, 0.5, 1),
+                "loss": "contrast",
+                "head": {"rule": "man", "head": "dgl"},
+            },
         ),
-        ("predsim:beta=0.5,head=auglocal:depth=2,pyramid=0", {"beta": 0.5, "head": "auglocal:depth=2,pyramid=0"}),
+        (
+            "predsim:beta=0.5,head=auglocal:depth=2,pyramid=0",
+            {"rule": "predsim", "beta": 0.5, "head": {"rule": "auglocal", "depth": 2, "pyramid": 0}},
+        ),
     ],
 )
-def test_heads_are_read_and_written(text, options):
-    rule, found = parse_head(text)
-    assert (rule, found) == (text.partition(":")[0], options)
-    assert parse_head(write_head(rule, found)) == (rule, found)
+def test_heads_as_text_are_tables(text, head):
+    assert read_head(text) == read_head(head) == head
+    assert read_head(write_head(head)) == head
 
 
 def test_a_head_may_leave_out_what_was_filled_in():
-    stored = "man:average_momentum=0.5,head=infopro:loss=contrast,weights=5,0,0.5,1"
-    assert includes(stored, "man:average_momentum=0.5,head=infopro:loss=contrast")
-    assert not includes(stored, "man:average_momentum=0.4,head=infopro:loss=contrast")
-    assert not includes(stored, "man:head=infopro:loss=softmax")
+    stored = read_head("man:average_momentum=0.5,head=infopro:loss=contrast,weights=5,0,0.5,1")
+    assert includes(stored, read_head("man:average_momentum=0.5,head=infopro:loss=contrast"))
+    assert includes(stored, read_head("man:head=infopro"))
+    assert not includes(stored, read_head("man:average_momentum=0.4,head=infopro:loss=contrast"))
+    assert not includes(stored, read_head("man:head=infopro:loss=softmax"))
     assert not includes("1c2f", "0c1f") and not includes(stored, "dgl")
+
+
+def test_a_run_that_stored_its_head_as_text_goes_on(config):
+    text = "infopro:loss=contrast,weights=5,0,0.5,1,head=auglocal:depth=2"
+    made = config(rule="contsup", head=text)
+    stored = to_dict(made)
+    assert stored["head"] == {
+        "rule": "infopro",
+        "loss": "contrast",
+        "weights": [5, 0, 0.5, 1],
+        "head": {"rule": "auglocal", "depth": 2},
+    }
+    assert from_dict(stored) == from_dict(stored | {"head": text}) == made
+    assert differences(stored, {"head": text}) == differences(stored | {"head": text}, stored) == []
+    assert differences(stored | {"head": text}, {"head": "dgl"}) == [f"--head: {text!r} in the checkpoint, now 'dgl'"]
 
 
 @pytest.mark.parametrize(
@@ -116,6 +140,16 @@ def test_a_head_may_leave_out_what_was_filled_in():
         ({"rule": "contsup", "head": "auglocal:depth=2,depth=3"}, "depth is given twice"),
         ({"rule": "contsup", "head": "auglocal:joint_tail=maybe"}, "expected yes or no, got 'maybe'"),
         ({"rule": "man", "head": "infopro:head=auglocal:deep=1"}, "'deep=1' is no option of auglocal"),
+        (
+            {"rule": "man", "head": {"rule": "auglocal", "deep": 1}},
+            r"\[rule.head\]: deep is no option of .* mean depth",
+        ),
+        ({"rule": "man", "head": {"rule": "auglocal", "depth": "3"}}, 'depth expected a whole number, got "3"'),
+        ({"rule": "man", "head": {"rule": "auglocal", "depth": True}}, "depth expected a whole number, got true"),
+        ({"rule": "man", "head": {"depth": 3}}, "rule expected one of auglocal, .* got nothing"),
+        ({"rule": "man", "head": {"rule": "dgl", "modules": 3}}, "modules is no option of dgl"),
+        ({"rule": "man", "head": {"rule": "man", "head": {"rule": "bp"}}}, r'\[rule.head.head\]: rule .* got "bp"'),
+        ({"rule": "man", "head": ["dgl"]}, r'head expected the name of a head, or a table .* got \["dgl"\]'),
         ({"rule": "man", "head": "contsup:context=E"}, "cannot be a head: it supplies modules with context"),
         ({"rule": "man", "head": "bp"}, "unknown auxiliary head 'bp'"),
         ({"rule": "auglocal", "head": "dense"}, "unknown auxiliary head 'dense'"),
@@ -157,7 +191,8 @@ def test_infopros_weights_of_balanced_cuts():
 
 def test_infopros_weights_reach_a_head_and_the_images_normalisation_the_decoder():
     settings = infopro("svhn", 8, rule="contsup", head="man:head=infopro:loss=contrast")
-    assert settings.head == "man:head=infopro:loss=contrast,weights=5,0,0.5,2"
+    inner = {"rule": "infopro", "loss": "contrast", "weights": (5, 0, 0.5, 2)}
+    assert settings.head == {"rule": "man", "head": inner}
     inner = make_rule(settings).head.head
     assert (inner.first, inner.last) == ((5, 0), (0.5, 2))
     assert inner.mean == inner.std == (0.5, 0.5, 0.5)
