@@ -13,28 +13,45 @@ import torch
 from auglocal_ext.cli import train
 from auglocal_ext.layers import group_children
 from auglocal_ext.models import build
-from auglocal_ext.training import SettingsError, TrainConfig
+from auglocal_ext.training import SettingsError, TrainConfig, recipes
 from auglocal_ext.training.config import make_rule
 from auglocal_ext.training.recipes import DATA_RECIPES
+from auglocal_ext.training.rule_options import write_head
+from auglocal_ext.training.values import write
 
 AUGLOCAL_DEPTHS = (2, 3, 4, 5, 6)
 
-#: DGL, PredSim and InfoPro as in AugLocal's tables (its recipes have the same), on every network.
+
+def recipe_options(name: str) -> str:
+    """The rule of a recipe as options of ``train``."""
+    words = []
+    for key, value in recipes.read(name).settings.items():
+        if key not in recipes.SECTIONS["rule"]:
+            continue
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", write_head(value) if key == "head" else write(value)]
+    return " ".join(words)
+
+
+#: DGL, PredSim and InfoPro as in AugLocal's tables, on every network.
 ROWS = {
     "BP": "--rule bp",
     **{f"AugLocal d={depth}": f"--rule auglocal --depth {depth}" for depth in AUGLOCAL_DEPTHS},
     "ContSup R0": "--rule contsup --context R0",
     "ContSup E": "--rule contsup --context E",
     "ContSup R1E": "--rule contsup --context R1E",
-    "DGL": "--rule dgl --head mlp-sr-auglocal",
-    "PredSim": "--rule predsim --beta 0.99 --limit 512 --no-scale-classifier --zero-padding --init auglocal",
-    "InfoPro": "--rule infopro --loss softmax --head 1c2f --init released --weights 5,0.05,0.2,0.5",
+    "DGL": recipe_options("dgl"),
+    "PredSim": recipe_options("predsim"),
+    "InfoPro": recipe_options("infopro-softmax-resnet32"),
     "Greedy": "--rule greedy",
     "MAN": "--rule man",
     "MAN + DGL": "--rule man --head dgl",
 }
 _OF_NETWORK = {
-    ("InfoPro", "resnet110"): "--rule infopro --loss softmax --head 1c2f --init released --weights 5,0,0.5,1",
+    ("InfoPro", "resnet110"): recipe_options("infopro-softmax-resnet110"),
 }
 
 MODULES = 16
