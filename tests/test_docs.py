@@ -134,7 +134,7 @@ def test_the_rules_options_and_its_place_as_a_head(example):
         ("teaching", float, 0.1),
         ("head", str | dict, "linear"),
     ]
-    with pytest.raises(ValueError, match="decay is within 0 .. 1"):
+    with pytest.raises(ValueError, match=r"decay \(m in .*\) is a number within 0 .. 1; got 2"):
         example.SelfTaught(decay=2)
     with pytest.raises(ValueError, match="cannot be a head: it supplies modules with context"):
         MAN(head=example.SelfTaught())
@@ -162,7 +162,7 @@ def test_a_registered_rule_reaches_the_command_line(tmp_path):
     done = subprocess.run([sys.executable, tmp_path / "registered.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = " ".join(done.stdout.split())
-    assert "--decay" in text and "selftaught: m in teacher = m teacher + (1 - m) head (default 0.99)" in text
+    assert "--decay" in text and "selftaught: m in teacher = m teacher + (1 - m) head, 0..1 (default 0.99)" in text
 
 
 @pytest.mark.parametrize("option", ["scale_classifier", "average_momentum", "joint_tail", "sampling", "beta"])

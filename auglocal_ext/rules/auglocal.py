@@ -20,8 +20,8 @@ from ..models.blocks import conv_bn_relu
 from ..partition import cut_points
 from .base import Head, Network, Rule, resolved
 from .copied import copied_block, taken_by
-from .heads import LinearHead, check_widths, widened
-from .options import check_init, head_option, init_option, option
+from .heads import LinearHead, widened
+from .options import head_option, option
 
 Sampling = Literal["uniform", "sequential", "repeated", "conv1x1", "conv3x3"]
 #: Values of AugLocal's ``sampling``.
@@ -80,25 +80,19 @@ class AugLocal(Rule):
     name = "auglocal"
     follows_layers = True
 
-    depth: int = option(6, "layers of an auxiliary network with its classifier", metavar="D")
-    pyramid: float = option(0.5, "slope of the pyramidal depth, 0..1", metavar="TAU")
+    depth: int = option(6, "layers of an auxiliary network with its classifier", metavar="D", least=1)
+    pyramid: float = option(0.5, "slope of the pyramidal depth", metavar="TAU", least=0, most=1)
     joint_tail: bool = option(True, "train the last layers, as many as --depth, as one module")
     head: Head = head_option("linear")
     single_layer_norm: bool | None = option(None, "BatchNorm before the linear layer where at most a layer is sampled")
     block: BlockFactory | None = None
-    sampling: Sampling = option("uniform", ", ".join(SAMPLING), kind=str)
+    sampling: Sampling = option("uniform", "layers that auxiliary blocks are modelled on", kind=str, choices=SAMPLING)
     downsampling: bool | None = option(None, "auxiliary blocks take widths and strides of the sampled layers")
-    widen: float = option(1.0, "width factor of the auxiliary blocks")
-    init: str = init_option()
+    widen: float = option(1.0, "width factor of the auxiliary blocks", above=0)
+    init: str = option("own", "initial values of the auxiliary networks", choices=("own", "released"))
 
     def __post_init__(self) -> None:
-        if isinstance(self.depth, bool) or not isinstance(self.depth, int) or self.depth < 1:
-            raise ValueError(
-                f"depth is the number of layers of an auxiliary network including its classifier, an integer of at "
-                f"least 1; got {self.depth!r}"
-            )
-        if not 0.0 <= self.pyramid <= 1.0:
-            raise ValueError(f"pyramid is the slope of the pyramidal depth, within 0 .. 1; got {self.pyramid!r}")
+        super().__post_init__()
         head = resolved(self.head)
         if any(rule.follows_layers for rule in head.with_heads):
             raise ValueError(
@@ -112,14 +106,10 @@ class AugLocal(Rule):
             )
         if self.single_layer_norm is False and isinstance(head, LinearHead) and head.norm:
             raise ValueError(f"single_layer_norm=False leaves out the BatchNorm that head={head!r} asks for")
-        if self.sampling not in SAMPLING:
-            raise ValueError(f"sampling is one of {', '.join(SAMPLING)}; got {self.sampling!r}")
         if self.block is not None and self.sampling in _KERNELS:
             raise ValueError(f"sampling={self.sampling!r} makes all blocks itself: leave out block=factory")
-        check_widths(self.widen, None)
         if self.widen != 1 and self.depth == 1:
             raise ValueError(f"widen={self.widen:g} is the width factor of auxiliary blocks, and depth=1 has none")
-        check_init(self.init)
         if self.init == "released" and (self.block is not None or self.sampling in _KERNELS):
             made = "block=factory" if self.block is not None else f"sampling={self.sampling!r}"
             raise ValueError(f"init='released' is for blocks modelled on layers; {made} has no released code")

@@ -16,7 +16,7 @@ from ..layers import SAY_LAYOUT, Features, Layer, classifier_start, modules_of, 
 from ..partition import cut_points
 from ..segments import Segment
 from ..tasks import Task
-from .options import Option, options_of
+from .options import Option, check_options, options_of
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,13 @@ class Rule(ABC):
     name: ClassVar[str] = ""
     #: Whether its auxiliary networks are made of the layers after a module's last one.
     follows_layers: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """ValueError for an option's value that it cannot have, and for an unknown head."""
+        check_options(self)
+        # The class has the default; None is a head where it is that.
+        if any(getattr(owner, "head", None) is not None for owner in (self, type(self))):
+            resolved(self.head)  # type: ignore[attr-defined]
 
     @classmethod
     def options(cls) -> list[Option]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from ..auxiliary.base import Auxiliary
 from ..auxiliary.context import ContextSupply, parse_context, supplied_inputs
-from .base import Head, Network, Rule, resolved
-from .heads import check_widths, sized_head, unread_widths, why_unread, widened
-from .options import check_init, head_option, init_option, option
+from .base import Head, Network, Rule
+from .heads import sized_head, unread_widths, why_unread, widened
+from .options import head_option, option
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,13 @@ class ContSup(Rule):
 
     context: str = option("R1E", "R0, E, R1, R1E, R2, R4, R8, R16, ...", metavar="C")
     head: Head = head_option("1c2f")
-    widen: float = option(1.0, "width factor of the image encoders and of a named head")
-    feature_dim: int | None = option(None, "features of a named head's hidden layers (default 128)")
-    init: str = init_option()
+    widen: float = option(1.0, "width factor of the image encoders and of a named head", above=0)
+    feature_dim: int | None = option(None, "features of a named head's hidden layers, by default 128", least=1)
+    init: str = option("own", "initial values of the auxiliary networks", choices=("own", "released"))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _, image = parse_context(self.context)
-        resolved(self.head)
-        check_widths(self.widen, self.feature_dim)
-        check_init(self.init)
         unread = unread_widths(self.head)
         if self.feature_dim is not None and "feature_dim" in unread:
             raise ValueError(f"feature_dim={self.feature_dim} is read by nothing here: {why_unread(self.head)}")

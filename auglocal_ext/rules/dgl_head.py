@@ -14,7 +14,7 @@ from ..layers import Features, vectors
 from ..models.blocks import conv_bn_relu
 from .base import HEADS, Network, Rule
 from .heads import alone, refuse_pooling
-from .options import check_init
+from .options import option
 
 #: Kinds of :class:`DGLHead`.
 DGL_HEADS = ("mlp-sr", "mlp", "cnn", "mlp-sr-auglocal")
@@ -46,12 +46,12 @@ class DGLHead(Rule):
     """
 
     kind: str = "mlp-sr"
-    init: str = "own"
+    init: str = option("own", "initial values of convolutions", choices=("own", "released"))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kind not in DGL_HEADS:
             raise ValueError(f"unknown auxiliary head {self.kind!r}; choose one of {', '.join(DGL_HEADS)}")
-        check_init(self.init)
 
     def build_auxiliary(self, network: Network, module: int) -> AuxiliaryNetwork:
         refuse_pooling(network, f"DGL's head {self.kind!r}")

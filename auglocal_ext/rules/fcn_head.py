@@ -12,6 +12,7 @@ from ..layers import Features
 from ..models.blocks import conv_bn_relu
 from .base import HEADS, Network, Rule
 from .heads import to_channels_first
+from .options import option
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,7 @@ class FCNHead(Rule):
     Source: the released code of Wang et al., ICLR 2021, for Cityscapes.
     """
 
-    dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.dropout <= 1.0:
-            raise ValueError(f"dropout is a probability, within 0 .. 1; got {self.dropout!r}")
+    dropout: float = option(0.1, "probability with which a channel is zeroed", least=0, most=1)
 
     def build_auxiliary(self, network: Network, module: int) -> AuxiliaryNetwork:
         features, settings = network.features(module), network.settings(module)

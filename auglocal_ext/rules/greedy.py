@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..auxiliary.base import Auxiliary
 from .base import Head, Network, Rule, resolved
 from .dgl_head import DGL_HEADS, DGLHead
-from .options import check_init, head_option, init_option
+from .options import head_option, option
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,6 @@ class Greedy(Rule):
     name = "greedy"
 
     head: Head = head_option("linear")
-
-    def __post_init__(self) -> None:
-        resolved(self.head)
 
     def build_auxiliary(self, network: Network, module: int) -> Auxiliary:
         head = self.head_rule
@@ -53,11 +50,10 @@ class DGL(Greedy):
     name = "dgl"
 
     head: Head = head_option("mlp-sr")
-    init: str = init_option()
+    init: str = option("own", "initial values of the auxiliary networks", choices=("own", "released"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_init(self.init)
         if self.init != "own" and self.head not in DGL_HEADS:
             raise ValueError(
                 f"init={self.init!r} is for DGL's heads by name ({', '.join(DGL_HEADS)}); head={self.head!r} has "

@@ -14,16 +14,10 @@ from ..auxiliary.heads import AuxiliaryNetwork, Head
 from ..layers import Features, padded_pooling, pooled_size, pooling, vectors
 from ..models.blocks import conv_bn_relu
 from .base import HEADS, Network, Rule, resolved
-from .options import check_init
+from .options import option
 
 #: Kinds of :class:`ConvHead`.
 CONV_HEADS = ("0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")
-
-
-def check_widths(widen: float, feature_dim: int | None) -> None:
-    """ValueError unless a width factor is positive and a number of features, if it is said, at least 1."""
-    if not widen > 0 or (feature_dim is not None and feature_dim < 1):
-        raise ValueError(f"widen must be positive and feature_dim at least 1; got {widen} and {feature_dim}")
 
 
 def widened(width: int, factor: float) -> int:
@@ -106,13 +100,13 @@ class ConvHead(Rule):
     """
 
     kind: str = "1c2f"
-    widen: float = 1.0
-    feature_dim: int = 128
+    widen: float = option(1.0, "width factor", above=0)
+    feature_dim: int = option(128, "features of the hidden linear layers", least=1)
 
     def __post_init__(self) -> None:
         if self.kind not in CONV_HEADS:
             raise ValueError(f"unknown auxiliary head {self.kind!r}; choose one of {', '.join(CONV_HEADS)}")
-        check_widths(self.widen, self.feature_dim)
+        super().__post_init__()
         unread = self.unread_of(self.kind)
         if (self.widen != 1 and "widen" in unread) or (self.feature_dim != 128 and "feature_dim" in unread):
             raise ValueError(
@@ -273,14 +267,9 @@ class PredictionHead(Rule):
     Source: Noekland and Eidnes, Training Neural Networks with Local Error Signals, ICML 2019.
     """
 
-    limit: int = 2048
-    zero_padding: bool = False
-    init: str = "own"
-
-    def __post_init__(self) -> None:
-        if self.limit < 1:
-            raise ValueError(f"limit is a number of features, at least 1; got {self.limit!r}")
-        check_init(self.init, ("released", "auglocal"))
+    limit: int = option(2048, "largest number of features", least=1)
+    zero_padding: bool = option(False, "pool over positions padded with zeros")
+    init: str = option("own", "initial values", choices=("own", "released", "auglocal"))
 
     def build_auxiliary(self, network: Network, module: int) -> AuxiliaryNetwork:
         refuse_pooling(network, "PredSim's prediction layer")

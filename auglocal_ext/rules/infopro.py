@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 
 from ..auxiliary.objectives import Objectives, ReconstructionLoss
 from ..tasks import SupervisedContrast
-from .base import Head, Network, Rule, resolved
-from .heads import check_widths, sized_head, unread_widths, why_unread, widened
-from .options import Option, check_init, head_option, init_option, option
+from .base import Head, Network, Rule
+from .heads import sized_head, unread_widths, why_unread, widened
+from .options import Option, head_option, option
 
 Weights = tuple[float, float]
 Loss = Literal["softmax", "contrast", "contrast_batch"]
@@ -59,34 +59,32 @@ class InfoPro(Rule):
 
     first: Weights
     last: Weights
-    loss: Loss = option("softmax", ", ".join(get_args(Loss)), kind=str)
+    loss: Loss = option("softmax", "loss of the head's output", kind=str, choices=get_args(Loss))
     head: Head = head_option("1c2f")
-    feature_dim: int | None = option(None, "features of contrast and of a named head's hidden layers (default 128)")
+    feature_dim: int | None = option(
+        None, "features of contrast and of a named head's hidden layers, by default 128", least=1
+    )
     mean: Sequence[float] = (0.0, 0.0, 0.0)
     std: Sequence[float] = (1.0, 1.0, 1.0)
-    widen: float = option(1.0, "width factor of the decoder and of a named head")
-    stage_steps: int | None = option(None, "weights change by stage, in this many steps, not by module", metavar="S")
-    init: str = init_option()
+    widen: float = option(1.0, "width factor of the decoder and of a named head", above=0)
+    stage_steps: int | None = option(
+        None, "weights change by stage, in this many steps, not by module", metavar="S", least=1
+    )
+    init: str = option("own", "initial values of the auxiliary networks", choices=("own", "released"))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("first", "last"):
             weights = getattr(self, name)
             if len(weights) != 2 or min(weights) < 0:
                 raise ValueError(f"{name} is (lambda1, lambda2), neither negative; got {weights!r}")
-        if self.loss not in get_args(Loss):
-            raise ValueError(f"loss is {', '.join(map(repr, get_args(Loss)))}; got {self.loss!r}")
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean and std need one value per channel each; got {self.mean!r} and {self.std!r}")
-        resolved(self.head)
-        check_widths(self.widen, self.feature_dim)
-        check_init(self.init)
         unread = unread_widths(self.head)
         if self.feature_dim is not None and self.loss == "softmax" and "feature_dim" in unread:
             raise ValueError(f"feature_dim={self.feature_dim} is read by nothing here: {why_unread(self.head)}")
         if self.widen != 1 and "widen" in unread and not (self.first[0] or self.last[0]):
             raise ValueError(f"widen={self.widen} is read by nothing here: no decoder, and {why_unread(self.head)}")
-        if self.stage_steps is not None and self.stage_steps < 1:
-            raise ValueError(f"stage_steps is a number of steps, at least 1; got {self.stage_steps}")
 
     @property
     def head_rule(self) -> Rule:

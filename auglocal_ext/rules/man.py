@@ -17,7 +17,7 @@ from ..nn import is_sharded, sharded
 from ..tasks import Scored
 from .base import Head, Network, Rule, resolved
 from .body import body
-from .options import check_init, head_option, init_option, option
+from .options import head_option, option
 
 
 class MomentumNetwork(Auxiliary):
@@ -133,15 +133,11 @@ class MAN(Rule):
     name = "man"
     follows_layers = True
 
-    momentum: float = option(0.995, "m in average = m average + (1 - m) block", name="average_momentum")
+    momentum: float = option(
+        0.995, "m in average = m average + (1 - m) block", name="average_momentum", least=0, most=1
+    )
     head: Head = head_option("1c2f")
-    init: str = init_option()
-
-    def __post_init__(self) -> None:
-        check_init(self.init)
-        if not 0.0 <= self.momentum <= 1.0:
-            raise ValueError(f"momentum is within 0 .. 1; got {self.momentum!r}")
-        resolved(self.head)
+    init: str = option("own", "initial values of the auxiliary networks", choices=("own", "released"))
 
     def build_auxiliary(self, network: Network, module: int) -> MomentumNetwork:
         after = network.ends[module] + 1

@@ -11,7 +11,7 @@ from ..partition import cut_points
 from ..tasks.classification import classes_of
 from .base import Head, Network, Rule, resolved
 from .heads import PredictionHead
-from .options import check_init, head_option, init_option, option
+from .options import head_option, option
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,16 @@ class PredSim(Rule):
 
     name = "predsim"
 
-    beta: float = option(0.99, "weight of the similarity loss, 0..1")
-    limit: int | None = option(None, "largest number of features the prediction layer takes (default 2048)", kind=int)
+    beta: float = option(0.99, "weight of the similarity loss", least=0, most=1)
+    limit: int | None = option(None, "largest number of features the prediction layer takes, by default 2048", least=1)
     head: Head | None = head_option(None, "its own prediction layer, a head or a rule")
     scale_classifier: bool = option(True, "the last module's cross-entropy has weight 1 - beta too, not 1")
     zero_padding: bool = option(False, "the prediction layer pools over positions padded with zeros, as released")
-    init: str = init_option(("released", "auglocal"))
+    init: str = option("own", "initial values of the auxiliary networks", choices=("own", "released", "auglocal"))
     classifier_apart: bool = option(False, "the last layer has both losses too, and the classifier is trained alone")
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.beta <= 1.0:
-            raise ValueError(f"beta is the weight of the similarity loss, within 0 .. 1; got {self.beta!r}")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit is a number of features, at least 1; got {self.limit!r}")
-        check_init(self.init, ("released", "auglocal"))
+        super().__post_init__()
         if self.head is not None:
             for name, given in (
                 ("limit", self.limit is not None),

@@ -74,7 +74,7 @@ def help_of(name: str) -> str:
         return _MODULES
     texts: dict[str, list[str]] = {}
     for rule, own in OPTIONS[name].rules.items():
-        known = f"{own.help} (default {write(own.default)})" if own.default is not None else own.help
+        known = own.described + (f" (default {write(own.default)})" if own.default is not None else "")
         texts.setdefault(known, []).append(rule)
     text = "; ".join(f"{', '.join(owners)}: {known}" for known, owners in texts.items())
     return f"{text}. Heads: {', '.join(HEADS)}. A rule as head: {HEAD_SYNTAX}" if name == "head" else text

@@ -269,8 +269,8 @@ def test_no_strides_are_inferred_from_narrowing_widths():
     ("options", "message"),
     [
         ({"depth": 0}, "at least 1; got 0"),
-        ({"depth": 2.5}, "an integer"),
-        ({"depth": True}, "an integer"),
+        ({"depth": 2.5}, "a whole number of at least 1; got 2.5"),
+        ({"depth": True}, "a whole number of at least 1; got True"),
         ({"pyramid": 1.5}, "within 0 .. 1; got 1.5"),
         ({"head": "dense"}, "unknown auxiliary head 'dense'"),
         ({"head": "vgg", "single_layer_norm": True}, "head='vgg' has no such place"),

@@ -94,7 +94,7 @@ def test_networks_on_vectors():
         ({"context": "R-1"}, "unknown context structure 'R-1'"),
         ({"head": "9c9f"}, "unknown auxiliary head '9c9f'"),
         ({"widen": 0}, "widen must be positive"),
-        ({"feature_dim": 0}, "feature_dim at least 1"),
+        ({"feature_dim": 0}, r"feature_dim \(features .*\) is a whole number of at least 1; got 0"),
     ],
 )
 def test_wrong_options(options, message):

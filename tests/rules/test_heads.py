@@ -69,7 +69,7 @@ def test_conv_heads(kind, widen):
 def test_conv_head_errors():
     with pytest.raises(ValueError, match="unknown auxiliary head '3c1f'"):
         ConvHead("3c1f")
-    with pytest.raises(ValueError, match="widen must be positive"):
+    with pytest.raises(ValueError, match=r"widen \(.*\) is a number above 0"):
         ConvHead(widen=0)
     for kind, options, unread in (
         ("0c1f", {"widen": 2.0}, "widen and no feature_dim"),

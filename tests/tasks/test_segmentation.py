@@ -272,7 +272,7 @@ def test_options_that_cannot_be_are_refused():
         with pytest.raises(ValueError, match=message):
             Segmentation(**options)
     assert Segmentation(300, ignore_index=-100).outputs == 300
-    with pytest.raises(ValueError, match="dropout is a probability"):
+    with pytest.raises(ValueError, match=r"dropout \(probability .*\) is a number within 0 .. 1"):
         FCNHead(1.5)
 
 

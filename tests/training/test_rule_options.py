@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+import numpy as np
 import pytest
 from runs import log, trainer
 
-from auglocal_ext.rules import DGL, INFOPRO_WEIGHTS, MAN, AugLocal, ContSup, Greedy, InfoPro, PredSim
+from auglocal_ext.rules import (
+    DGL,
+    INFOPRO_WEIGHTS,
+    MAN,
+    AugLocal,
+    ContSup,
+    DGLHead,
+    Greedy,
+    InfoPro,
+    PredictionHead,
+    PredSim,
+)
 from auglocal_ext.training import SettingsError, TrainConfig
 from auglocal_ext.training.config import differences, from_dict, make_rule, resolve, to_dict
 from auglocal_ext.training.rule_options import OPTIONS, RULE_OPTIONS, RULES, help_of, includes, read_head, write_head
@@ -74,7 +86,9 @@ def test_the_table_is_that_of_the_rules():
 
 
 def test_help_names_rules_and_defaults():
-    assert help_of("depth") == "auglocal: layers of an auxiliary network with its classifier (default 6)"
+    assert help_of("depth") == "auglocal: layers of an auxiliary network with its classifier, at least 1 (default 6)"
+    assert help_of("pyramid").endswith("slope of the pyramidal depth, 0..1 (default 0.5)")
+    assert "predsim: initial values of the auxiliary networks: own, released, auglocal (default own)" in help_of("init")
     assert "contsup, infopro, man: a head or a rule (default 1c2f)" in help_of("head")
     assert "dgl: a head or a rule (default mlp-sr)" in help_of("head") and "Heads: linear, 0c1f" in help_of("head")
 
@@ -136,7 +150,10 @@ def test_a_run_that_stored_its_head_as_text_goes_on(config):
         ({"rule": "contsup", "head": "auglocal:deep=3"}, "'deep=3' is no option of auglocal; .* auglocal:depth=3"),
         ({"rule": "contsup", "head": "auglocal:3"}, "'3' is no option of auglocal"),
         ({"rule": "contsup", "head": "auglocal:depth=few"}, "depth: expected a whole number, got 'few'"),
-        ({"rule": "contsup", "head": "auglocal:depth=0"}, "depth is the number of layers"),
+        (
+            {"rule": "contsup", "head": "auglocal:depth=0"},
+            r"depth \(layers .*\) is a whole number of at least 1",
+        ),
         ({"rule": "contsup", "head": "auglocal:depth=2,depth=3"}, "depth is given twice"),
         ({"rule": "contsup", "head": "auglocal:joint_tail=maybe"}, "expected yes or no, got 'maybe'"),
         ({"rule": "man", "head": "infopro:head=auglocal:deep=1"}, "'deep=1' is no option of auglocal"),
@@ -156,11 +173,11 @@ def test_a_run_that_stored_its_head_as_text_goes_on(config):
         ({"rule": "greedy", "depth": 2}, "--depth belongs to the rule auglocal, not to greedy"),
         ({"rule": "predsim", "head": "1c2f", "limit": 64}, "limit=64 is read by PredSim's own"),
         ({"rule": "bp", "mixup": -0.1}, "--mixup is alpha .* at least 0, got -0.1"),
-        ({"rule": "predsim", "beta": 1.5}, "beta is the weight"),
+        ({"rule": "predsim", "beta": 1.5}, r"beta \(weight of .*\) is a number within 0 .. 1; got 1.5"),
         ({"rule": "infopro", "weights": (1.0, 2.0)}, "four numbers"),
         ({"rule": "infopro", "weights": (1.0, 2.0, -1.0, 0.0)}, "neither negative"),
-        ({"rule": "infopro", "loss": "hinge"}, "loss is 'softmax', 'contrast', 'contrast_batch'; got"),
-        ({"rule": "man", "average_momentum": 2.0}, "momentum is within"),
+        ({"rule": "infopro", "loss": "hinge"}, "loss is one of softmax, contrast, contrast_batch; got 'hinge'"),
+        ({"rule": "man", "average_momentum": 2.0}, r"momentum \(m in .*\) is a number within 0 .. 1; got 2"),
         ({"rule": "auglocal", "sampling": "random"}, "sampling is one of uniform"),
     ],
 )
@@ -253,3 +270,32 @@ def test_every_rule_trains_and_resumes(config, separable, tmp_path, rule):
     again.fit()
     assert log(settings) == log(straight)[1:]
     assert log(straight)[1]["train_loss"] != log(straight)[0]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: AugLocal(depth=True), "is a whole number of at least 1; got True"),
+        (lambda: AugLocal(depth=2.0), "is a whole number of at least 1; got 2.0"),
+        (lambda: AugLocal(joint_tail="no"), r"joint_tail \(.*\) is True or False; got 'no'"),
+        (lambda: AugLocal(init=None), "init is one of own, released; got None"),
+        (lambda: AugLocal(widen=float("inf")), r"widen \(.*\) is a number above 0; got inf"),
+        (lambda: PredSim(beta=float("nan")), "within 0 .. 1; got nan"),
+        (lambda: PredSim(beta="0.5"), "within 0 .. 1; got '0.5'"),
+        (lambda: PredSim(beta=None), "within 0 .. 1; got None"),
+        (lambda: Greedy(head=None), "unknown auxiliary head None"),
+        (lambda: DGLHead(init="auglocal"), "init is one of own, released; got 'auglocal'"),
+        (lambda: PredictionHead(zero_padding=1), r"zero_padding \(.*\) is True or False; got 1"),
+    ],
+)
+def test_values_of_a_wrong_kind_are_refused(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+def test_bounds_are_those_of_the_field():
+    own = {each.name: each for each in PredSim.options()}
+    assert (own["beta"].least, own["beta"].most, own["init"].choices) == (0, 1, ("own", "released", "auglocal"))
+    for beta in (0, 1, np.float32(0.5)):
+        assert PredSim(beta=beta).beta == beta
+    assert PredSim(limit=np.int64(3)).limit == 3 and PredSim(limit=None).limit is None
