@@ -9,20 +9,20 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from .. import distributed
+from ..distributed.checkpoint_files import PARTIAL
 from ..local_sequential import LocalSequential
 from ..step import checkpoint as parts
 from ..step.in_flight import Place
 from ..step.in_flight import load_state_dict as load_followed
-from ..tasks import Classification
 from . import checkpoint, stored
 from .config import TrainConfig
 from .errors import CheckpointError, OutputError, SettingsError
-from .learner import Learner, make_network, sgd
+from .learner import ImageTask, Learner, make_network, sgd
 from .processes import Alone
 from .writing import to
 
@@ -108,9 +108,7 @@ def load(path: Path, state: dict[str, Any], learner: Learner, team: Alone) -> No
         if path.is_dir():
             _collective(lambda: learner.load(path))
         elif team.mesh is not None and isinstance(learner.network, LocalSequential):
-            folder = path.parent / FOLDER
-            _collective(lambda: team.on_first(lambda: _convert(state, folder)))
-            _collective(lambda: learner.load(folder))
+            _load_converted(path, state, learner, team)
         else:
             stored.check_tensors(path, state["network"], learner.network)
             learner.network.load_state_dict(state["network"])
@@ -145,15 +143,26 @@ def load_network(path: Path, state: dict[str, Any], network: torch.nn.Module) ->
     stored.check_network(path, network)
 
 
-def _convert(state: dict[str, Any], folder: Path) -> None:
+def _load_converted(path: Path, state: dict[str, Any], learner: Learner, team: Alone) -> None:
+    """As ``learner.load``, of one process's file; the folder made of it is gone afterwards, and ``path`` untouched."""
+    folder = path.with_name(FOLDER + PARTIAL)
+    task = cast("ImageTask", cast("LocalSequential", learner.network).task)
+    _collective(lambda: team.on_first(lambda: _convert(state, task, folder)))
+    try:
+        _collective(lambda: learner.load(folder))
+        team.everyone(None)  # all have read it
+    finally:
+        if team.first:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _convert(state: dict[str, Any], task: ImageTask, folder: Path) -> None:
     """The folder that several processes would have written in place of one process's file."""
     from .config import from_dict
 
     config: TrainConfig = from_dict(state["settings"])
     facts, plain = state["data"], state["learner"]
-    network = make_network(
-        config, tuple(facts["input_shape"]), Classification(len(facts["classes"])), torch.device("cpu")
-    )
+    network = make_network(config, tuple(facts["input_shape"]), task, torch.device("cpu"))
     assert isinstance(network, LocalSequential)
     network.load_state_dict(state["network"])
     optimizer = sgd(config, list(network.parameters()))
