@@ -1,4 +1,4 @@
-"""``CopiedSegment``: a segment with a model of its own, of which it has no more tensors than it uses."""
+"""``CopiedSegment``: a segment with a model of its own, of which it holds only the tensors that it uses."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class CopiedSegment(Segment):
         self._ghosts: dict[Any, list[Standing]] = {}
 
     def drop_unused(self) -> None:
-        """Release what the segment does not use; once, when its own tensors are there."""
+        """Release the tensors that the segment does not use; called once, when it has its own."""
         own = {id(tensor) for tensor in (*self.parameters(), *self.buffers())}
         self._dtype = self._floating()
         self._missing = tuple(

@@ -16,7 +16,7 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 
 def slope_of(activation: str, negative_slope: float) -> float:
-    """Slope of the activation left of zero: how the providers are told which it is."""
+    """Slope of the activation below zero, by which providers know which activation it is."""
     if activation == "relu":
         return 0.0
     if activation == "none":
@@ -37,7 +37,7 @@ def check_map(x: Tensor) -> None:
 
 
 def check_eps(eps: float, training: bool) -> None:
-    """ValueError for an ``eps`` that can make infinities of a constant channel, as F.batch_norm has it."""
+    """ValueError, as from F.batch_norm, for an ``eps`` with which a constant channel could become infinite."""
     if eps < 0 or (training and eps == 0):
         raise ValueError(f"expected a positive eps{'' if training else ' or 0'}, got {eps}")
 

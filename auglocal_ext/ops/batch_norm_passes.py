@@ -98,8 +98,8 @@ def refuse_stand_in(op: str) -> None:
     """NotImplementedError within :func:`standing_in`, for an op that has passes of its own."""
     if _stand_in is not None:
         raise NotImplementedError(
-            f"{op} takes the statistics of this process alone, and those of all are asked for (sync_batch_norm=True); "
-            "use nn.BatchNorm2d or BatchNormAct2d layers in place of the op"
+            f"{op} takes the statistics of this process alone, and sync_batch_norm=True asks for those of all; use "
+            "nn.BatchNorm2d or BatchNormAct2d layers in place of the op"
         )
 
 
@@ -136,6 +136,6 @@ def _choose(x: Tensor, provider: str | None) -> Passes:
 
 
 def count_as_written(*tensors: Tensor | None) -> None:
-    """Tell autograd that ops will write to tensors, which those that a library defines leave undone."""
+    """Tell autograd that ops will write to these tensors; custom ops do not do so themselves."""
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])

@@ -122,7 +122,7 @@ class Passage:
         return self.boundaries[start:stop]
 
     def owned(self, first: Boundary | None, last: Boundary | None) -> tuple[tuple[str, ...], frozenset[str]]:
-        """Names of what is used between two boundaries, and of those what is used elsewhere too."""
+        """Names of the tensors used between two boundaries, and those of them that are used elsewhere too."""
         start, stop = self._span(first, last)
         inside = {name for own in self.own[start : stop + 1] for name in own}
         outside = {name for own in (*self.own[:start], *self.own[stop + 1 :]) for name in own}

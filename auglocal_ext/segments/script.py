@@ -87,7 +87,10 @@ class Script:
         self.actions.setdefault(action.call.name, []).append(action)
 
     def _child(self, model: nn.Module, child: Call, contained: bool) -> None:
-        """Adds what a call does that a partly run one makes; ``contained``: a container breaks off after the last."""
+        """Adds what ``child`` does, a call within one that runs in part.
+
+        ``contained``: a container makes it, which ends the segment after its last child.
+        """
         begins_inside = not self._begun and self.first is not None and child in self.first.ancestors()
         ends_inside = self.last is not None and child in self.last.ancestors()
         does: Literal["run", "stop"] = "stop" if child is self.last and not contained else "run"

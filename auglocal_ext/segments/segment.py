@@ -137,7 +137,7 @@ class Segment(nn.Module):
             names = ", ".join(map(str, self.first.crossing)) if self.first is not None else "none"
             raise ValueError(
                 f"{self!r} needs what crosses its beginning beside its input ({names}) and is given {len(carried(h))} "
-                "such tensors: hand on module.hand_on(out), which keeps them, in place of out.detach()"
+                "such tensors: pass on module.hand_on(out), which keeps them, instead of out.detach()"
             )
         run = _Run(self.model, script, h)
         with run.patched(), standing(self._standing(h.device)):

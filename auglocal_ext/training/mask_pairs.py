@@ -50,7 +50,7 @@ def _list_split(folder: Path) -> PairList:
     no_image = [masks[name] for name in sorted(set(masks) - set(images))]
     if no_mask or no_image:
         raise DataError(
-            f"{folder}: an image and its mask have the same name up to the ending; images without a mask: "
+            f"{folder}: an image and its mask need the same name up to the ending; images without a mask: "
             f"{few(no_mask)}; masks without an image: {few(no_image)}"
         )
     names = sorted(images)

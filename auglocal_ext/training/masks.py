@@ -21,7 +21,7 @@ _EXIF_ORIENTATION = 0x0112
 
 
 def read_classes(root: Path) -> tuple[str, ...] | None:
-    """The names in ``classes.txt``, a line for each class from 0 on; None if there is no such file."""
+    """The names in ``classes.txt``, one per line from class 0 on; None if there is no such file."""
     path = root / CLASSES
     if not path.is_file():
         return None
@@ -31,8 +31,8 @@ def read_classes(root: Path) -> tuple[str, ...] | None:
         raise DataError(f"{path}: cannot be read as text in UTF-8 ({error})") from error
     if not 2 <= len(names) <= IGNORED or "" in names or len(set(names)) < len(names):
         raise DataError(
-            f"{path}: expected the names of 2 to {IGNORED} classes, each on a line of its own, in the order of their "
-            f"values, no line empty and no name twice; got {len(names)} lines: {few([*map(repr, names)])}"
+            f"{path}: expected the names of 2 to {IGNORED} classes, one per line, in the order of their values, no "
+            f"line empty and no name twice; got {len(names)} lines: {few([*map(repr, names)])}"
         )
     return tuple(names)
 
@@ -77,7 +77,7 @@ def _checked(path: str, mask_path: str, classes: int) -> Tensor:
         (rows, columns), (height, width) = mask.shape, image.shape[1:]
         raise DataError(
             f"{mask_path}: the mask is {columns} pixels wide and {rows} high, its image {path} {width} wide and "
-            f"{height} high; they must have one size"
+            f"{height} high; they must be the same size"
         )
     if turned != 1:
         raise DataError(
@@ -89,7 +89,7 @@ def _checked(path: str, mask_path: str, classes: int) -> Tensor:
         row, column = wrong.nonzero()[0].tolist()
         raise DataError(
             f"{mask_path}: the value {int(mask[row, column])} at row {row}, column {column} is no class: expected 0 to "
-            f"{classes - 1}, or {IGNORED} for pixels to be ignored"
+            f"{classes - 1}, or {IGNORED} for ignored pixels"
         )
     return torch.bincount(mask.flatten(), minlength=IGNORED + 1)[:IGNORED] > 0
 
@@ -105,15 +105,15 @@ def classes_of(root: Path, train: PairList, test: PairList, *, workers: int, pro
     folder = root / "train" / "masks"
     if len(seen) < 2:
         raise DataError(
-            f"{folder}: at least two classes are needed, found the values {few([*map(str, seen)])} ({IGNORED} is for "
-            "pixels to be ignored: of masks of 0 and 255, make the 255 a 1)"
+            f"{folder}: at least two classes are needed, found the values {few([*map(str, seen)])} ({IGNORED} marks "
+            "ignored pixels: in masks of 0 and 255, write 1 for 255)"
         )
     if names is None:
         if seen != list(range(len(seen))):
             raise DataError(
                 f"{folder}: classes are numbered from 0 without gaps, but the masks hold the values "
-                f"{', '.join(map(str, seen))}: number them so, or, if some classes only do not occur, name all of them "
-                f"in {root / CLASSES}, each on a line of its own"
+                f"{', '.join(map(str, seen))}: renumber them or, if some classes merely do not occur, name all "
+                f"classes in {root / CLASSES}, one per line"
             )
         names = tuple(map(str, seen))
     if not check_pairs(test, len(names), workers=workers, progress=progress, label="checking test"):

@@ -17,7 +17,7 @@ _WIDE = 110  # columns in which a bar has room for more figures
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run comes to; the best epoch is chosen on the test set, as AugLocal's code does.
+    """The results of a finished run; the best epoch is chosen on the test set, as AugLocal's code does.
 
     It is chosen by accuracy, or by mIoU of masks, whose accuracies are over pixels. ``waiting`` is the fraction of
     ``train_seconds`` in which steps waited for their batch.

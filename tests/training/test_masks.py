@@ -208,7 +208,7 @@ def _no_test(root):
         (_new_in_test, "test/masks/0.png: the value 7 at row .* is no class: expected 0 to 2, or 255"),
         (_beyond_the_names, "train/masks/0.png: the value 2 at row .* is no class: expected 0 to 1, or 255"),
         (_wrong_names, "classes.txt: expected the names of 2 to 255 classes, .* got 3 lines: 'ground', '', 'house'"),
-        (_one_class, "at least two classes are needed, found the values 0 .*make the 255 a 1"),
+        (_one_class, "at least two classes are needed, found the values 0 .*write 1 for 255"),
         (_nothing_to_test, "test/masks: every pixel has the value 255"),
         (_turned, "images/0.png: EXIF orientation 3 rotates or mirrors this image for display"),
         (_no_test, "test: no such folder; expected train/images/<name>.jpg .*rename or link it to 'test'"),
