@@ -4,7 +4,8 @@ from .boundaries import Boundary, Passage, Skips, find_boundaries
 from .carried import Carrying, carried, carry, detached
 from .ghost import CrossingError, Ghost
 from .recording import picked_output
-from .segment import Segment, runs_segment
+from .run import runs_segment
+from .segment import Segment
 
 __all__ = [
     "Boundary",
