@@ -37,6 +37,13 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
     sync(path.parent)
 
 
+def of_system(error: BaseException | None) -> OSError | None:
+    """The system's error under one of torch's own, as torch raises it over that of a full disk; None without one."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def sync(folder: Path) -> None:
     """Write a folder itself to the disk: a rename lives in the folder around it."""
     if os.name == "posix":

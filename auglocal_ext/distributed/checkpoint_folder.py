@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .agreement import everyone
-from .checkpoint_files import PARTIAL, changed, checksum, load_checked, readable, reason, replaced, sync
+from .checkpoint_files import PARTIAL, changed, checksum, load_checked, of_system, readable, reason, replaced, sync
 
 FORMAT = 1
 _REST, _LIST = "rest.pt", ".metadata"  # the second one is torch's
@@ -62,15 +62,11 @@ def _torch_error() -> type[BaseException]:
 def _said(error: BaseException, group: Any) -> str:
     """An error in a line; torch's of several processes, which all of them raise, as the first of them."""
     where = ""
-    under: BaseException | None
     if isinstance(error, _torch_error()):
         failures = error.failures  # type: ignore[attr-defined]
         rank, (error, _) = next(iter(failures.items()))
         where = f" (rank {rank})" if group is not None else ""
-    under = error
-    while under is not None and not isinstance(under, OSError):  # torch's own error lies over that of a full disk
-        under = under.__cause__ or under.__context__
-    error = under or error
+    error = of_system(error) or error
     return f"{type(error).__name__}: {error}{where}"
 
 

@@ -30,17 +30,10 @@ def to(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        cause = _of_system(error)
+        cause = checkpoint_files.of_system(error)
         if cause is None:
             raise
         raise OutputError(f"{path} cannot be written: {cause.strerror or cause}") from error
-
-
-def _of_system(error: BaseException | None) -> OSError | None:
-    """torch.save raises a RuntimeError of its own over that of a full disk."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def remove_partial(folder: Path) -> None:
