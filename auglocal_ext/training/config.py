@@ -60,9 +60,10 @@ class TrainConfig(_RuleSettings):
     Rules and their options: ``rule_options.RULE_OPTIONS``, as the rules of :mod:`auglocal_ext.rules` have them;
     ``modules`` is None, a count, or explicit cut points; ``head`` names a classifier or a rule, or is a table of a rule
     and its options: ``{"rule": "auglocal", "depth": 3}``, or as text ``"auglocal:depth=3"``. ``fused`` and
-    ``recompute`` are as :class:`auglocal_ext.LocalSequential` has them, ``recompute="peak"``, ``memory_budget`` (such
-    as "0.4GiB"), ``graph`` ("auto", "on", "off") and ``overlap`` (None, True, False) as
-    :class:`auglocal_ext.step.LocalStep` has them. The rule ``"bp"`` is backpropagation of the same network, eager.
+    ``recompute`` are as :class:`auglocal_ext.LocalSequential` has them, ``recompute="peak"`` and ``memory_budget``
+    (such as "0.4GiB") as :func:`auglocal_ext.planning.plan_memory`, ``graph`` ("auto", "on", "off") and ``overlap``
+    (None, True, False) as :class:`auglocal_ext.LocalStep`. The rule ``"bp"`` is backpropagation of the same network,
+    eager.
     ``network`` is a name as :func:`auglocal_ext.models.network_by_name` takes it, and ``network_weights`` a file of the
     weights to begin with.
     ``schedule`` is ``"published"`` or ``"short"`` (:func:`auglocal_ext.training.schedule.learning_rate`), None for the
