@@ -61,6 +61,7 @@ def test_pyramid_edges():
     assert [pyramid_depth(k, 12, 5, 0.0) for k in range(11)] == [5] * 11
     assert pyramid_depth(10, 12, 5, 1.0) == 1
     assert pyramid_depth(0, 2, 5, 0.5) == 5  # K - 2 = 0: nothing to taper
+    assert [pyramid_depth(k, 3, 5, 0.5) for k in range(2)] == [5, 3]
     assert pyramid_depth(0, 5, 0, 0.5) == 0
 
 
