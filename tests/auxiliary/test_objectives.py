@@ -236,6 +236,14 @@ def test_contrast_refuses_what_it_cannot_honour():
         SupervisedContrast(7, Regression(3))
 
 
+def test_terms_start_as_documented():
+    features = Features((32, 4, 4))
+    std = SimilarityLoss(features, settings(3)).encoder.weight.detach().std()
+    assert float(std) == pytest.approx(1 / math.sqrt(3 * 9 * 32), rel=0.05)  # as torch makes it
+    decoder = ReconstructionLoss(features, Features((3, 9, 9)), (0.0,) * 3, (1.0,) * 3, settings(3)).decoder
+    assert not decoder[0].bias.any() and not decoder[3].bias.any()
+
+
 @pytest.mark.parametrize("name", ["similarity", "reconstruction"])
 def test_terms_recompute_to_the_same_numbers(name):
     def made(recompute):

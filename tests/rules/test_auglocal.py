@@ -198,6 +198,17 @@ def test_linear_layers():
     net(torch.randn(4, 6), torch.tensor([0, 1, 2, 0])).loss.backward()
 
 
+@pytest.mark.parametrize(("wanted", "none", "one"), [(None, False, True), (True, True, True), (False, False, False)])
+def test_norms_stand_where_at_most_one_layer_is_sampled(wanted, none, one):
+    def norms(depth):
+        rule = AugLocal(depth, 0.0, joint_tail=False, single_layer_norm=wanted)
+        return [a.head.norm is not None for a in LocalSequential(mlp(), rule, 3, (6,)).auxiliary]
+
+    assert norms(1) == [none] * 2
+    assert norms(2) == [one] * 2
+    assert norms(3) == [False, one]  # behind the second module one layer is left
+
+
 def test_convolutions_then_linear_layers():
     layers = nn.Sequential(
         nn.Conv2d(3, 8, 5, padding=2), nn.LeakyReLU(0.2), nn.Conv2d(8, 16, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
