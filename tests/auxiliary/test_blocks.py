@@ -142,8 +142,8 @@ def test_learned_slopes_are_as_many_as_the_layer_has_them(shared):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_blocks_keep_the_size_of_maps_and_whether_there_are_biases(bias):
-    conv, _ = of_width_16(nn.Conv2d(8, 8, (5, 3), padding=(2, 3), dilation=(1, 3), bias=bias))
-    assert (conv.kernel_size, conv.dilation, conv.padding) == ((5, 3), (1, 3), (2, 3))
+    conv, _ = of_width_16(nn.Conv2d(8, 8, (5, 7), padding=(2, 9), dilation=(1, 3), bias=bias))
+    assert (conv.kernel_size, conv.dilation, conv.padding) == ((5, 7), (1, 3), (2, 9))
     linear, _ = of_width_16(nn.Linear(8, 8, bias=bias))
     assert (conv.bias is not None) == (linear.bias is not None) == bias
 
