@@ -298,6 +298,14 @@ def test_too_deep_for_the_network():
         LocalSequential(models.resnet_cifar(8), AugLocal(4), 10, (3, 32, 32))
 
 
+@pytest.mark.parametrize("width", [4, 16])
+def test_a_factory_of_another_width_is_refused_where_the_head_needs_it(width):
+    layers = [nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+    rule = AugLocal(2, joint_tail=False, head="0c2f", block=lambda *args: nn.Conv2d(8, width, 1))
+    with pytest.raises(ValueError, match=f"put out a shape of \\({width}, 8, 8\\), expected 8 channels"):
+        LocalSequential(nn.Sequential(*layers), rule, 4, (3, 8, 8))
+
+
 def test_rule_sees_the_network():
     net = LocalSequential(models.resnet_cifar(8, width=4), AugLocal(2), 10, (3, 16, 16))
     assert isinstance(net.network, Network)

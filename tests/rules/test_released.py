@@ -315,7 +315,7 @@ def test_widths_of_auglocal():
         AugLocal(1, widen=2)
     pairs = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)) for _ in range(4)]
     layers = nn.Sequential(*pairs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))
-    for options in ({"widen": 2.0}, {"init": "released"}):
+    for options in ({"widen": 2.0}, {"widen": 0.5}, {"init": "released"}):
         with pytest.raises(ValueError, match="AugLocal copies the layers of this network, each with its own width"):
             LocalSequential(layers, AugLocal(2, joint_tail=False, **options), 10, (3, 8, 8))
 
