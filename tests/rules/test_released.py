@@ -156,8 +156,9 @@ def test_weights_that_change_by_stage():
     stages = [1] * 4 + [2] * 5 + [3] * 5  # of the next block, of ResNet-32's second to its last
     for (task, reconstruction), stage in zip(found, stages, strict=True):
         assert reconstruction == pytest.approx(5 * (1 - stage / 14)) and task == pytest.approx(0.5 * (1 - stage / 14))
-    with pytest.raises(ValueError, match=r"stage_steps=2 makes the weights of local module 1, in stage 3, \(-2.5"):
-        counted(MAN(head=InfoPro((5, 0.5), (0, 0), stage_steps=2)), modules=[2, 12])
+    for weights, negative in (((5, 0.5), "-2.5, -0.25"), ((0.5, 5), "-0.25, -2.5"), ((0.5, 0), "-0.25, 0")):
+        with pytest.raises(ValueError, match=rf"stage_steps=2 .* local module 1, in stage 3, \({negative}\)"):
+            counted(MAN(head=InfoPro(weights, (0, 0), stage_steps=2)), modules=[2, 12])
     with pytest.raises(ValueError, match="at least 1; got 0"):
         InfoPro(*WEIGHTS, stage_steps=0)
 
@@ -300,6 +301,7 @@ def test_widths_of_infopro():
     assert [linear.out_features for linear in kinds(head, nn.Linear)] == [64, 10]
     with pytest.raises(ValueError, match="feature_dim=64 is read by nothing here: head '1c1f' has no layers"):
         InfoPro(*WEIGHTS, head="1c1f", feature_dim=64)
+    assert InfoPro((0, 1), (0, 1), head=DGL()).mean == (0, 0, 0) and InfoPro(*WEIGHTS).std == (1, 1, 1)
     with pytest.raises(ValueError, match="widen=2 is read by nothing here: no decoder"):
         InfoPro((0, 1), (0, 1), head=DGL(), widen=2)
 
