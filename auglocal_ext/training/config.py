@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -334,16 +334,22 @@ def to_recipe(config: TrainConfig) -> str:
 
 def differences(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
     """One line per setting that a resumed run may not change and ``given`` changes."""
+    before = _defaults(stored.get("rule")) | stored  # a run of a version that lacked a setting had its default
     return [
-        f"{_flag(name)}: {_shown(name, stored[name])} in the checkpoint, now {_shown(name, value)}"
+        f"{_flag(name)}: {_shown(name, before[name])} in the checkpoint, now {_shown(name, value)}"
         for name, value in given.items()
-        # A run of a version that lacked a setting had its default.
-        if name not in _FREE_TO_CHANGE and name in stored and not _same(name, stored[name], value)
+        if name not in _FREE_TO_CHANGE and name in before and not _same(name, before[name], value)
     ]
 
 
 def _shown(name: str, value: Any) -> str:
     return repr(rule_options.write_head(rule_options.read_head(value)) if name == "head" and value else value)
+
+
+def _defaults(rule: str | None) -> dict[str, Any]:
+    """Settings that are not given, the options of the rule ``rule`` with its own defaults."""
+    own = {name: option.rules[rule].default for name, option in OPTIONS.items() if rule in option.rules}
+    return {each.name: each.default for each in fields(TrainConfig) if each.default is not MISSING} | own
 
 
 def _same(name: str, stored: Any, given: Any) -> bool:

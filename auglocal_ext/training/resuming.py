@@ -48,7 +48,8 @@ def settings(path: Path, state: Mapping[str, Any], config: TrainConfig, left_ope
 
 def refuse_other_data(path: Path, before: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """CheckpointError if the images are not those of the checkpoint."""
-    changed = [f"data: {k} was {v!r}, now {facts.get(k)!r}" for k, v in before.items() if facts.get(k) != v]
+    with taken_from(path, "facts about the images"):
+        changed = [f"data: {k} was {v!r}, now {facts.get(k)!r}" for k, v in before.items() if facts.get(k) != v]
     if changed:
         raise CheckpointError(f"{path} belongs to a run with other settings:\n  " + "\n  ".join(changed))
 

@@ -24,6 +24,10 @@ def _number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
 
+def _number_or_none(value: Any) -> bool:
+    return value is None or _number(value)
+
+
 def _named(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
@@ -60,6 +64,7 @@ def _states(value: Any) -> bool:
 _KINDS: dict[Callable[[Any], bool], str] = {
     _count: "a whole number",
     _number: "a number",
+    _number_or_none: "a number or none",
     _named: "values by name",
     _settings: "settings",
     _names: "a list of names",
@@ -80,6 +85,8 @@ _PARTS: dict[str, Callable[[Any], bool]] = {
     "progress.last_accuracy": _number,
     "progress.best_accuracy": _number,
     "progress.best_epoch": _count,
+    "progress.last_miou": _number_or_none,
+    "progress.best_miou": _number_or_none,
     "progress.train_seconds": _number,
     "progress.waiting_seconds": _number,
     "epoch_sums": _named,

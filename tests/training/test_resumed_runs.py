@@ -137,3 +137,19 @@ def test_how_steps_are_launched_may_change_on_resume(config, separable):
     rule = {"rule": "auglocal", "depth": 2, "epochs": 2}
     trainer(config(**rule), separable).fit()
     trainer(config(graph="off", overlap=False, **rule), separable).resume()
+
+
+def test_a_setting_that_the_checkpoint_lacks_had_its_default(config, separable):
+    """A version that did not have it wrote the run."""
+    settings = config(rule="predsim", modules=2, epochs=1)
+    trainer(settings, separable).fit()
+    path = f"{settings.output}/checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    for name in ("zero_padding", "init", "amp"):
+        del state["settings"][name]
+    torch.save(state, path)
+    for name, before, now in (("zero_padding", False, True), ("init", "'own'", "released"), ("amp", "'none'", "bf16")):
+        other = replace(settings, **{name: now})
+        with pytest.raises(CheckpointError, match=f"--{name.replace('_', '-')}: {before} in the checkpoint, now"):
+            trainer(other, separable).resume()
+    trainer(settings, separable).resume()
