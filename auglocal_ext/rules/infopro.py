@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -46,10 +47,10 @@ class InfoPro(Rule):
         init: ``"released"`` leaves the biases of the decoder's convolutions as torch makes them; ``"own"`` has zeros.
 
     Raises:
-        ValueError: for negative weights, an unknown loss, head or ``init``, and a ``feature_dim`` or ``widen`` that
-            nothing uses; when wrapped, for modules that put out no maps, for a ``mean`` that does not fit the image's
-            channels, for more stages than make weights of at least 0, and for a contrastive loss with any task but
-            classification without label smoothing.
+        ValueError: for weights that are negative or not finite, an unknown loss, head or ``init``, and a
+            ``feature_dim`` or ``widen`` that nothing uses; when wrapped, for modules that put out no maps, for a
+            ``mean`` that does not fit the image's channels, for more stages than make weights of at least 0, and for a
+            contrastive loss with any task but classification without label smoothing.
 
     Source: Wang et al., Revisiting Locally Supervised Learning: an Alternative to End-to-end Training, ICLR 2021;
     ``INFOPRO_WEIGHTS`` holds its weights.
@@ -76,10 +77,12 @@ class InfoPro(Rule):
         super().__post_init__()
         for name in ("first", "last"):
             weights = getattr(self, name)
-            if len(weights) != 2 or min(weights) < 0:
-                raise ValueError(f"{name} is (lambda1, lambda2), neither negative; got {weights!r}")
+            if len(weights) != 2 or not all(0 <= weight < math.inf for weight in weights):
+                raise ValueError(f"{name} is (lambda1, lambda2), finite and neither negative; got {weights!r}")
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean and std need one value per channel each; got {self.mean!r} and {self.std!r}")
+        if not all(map(math.isfinite, (*self.mean, *self.std))):
+            raise ValueError(f"mean and std must be finite; got {self.mean!r} and {self.std!r}")
         unread = unread_widths(self.head)
         if self.feature_dim is not None and self.loss == "softmax" and "feature_dim" in unread:
             raise ValueError(f"feature_dim={self.feature_dim} is read by nothing here: {why_unread(self.head)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -31,7 +32,8 @@ class SupervisedContrast(Task):
             over the ``"batch"``, in which other samples count as 0. Samples of the ignored label are in neither.
 
     Raises:
-        ValueError: for another task or ``mean_over``, and for label smoothing, which has no meaning in this loss.
+        ValueError: for another task or ``mean_over``, a ``temperature`` that is not positive, and for label smoothing,
+            which has no meaning in this loss.
     """
 
     compares_samples = True
@@ -52,6 +54,8 @@ class SupervisedContrast(Task):
             )
         if mean_over not in ("anchors", "batch"):
             raise ValueError(f"mean_over is 'anchors' or 'batch'; got {mean_over!r}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite; got {temperature!r}")
         self.temperature = temperature
         self.mean_over = mean_over
         self._classes = (known.num_classes, known.ignore_index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from auglocal_ext import DGL, MAN, AugLocal, ContSup, Greedy, InfoPro, LocalSequ
 from auglocal_ext.auxiliary import LossContext
 from auglocal_ext.cost import count_macs
 from auglocal_ext.layers import Features
-from auglocal_ext.rules import INFOPRO_WEIGHTS, DGLHead, FCNHead
+from auglocal_ext.rules import INFOPRO_WEIGHTS, ConvHead, DGLHead, FCNHead
 from auglocal_ext.rules.man import MomentumNetwork
+from auglocal_ext.tasks import Classification, SupervisedContrast
 
 
 def wrap(name, rule, modules=None):
@@ -251,7 +253,16 @@ def test_every_rule_trains(rule, recompute):
         (lambda: PredSim(limit=0), "at least 1"),
         (lambda: PredSim(head="3c"), "unknown auxiliary head"),
         (lambda: InfoPro((1, -1), (0, 0)), "neither negative"),
-        (lambda: InfoPro((1, 1), (0, 0), loss="ce"), "'softmax', 'contrast', 'contrast_batch'"),
+        (lambda: InfoPro((math.nan, 1), (1, 1)), "finite and neither negative"),
+        (lambda: InfoPro((1, 1), (1, math.inf)), "finite and neither negative"),
+        (lambda: InfoPro((1, 1), (0, 0), std=(1.0, math.nan, 1.0)), "mean and std must be finite"),
+        (lambda: InfoPro((1, 1), (0, 0), stage_steps=1.5), "whole number of at least 1; got 1.5"),
+        (lambda: InfoPro((1, 1), (0, 0), feature_dim=1.5), "whole number of at least 1; got 1.5"),
+        (lambda: ConvHead("1c2f", feature_dim=math.nan), "whole number of at least 1; got nan"),
+        (lambda: AugLocal(2, widen=math.inf), "a number above 0; got inf"),
+        (lambda: PredSim(limit=math.nan), "of at least 1; got nan"),
+        (lambda: SupervisedContrast(8, Classification(3), temperature=0.0), "temperature must be positive and finite"),
+        (lambda: InfoPro((1, 1), (0, 0), loss="ce"), "loss is one of softmax, contrast, contrast_batch"),
         (lambda: InfoPro((1, 1), (0, 0), mean=(0.5,)), "one value per channel"),
         (lambda: InfoPro((1, 1), (0, 0), head="x"), "unknown auxiliary head"),
         (lambda: MAN(momentum=2), "within 0 .. 1"),
