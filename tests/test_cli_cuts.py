@@ -85,6 +85,7 @@ def test_where_skips_may_be_detached(module, capsys):
         (["models_of_a_user:number", "--input-shape", "6"], "returns int"),
         (["resnet7"], "unknown network 'resnet7'"),
         (["models_of_a_user:skip", "--input-shape", "5"], "a dry run of Skip"),
+        (["resnet8", "--input-shape", "3", "8", "-8"], "--input-shape is sizes of at least 1; got 3 8 -8"),
     ],
 )
 def test_what_is_not_understood_is_refused(module, capsys, arguments, message):

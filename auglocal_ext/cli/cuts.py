@@ -66,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _table(arguments: argparse.Namespace) -> str:
     name = arguments.network
+    if arguments.input_shape is not None and min(arguments.input_shape) < 1:
+        raise ValueError(f"--input-shape is sizes of at least 1; got {' '.join(map(str, arguments.input_shape))}")
     network, shape = _made(name, arguments.input_shape)
     output = "out" if arguments.output is None and is_segmentation(name) else arguments.output
     passage = find_boundaries(network, probe_input(network, shape), output, arguments.skips)
