@@ -17,6 +17,7 @@ from auglocal_ext.training import SettingsError, TrainConfig, recipes
 from auglocal_ext.training.config import make_rule
 from auglocal_ext.training.recipes import DATA_RECIPES
 from auglocal_ext.training.rule_options import write_head
+from auglocal_ext.training.settings import SECTIONS
 from auglocal_ext.training.values import write
 
 AUGLOCAL_DEPTHS = (2, 3, 4, 5, 6)
@@ -26,7 +27,7 @@ def recipe_options(name: str) -> str:
     """The rule of a recipe as options of ``train``."""
     words = []
     for key, value in recipes.read(name).settings.items():
-        if key not in recipes.SECTIONS["rule"]:
+        if key not in SECTIONS["rule"]:
             continue
         flag = key.replace("_", "-")
         if isinstance(value, bool):

@@ -1,15 +1,17 @@
-"""Options that say what network is cut by what rule."""
+"""Options that follow from the settings of a run: what network is cut by what rule, and how it is trained."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from ..models import NAMES, check_name
 from ..training.rule_options import OPTIONS, help_of
+from ..training.settings import SETTINGS
 from ..training.values import reader
-from .spelling import whole
+from .spelling import size, whole
 
 
 def add_network_options(group: Any, rules: Sequence[str]) -> None:
@@ -44,6 +46,32 @@ def add_network_options(group: Any, rules: Sequence[str]) -> None:
         const=False,
         help="torch's own layers instead of fused ones, which save memory (and on a CPU not always time)",
     )
+
+
+def add_settings(group: Any, table: str) -> None:
+    """Adds the settings of a recipe's table to a group of arguments, those that have a help; with the default None."""
+    for setting in SETTINGS.values():
+        if setting.table != table or setting.help is None:
+            continue
+        if setting.kind is bool:
+            add = partial(group.add_argument, action=argparse.BooleanOptionalAction, default=None)
+        elif setting.choices:
+            add = partial(group.add_argument, choices=setting.choices)
+        else:
+            read = _READ.get(setting.name) or _READ_KIND.get(setting.kind, str)
+            add = partial(group.add_argument, type=read, metavar=setting.metavar)
+        add(setting.flag, help=setting.help)
+
+
+def _cuts(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers joined by commas, got {text!r}") from None
+
+
+_READ_KIND: dict[Any, Callable[[str], Any]] = {int: whole, float: float, tuple[int, ...]: _cuts}
+_READ: dict[str, Callable[[str], Any]] = {"memory_budget": size}
 
 
 def network_name(text: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..distributed import DisagreementError
 from ..training import (
+    RECIPES,
     CheckpointError,
     DivergedError,
     Interrupted,
@@ -20,34 +21,48 @@ from ..training import (
     TrainingError,
     recipes,
 )
-from ..training.config import AMP, GRAPH, RECOMPUTE_CHOICES, differences, from_dict, resolve, to_recipe, with_recipe
-from ..training.data import DATASETS, ImageFiles, detect, load_data
+from ..training.config import differences, from_dict, resolve, to_recipe, with_recipe
+from ..training.data import ImageFiles, detect, load_data
 from ..training.processes import Launch
 from ..training.rule_options import RULE_OPTIONS
 from ..training.run_folder import refuse_unusable
 from ..training.run_lock import refuse_used
 from ..training.saving import find, read, refuse_earlier_run
-from ..training.schedule import SCHEDULES
+from ..training.schedule import PUBLISHED_FROM
 from ..training.stored import taken_from
 from ..training.trainer import CHECKPOINT, CURVES
 from ..training.values import user_path
-from .network_options import add_network_options
+from .network_options import add_network_options, add_settings
 from .opening import ending, opening
-from .spelling import as_options, size, whole
+from .spelling import as_options
 
 _USAGE = "python -m auglocal_ext train --data DIR [--network NAME] [--rule NAME] [options]"
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells expect it (128 + SIGINT); after SIGTERM it is 143."""
 
-_EPILOG = """
-Options left out take the value of the recipe, otherwise of the data set's own recipe (SGD with Nesterov momentum 0.9,
-weight decay 1e-4, cosine per epoch; cifar10 and svhn: batch 1024, lr 0.8, 400 epochs, 10 of them warm-up; stl10: the
-same with batch 128, lr 0.1; imagenet: batch 1024, lr 0.4, 200 epochs, no warm-up; masks: batch 8, lr 0.01, 30 epochs,
-no warm-up), else of the rule. --epochs rescales
-the schedule; the warm-up is at most a quarter of the run. From 100 epochs on the schedule is the published one, whose
-last epoch has the rate 0; shorter runs take each rate in the middle of its epoch, so that every epoch trains. With
---resume, options left out take the value of the interrupted run.
+#: The groups of options, by the table of a recipe.
+_GROUPS = {
+    "data": "data",
+    "network": "network and rule",
+    "step": "step",
+    "optimisation": "optimisation",
+    "augmentation": "augmentation",
+    "processes": "several processes, started by torchrun",
+}
+
+_RECIPES = "; ".join(
+    f"{name}: batch {recipe.batch_size}, lr {recipe.lr:g}, {recipe.epochs} epochs, "
+    + (f"{recipe.warmup} of them warm-up" if recipe.warmup else "no warm-up")
+    for name, recipe in RECIPES.items()
+)
+
+_EPILOG = f"""
+Options left out take the value of the recipe, otherwise of the data set's own recipe (SGD with Nesterov momentum,
+cosine per epoch; {_RECIPES}), else of the rule. --epochs rescales the schedule; the warm-up is at most a quarter of the
+run. From {PUBLISHED_FROM} epochs on the schedule is the published one, whose last epoch has the rate 0; shorter runs
+take each rate in the middle of its epoch, so that every epoch trains. With --resume, options left out take the value of
+the interrupted run.
 
 torchrun --nproc-per-node N -m auglocal_ext train ... trains in N processes, see --stages and --replicas. With
 --max-restarts they go on from the last checkpoint after one of them has died.
@@ -72,131 +87,11 @@ def add_parser(subparsers: Any) -> None:
     add("--output", metavar="DIR", help="run folder (default runs/NETWORK-RULE)")
     add("--resume", action="store_true", help="go on with the run in --output where it stopped")
 
-    group = parser.add_argument_group("data")
-    add = group.add_argument
-    add("--data", metavar="DIR", help="the images (required unless --resume)")
-    add("--dataset", choices=DATASETS, help="what lies in --data; auto: by the files there (default)")
-    add(
-        "--image-size",
-        type=whole,
-        metavar="N",
-        help="resize the images of a folder to N x N, read from disk each epoch",
-    )
-    add(
-        "--train-images",
-        type=whole,
-        metavar="N",
-        help="train on N images drawn once, the same ones for equal --seed",
-    )
-    add(
-        "--workers",
-        type=whole,
-        metavar="N",
-        help="processes that read images (default: one per core, at most 16)",
-    )
-
-    group = parser.add_argument_group("network and rule")
-    add_network_options(group, tuple(RULE_OPTIONS))
-    add = group.add_argument
-    add(
-        "--network-weights",
-        metavar="FILE",
-        help="begin with published weights: a state dict in the format of torch.save or safetensors",
-    )
-    add(
-        "--recompute",
-        choices=RECOMPUTE_CHOICES,
-        help="what runs a second time to save memory (default none); peak: only in the modules that need the most",
-    )
-    add(
-        "--memory-budget",
-        type=size,
-        metavar="SIZE",
-        help="such as 0.4GiB: the cheapest recomputation whose predicted step fits; the plan is printed",
-    )
-    add(
-        "--graph",
-        choices=tuple(GRAPH),
-        help="run a local rule's step as one CUDA graph; auto (default): where it can be captured, and say why not",
-    )
-    add(
-        "--overlap",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="run a local module's backward beside the next one's forward, on two CUDA streams, with the "
-        "activations of two modules alive at a time",
-    )
-
-    group = parser.add_argument_group("optimisation")
-    add = group.add_argument
-    add("--epochs", type=whole, metavar="N", help="of the whole run; with --resume they may be others than before")
-    add("--batch-size", type=whole, metavar="N")
-    add("--lr", type=float, metavar="X", help="peak learning rate")
-    add("--weight-decay", type=float, metavar="X")
-    add("--warmup", type=whole, metavar="N", help="epochs of linear warm-up")
-    add(
-        "--schedule",
-        choices=SCHEDULES,
-        help="of the rate: published (the papers' cosine, default from 100 epochs on) or short (no epoch at rate 0, "
-        "default below)",
-    )
-    add(
-        "--mixup",
-        type=float,
-        metavar="A",
-        help="mix images in pairs, shares from Beta(A, A); labels become probabilities",
-    )
-    add("--cutmix", type=float, metavar="A", help="the same by rectangles; with both, either is drawn for each batch")
-    add("--seed", type=whole, metavar="N", help="default 1234")
-    add("--amp", choices=tuple(AMP), help="mixed precision (default none)")
-    add("--channels-last", action="store_const", const=True, help="store images and activations channels last")
-    add("--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:1, ...")
-
-    group = parser.add_argument_group("several processes, started by torchrun")
-    add = group.add_argument
-    add(
-        "--stages",
-        type=whole,
-        metavar="S",
-        help="runs of local modules, each trained by processes of its own (default 1)",
-    )
-    add(
-        "--replicas",
-        type=whole,
-        metavar="R",
-        help="processes that share each batch of --batch-size images (default: all processes divided by --stages)",
-    )
-    add(
-        "--stage-cuts",
-        type=_cuts,
-        metavar="I,J,..",
-        help="first local module of each stage but the first (default: stages of about equal FLOPs)",
-    )
-    add(
-        "--sync-batch-norm",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="BatchNorm takes its statistics over all replicas, as one process does over the batch",
-    )
-    add(
-        "--shard",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="replicas share parameters, gradients and optimizer state instead of each holding all of them",
-    )
-    add(
-        "--gather-features",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="losses that compare images (predsim, infopro's contrast) see those of all replicas",
-    )
-
-
-def _cuts(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers joined by commas, got {text!r}") from None
+    for table, title in _GROUPS.items():
+        group = parser.add_argument_group(title)
+        if table == "network":
+            add_network_options(group, tuple(RULE_OPTIONS))
+        add_settings(group, table)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass, replace
-from typing import Any, Literal
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
 
-from ..local_modules import RECOMPUTE, Recompute
 from ..models import check_name
 from ..rules import Rule
 from . import rule_options
 from .errors import SettingsError
 from .infopro_weights import infopro_weights
-from .recipes import DATA_RECIPES, SECTIONS, Recipe, find, names, read, write_recipe
+from .recipes import DATA_RECIPES, Recipe, find, names, read, write_recipe
 from .rule_options import OPTIONS, RULE_OPTIONS
-from .schedule import SCHEDULES, default_schedule, default_warmup
+from .schedule import default_schedule, default_warmup
+from .settings import AMP as AMP
+from .settings import SECTIONS, SETTINGS, Settings
 from .values import user_path
-
-AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-GRAPH: dict[str, Literal[True, False, "auto"]] = {"auto": "auto", "on": True, "off": False}
-
-RECOMPUTE_CHOICES = (*RECOMPUTE, "peak")
 
 # How a local rule's step runs, with the value that leaves it open; none of it is backpropagation's.
 _STEP_OPTIONS = {"recompute": "none", "memory_budget": None, "graph": "auto", "overlap": None}
@@ -44,17 +38,8 @@ _TRAINING = tuple(
 )
 
 
-#: A field for each option of the rules, None where it was not given.
-_RuleSettings: Any = make_dataclass(
-    "_RuleSettings",
-    [(name, option.kind | None, field(default=None)) for name, option in OPTIONS.items()],
-    frozen=True,
-    kw_only=True,
-)
-
-
 @dataclass(frozen=True)
-class TrainConfig(_RuleSettings):
+class TrainConfig(Settings):
     """What is trained on what, and how; ``None`` stands for the recipe's or the rule's own value.
 
     Rules and their options: ``rule_options.RULE_OPTIONS``, as the rules of :mod:`auglocal_ext.rules` have them;
@@ -79,48 +64,6 @@ class TrainConfig(_RuleSettings):
     Raises SettingsError for a value that cannot be, and for an option of another rule.
     """
 
-    data: str
-    output: str
-    dataset: str = "auto"
-    recipe: str = "auto"
-    recipe_file: str | None = None
-    network: str = "resnet32"
-    network_weights: str | None = None
-    width: int | None = None
-    rule: str = "auglocal"
-    fused: bool = True
-    recompute: Recompute | Literal["peak"] = "none"
-    memory_budget: str | None = None
-    graph: str = "auto"
-    overlap: bool | None = None
-    epochs: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    momentum: float | None = None
-    weight_decay: float | None = None
-    warmup: int | None = None
-    schedule: str | None = None
-    padding: int | None = None
-    padding_mode: str | None = None
-    flip: bool | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    mixup: float | None = None
-    cutmix: float | None = None
-    seed: int = 1234
-    amp: str = "none"
-    channels_last: bool = False
-    device: str = "auto"
-    image_size: int | None = None
-    train_images: int | None = None
-    workers: int | None = None
-    stages: int = 1
-    replicas: int = 1
-    stage_cuts: tuple[int, ...] | None = None
-    sync_batch_norm: bool = False
-    shard: bool = False
-    gather_features: bool = False
-
     def __post_init__(self) -> None:
         if self.head is not None:
             object.__setattr__(self, "head", rule_options.read_head(self.head))
@@ -134,9 +77,8 @@ class TrainConfig(_RuleSettings):
                 f"recipe is one of auto, {', '.join(DATA_RECIPES)}, not {self.recipe!r}; "
                 "TrainConfig.from_recipe(recipe, ...) takes any other, and files"
             )
-        _one_of("amp", self.amp, AMP)
-        _one_of("recompute", self.recompute, RECOMPUTE_CHOICES)
-        _one_of("graph", self.graph, GRAPH)
+        for setting in SETTINGS.values():
+            setting.check(getattr(self, setting.name))
         for name, left_open in _STEP_OPTIONS.items():
             if self.rule == "bp" and getattr(self, name) != left_open:
                 raise SettingsError(f"{_flag(name)} belongs to the local rules, not to bp")
@@ -151,43 +93,10 @@ class TrainConfig(_RuleSettings):
             raise SettingsError("--amp fp16 is not for stages, each of which would find a scale of its own: take bf16")
         if self.memory_budget is not None and self.recompute != "none":
             raise SettingsError("--memory-budget chooses itself what is recomputed: leave out --recompute")
-        for name in (each.name for each in fields(self)):
-            value = getattr(self, name)
-            parts = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(part, float) and not math.isfinite(part) for part in parts):
-                raise SettingsError(f"{_flag(name)} must be finite, got {value}")
-        for name, least in (
-            ("width", 1),
-            ("epochs", 1),
-            ("batch_size", 2),
-            ("warmup", 0),
-            ("seed", 0),
-            ("image_size", 8),
-            ("train_images", 2),
-            ("workers", 0),
-            ("weight_decay", 0),
-            ("padding", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise SettingsError(f"{_flag(name)} must be at least {least}, got {value}")
-            most = 2**64 - 1 if name == "seed" else 2**31 - 1
-            if value is not None and value > most:
-                raise SettingsError(f"{_flag(name)} must be at most {most}, got {value}")
-        for name in ("mixup", "cutmix"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise SettingsError(f"{_flag(name)} is alpha of Beta(alpha, alpha), at least 0, got {value}")
-        if self.lr is not None and not self.lr > 0:
-            raise SettingsError(f"--lr must be positive, got {self.lr}")
         if self.epochs is not None and self.warmup is not None and self.warmup > self.epochs:
             raise SettingsError(f"--warmup {self.warmup} is longer than the run of {self.epochs} epochs")
         if self.momentum is not None and not 0 < self.momentum < 1:
             raise SettingsError(f"momentum, Nesterov's, lies between 0 and 1, got {self.momentum}")
-        if self.schedule is not None:
-            _one_of("schedule", self.schedule, SCHEDULES)
-        if self.padding_mode is not None:
-            _one_of("padding_mode", self.padding_mode, ("reflect", "zero"))
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and (len(values) != 3 or (name == "std" and min(values) <= 0)):
                 raise SettingsError(f"{name} is three numbers, one per colour in units of 0..255, got {values}")

@@ -23,10 +23,11 @@ from ..planning import plan_memory
 from ..planning.estimate import StepEstimate
 from ..step import GraphCaptureError, LocalStep, MemoryPlan
 from ..tasks import Classification, Segmentation
-from .config import AMP, GRAPH, TrainConfig, make_rule
+from .config import TrainConfig, make_rule
 from .errors import CheckpointError, SettingsError
 from .metrics import StepResult
 from .networks import cut
+from .settings import AMP, GRAPH
 
 ImageTask = Classification | Segmentation
 

@@ -69,8 +69,8 @@ def _linked(name: str, obj: griffe.Object) -> str:
 
 
 def _default(value: Any) -> Any:
-    """The default of a rule's field: the first argument of ``option(default, ...)`` and ``head_option(default)``."""
-    if not isinstance(value, griffe.ExprCall) or str(value.function) not in ("option", "head_option"):
+    """The default of a rule's field or of a setting: the first argument of the function that makes it."""
+    if not isinstance(value, griffe.ExprCall) or str(value.function) not in ("option", "head_option", "_setting"):
         return value
     first = value.arguments[0]
     return None if isinstance(first, griffe.ExprKeyword) else first

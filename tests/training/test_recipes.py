@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import get_type_hints
@@ -9,11 +10,14 @@ from typing import get_type_hints
 import pytest
 from runs import trainer
 
+from auglocal_ext.cli.network_options import add_settings
 from auglocal_ext.layers import group_children
 from auglocal_ext.models import build
 from auglocal_ext.training import RECIPES, SettingsError, TrainConfig, recipes
 from auglocal_ext.training.config import differences, make_rule, resolve, to_recipe
-from auglocal_ext.training.recipes import DATA_RECIPES, SECTIONS
+from auglocal_ext.training.recipes import DATA_RECIPES
+from auglocal_ext.training.rule_options import OPTIONS
+from auglocal_ext.training.settings import SECTIONS, SETTINGS
 
 MAN_HEAD = {
     "rule": "infopro",
@@ -122,6 +126,42 @@ def test_sections_hold_every_setting_once_with_its_type():
     for section in SECTIONS.values():
         for name, kind in section.items():
             assert name == "recompute" or hints[name] in (kind, kind | None), name
+
+
+@pytest.mark.parametrize("name", [each.name for each in SETTINGS.values() if each.least is not None or each.positive])
+def test_bounds_are_those_that_the_setting_declares(config, name):
+    setting = SETTINGS[name]
+    least = 0 if setting.positive else setting.least
+    with pytest.raises(SettingsError, match=f"{setting.flag} must be .*, got {least - (not setting.positive)}$"):
+        config(**{name: least - (not setting.positive)})
+    if setting.least is not None:
+        assert getattr(config(**{name: least}), name) == least
+        with pytest.raises(SettingsError, match=f"{setting.flag} must be at most {setting.most}, got"):
+            config(**{name: setting.most + 1})
+
+
+@pytest.mark.parametrize("name", [each.name for each in SETTINGS.values() if each.choices])
+def test_choices_are_those_that_the_setting_declares(config, name):
+    setting = SETTINGS[name]
+    for choice in setting.choices:
+        assert getattr(config(rule="auglocal", **{name: choice}), name) == choice
+    with pytest.raises(SettingsError, match=f"{setting.flag} is one of {', '.join(setting.choices)}, not 'x'"):
+        config(**{name: "x"})
+
+
+def test_the_command_line_has_every_setting_that_declares_a_help():
+    parser = ArgumentParser()
+    for table in SECTIONS:
+        add_settings(parser, table)
+    options = {action.dest: action for action in parser._actions}
+    assert set(options) - {"help"} == {each.name for each in SETTINGS.values() if each.help is not None}
+    assert options["lr"].type("0.5") == 0.5 and options["stage_cuts"].type("3,5") == (3, 5)
+    assert parser.parse_args([]).shard is None and parser.parse_args(["--no-shard"]).shard is False
+    assert set(SETTINGS) - set(options) == {
+        *OPTIONS,
+        *("network", "width", "rule", "fused"),  # cli.network_options adds these, for the command plan too
+        *("momentum", "padding", "padding_mode", "flip", "mean", "std"),
+    }
 
 
 def test_data_recipes_are_files_of_the_same_kind():

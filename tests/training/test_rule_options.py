@@ -172,7 +172,7 @@ def test_a_run_that_stored_its_head_as_text_goes_on(config):
         ({"rule": "auglocal", "head": "dense"}, "unknown auxiliary head 'dense'"),
         ({"rule": "greedy", "depth": 2}, "--depth belongs to the rule auglocal, not to greedy"),
         ({"rule": "predsim", "head": "1c2f", "limit": 64}, "limit=64 is read by PredSim's own"),
-        ({"rule": "bp", "mixup": -0.1}, "--mixup is alpha .* at least 0, got -0.1"),
+        ({"rule": "bp", "mixup": -0.1}, "--mixup must be at least 0, got -0.1"),
         ({"rule": "predsim", "beta": 1.5}, r"beta \(weight of .*\) is a number within 0 .. 1; got 1.5"),
         ({"rule": "infopro", "weights": (1.0, 2.0)}, "four numbers"),
         ({"rule": "infopro", "weights": (1.0, 2.0, -1.0, 0.0)}, "neither negative"),

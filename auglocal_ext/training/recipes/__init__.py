@@ -14,7 +14,8 @@ from typing import Any
 
 from ..augment import Augmentation
 from ..errors import SettingsError
-from ..rule_options import OPTIONS, WrongSetting, read_head
+from ..rule_options import WrongSetting, read_head
+from ..settings import SECTIONS
 from ..values import checked, to_toml, user_path
 
 if sys.version_info >= (3, 11):
@@ -26,51 +27,6 @@ _FOLDER = Path(__file__).parent
 
 #: The recipes that hold a data set's training alone and no network or rule: what ``auto`` chooses from.
 DATA_RECIPES = ("cifar10", "svhn", "stl10", "imagenet", "masks")
-
-#: The tables of a recipe file and the settings in each, with their types; [recipe] says what it is based on, and
-#: [rule.head] is a head that is a rule.
-SECTIONS: dict[str, dict[str, Any]] = {
-    "data": {"data": str, "dataset": str, "image_size": int, "train_images": int, "workers": int},
-    "network": {"network": str, "network_weights": str, "width": int},
-    "rule": {"rule": str} | {name: option.kind for name, option in OPTIONS.items()},
-    "step": {
-        "fused": bool,
-        "recompute": str,
-        "memory_budget": str,
-        "graph": str,
-        "overlap": bool,
-        "amp": str,
-        "channels_last": bool,
-        "device": str,
-    },
-    "processes": {
-        "stages": int,
-        "replicas": int,
-        "stage_cuts": tuple[int, ...],
-        "sync_batch_norm": bool,
-        "shard": bool,
-        "gather_features": bool,
-    },
-    "optimisation": {
-        "epochs": int,
-        "batch_size": int,
-        "lr": float,
-        "momentum": float,
-        "weight_decay": float,
-        "warmup": int,
-        "schedule": str,
-        "seed": int,
-    },
-    "augmentation": {
-        "padding": int,
-        "padding_mode": str,
-        "flip": bool,
-        "mean": tuple[float, ...],
-        "std": tuple[float, ...],
-        "mixup": float,
-        "cutmix": float,
-    },
-}
 
 
 @dataclass(frozen=True)
