@@ -77,6 +77,7 @@ __all__ = [
     "is_compiled",
     "is_fsdp_managed",
     "is_replica",
+    "let_step_scale_gradients",
     "make_wrapper_subclass",
     "mark_as_stepped",
     "mark_as_wrapped",
@@ -202,9 +203,14 @@ def mark_as_wrapped(step: Callable[..., Any]) -> None:
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
-def step_scales_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Let a ``GradScaler`` leave scaling to ``step``, as constructors say of fused optimizers; the scaler asks this."""
-    optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+def step_scales_gradients(optimizer: Any) -> bool:
+    """Whether a ``GradScaler`` leaves scaling to ``step``, as constructors of fused optimizers say here alone."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def let_step_scale_gradients(optimizer: Any) -> None:
+    """Say so of an optimizer whose groups became fused later."""
+    optimizer._step_supports_amp_scaling = True
 
 
 def without_step_hooks(optimizer: torch.optim.Optimizer) -> None:

@@ -216,14 +216,16 @@ def test_schedulers_take_the_marks_of_a_step():
     assert "before `optimizer.step()`" in warnings_of(mark=False)[0] and not warnings_of(mark=True)
 
 
-@canary("step_scales_gradients")
+@canary("step_scales_gradients", "let_step_scale_gradients")
 def test_a_scaler_leaves_scaling_to_the_step():
     class Scaling(torch.optim.SGD):
         def step(self, closure=None):
             self.seen = self.grad_scale.item(), self.found_inf.item(), self.param_groups[0]["params"][0].grad.item()
 
     optimizer = _stepped(Scaling([nn.Parameter(torch.ones(1))], lr=0.1))
-    private.step_scales_gradients(optimizer)
+    assert not private.step_scales_gradients(optimizer)
+    assert private.step_scales_gradients(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1, fused=True))
+    private.let_step_scale_gradients(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     scaler.scale(torch.ones(1))
     scaler.step(optimizer)

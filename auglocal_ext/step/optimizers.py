@@ -1,23 +1,27 @@
 """One ``torch.optim`` optimizer, stepped for the parameters of one local module at a time.
 
-The user's factory makes one ordinary optimizer over all parameters. What steps are views of it: objects of the same
-class that share its state and options and hold the parameters of one module. Schedulers, parameter groups and
-``state_dict`` therefore need no adapter, and checkpoints are those of a plain loop. On CUDA the groups use torch's
-fused and capturable forms.
+The user's factory makes one ordinary optimizer over all parameters. For each module its own ``step`` runs, while its
+parameter groups hold the parameters of this module alone. State, options, attributes and hooks are therefore those of
+one optimizer. Schedulers and ``state_dict`` need no adapter, and checkpoints are those of a plain loop. On CUDA the
+groups use torch's fused and capturable forms.
+
+Other ways are not equal to a plain loop. With an ``Optimizer`` around the user's, hooks that are registered for all
+optimizers run twice. One optimizer per module has a ``state_dict`` per module, and other groups if the factory sorts
+parameters into groups. A copy of the optimizer does not see attributes that are set later.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._torch import mark_as_stepped, step_scales_gradients, without_step_hooks
+from .._torch import let_step_scale_gradients, mark_as_stepped, step_scales_gradients, without_step_hooks
 from ..local_modules import LocalModule
 from ..nn import is_sharded, shard_like
 
@@ -25,12 +29,63 @@ from ..nn import is_sharded, shard_like
 OptimizerFactory = Callable[[list[Any]], torch.optim.Optimizer]
 
 
-class ModuleOptimizers:
-    """``whole``, the user's optimizer over all parameters, and a view of it for each local module.
+class ModuleOptimizer:
+    """``whole`` for some of its parameters: what a training step and a ``GradScaler`` need of an optimizer.
 
-    A view is an optimizer of the same class that shares ``whole``'s state and options but holds one module's
-    parameters; a parameter which several modules train belongs to the last of them. So schedulers, ``param_groups``
-    and ``state_dict`` are those of one ordinary optimizer, and its checkpoints are too. ``trained`` are its parameters.
+    Attributes of ``whole`` that its step changes, such as a count of steps, are put back: the step of the next module
+    finds them as this one did, and :meth:`ModuleOptimizers.finish` sets them.
+
+    Args:
+        whole: the user's optimizer.
+        groups: copies of its parameter groups, with these parameters alone.
+        written: receives the attributes that ``step`` has changed.
+    """
+
+    def __init__(self, whole: torch.optim.Optimizer, groups: list[dict[str, Any]], written: dict[str, Any]) -> None:
+        self.param_groups = groups
+        self._whole = whole
+        self._written = written
+        if step_scales_gradients(whole) or all(group.get("fused") for group in groups):
+            let_step_scale_gradients(self)
+
+    @property
+    def step(self) -> Callable[..., Any]:
+        """``step`` of the class of ``whole``, on these parameters."""
+        plain = type(self._whole).step  # a scheduler's wrapper around the method is for the whole
+
+        def step(*args: Any, **options: Any) -> Any:
+            # Besides its groups, what a scaler has set for the time of a step.
+            own = {key: value for key, value in vars(self).items() if key not in ("_whole", "_written")}
+            with _changed(self._whole, self._written, **own):
+                return plain(self._whole, *args, **options)
+
+        step.__wrapped__ = plain  # type: ignore[attr-defined]  # so that a GradScaler finds its arguments
+        return step
+
+
+@contextmanager
+def _changed(whole: torch.optim.Optimizer, written: dict[str, Any], **attributes: Any) -> Iterator[None]:
+    """Within it ``whole`` has other ``attributes``; all are put back, and what else was set within is ``written``."""
+    before = dict(vars(whole))
+    for key, value in attributes.items():
+        setattr(whole, key, value)
+    try:
+        yield
+    finally:
+        written.update(
+            (key, value)
+            for key, value in vars(whole).items()
+            if key not in attributes and (key not in before or before[key] is not value)
+        )
+        vars(whole).clear()
+        vars(whole).update(before)
+
+
+class ModuleOptimizers:
+    """``whole``, the user's optimizer over all parameters, and a :class:`ModuleOptimizer` of it for each local module.
+
+    A parameter which several modules train belongs to the last of them. Schedulers, ``param_groups`` and ``state_dict``
+    are those of one ordinary optimizer, and its checkpoints are too. ``trained`` are its parameters.
 
     Args:
         modules: the local modules in order.
@@ -54,7 +109,8 @@ class ModuleOptimizers:
                 "LBFGS evaluates the loss several times a step, with all gradients; choose another optimizer"
             )
         self._owner = {p: module.index for module in modules for p in module.parameters()}
-        self._views: dict[int, torch.optim.Optimizer] = {}
+        self._views: dict[int, ModuleOptimizer] = {}
+        self._written: dict[str, Any] = {}  # attributes that the steps of modules have set
         self._modules = [module.index for module in modules]
         self._layout: list[tuple[int, int]] = []
         self._groups: list[dict[str, Any]] = []
@@ -81,15 +137,15 @@ class ModuleOptimizers:
             if changed:
                 for view in (*self._views.values(), self.everything):
                     view.param_groups[index].update(changed)
-        for view in (*self._views.values(), self.everything):
-            view.state = self.whole.state
 
-    def view(self, module: int) -> torch.optim.Optimizer:
+    def view(self, module: int) -> ModuleOptimizer:
         """The optimizer of local module ``module``."""
         return self._views[module]
 
     def finish(self) -> None:
-        """After every step: options that the optimizer itself has changed are shown in ``whole``."""
+        """After every step: options and attributes that the optimizer itself has changed are shown in ``whole``."""
+        vars(self.whole).update(self._written)
+        self._written.clear()
         for index, group in enumerate(self.whole.param_groups):
             for view in (*self._views.values(), self.everything):
                 written = {
@@ -111,18 +167,18 @@ class ModuleOptimizers:
         """
         devices = {p.device for p in self._owner if p.is_cuda}
         with torch.random.fork_rng(devices), suppress(Exception):  # what fails on copies alone may do without a graph
-            trial = self._on_copies()
-            before = _on_host(trial)
-            trial.step()
-            return next((key for key, value in _on_host(trial).items() if before.get(key) != value), None)
+            with self._on_copies() as (trial, step):
+                before = _on_host(trial)
+                step(trial)
+                return next((key for key, value in _on_host(trial).items() if before.get(key) != value), None)
         return None
 
     def refuse_shards(self) -> None:
         """ValueError if the optimizer cannot step sharded parameters; nothing changes. A collective call."""
-        trial = self._on_copies(of=Tensor.dim)  # matrices may be stepped unlike vectors
         try:
-            for _ in range(2):  # the first step of some only makes the state
-                trial.step()
+            with self._on_copies(of=Tensor.dim) as (trial, step):  # matrices may be stepped unlike vectors
+                for _ in range(2):  # the first step of some only makes the state
+                    step(trial)
         except Exception as error:
             raise ValueError(
                 f"shard=True: {type(self.whole).__name__} cannot step sharded parameters with these options; choose "
@@ -142,12 +198,16 @@ class ModuleOptimizers:
             state = {**state, "state": values}
         self.whole.load_state_dict(state)
 
-    def _on_copies(self, of: Callable[[Tensor], Any] = lambda parameter: None) -> torch.optim.Optimizer:
-        """The optimizer with a copy of one parameter of each group, and for each value of ``of`` within it."""
-        trial = object.__new__(type(self.whole))
-        trial.__dict__.update(self.everything.__dict__)
-        without_step_hooks(trial)
-        trial.state, trial.param_groups = defaultdict(dict), []
+    @contextmanager
+    def _on_copies(
+        self, of: Callable[[Tensor], Any] = lambda parameter: None
+    ) -> Iterator[tuple[torch.optim.Optimizer, Callable[..., Any]]]:
+        """Within it ``whole`` has a copy of one parameter of each group, and for each value of ``of`` within it.
+
+        Gives ``whole`` and its class's ``step``, around which no hooks of its own run.
+        """
+        state: dict[Tensor, Any] = defaultdict(dict)
+        groups = []
         for group in self.everything.param_groups:
             chosen: dict[Any, Tensor] = {}
             for p in (p for p in group["params"] if p.requires_grad):
@@ -159,13 +219,16 @@ class ModuleOptimizers:
                 twin.grad = torch.zeros_like(twin)
                 twins.append(twin)
                 if original in self.whole.state:
-                    trial.state[twin] = copy.deepcopy(self.whole.state[original])
+                    state[twin] = copy.deepcopy(self.whole.state[original])
             if twins:
-                trial.param_groups.append({**group, "params": twins})
-        return trial
+                groups.append({**group, "params": twins})
+        with _changed(self.whole, {}, param_groups=groups, state=state):
+            without_step_hooks(self.whole)
+            yield self.whole, type(self.whole).step
 
     def forget_views(self) -> None:
         """After a step that broke off: views made anew, of which a loss scaler has noted nothing."""
+        self._written.clear()
         self._layout = []
         self.prepare()
 
@@ -200,17 +263,12 @@ class ModuleOptimizers:
         self.everything = self._new_view(None)
         self._make_momentum_buffers()
 
-    def _new_view(self, module: int | None) -> torch.optim.Optimizer:
-        view = object.__new__(type(self.whole))
-        view.__dict__.update(self.whole.__dict__)
-        view.__dict__.pop("step", None)  # a scheduler's wrapper is for the whole
-        if all(group.get("fused") for group in self._groups):
-            step_scales_gradients(view)
-        view.param_groups = [
+    def _new_view(self, module: int | None) -> ModuleOptimizer:
+        groups = [
             {**group, "params": [p for p in group["params"] if module in (None, self._owner[p])]}
             for group in self._groups
         ]
-        return view
+        return ModuleOptimizer(self.whole, groups, self._written)
 
     def _make_momentum_buffers(self) -> None:
         """Zeros, which give the same first step: fused SGD leaves its momentum unset if fp16 overflows in it."""

@@ -162,7 +162,7 @@ class Updates:
                 self._step(self.optimizers.view(module.index))
             module.after_step()
 
-    def _step(self, optimizer: torch.optim.Optimizer) -> None:
+    def _step(self, optimizer: Any) -> None:
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not trained:
             return
