@@ -21,7 +21,9 @@ CONV_HEADS = ("0c1f", "0c2f", "1c1f", "1c2f", "1c3f", "2c2f")
 
 
 def widened(width: int, factor: float) -> int:
-    """``int(width * factor)``, as released code has it; ValueError if that is none."""
+    """``int(width * factor)``, as released code has it; ValueError if that is none, or beyond 2^31."""
+    if width * factor >= 2**31:  # torch's own error would come with the frames of its C++ stack
+        raise ValueError(f"widen={factor:g} makes {width * factor:.3g} of {width} channels; take less")
     if int(width * factor) < 1:
         raise ValueError(f"widen={factor:g} leaves none of {width} channels; take at least {1 / width:.3g}")
     return int(width * factor)

@@ -260,6 +260,7 @@ def test_every_rule_trains(rule, recompute):
         (lambda: InfoPro((1, 1), (0, 0), feature_dim=1.5), "whole number of at least 1; got 1.5"),
         (lambda: ConvHead("1c2f", feature_dim=math.nan), "whole number of at least 1; got nan"),
         (lambda: AugLocal(2, widen=math.inf), "a number above 0; got inf"),
+        (lambda: small(AugLocal(2, widen=1e30)), r"widen=1e\+30 makes 1.6e\+31 of 16 channels; take less"),
         (lambda: PredSim(limit=math.nan), "of at least 1; got nan"),
         (lambda: SupervisedContrast(8, Classification(3), temperature=0.0), "temperature must be positive and finite"),
         (lambda: InfoPro((1, 1), (0, 0), loss="ce"), "loss is one of softmax, contrast, contrast_batch"),
