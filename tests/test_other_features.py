@@ -171,7 +171,7 @@ def test_features_that_are_no_channels_first_images(name, rule):
         (ContSup("E", head="0c1f"), "encoded by 2-D convolutions and needs images and feature maps, not"),
         (
             AugLocal(2, joint_tail=False, sampling="conv3x3"),
-            "sampling='conv3x3' makes convolutions, but .* is fed with",
+            "sampling='conv3x3' makes convolutions, but .* receives",
         ),
     ],
 )

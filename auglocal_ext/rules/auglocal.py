@@ -259,7 +259,7 @@ class _Pool(nn.Module):
 def _needs_map(features: Features, why: str) -> None:
     if features.layout != "channels_first" or not features.is_2d:
         raise ValueError(
-            f"{why}, but the auxiliary network is fed with {features}; pass AugLocal(block=factory), explicit "
+            f"{why}, but the auxiliary network receives {features}; pass AugLocal(block=factory), explicit "
             "modules, or another rule"
         )
 

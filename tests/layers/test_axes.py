@@ -18,7 +18,7 @@ class Mean(nn.Module):
 
 
 class Rolled(nn.Module):
-    """Moves what it is fed with before its linear layer, as shifted windows do: no layer takes just its input."""
+    """Moves what it receives before its linear layer, as shifted windows do: no layer takes just its input."""
 
     def __init__(self, width):
         super().__init__()

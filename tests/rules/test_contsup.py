@@ -93,7 +93,7 @@ def test_networks_on_vectors():
     [
         ({"context": "R-1"}, "unknown context structure 'R-1'"),
         ({"head": "9c9f"}, "unknown auxiliary head '9c9f'"),
-        ({"widen": 0}, "widen must be positive"),
+        ({"widen": 0}, "is a number above 0; got 0"),
         ({"feature_dim": 0}, r"feature_dim \(features .*\) is a whole number of at least 1; got 0"),
     ],
 )

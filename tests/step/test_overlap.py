@@ -59,7 +59,7 @@ def streams(monkeypatch):
     return current, second
 
 
-@pytest.mark.parametrize("context", [0, 2], ids=["chain", "each module is fed with two earlier inputs"])
+@pytest.mark.parametrize("context", [0, 2], ids=["chain", "each module receives two earlier inputs"])
 def test_order_and_reuse_of_memory(streams, context):
     current, second = streams
     first = current[0]
