@@ -256,9 +256,13 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _defaults(rule: str | None) -> dict[str, Any]:
-    """Settings that are not given, the options of the rule ``rule`` with its own defaults."""
+    """Settings that are not given, the options of the rule ``rule`` with its own defaults.
+
+    Without those of a data set's recipe: what a version that lacked one did in its place is not known.
+    """
     own = {name: option.rules[rule].default for name, option in OPTIONS.items() if rule in option.rules}
-    return {each.name: each.default for each in fields(TrainConfig) if each.default is not MISSING} | own
+    left = [each for each in fields(TrainConfig) if each.name not in (*_TRAINING, "schedule")]
+    return {each.name: each.default for each in left if each.default is not MISSING} | own
 
 
 def _same(name: str, stored: Any, given: Any) -> bool:

@@ -137,7 +137,7 @@ def test_rules_that_compare_samples_by_class_refuse_mixtures_before_training(con
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"mixup": -0.1}, "is alpha of Beta.alpha, alpha., at least 0"),
+        ({"mixup": -0.1}, "--mixup must be at least 0, got -0.1"),
         ({"cutmix": float("inf")}, "--cutmix must be finite, got inf"),
         ({"cutmix": float("nan")}, "--cutmix must be finite, got nan"),
     ],

@@ -179,6 +179,8 @@ def test_a_recipe_by_name_is_no_data_sets_own():
 def test_a_run_of_a_version_without_a_setting_resumes():
     assert differences({"lr": 0.1}, {"lr": 0.1, "padding": 4}) == []
     assert differences({"lr": 0.1, "padding": None}, {"lr": 0.1, "padding": 4}) != []
+    assert differences({"lr": 0.1}, {"lr": 0.1, "mixup": None}) == []
+    assert differences({"lr": 0.1}, {"lr": 0.1, "mixup": 0.2}) != []
 
 
 def test_given_settings_go_first():
