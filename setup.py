@@ -140,7 +140,9 @@ class BuildLibraries(build_ext):
             host += [f"-ffile-prefix-map={place}=" for place in places if "'" not in place]
         target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"
         # Nobody reads floating-point exception flags, and keeping them forbids vectorising a choice between two values.
-        extension.extra_compile_args = {"cxx": ["-O3", "-g0", target, "-fno-trapping-math", *host]}
+        # Products and sums are rounded one by one: fused where the processor can, bits would depend on the processor.
+        arithmetic = ["-fno-trapping-math", "-ffp-contract=off"]
+        extension.extra_compile_args = {"cxx": ["-O3", "-g0", target, *arithmetic, *host]}
         compilers, architectures = [os.environ.get("CXX", "c++")], ""
         if name == "cuda":
             home = toolkit.find_toolkit()

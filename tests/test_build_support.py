@@ -33,7 +33,7 @@ def csrc(tmp_path: Path) -> Path:
     folder = tmp_path / "csrc"
     (folder / "cpu").mkdir(parents=True)
     (folder / "cpu" / "a.cpp").write_text('#include <torch/x.h>\n#include "../near.h"\n')
-    (folder / "near.h").write_text('#pragma once\n#  include "far.h"\n')
+    (folder / "near.h").write_text('#pragma once\n#  define FAR "far.h"\n#include FAR\n')
     (folder / "far.h").write_text('#include "near.h"\n')
     (folder / "other.h").write_text("int other;\n")
     return folder

@@ -109,7 +109,9 @@ def with_headers(source: Path, root: Path) -> list[Path]:
         if path in found or not path.is_file() or root not in path.parents:
             continue
         found.add(path)
-        names = re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text(errors="replace"), re.MULTILINE)
+        # A name may also stand in a #define, for an #include of the macro.
+        pattern = r'^\s*#\s*(?:include|define\s+\w+)\s*"([^"]+)"'
+        names = re.findall(pattern, path.read_text(errors="replace"), re.MULTILINE)
         rest += [(path.parent / name).resolve() for name in names]
     return sorted(found)
 

@@ -11,31 +11,50 @@
 
 namespace auglocal {
 
+template <typename Real>
+struct ChannelPointers {
+  const Real* __restrict__ mean;
+  const Real* __restrict__ scale;
+  const Real* __restrict__ bias;
+
+  Channel<Real> operator[](int64_t c) const { return {mean[c], scale[c], bias[c]}; }
+};
+
 // The channels' factors as arrays, which loops along the channels read as vectors.
 template <typename Real>
 struct Channels {
   std::vector<Real> mean, scale, bias;
 
-  // All (width,); weight and bias may be undefined.
+  Channels() = default;
+
+  // All (width,); weight and bias may be undefined. The arrays are `repeats` times as long.
   Channels(const torch::stable::Tensor& means, const torch::stable::Tensor& rstds,
-           const torch::stable::Tensor& weights, const torch::stable::Tensor& biases, int64_t width) {
-    mean.assign(means.const_data_ptr<Real>(), means.const_data_ptr<Real>() + width);
-    scale.assign(rstds.const_data_ptr<Real>(), rstds.const_data_ptr<Real>() + width);
-    for (int64_t c = 0; weights.defined() && c < width; ++c) scale[c] *= weights.const_data_ptr<Real>()[c];
-    bias.resize(width, 0);
-    if (biases.defined()) std::copy_n(biases.const_data_ptr<Real>(), width, bias.begin());
+           const torch::stable::Tensor& weights, const torch::stable::Tensor& biases, int64_t width,
+           int64_t repeats = 1)
+      : mean(width * repeats), scale(width * repeats), bias(width * repeats) {
+    const Real *m = means.const_data_ptr<Real>(), *r = rstds.const_data_ptr<Real>();
+    const Real* w = weights.defined() ? weights.const_data_ptr<Real>() : nullptr;
+    const Real* b = biases.defined() ? biases.const_data_ptr<Real>() : nullptr;
+    for (int64_t i = 0, c = 0; i < width * repeats; ++i, c = c + 1 == width ? 0 : c + 1) {
+      mean[i] = m[c];
+      scale[i] = w ? r[c] * w[c] : r[c];
+      bias[i] = b ? b[c] : Real(0);
+    }
   }
-};
 
-template <typename Real>
-struct ChannelPointers {
-  const Real* __restrict__ mean, * __restrict__ scale, * __restrict__ bias;
+  void resize(int64_t size) {
+    for (auto* each : {&mean, &scale, &bias}) each->resize(size);
+  }
 
-  ChannelPointers(const Channels<Real>& channels, int64_t first)
-      : mean(channels.mean.data() + first),
-        scale(channels.scale.data() + first),
-        bias(channels.bias.data() + first) {}
-  Channel<Real> operator[](int64_t c) const { return {mean[c], scale[c], bias[c]}; }
+  // Those from channel c on.
+  ChannelPointers<Real> at(int64_t c) const { return {mean.data() + c, scale.data() + c, bias.data() + c}; }
+
+  // Makes `count` elements from `first` on those of channel c of `channels`.
+  void fill(int64_t first, int64_t count, const Channels& channels, int64_t c) {
+    std::fill_n(mean.begin() + first, count, channels.mean[c]);
+    std::fill_n(scale.begin() + first, count, channels.scale[c]);
+    std::fill_n(bias.begin() + first, count, channels.bias[c]);
+  }
 };
 
 }  // namespace auglocal
