@@ -38,6 +38,8 @@ def results(maps: list[list[Tensor]]) -> Iterator[Tensor]:
             sums = column.op("batch_norm_act_reduce", "cpu")(grad, *rest)
             yield from sums
             yield from column.op("batch_norm_act_input_grad", "cpu")(grad, *rest, *sums, True)
+        mean, deviation = factors[:2]
+        yield from column.op("reconstruction_loss", "cpu")(x, residual, mean, deviation, True)
         if x.shape[2] > 2:
             for window, slope in zip(WINDOWS, (0.0, 0.1, 1.0), strict=True):
                 y, places = column.op("batch_norm_act_max_pool_apply", "cpu")(x, *factors, slope, *window)
