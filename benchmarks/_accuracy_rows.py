@@ -13,12 +13,13 @@ import torch
 from auglocal_ext.cli import train
 from auglocal_ext.layers import group_children
 from auglocal_ext.models import build
-from auglocal_ext.training import SettingsError, TrainConfig, recipes
-from auglocal_ext.training.config import make_rule
-from auglocal_ext.training.recipes import DATA_RECIPES
-from auglocal_ext.training.rule_options import write_head
-from auglocal_ext.training.settings import SECTIONS
-from auglocal_ext.training.values import write
+from auglocal_ext.training import SettingsError, TrainConfig
+from auglocal_ext.training.config import recipes
+from auglocal_ext.training.config.recipes import DATA_RECIPES
+from auglocal_ext.training.config.rule_options import write_head
+from auglocal_ext.training.config.settings import SECTIONS
+from auglocal_ext.training.config.train_config import make_rule
+from auglocal_ext.training.config.values import write
 
 AUGLOCAL_DEPTHS = (2, 3, 4, 5, 6)
 

@@ -21,7 +21,7 @@ from _environment import environment
 from tqdm import tqdm
 
 import auglocal_ext
-from auglocal_ext.training.trainer import CHECKPOINT
+from auglocal_ext.training.run.trainer import CHECKPOINT
 
 STATE = "run.json"
 OUTPUT = "train.txt"

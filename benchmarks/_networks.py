@@ -18,7 +18,7 @@ from auglocal_ext import AugLocal, Balanced, Greedy, LocalSequential, fuse, mode
 from auglocal_ext.layers import group_children
 from auglocal_ext.local_modules import Recompute
 from auglocal_ext.memory.copies import FakeCopy
-from auglocal_ext.training.networks import cut, task_of
+from auglocal_ext.training.run.networks import cut, task_of
 
 BUDGET = 0.5  # activation_memory_budget of the compiled rival, about where the peak is lowest
 

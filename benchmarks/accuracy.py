@@ -35,9 +35,9 @@ from _accuracy_text import describe
 
 from auglocal_ext import models
 from auglocal_ext.training import TrainingError
-from auglocal_ext.training.config import pick_device
-from auglocal_ext.training.data import detect
-from auglocal_ext.training.folder import list_folder
+from auglocal_ext.training.config.train_config import pick_device
+from auglocal_ext.training.data.datasets import detect
+from auglocal_ext.training.data.folder import list_folder
 
 
 @dataclass(frozen=True)

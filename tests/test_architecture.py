@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "auglocal_ext"
 
 
-def floors() -> dict[str, int]:
-    """Room -> floor, from the table in docs/architecture.md."""
-    text = (ROOT / "docs" / "architecture.md").read_text()
+def floors(page: str = "architecture.md") -> dict[str, int]:
+    """Room -> floor, from the table in a page of docs/."""
+    text = (ROOT / "docs" / page).read_text()
     found = {}
     for floor, rooms in re.findall(r"^\| (\d) \| ([^|]+) \|", text, flags=re.M):
         for room in re.findall(r"`([\w./]+)`", rooms):
@@ -22,8 +22,8 @@ def floors() -> dict[str, int]:
     return found
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """Rooms of the package that a file imports, also inside functions."""
+def imported_rooms(path: Path, within: tuple[str, ...] = ()) -> set[str]:
+    """Rooms of the package that a file imports, also inside functions; of the room ``within``, where it is given."""
     relative = path.relative_to(ROOT).with_suffix("")
     here = list(relative.parts[:-1])  # the package the file is in, for relative imports
     rooms = set()
@@ -36,9 +36,9 @@ def imported_rooms(path: Path) -> set[str]:
             module = ".".join(part for part in (base, node.module) if part)
             names = [f"{module}.{alias.name}" for alias in node.names]
         for name in names:
-            parts = name.split(".")
-            if parts[0] == "auglocal_ext":
-                rooms.add(parts[1] if len(parts) > 1 else "__init__")
+            parts, whole = name.split("."), ("auglocal_ext", *within)
+            if tuple(parts[: len(whole)]) == whole:
+                rooms.add(parts[len(whole)] if len(parts) > len(whole) else "__init__")
     return rooms
 
 
@@ -72,6 +72,20 @@ def test_no_import_runs_upward():
     for room, targets in edges.items():  # neighbours on one floor may use each other, in one direction
         for target in targets:
             assert room not in edges.get(target, ()), f"{room} and {target} import each other"
+
+
+def test_rooms_within_training():
+    known, edges = floors("architecture/training.md"), set()
+    for path in (PACKAGE / "training").rglob("*.py"):
+        room = path.relative_to(PACKAGE / "training").with_suffix("").parts[0]
+        if room == "__init__":
+            continue
+        assert room in known, f"training/{room} is not in the table of docs/architecture/training.md"
+        for target in imported_rooms(path, ("training",)) - {room}:
+            assert target in known, f"{path.relative_to(ROOT)} imports {target} from the whole of training"
+            assert known[target] < known[room], f"{path.relative_to(ROOT)} imports {target} from no floor below"
+            edges.add((room, target))
+    assert {("run", "config"), ("run", "data"), ("config", "data")} <= edges
 
 
 def test_the_drawing_is_true():

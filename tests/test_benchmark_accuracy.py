@@ -285,8 +285,8 @@ def test_report_only(benchmark, run, tmp_path, capsys):
 def test_rows_are_the_recipes_and_fit_their_networks(benchmark):
     import _accuracy_rows as rows
 
-    from auglocal_ext.training import recipes
-    from auglocal_ext.training.settings import SECTIONS
+    from auglocal_ext.training.config import recipes
+    from auglocal_ext.training.config.settings import SECTIONS
 
     def rule(options):
         return {name: v for name, v in rows._parse(shlex.split(options)).items() if name in SECTIONS["rule"]}

@@ -21,7 +21,7 @@ from PIL import Image
 from auglocal_ext import __version__
 from auglocal_ext.cli import main
 from auglocal_ext.training import TrainConfig, Trainer
-from auglocal_ext.training.checkpoint import load
+from auglocal_ext.training.run.checkpoint import load
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--network", "resnet8", "--width", "4", "--batch-size", "8", "--lr", "0.05", "--device", "cpu"]

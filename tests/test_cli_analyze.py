@@ -17,7 +17,7 @@ from auglocal_ext.analysis import information, linear_probes, module_scores, rep
 from auglocal_ext.analysis.selection import Settings, select
 from auglocal_ext.cli import main
 from auglocal_ext.training import ImageArrays, ImageFiles, TrainConfig, Trainer, load_run
-from auglocal_ext.training.folder import FileList
+from auglocal_ext.training.data.folder import FileList
 
 LAYERS = ["stem", "layer1_0", "layer2_0", "layer3_0", "classifier"]
 RUNS = {

@@ -146,8 +146,8 @@ import sys
 from auglocal_ext import rules
 rules.RULES["selftaught"] = SelfTaught  # what a line in auglocal_ext/rules/__init__.py does
 from auglocal_ext.training import TrainConfig
-from auglocal_ext.training.config import make_rule
-from auglocal_ext.training.settings import SECTIONS
+from auglocal_ext.training.config.train_config import make_rule
+from auglocal_ext.training.config.settings import SECTIONS
 config = TrainConfig(data=".", output="run", rule="selftaught", decay=0.5, head="auglocal:depth=2")
 assert make_rule(config) == SelfTaught(0.5, head=rules.AugLocal(depth=2)), make_rule(config)
 assert SECTIONS["rule"]["teaching"] is float
@@ -172,7 +172,7 @@ def test_a_rules_options_stand_in_its_own_file(option):
         p.relative_to(package).as_posix() for p in package.rglob("*.py") if re.search(rf"\b{option}\b", p.read_text())
     }
     rules = {name for name in files if name.startswith("rules/") and name != "rules/__init__.py"}
-    assert len(rules) == 1 and len(files - {"training/mixing.py"}) <= 2, files  # sampling is a part's name too
+    assert len(rules) == 1 and len(files - {"training/data/mixing.py"}) <= 2, files  # sampling is a part's name too
 
 
 @pytest.mark.parametrize("example", ["term"], indirect=True)

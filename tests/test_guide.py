@@ -18,9 +18,9 @@ from PIL import Image
 from auglocal_ext.cli import analyze, info, main, plan, train
 from auglocal_ext.models import NAMES
 from auglocal_ext.rules import RULES
-from auglocal_ext.training import recipes
-from auglocal_ext.training.logs import EpochRow
-from auglocal_ext.training.rule_options import RULE_OPTIONS
+from auglocal_ext.training.config import recipes
+from auglocal_ext.training.config.rule_options import RULE_OPTIONS
+from auglocal_ext.training.run.logs import EpochRow
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = ("get-started", "using", "training", "questions")

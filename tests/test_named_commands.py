@@ -13,7 +13,7 @@ from auglocal_ext.cli import main
 from auglocal_ext.models import network_by_name
 from auglocal_ext.rules import FCNHead
 from auglocal_ext.training import load_run
-from auglocal_ext.training.networks import cut, task_of
+from auglocal_ext.training.run.networks import cut, task_of
 
 torchvision = pytest.importorskip("torchvision", exc_type=Exception, reason="needs torchvision")
 

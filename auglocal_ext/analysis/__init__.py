@@ -1,6 +1,6 @@
 """What a trained network's layers represent: similarity to another network, separability, information, learning."""
 
-from ..training.curves import Curves, read_curves
+from ..training.run.curves import Curves, read_curves
 from .cka import CKA, cka
 from .curves import ModuleScore, module_scores
 from .features import layer_names, layer_outputs

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import evaluating
-from ..training.logs import progress_bar
+from ..training.progress_bar import progress_bar
 from .features import layer_names, layer_outputs
 
 MINIBATCH = 256

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..layers import evaluating
 from ..local_sequential import LocalSequential
 from ..tasks import Classification
-from ..training.logs import progress_bar
-from ..training.metrics import EpochSums, StepResult
+from ..training.progress_bar import progress_bar
+from ..training.run.metrics import EpochSums, StepResult
 from .features import layer_names
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import pictures as style
-from ..training.curves import Curves, draw_modules_over_epochs
+from ..training.run.curves import Curves, draw_modules_over_epochs
 from .cka import CKA
 from .curves import ModuleScore
 from .information import Information

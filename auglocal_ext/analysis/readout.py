@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import Features, evaluating
-from ..training.logs import progress_bar
-from ..training.metrics import EpochSums, Reading, StepResult
+from ..training.progress_bar import progress_bar
+from ..training.run.metrics import EpochSums, Reading, StepResult
 from .features import layer_features, layer_names, layer_outputs
 
 Batch = tuple[Tensor, Tensor]

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..training import SavedRun, SettingsError
-from ..training.config import to_dict
-from ..training.values import user_path
-from ..training.versions import versions
-from ..training.writing import to
+from ..training.config.train_config import to_dict
+from ..training.paths import user_path
+from ..training.run.versions import versions
+from ..training.run.writing import to
 from . import plots
 from .cka import CKA, cka
 from .curves import ModuleScore, module_scores

@@ -11,10 +11,10 @@ from torch import nn
 
 from ..local_sequential import LocalSequential
 from ..training import CheckpointError, ImageArrays, ImageFiles, SavedRun, SettingsError, load_run
-from ..training.batches import Batches
-from ..training.curves import Curves, read_curves
-from ..training.data import MASKS, MaskFiles
-from ..training.folder import FileList, few
+from ..training.data.batches import Batches
+from ..training.data.datasets import MASKS, MaskFiles
+from ..training.data.folder import FileList, few
+from ..training.run.curves import Curves, read_curves
 from .cka import LEAST
 
 ANALYSES = ("cka", "probes", "information", "curves")

@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 from ..models import NAMES, check_name
-from ..training.rule_options import OPTIONS, help_of
-from ..training.settings import SETTINGS
-from ..training.values import reader
+from ..training.config.rule_options import OPTIONS, help_of
+from ..training.config.settings import SETTINGS
+from ..training.config.values import reader
 from .spelling import size, whole
 
 

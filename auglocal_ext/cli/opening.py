@@ -9,13 +9,13 @@ import torch
 
 from ..cost import count_parameters
 from ..training import Summary, TrainConfig, Trainer
-from ..training.data import MASKS
-from ..training.records import LOG
-from ..training.rule_options import RULE_OPTIONS, write_head
-from ..training.saving import find
-from ..training.schedule_picture import shares_table
-from ..training.trainer import CURVES, SCHEDULE
-from ..training.values import write
+from ..training.config.rule_options import RULE_OPTIONS, write_head
+from ..training.config.values import write
+from ..training.data.datasets import MASKS
+from ..training.run.records import LOG
+from ..training.run.saving import find
+from ..training.run.schedule_picture import shares_table
+from ..training.run.trainer import CURVES, SCHEDULE
 
 _WIDTH = 80
 

@@ -16,8 +16,8 @@ from ..planning import StagePlan, plan_memory, plan_stages
 from ..rules import Greedy
 from ..step import MemoryPlan
 from ..training import SettingsError, TrainConfig
-from ..training.config import AMP, RULE_OPTIONS, make_rule
-from ..training.networks import cut, task_of
+from ..training.config.train_config import AMP, RULE_OPTIONS, make_rule
+from ..training.run.networks import cut, task_of
 from .network_options import add_network_options
 from .opening import rule_text
 from .show import show

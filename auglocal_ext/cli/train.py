@@ -19,19 +19,19 @@ from ..training import (
     TrainConfig,
     Trainer,
     TrainingError,
-    recipes,
 )
-from ..training.config import differences, from_dict, resolve, to_recipe, with_recipe
-from ..training.data import ImageFiles, detect, load_data
-from ..training.processes import Launch
-from ..training.rule_options import RULE_OPTIONS
-from ..training.run_folder import refuse_unusable
-from ..training.run_lock import refuse_used
-from ..training.saving import find, read, refuse_earlier_run
-from ..training.schedule import PUBLISHED_FROM
-from ..training.stored import taken_from
-from ..training.trainer import CHECKPOINT, CURVES
-from ..training.values import user_path
+from ..training.config import recipes
+from ..training.config.rule_options import RULE_OPTIONS
+from ..training.config.schedule import PUBLISHED_FROM
+from ..training.config.train_config import differences, from_dict, resolve, to_recipe, with_recipe
+from ..training.data.datasets import ImageFiles, detect, load_data
+from ..training.paths import user_path
+from ..training.run.processes import Launch
+from ..training.run.run_folder import refuse_unusable
+from ..training.run.run_lock import refuse_used
+from ..training.run.saving import find, read, refuse_earlier_run
+from ..training.run.stored import taken_from
+from ..training.run.trainer import CHECKPOINT, CURVES
 from .network_options import add_network_options, add_settings
 from .opening import ending, opening
 from .spelling import as_options

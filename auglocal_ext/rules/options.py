@@ -16,7 +16,7 @@ class Option:
 
     Attributes:
         name: on the command line and in recipes.
-        kind: type of its values as :mod:`auglocal_ext.training.values` reads them: bool, int, float, str,
+        kind: type of its values as :mod:`auglocal_ext.training.config.values` reads them: bool, int, float, str,
             ``tuple[float, ...]``, ``int | tuple[int, ...]``, or of a head ``str | dict``: a name, or a rule and its
             options.
         help: a line for ``--help``.

@@ -8,13 +8,13 @@ network = load_run("runs/first").network
 
 from __future__ import annotations
 
-from .config import TrainConfig
-from .data import ImageArrays, ImageFiles, MaskFiles, load_data
+from .config.recipes import RECIPES, Recipe
+from .config.train_config import TrainConfig
+from .data.datasets import ImageArrays, ImageFiles, MaskFiles, load_data
 from .errors import CheckpointError, DataError, DivergedError, Interrupted, SettingsError, TrainingError
-from .progress import Summary
-from .recipes import RECIPES, Recipe
-from .saved_run import SavedRun, load_run
-from .trainer import Trainer
+from .run.progress import Summary
+from .run.saved_run import SavedRun, load_run
+from .run.trainer import Trainer
 
 __all__ = [
     "RECIPES",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from auglocal_ext import MAN, AugLocal, ContSup, Greedy, InfoPro, LocalSequential, PredSim, models
 from auglocal_ext.analysis import module_scores, read_curves
 from auglocal_ext.training import CheckpointError
-from auglocal_ext.training.logs import CsvLog, EpochRow
+from auglocal_ext.training.run.logs import CsvLog, EpochRow
 
 RULES = [
     pytest.param(AugLocal(depth=2), id="auglocal"),

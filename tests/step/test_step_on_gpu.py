@@ -13,7 +13,7 @@ from waits import no_waits
 
 from auglocal_ext import AugLocal, LocalSequential
 from auglocal_ext.step import LocalStep
-from auglocal_ext.training.prefetch import make_feed
+from auglocal_ext.training.data.prefetch import make_feed
 
 pytestmark = pytest.mark.gpu
 

@@ -28,7 +28,7 @@ from auglocal_ext.analysis import module_scores
 from auglocal_ext.planning import plan_memory
 from auglocal_ext.rules import LinearHead, Rule
 from auglocal_ext.tasks.regression import _met_where_not_finite
-from auglocal_ext.training.metrics import EpochSums, StepResult
+from auglocal_ext.training.run.metrics import EpochSums, StepResult
 
 
 def network(task, rule=None, **options):

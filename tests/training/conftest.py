@@ -23,7 +23,7 @@ def write_image(path: Path, size: tuple[int, int], seed: int) -> None:
 def pictures_are_files(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Learning curves take a third of a second to draw: an empty file stands for them, but in test_run_picture.py."""
     if request.path.name != "test_run_picture.py":
-        monkeypatch.setattr("auglocal_ext.training.trainer.draw_run", lambda path, *_: path.touch())
+        monkeypatch.setattr("auglocal_ext.training.run.trainer.draw_run", lambda path, *_: path.touch())
 
 
 @pytest.fixture(name="write_image")

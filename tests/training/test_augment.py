@@ -6,15 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from auglocal_ext.training.augment import (
-    Augmentation,
-    Draw,
-    channel_constants,
-    crop_and_flip,
-    draw,
-    normalise,
-)
-from auglocal_ext.training.recipes import RECIPES
+from auglocal_ext.training.config.recipes import RECIPES
+from auglocal_ext.training.data.augment import Augmentation, Draw, channel_constants, crop_and_flip, draw, normalise
 
 
 def one_image(image, top, left, mirrored, augmentation):

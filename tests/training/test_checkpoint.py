@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from auglocal_ext.training import CheckpointError, checkpoint
+from auglocal_ext.training import CheckpointError
 from auglocal_ext.training.errors import OutputError
+from auglocal_ext.training.run import checkpoint
 
 
 def test_round_trip(tmp_path):

@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from auglocal_ext.training import DataError, ImageArrays, ImageFiles, SettingsError, data, folder, load_data
+from auglocal_ext.training import DataError, ImageArrays, ImageFiles, SettingsError, load_data
+from auglocal_ext.training.data import datasets as data
+from auglocal_ext.training.data import folder
 
 
 def load(root, **options):

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from auglocal_ext.rules import Rule
-from auglocal_ext.training import SettingsError, TrainConfig, recipes
-from auglocal_ext.training.config import make_rule, resolve
-from auglocal_ext.training.rule_options import OPTIONS
+from auglocal_ext.training import SettingsError, TrainConfig
+from auglocal_ext.training.config import recipes
+from auglocal_ext.training.config.rule_options import OPTIONS
+from auglocal_ext.training.config.train_config import make_rule, resolve
 
 RECORDED = json.loads(Path(__file__).with_name("frozen_recipes.json").read_text())
 DATA_SETS = ("cifar10", "svhn", "stl10", "folder")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, features
 
 from auglocal_ext.training import DataError, load_data
-from auglocal_ext.training.folder import image_size, list_folder, read_image
+from auglocal_ext.training.data.folder import image_size, list_folder, read_image
 
 
 def test_a_format_that_starts_programs_is_not_opened(tmp_path):

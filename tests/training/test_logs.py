@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from auglocal_ext.training import CheckpointError, Trainer
-from auglocal_ext.training.logs import CsvLog, EpochRow, EpochTable, TensorBoardLog, peak_bytes
+from auglocal_ext.training.run.logs import CsvLog, EpochRow, EpochTable, TensorBoardLog, peak_bytes
 
 
 def row(epoch):

@@ -15,11 +15,11 @@ from runs import interrupt_after, log, trainer
 from auglocal_ext.cli import main
 from auglocal_ext.tasks import Segmentation
 from auglocal_ext.training import DataError, Interrupted, MaskFiles, SettingsError, load_data, load_run
-from auglocal_ext.training.curves import read_curves
-from auglocal_ext.training.joint_crop import JointCrop
-from auglocal_ext.training.mask_file import read_mask
-from auglocal_ext.training.metrics import EpochSums, StepResult
-from auglocal_ext.training.networks import check_data
+from auglocal_ext.training.data.joint_crop import JointCrop
+from auglocal_ext.training.data.mask_file import read_mask
+from auglocal_ext.training.run.curves import read_curves
+from auglocal_ext.training.run.metrics import EpochSums, StepResult
+from auglocal_ext.training.run.networks import check_data
 
 SMALL = "torchvision:lraspp_mobilenet_v3_large"
 

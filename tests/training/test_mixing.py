@@ -8,7 +8,7 @@ import torch
 from runs import RULES, interrupt_after, log, trainer
 
 from auglocal_ext.training import Interrupted, SettingsError
-from auglocal_ext.training.mixing import MixedBatches, cut_mix, mix_up, probabilities
+from auglocal_ext.training.data.mixing import MixedBatches, cut_mix, mix_up, probabilities
 
 
 class Source:

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from auglocal_ext.training import SettingsError, load_data
-from auglocal_ext.training.augment import Augmentation
-from auglocal_ext.training.batches import make_batches
-from auglocal_ext.training.metrics import EpochSums, StepResult
-from auglocal_ext.training.mixing import MixedBatches
-from auglocal_ext.training.order import Part
+from auglocal_ext.training.data.augment import Augmentation
+from auglocal_ext.training.data.batches import make_batches
+from auglocal_ext.training.data.mixing import MixedBatches
+from auglocal_ext.training.data.order import Part
+from auglocal_ext.training.run.metrics import EpochSums, StepResult
 
 AUGMENTATION = Augmentation(2, "reflect", True, (120.0, 121.0, 122.0), (60.0, 61.0, 62.0))
 

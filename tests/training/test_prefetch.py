@@ -10,10 +10,11 @@ import torch
 from runs import RULES, interrupt_after, log, trainer, waiting
 from waits import no_waits
 
-from auglocal_ext.training import Interrupted, prefetch
-from auglocal_ext.training.batches import make_batches
-from auglocal_ext.training.prefetch import InlineFeed, StreamFeed, make_feed
-from auglocal_ext.training.recipes import RECIPES
+from auglocal_ext.training import Interrupted
+from auglocal_ext.training.config.recipes import RECIPES
+from auglocal_ext.training.data import prefetch
+from auglocal_ext.training.data.batches import make_batches
+from auglocal_ext.training.data.prefetch import InlineFeed, StreamFeed, make_feed
 
 
 class Timeline:

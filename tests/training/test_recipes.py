@@ -13,11 +13,12 @@ from runs import trainer
 from auglocal_ext.cli.network_options import add_settings
 from auglocal_ext.layers import group_children
 from auglocal_ext.models import build
-from auglocal_ext.training import RECIPES, SettingsError, TrainConfig, recipes
-from auglocal_ext.training.config import differences, make_rule, resolve, to_recipe
-from auglocal_ext.training.recipes import DATA_RECIPES
-from auglocal_ext.training.rule_options import OPTIONS
-from auglocal_ext.training.settings import SECTIONS, SETTINGS
+from auglocal_ext.training import RECIPES, SettingsError, TrainConfig
+from auglocal_ext.training.config import recipes
+from auglocal_ext.training.config.recipes import DATA_RECIPES
+from auglocal_ext.training.config.rule_options import OPTIONS
+from auglocal_ext.training.config.settings import SECTIONS, SETTINGS
+from auglocal_ext.training.config.train_config import differences, make_rule, resolve, to_recipe
 
 MAN_HEAD = {
     "rule": "infopro",
@@ -341,4 +342,4 @@ def test_a_run_by_a_recipe_stores_its_settings_and_resumes(config, separable, tm
 
 def test_recipes_are_installed_with_the_package():
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert '"auglocal_ext.training.recipes" = ["*.toml"]' in text
+    assert '"auglocal_ext.training.config.recipes" = ["*.toml"]' in text

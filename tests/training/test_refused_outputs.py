@@ -10,8 +10,8 @@ from runs import trainer
 
 from auglocal_ext.cli import main
 from auglocal_ext.training import SettingsError
-from auglocal_ext.training.run_folder import refuse_unusable
-from auglocal_ext.training.run_lock import RunLock
+from auglocal_ext.training.run.run_folder import refuse_unusable
+from auglocal_ext.training.run.run_lock import RunLock
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,17 @@ from auglocal_ext.rules import (
     PredSim,
 )
 from auglocal_ext.training import SettingsError, TrainConfig
-from auglocal_ext.training.config import differences, from_dict, make_rule, resolve, to_dict
-from auglocal_ext.training.rule_options import OPTIONS, RULE_OPTIONS, RULES, help_of, includes, read_head, write_head
-from auglocal_ext.training.values import reader
+from auglocal_ext.training.config.rule_options import (
+    OPTIONS,
+    RULE_OPTIONS,
+    RULES,
+    help_of,
+    includes,
+    read_head,
+    write_head,
+)
+from auglocal_ext.training.config.train_config import differences, from_dict, make_rule, resolve, to_dict
+from auglocal_ext.training.config.values import reader
 
 WEIGHTS = (5.0, 0.05, 0.2, 0.5)
 

@@ -16,17 +16,12 @@ import torch
 from runs import interrupt_after, log, trainer
 
 from auglocal_ext.cli import main
-from auglocal_ext.training import (
-    CheckpointError,
-    Interrupted,
-    SettingsError,
-    checkpoint,
-    load_run,
-)
+from auglocal_ext.training import CheckpointError, Interrupted, SettingsError, load_run
+from auglocal_ext.training.config.schedule import learning_rate
 from auglocal_ext.training.errors import OutputError, WorkerError
-from auglocal_ext.training.learner import LocalLearner
-from auglocal_ext.training.run_lock import RunLock, refuse_used
-from auglocal_ext.training.schedule import learning_rate
+from auglocal_ext.training.run import checkpoint
+from auglocal_ext.training.run.learner import LocalLearner
+from auglocal_ext.training.run.run_lock import RunLock, refuse_used
 
 
 @pytest.fixture
@@ -355,7 +350,7 @@ def test_pictures_that_cannot_be_drawn_lose_no_run(config, separable, monkeypatc
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("auglocal_ext.training.trainer.draw_run", full)
+    monkeypatch.setattr("auglocal_ext.training.run.trainer.draw_run", full)
     run = trainer(config(epochs=1), separable)
     run._say = said.append
     run.fit()

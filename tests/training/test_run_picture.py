@@ -13,7 +13,7 @@ from runs import interrupt_after, trainer
 
 from auglocal_ext import pictures
 from auglocal_ext.training import DivergedError, Interrupted
-from auglocal_ext.training.curves import Curves, draw_run, read_curves
+from auglocal_ext.training.run.curves import Curves, draw_run, read_curves
 
 
 def curves(epochs, modules):
@@ -108,7 +108,7 @@ def test_every_run_that_finished_an_epoch_has_the_picture(config, separable, tmp
 def test_a_long_run_draws_while_it_goes_on_but_not_after_each_epoch(config, separable, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "auglocal_ext.training.trainer.draw_run", lambda path, given, *_: drawn.append(len(given.epochs))
+        "auglocal_ext.training.run.trainer.draw_run", lambda path, given, *_: drawn.append(len(given.epochs))
     )
     run = trainer(config(epochs=4), separable)
     run.fit()

@@ -10,7 +10,8 @@ import torch
 from runs import trainer
 
 from auglocal_ext import LocalSequential
-from auglocal_ext.training import CheckpointError, DataError, ImageArrays, SettingsError, checkpoint, load_run
+from auglocal_ext.training import CheckpointError, DataError, ImageArrays, SettingsError, load_run
+from auglocal_ext.training.run import checkpoint
 
 KINDS = [
     pytest.param({"rule": "bp"}, id="bp"),

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from auglocal_ext.training.recipes import names, read
-from auglocal_ext.training.schedule import SCHEDULES, default_schedule, default_warmup, learning_rate
+from auglocal_ext.training.config.recipes import names, read
+from auglocal_ext.training.config.schedule import SCHEDULES, default_schedule, default_warmup, learning_rate
 
 
 def test_first_epochs_of_the_cifar_recipe():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from matplotlib.figure import Figure
 
 from auglocal_ext.distributed import Span, StepTimes
-from auglocal_ext.training.schedule_picture import Shares, draw_schedule, on_common_clock, shares_table
+from auglocal_ext.training.run.schedule_picture import Shares, draw_schedule, on_common_clock, shares_table
 
 
 def test_a_line_for_each_process():

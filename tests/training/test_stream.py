@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from auglocal_ext.training import DataError, Trainer, load_data
-from auglocal_ext.training.batches import make_batches
+from auglocal_ext.training.config.recipes import RECIPES
+from auglocal_ext.training.data.batches import make_batches
 from auglocal_ext.training.errors import WorkerError
-from auglocal_ext.training.recipes import RECIPES
 
 try:
     import torchvision  # noqa: F401
@@ -107,6 +107,6 @@ def test_a_killed_worker_is_one_line(mixed, monkeypatch):
         if os.getpid() != here:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr("auglocal_ext.training.stream.read_image", killed)
+    monkeypatch.setattr("auglocal_ext.training.data.stream.read_image", killed)
     with pytest.raises(WorkerError, match="a process that reads images was killed .*take fewer --workers"):
         list(source.train(1))

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from auglocal_ext.cli import main
-from auglocal_ext.training import CheckpointError, SettingsError, checkpoint, load_run
-from auglocal_ext.training.learner import LocalLearner
-from auglocal_ext.training.processes import Launch, SharedStop
-from auglocal_ext.training.run_lock import RunLock
+from auglocal_ext.training import CheckpointError, SettingsError, load_run
+from auglocal_ext.training.run import checkpoint
+from auglocal_ext.training.run.learner import LocalLearner
+from auglocal_ext.training.run.processes import Launch, SharedStop
+from auglocal_ext.training.run.run_lock import RunLock
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ["--network", "resnet8", "--width", "4", "--batch-size", "8", "--lr", "0.05", "--epochs", "3", "--device", "cpu"]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from auglocal_ext.training import DataError, SettingsError, load_data, torchvision_files
+from auglocal_ext.training import DataError, SettingsError, load_data
+from auglocal_ext.training.data import torchvision_files
 
 try:
     from torchvision import datasets

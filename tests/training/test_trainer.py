@@ -12,15 +12,10 @@ import torch
 from runs import RULES, interrupt_after, log, trainer
 
 from auglocal_ext.planning import plan_memory
-from auglocal_ext.training import (
-    CheckpointError,
-    DivergedError,
-    Interrupted,
-    SettingsError,
-    checkpoint,
-)
-from auglocal_ext.training.metrics import EpochSums, StepResult
-from auglocal_ext.training.schedule import learning_rate
+from auglocal_ext.training import CheckpointError, DivergedError, Interrupted, SettingsError
+from auglocal_ext.training.config.schedule import learning_rate
+from auglocal_ext.training.run import checkpoint
+from auglocal_ext.training.run.metrics import EpochSums, StepResult
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -1,0 +1,200 @@
+"""Recipes: settings of experiments in TOML files, one per experiment, which a user may copy and change."""
+
+from __future__ import annotations
+
+import configparser
+import difflib
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ...data.augment import Augmentation
+from ...errors import SettingsError
+from ...paths import user_path
+from ..rule_options import WrongSetting, read_head
+from ..settings import SECTIONS
+from ..values import checked, to_toml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_FOLDER = Path(__file__).parent
+
+#: The recipes that hold a data set's training alone and no network or rule: what ``auto`` chooses from.
+DATA_RECIPES = ("cifar10", "svhn", "stl10", "imagenet", "masks")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """SGD with Nesterov momentum, a cosine schedule stepped per epoch, and the images' augmentation.
+
+    Weight decay acts on every parameter, BatchNorm's and biases included, as in AugLocal's released code.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    warmup: int
+    augmentation: Augmentation
+    weight_decay: float
+    momentum: float
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Recipe:
+        """From settings, where none of them may be missing or None; ValueError for an augmentation that cannot be."""
+        names = ("epochs", "batch_size", "lr", "warmup", "weight_decay", "momentum")
+        augmentation = Augmentation(**{field.name: settings[field.name] for field in fields(Augmentation)})
+        return cls(augmentation=augmentation, **{name: settings[name] for name in names})
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """What a recipe file says: the data set's recipe it is based on (or "auto"), and settings of its own."""
+
+    base: str
+    settings: dict[str, Any]
+
+
+def names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in _FOLDER.glob("*.toml"))
+
+
+def title(name: str) -> str:
+    """The first line of a recipe that comes with the package, which says what it is."""
+    return (_FOLDER / f"{name}.toml").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+
+
+def find(recipe: str) -> Path:
+    """The file of a recipe's name, or the file at that path; SettingsError if there is neither."""
+    if recipe in names():
+        return _FOLDER / f"{recipe}.toml"
+    path = user_path(recipe)
+    if os.path.isfile(path):
+        return path.resolve()
+    close = difflib.get_close_matches(recipe, names(), 1)
+    raise SettingsError(
+        f"--recipe {recipe}: neither a recipe ({', '.join(names())}) nor a file"
+        + (f"; did you mean {close[0]}?" if close else "")
+    )
+
+
+def read(recipe: str) -> RecipeFile:
+    """The recipe of that name or path, with what it is based on.
+
+    Raises SettingsError, with file, line, table and key, for a table or setting that is unknown and a value of a wrong
+    type.
+    """
+    path = find(recipe)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read as a recipe: {error}") from error
+    try:
+        tables = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        why = _INI if _is_ini(text) else str(error) or "its values are nested too deeply"
+        raise SettingsError(f"{path}: cannot be read as a recipe: {why}") from error
+    try:
+        base, settings = _settings(tables)
+    except WrongSetting as error:
+        raise SettingsError(_placed(path, text, error)) from error
+    if base is None:
+        base = recipe if recipe in DATA_RECIPES else "auto"
+    if base == "auto" or base in DATA_RECIPES:
+        return RecipeFile(base, settings)
+    below = read(base)
+    return RecipeFile(below.base, below.settings | settings)
+
+
+_INI = (
+    "it is an INI file, and recipes are TOML: put text in quotes and lists in brackets (modules = [7, 15, 27]), write "
+    "true and false for yes and no, and a rule as head as a table [rule.head] with rule = its name. The option "
+    "--config prints the settings of a command as a recipe"
+)
+
+
+def _is_ini(text: str) -> bool:
+    parser = configparser.ConfigParser(interpolation=None, default_section="", inline_comment_prefixes=("#",))
+    try:
+        parser.read_string(text)
+    except configparser.Error:
+        return False
+    return any(section in SECTIONS for section in parser.sections())
+
+
+def _settings(tables: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The name of what a recipe is based on, if it says so, and its settings; WrongSetting for what they cannot be."""
+    base: str | None = None
+    settings: dict[str, Any] = {}
+    for table, content in tables.items():
+        if table not in ("recipe", *SECTIONS):
+            raise WrongSetting(table, "", f"is no table of a recipe; tables are recipe, {', '.join(SECTIONS)}")
+        if not isinstance(content, dict):
+            raise WrongSetting(table, "", f"is a table, got {to_toml(content)}")
+        for name, value in content.items():
+            if (table, name) == ("recipe", "base"):
+                if value != "auto" and value not in names():
+                    what = f"expected auto or one of {', '.join(names())}, got {to_toml(value)}"
+                    raise WrongSetting(table, name, what)
+                base = value
+                continue
+            kind = SECTIONS.get(table, {}).get(name)
+            if kind is None:
+                raise WrongSetting(table, name, _unknown(table, name))
+            try:
+                settings[name] = read_head(value, as_text=False) if name == "head" else checked(kind, value)
+            except ValueError as error:
+                raise WrongSetting(table, name, str(error)) from error
+    return base, settings
+
+
+def _unknown(table: str, name: str) -> str:
+    for other, settings in SECTIONS.items():
+        if name in settings:
+            return f"belongs in [{other}]"
+    known = tuple(SECTIONS.get(table, ("base",)))
+    close = difflib.get_close_matches(name, known, 1)
+    return "is unknown" + (f"; did you mean {close[0]}?" if close else f"; [{table}] has {', '.join(known)}")
+
+
+def _placed(path: Path, text: str, error: WrongSetting) -> str:
+    """The message with file and line; without a line where the key is not on one of its own."""
+    here = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[\s*([^][]+?)\s*\]", line):
+            here = header[1]
+            found = not error.key and here == error.table
+        else:
+            found = here == error.table and re.match(rf"\s*{re.escape(error.key)}\s*=", line) is not None
+        if found:
+            return f"{path}, line {number}, {error}"
+    return f"{path}, {error}"
+
+
+def write_recipe(settings: Mapping[str, Any], base: str) -> str:
+    """A recipe file of these settings; those that are None, or empty text, are left out."""
+    parts = [f"[recipe]\nbase = {to_toml(base)}\n"]
+    for table, known in SECTIONS.items():
+        parts += _table(table, {name: settings[name] for name in known if settings.get(name) not in (None, "")})
+    return "\n".join(parts)
+
+
+def _table(name: str, values: Mapping[str, Any]) -> list[str]:
+    """The text of a table and of those in it."""
+    lines = [f"{key} = {to_toml(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    parts = ["\n".join([f"[{name}]", *lines, ""])] if lines else []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            parts += _table(f"{name}.{key}", value)
+    return parts
+
+
+#: The recipes in DATA_RECIPES.
+RECIPES: dict[str, Recipe] = {name: Recipe.of(read(name).settings) for name in DATA_RECIPES}

@@ -1,0 +1,231 @@
+"""The settings of a run, each declared once: its table in recipes, its values, and what the command line says of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+
+from ...local_modules import RECOMPUTE, Recompute
+from ..data.datasets import DATASETS
+from ..errors import SettingsError
+from .rule_options import OPTIONS
+from .schedule import SCHEDULES
+
+AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+GRAPH: dict[str, Literal[True, False, "auto"]] = {"auto": "auto", "on": True, "off": False}
+
+RECOMPUTE_CHOICES = (*RECOMPUTE, "peak")
+
+#: The tables of a recipe in their order.
+TABLES = ("data", "network", "rule", "step", "processes", "optimisation", "augmentation")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting of a run.
+
+    Attributes:
+        name: in recipes; on the command line with dashes.
+        kind: type of its values, None aside.
+        table: in which a recipe has it.
+        help: a line for ``--help``; None where the command line has no such option, or another place adds it.
+        metavar: what stands for a value in help.
+        choices: all values it may have; empty where they are not listed.
+        least: smallest value.
+        most: largest value, beside ``least``.
+        positive: whether values are above 0.
+    """
+
+    name: str
+    kind: Any
+    table: str
+    help: str | None = None
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    least: int | None = None
+    most: int = 2**31 - 1
+    positive: bool = False
+
+    @property
+    def flag(self) -> str:
+        """Its option on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    def check(self, value: Any) -> None:
+        """SettingsError for what is no value of it."""
+        parts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(part, float) and not math.isfinite(part) for part in parts):
+            raise SettingsError(f"{self.flag} must be finite, got {value}")
+        if value is None:
+            return
+        if self.choices and value not in self.choices:
+            raise SettingsError(f"{self.flag} is one of {', '.join(self.choices)}, not {value!r}")
+        if self.least is not None and value < self.least:
+            raise SettingsError(f"{self.flag} must be at least {self.least}, got {value}")
+        if self.least is not None and value > self.most:
+            raise SettingsError(f"{self.flag} must be at most {self.most}, got {value}")
+        if self.positive and not value > 0:
+            raise SettingsError(f"{self.flag} must be positive, got {value}")
+
+
+def _setting(
+    default: Any,
+    table: str,
+    help: str | None = None,
+    metavar: str | None = None,
+    *,
+    choices: Sequence[str] = (),
+    **bounds: int,
+) -> Any:
+    said = {"table": table, "help": help, "metavar": metavar, "choices": tuple(choices), **bounds}
+    return field(default=default, metadata=said)
+
+
+#: A field for each option of the rules, None where it was not given.
+_RuleSettings: Any = make_dataclass(
+    "_RuleSettings",
+    [(name, option.kind | None, field(default=None, metadata={"table": "rule"})) for name, option in OPTIONS.items()],
+    frozen=True,
+    kw_only=True,
+)
+
+
+@dataclass(frozen=True)
+class Settings(_RuleSettings):
+    """Names, types and defaults of the settings; :class:`auglocal_ext.training.TrainConfig` says what they are."""
+
+    data: str = field(metadata={"table": "data", "help": "the images (required unless --resume)", "metavar": "DIR"})
+    output: str
+    dataset: str = _setting("auto", "data", "what lies in --data; auto: by the files there (default)", choices=DATASETS)
+    recipe: str = "auto"
+    recipe_file: str | None = None
+    network: str = _setting("resnet32", "network")
+    network_weights: str | None = _setting(
+        None,
+        "network",
+        "begin with published weights: a state dict in the format of torch.save or safetensors",
+        "FILE",
+    )
+    width: int | None = _setting(None, "network", least=1)
+    rule: str = _setting("auglocal", "rule")
+    fused: bool = _setting(True, "step")
+    recompute: Recompute | Literal["peak"] = _setting(
+        "none",
+        "step",
+        "what runs a second time to save memory (default none); peak: only in the modules that need the most",
+        choices=RECOMPUTE_CHOICES,
+    )
+    memory_budget: str | None = _setting(
+        None,
+        "step",
+        "such as 0.4GiB: the cheapest recomputation whose predicted step fits; the plan is printed",
+        "SIZE",
+    )
+    graph: str = _setting(
+        "auto",
+        "step",
+        "run a local rule's step as one CUDA graph; auto (default): where it can be captured, and say why not",
+        choices=tuple(GRAPH),
+    )
+    overlap: bool | None = _setting(
+        None,
+        "step",
+        "run a local module's backward beside the next one's forward, on two CUDA streams, with the activations of two "
+        "modules alive at a time",
+    )
+    epochs: int | None = _setting(
+        None, "optimisation", "of the whole run; with --resume they may be others than before", "N", least=1
+    )
+    batch_size: int | None = _setting(None, "optimisation", "of all replicas together", "N", least=2)
+    lr: float | None = _setting(None, "optimisation", "peak learning rate", "X", positive=True)
+    momentum: float | None = _setting(None, "optimisation")
+    weight_decay: float | None = _setting(None, "optimisation", "of every parameter", "X", least=0)
+    warmup: int | None = _setting(None, "optimisation", "epochs of linear warm-up", "N", least=0)
+    schedule: str | None = _setting(
+        None,
+        "optimisation",
+        "of the rate: published (the papers' cosine, default from 100 epochs on) or short (no epoch at rate 0, default "
+        "below)",
+        choices=SCHEDULES,
+    )
+    padding: int | None = _setting(None, "augmentation", least=0)
+    padding_mode: str | None = _setting(None, "augmentation", choices=("reflect", "zero"))
+    flip: bool | None = _setting(None, "augmentation")
+    mean: tuple[float, ...] | None = _setting(None, "augmentation")
+    std: tuple[float, ...] | None = _setting(None, "augmentation")
+    mixup: float | None = _setting(
+        None, "augmentation", "mix images in pairs, shares from Beta(A, A); labels become probabilities", "A", least=0
+    )
+    cutmix: float | None = _setting(
+        None, "augmentation", "the same by rectangles; with both, either is drawn for each batch", "A", least=0
+    )
+    seed: int = _setting(1234, "optimisation", "default 1234", "N", least=0, most=2**64 - 1)
+    amp: str = _setting("none", "step", "mixed precision (default none)", choices=tuple(AMP))
+    channels_last: bool = _setting(False, "step", "store images and activations channels last")
+    device: str = _setting("auto", "step", "auto (default), cpu, cuda, cuda:1, ...", "NAME")
+    image_size: int | None = _setting(
+        None, "data", "resize the images of a folder to N x N, read from disk each epoch", "N", least=8
+    )
+    train_images: int | None = _setting(
+        None, "data", "train on N images drawn once, the same ones for equal --seed", "N", least=2
+    )
+    workers: int | None = _setting(
+        None, "data", "processes that read images (default: one per core, at most 16)", "N", least=0
+    )
+    stages: int = _setting(
+        1, "processes", "runs of local modules, each trained by processes of its own (default 1)", "S"
+    )
+    replicas: int = _setting(
+        1,
+        "processes",
+        "processes that share each batch of --batch-size images (default: all processes divided by --stages)",
+        "R",
+    )
+    stage_cuts: tuple[int, ...] | None = _setting(
+        None,
+        "processes",
+        "first local module of each stage but the first (default: stages of about equal FLOPs)",
+        "I,J,..",
+    )
+    sync_batch_norm: bool = _setting(
+        False, "processes", "BatchNorm takes its statistics over all replicas, as one process does over the batch"
+    )
+    shard: bool = _setting(
+        False,
+        "processes",
+        "replicas share parameters, gradients and optimizer state instead of each holding all of them",
+    )
+    gather_features: bool = _setting(
+        False, "processes", "losses that compare images (predsim, infopro's contrast) see those of all replicas"
+    )
+
+
+def _declared() -> Iterator[Setting]:
+    hints = get_type_hints(Settings)
+    for each in sorted(fields(Settings), key=lambda each: each.name != "rule"):  # before its options
+        if "table" in each.metadata:
+            yield Setting(each.name, _kind(each.name, hints[each.name]), **each.metadata)
+
+
+def _kind(name: str, hint: Any) -> Any:
+    """``bool`` of ``bool | None``, and ``str`` of literal text."""
+    if name in OPTIONS:
+        return OPTIONS[name].kind
+    union = get_origin(hint) in (Union, UnionType)
+    kinds = [kind for kind in (get_args(hint) if union else (hint,)) if kind is not NoneType]
+    return str if get_origin(kinds[0]) is Literal else kinds[0]
+
+
+#: Every setting that a recipe may have, by name.
+SETTINGS: dict[str, Setting] = {each.name: each for each in _declared()}
+
+#: The settings in each table of a recipe, with the types of their values.
+SECTIONS: dict[str, dict[str, Any]] = {
+    table: {each.name: each.kind for each in SETTINGS.values() if each.table == table} for table in TABLES
+}

@@ -1,0 +1,1 @@
+"""Images as they are read, augmented, mixed and handed to a step as batches."""

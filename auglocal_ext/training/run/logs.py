@@ -1,0 +1,202 @@
+"""What a run tells: a CSV row per epoch, a table on the terminal, TensorBoard scalars, and its peak memory."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...tasks import Segmentation
+from ..errors import CheckpointError
+from .log_file import read_rows
+from .writing import replaced, to
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """One row of ``log.csv``. Accuracies are fractions, ``seconds`` those spent on training batches alone.
+
+    ``train_loss`` and ``train_accuracy`` are the network's own, those of its classifier, which the last local module
+    trains; they compare with ``test_loss`` and ``test_accuracy``. They are means over the epoch's images, augmented and
+    in training mode, while the weights changed. (``train_loss`` is nan where a rule gives the classifier's loss the
+    weight 0.) ``local_loss_sum`` is what a step differentiates: the sum of ``module_losses``, the weighted local losses
+    of the rule. Backpropagation is one module, whose loss is the network's.
+
+    ``module_accuracies`` are those of each module's own classifier on the same images, nan where it has none; the last
+    module's is ``train_accuracy``. Both per-module columns are one number per local module, separated by spaces in the
+    file. ``waiting`` is the fraction of ``seconds`` in which steps waited for their batch: on CUDA the device's time
+    from the end of a step to the next batch being ready on it, on the CPU the time it took to make the batches.
+    ``peak_bytes`` is the peak since the start: allocated CUDA memory, or on the CPU the process's resident set.
+
+    Of masks, accuracies are over the pixels that count, and the last three columns are the mean intersection over union
+    of the classes; else these are None and not in the file.
+    """
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_accuracy: float
+    local_loss_sum: float
+    test_loss: float
+    test_accuracy: float
+    images_per_second: float
+    seconds: float
+    waiting: float
+    peak_bytes: int
+    module_losses: tuple[float, ...]
+    module_accuracies: tuple[float, ...]
+    train_miou: float | None = None
+    test_miou: float | None = None
+    module_mious: tuple[float, ...] | None = None
+
+
+_PER_MODULE = ("module_losses", "module_accuracies", "module_mious")
+_OF_MASKS = ("train_miou", "test_miou", "module_mious")
+
+
+def columns(masks: bool) -> list[str]:
+    """Those of ``log.csv``, of a run with masks or without."""
+    return [field.name for field in fields(EpochRow) if masks or field.name not in _OF_MASKS]
+
+
+class CsvLog:
+    """``log.csv``; opening it for a run that goes on after ``epoch`` drops the rows of later epochs.
+
+    Raises CheckpointError if a log to go on with has other columns than :class:`EpochRow`.
+    """
+
+    def __init__(self, path: Path, epoch: int, masks: bool = False):
+        self.path = path
+        names = columns(masks)
+        kept: list[dict[str, str]] = []
+        if epoch and path.is_file():
+            found, rows = read_rows(path)
+            if found != names:
+                raise CheckpointError(
+                    f"{path}: its columns are {', '.join(found or ['none'])}; expected {', '.join(names)}. Another "
+                    "version wrote it: move it away to go on without its epochs"
+                )
+            kept = [row for row in rows if int(row["epoch"]) <= epoch]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, names)
+        writer.writeheader()
+        writer.writerows(kept)
+        with replaced(path) as file:
+            file.write(text.getvalue().encode())
+
+    def add(self, row: EpochRow) -> None:
+        values = {name: value for name, value in asdict(row).items() if value is not None}
+        values |= {name: " ".join(map(repr, values[name])) for name in _PER_MODULE if name in values}
+        with to(self.path), self.path.open("a", newline="") as file:
+            csv.writer(file).writerow(values.values())
+
+
+class TensorBoardLog:
+    """Scalars per epoch below ``folder``; ``note`` says why there are none if tensorboard does not import."""
+
+    def __init__(self, folder: Path, epoch: int):
+        self.note: str | None = None
+        self._writer: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except Exception as error:  # a half-installed tensorboard fails in many ways, none worth losing a run for
+            self.note = f"no TensorBoard log ({error}): pip install tensorboard"
+            return
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=epoch + 1)
+        except OSError as error:
+            self.note = _no_board(folder, error)
+        self._folder = folder
+
+    def add(self, row: EpochRow) -> None:
+        if self._writer is None:
+            return
+        try:
+            self._write(row)
+        except OSError as error:  # no reason to lose a run
+            self.note, self._writer = _no_board(self._folder, error), None
+
+    def _write(self, row: EpochRow) -> None:
+        for name, value in asdict(row).items():
+            if name != "epoch" and name not in _PER_MODULE and value is not None:
+                # train/loss and test/loss, so that TensorBoard groups the two splits.
+                tag = name.replace("_", "/", 1) if name.startswith(("train_", "test_")) else name
+                self._writer.add_scalar(tag, value, row.epoch)
+        for module, loss in enumerate(row.module_losses):
+            self._writer.add_scalar(f"module_loss/{module}", loss, row.epoch)
+        for module, accuracy in enumerate(row.module_accuracies):
+            if not math.isnan(accuracy):
+                self._writer.add_scalar(f"module_accuracy/{module}", accuracy, row.epoch)
+        for module, miou in enumerate(row.module_mious or ()):
+            self._writer.add_scalar(f"module_miou/{module}", miou, row.epoch)
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.close()
+
+
+def _no_board(folder: Path, error: OSError) -> str:
+    return f"no TensorBoard log: {folder} cannot be written: {error.strerror or error}"
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak of allocated CUDA memory in bytes; on the CPU the process's peak resident set, data included.
+
+    0 where the system does not tell (Windows).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+_COLUMNS = {
+    "lr": (8, "", "lr", "{:.3g}"),
+    "train_loss": (7, "train", "loss", "{:.4f}"),
+    "train_accuracy": (8, "train", "{metric}", "{:.2%}"),
+    "local_loss_sum": (12, "sum of local", "losses", "{:.4f}"),
+    "test_loss": (7, "test", "loss", "{:.4f}"),
+    "test_accuracy": (8, "test", "{metric}", "{:.2%}"),
+    "images_per_second": (8, "", "images/s", "{:,.0f}"),
+}
+
+
+class EpochTable:
+    """Epochs as lines of at most 80 columns for the terminal, with a heading above the first.
+
+    Args:
+        epochs: of the whole run.
+        metric: what the task calls what it counts: accuracy, or mIoU of masks.
+        modules: local modules; the sum of their losses is shown where there is more than one.
+    """
+
+    def __init__(self, epochs: int, metric: str, modules: int):
+        self._epochs, self._metric = epochs, metric
+        self._first = max(5, len(f"{epochs}/{epochs}"))
+        shown = {name: column for name, column in _COLUMNS.items() if modules > 1 or name != "local_loss_sum"}
+        self.masks = metric == Segmentation.metric
+        self._columns = {name.replace("accuracy", "miou") if self.masks else name: of for name, of in shown.items()}
+
+    def heading(self) -> str:
+        """Two lines."""
+        upper = [" " * self._first, *(above.rjust(width) for width, above, _, _ in self._columns.values())]
+        names = [name.format(metric=self._metric).rjust(width) for width, _, name, _ in self._columns.values()]
+        return "  ".join(upper).rstrip() + "\n" + "  ".join(["epoch".rjust(self._first), *names])
+
+    def line(self, row: EpochRow) -> str:
+        """The line of an epoch."""
+        cells = [form.format(getattr(row, name)).rjust(width) for name, (width, _, _, form) in self._columns.items()]
+        return "  ".join([f"{row.epoch}/{self._epochs}".rjust(self._first), *cells])
