@@ -164,6 +164,7 @@ def test_a_finished_run_is_left_alone(run, tmp_path, capsys):
     assert "1 of 2 runs are done already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SECONDS", "0.3")
     before = signal.getsignal(signal.SIGINT)

@@ -43,6 +43,7 @@ def test_table_json_and_picture(benchmark, tmp_path, capsys):
     assert (tmp_path / "memory-predicted.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_rules_with_their_arithmetic(benchmark, tmp_path, capsys):
     arguments = ["--rules", "--network", "resnet8", "--batch", "8", "--device", "cpu", "--output", str(tmp_path)]
     assert benchmark.main([*arguments, "--rows", "BP", "Greedy", "InfoPro softmax", "MAN", "R1E", "d=2"]) == 0

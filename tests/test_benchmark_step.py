@@ -148,6 +148,7 @@ def test_runtime_calls_count_within_the_step_alone(benchmark):
         runtime_calls(events[:1])
 
 
+@pytest.mark.slow
 def test_table_json_and_picture(benchmark, tmp_path, capsys):
     arguments = ["--network", NETWORK, "--batch", "32", "--cpu-batch", "4", "--device", "cpu", "--quick"]
     arguments += ["--part", "table", "--rows", "BP", "per-module", "graph"]

@@ -80,6 +80,7 @@ def files(folder):
 FAST = ("--probe-epochs", "1", "--information-epochs", "1", "--probe-blocks", "1", "--batch-size", "8")
 
 
+@pytest.mark.slow
 def test_everything(analyze, made, tmp_path, capsys):
     assert analyze("--checkpoint", "auglocal", "contsup", "bp", "--against", "bp", "--images", "12", *FAST) == 0
     out = tmp_path / "out"

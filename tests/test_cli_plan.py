@@ -26,6 +26,7 @@ def test_a_table_for_each_way(capsys):
     assert sizes[None] == sizes["none"] >= sizes["all"] >= sizes["peak"]
 
 
+@pytest.mark.slow
 def test_options_reach_the_step(capsys):
     def size(*options):
         assert main([*SMALL, *options]) == 0

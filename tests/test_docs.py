@@ -256,6 +256,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_the_op_runs():
     # In a process of its own: what is registered with torch cannot be taken back.
     reference, op, use = blocks("op")

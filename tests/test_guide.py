@@ -78,6 +78,7 @@ def test_get_started():
     assert type(names["plain"]) is torch.nn.Sequential and names["plain"](names["x"]).shape == (4, 10)
 
 
+@pytest.mark.slow
 def test_using(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as free:

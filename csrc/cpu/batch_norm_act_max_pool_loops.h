@@ -10,7 +10,7 @@ namespace AUGLOCAL_LEVEL {
 // What a loop is compiled for: the layout, and ReLU, whose mask the compiler vectorises where it stands
 // alone.
 template <bool kChannelsLast_, bool kRelu_>
-struct Variant {
+struct PoolVariant {
   static constexpr bool kChannelsLast = kChannelsLast_;
 
   template <typename Real>
@@ -29,7 +29,7 @@ void for_each_task(const MaxPoolProblem& problem, int rows, const F& f) {
   with(problem.channels_last, [&](auto channels_last) {
     with(problem.slope == 0, [&](auto relu) {
       torch::stable::parallel_for(0, tasks, grain(elements), [&](int64_t begin, int64_t end) {
-        f(Variant<channels_last, relu>(), [&](const auto& g) {
+        f(PoolVariant<channels_last, relu>(), [&](const auto& g) {
           for (int64_t i = begin; i < end; ++i) {
             const int first = static_cast<int>(i % chunks) * kRows;
             g(i / chunks / planes, i / chunks % planes, first, std::min(rows, first + kRows));
@@ -91,9 +91,9 @@ class Columns {
   int64_t operator[](int64_t place) const { return place % step_ * of_phase_ + place / step_; }
 
   // padded[..] = f(row[i], channel) for the elements of a row, which is overwritten.
-  template <typename Variant, typename Real, typename F>
+  template <typename PoolVariant, typename Real, typename F>
   void scatter(Real* __restrict__ row, int64_t inner, Real* __restrict__ padded, const F& f) const {
-    if constexpr (Variant::kChannelsLast) {
+    if constexpr (PoolVariant::kChannelsLast) {
       each([&](int64_t w, int64_t at) {
         const Real* __restrict__ from = row + w * inner;
         Real* __restrict__ to = padded + at * inner;
@@ -108,10 +108,10 @@ class Columns {
   }
 
   // row[i] = f(padded[..], row[i], channel); `gathered` is as long as a row.
-  template <typename Variant, typename Real, typename F>
+  template <typename PoolVariant, typename Real, typename F>
   void gather(const Real* __restrict__ padded, int64_t inner, Real* __restrict__ gathered,
               Real* __restrict__ row, const F& f) const {
-    if constexpr (Variant::kChannelsLast) {
+    if constexpr (PoolVariant::kChannelsLast) {
       each([&](int64_t w, int64_t at) {
         const Real* __restrict__ from = padded + at * inner;
         Real* __restrict__ to = row + w * inner;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from ranks import run
 from torch import nn
@@ -32,6 +33,7 @@ def _trained(rank, x, y, expected):
         torch.testing.assert_close(found[name], grad)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_whole_batch():
     x, y = torch.randn(8, 12), torch.randint(0, 4, (8,))
     net = network()

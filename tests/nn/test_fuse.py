@@ -272,6 +272,7 @@ def test_inference_is_eager_within_rounding():
             torch.testing.assert_close(ours.train()(x), theirs.train()(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_torchvision_networks():
     resnet = pytest.importorskip("torchvision.models.resnet", exc_type=Exception)
     for make in (resnet.resnet18, resnet.resnext50_32x4d):

@@ -99,6 +99,7 @@ def test_the_meters_reading_with_other_updates(options, calls):
     assert metered(LocalStep(net, **options), 4, calls) == pytest.approx(plan.predicted_bytes, rel=0.02)
 
 
+@pytest.mark.slow
 def test_channels_last_and_double():
     for net in (wrap(AugLocal(2)).to(memory_format=torch.channels_last), wrap(AugLocal(2)).double()):
         weight = next(net.parameters())
@@ -245,6 +246,7 @@ def test_budget():
     assert plan_memory(net, BATCH, sgd, memory_budget=refused.value.least_bytes) is not None
 
 
+@pytest.mark.slow
 def test_overlap():
     net = wrap(AugLocal(2), depth=8)
     alone = plan_memory(net, BATCH, sgd, recompute="none")

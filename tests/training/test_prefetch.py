@@ -183,6 +183,7 @@ def slow(batches, seconds):
     batches.train = train
 
 
+@pytest.mark.slow
 def test_a_slow_source_shows_in_the_log_and_a_quick_one_does_not(config, separable, tmp_path):
     quick, starved = (config(output=str(tmp_path / name), epochs=2) for name in ("quick", "starved"))
     for settings, seconds in ((quick, 0.0), (starved, 0.3)):

@@ -284,6 +284,7 @@ def test_stages_and_replicas_make_up_all_processes():
         assert expected in str(refused.value)
 
 
+@pytest.mark.slow
 def test_stages_without_torchrun_are_refused(tmp_path, capsys):
     assert main(["train", "--data", "nowhere", "--output", str(tmp_path / "run"), "--stages", "2"]) == 1
     assert "torchrun --nproc-per-node 2 -m auglocal_ext train --stages 2" in capsys.readouterr().err
