@@ -167,18 +167,18 @@ class ModuleOptimizers:
         """
         devices = {p.device for p in self._owner if p.is_cuda}
         with torch.random.fork_rng(devices), suppress(Exception):  # what fails on copies alone may do without a graph
-            with self._on_copies() as (trial, step):
-                before = _on_host(trial)
-                step(trial)
-                return next((key for key, value in _on_host(trial).items() if before.get(key) != value), None)
+            with self._on_copies() as (copied, step):
+                before = _on_host(copied)
+                step(copied)
+                return next((key for key, value in _on_host(copied).items() if before.get(key) != value), None)
         return None
 
     def refuse_shards(self) -> None:
         """ValueError if the optimizer cannot step sharded parameters; nothing changes. A collective call."""
         try:
-            with self._on_copies(of=Tensor.dim) as (trial, step):  # matrices may be stepped unlike vectors
+            with self._on_copies(of=Tensor.dim) as (copied, step):  # matrices may be stepped unlike vectors
                 for _ in range(2):  # the first step of some only makes the state
-                    step(trial)
+                    step(copied)
         except Exception as error:
             raise ValueError(
                 f"shard=True: {type(self.whole).__name__} cannot step sharded parameters with these options; choose "
