@@ -163,7 +163,7 @@ void stats(const FeatureMap& map, Tensor& mean, Tensor& var) {
           const int64_t count = std::min(grid.size - first, kRun * kLanes);
           const Held<T>* values = row + first;
           const Real shift = widened(values[0]);
-          const Sums found = row_sums<Real>(count, [&](int64_t p) {
+          const SumPair found = row_sums<Real>(count, [&](int64_t p) {
             const Real d = widened(values[p]) - shift;
             return std::pair(d, d * d);
           });
@@ -222,7 +222,7 @@ void reduce(const BatchNormProblem& problem, Tensor& sum_g, Tensor& sum_g_xhat) 
   const bool small = Planes::suit(grid, problem.x, {pointer(problem.grad), pointer(problem.residual)});
   const int64_t width = grid.width, number = small ? planes.parts() : parts(grid), step = rows_of_task(grid);
   const Channels<Real> factors(problem.mean, problem.rstd, problem.weight, problem.bias, width, grid.repeats);
-  std::vector<Sums> partial(width * number);
+  std::vector<SumPair> partial(width * number);
 
   with_variant(problem, grid.channels, [&](auto variant) {
     const int64_t number_of_tasks = small ? planes.tasks() : tasks(grid);
@@ -263,7 +263,7 @@ void reduce(const BatchNormProblem& problem, Tensor& sum_g, Tensor& sum_g_xhat) 
           add(grid.size, first, whole);
           if (whole < last) add(grid.count(whole), whole, last);
           for (int64_t c = 0; c < width; ++c) {
-            Sums all;
+            SumPair all;
             for (int64_t i = c; i < grid.size; i += width) {
               all.first += sums.first[i];
               all.second += sums.second[i];
@@ -302,8 +302,8 @@ void reduce(const BatchNormProblem& problem, Tensor& sum_g, Tensor& sum_g_xhat) 
   Real *sums_g = sum_g.mutable_data_ptr<Real>(), *sums_g_xhat = sum_g_xhat.mutable_data_ptr<Real>();
   torch::stable::parallel_for(0, width, grain(2 * number), [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      Sums total;
-      for (const Sums* part = partial.data() + c * number; part != partial.data() + (c + 1) * number;
+      SumPair total;
+      for (const SumPair* part = partial.data() + c * number; part != partial.data() + (c + 1) * number;
            ++part) {
         total.first += part->first;
         total.second += part->second;

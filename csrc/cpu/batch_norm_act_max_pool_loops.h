@@ -239,7 +239,7 @@ void reduce(const MaxPoolProblem& problem, const Tensor& grad, const Tensor& ind
   const Channels<Real> channels(problem.mean, problem.rstd, problem.weight, problem.bias, problem.channels);
   const Columns columns(problem);
   const int64_t chunks = (problem.pooled_height + kRows - 1) / kRows;
-  std::vector<Sums> partial(problem.images * chunks * problem.channels);
+  std::vector<SumPair> partial(problem.images * chunks * problem.channels);
 
   for_each_task(problem, problem.pooled_height, [&](auto variant, const auto& each) {
     const int64_t inner = variant.kChannelsLast ? problem.channels : 1;
@@ -262,7 +262,7 @@ void reduce(const MaxPoolProblem& problem, const Tensor& grad, const Tensor& ind
         const Real g = activated(upstream[i], normalised(channel, largest[i]), slope);
         return std::pair(g, g * (largest[i] - channel.mean));
       };
-      Sums* total = partial.data() + (n * chunks + begin / kRows) * problem.channels + c0;
+      SumPair* total = partial.data() + (n * chunks + begin / kRows) * problem.channels + c0;
       sums.start(inner);
       rows.clear();
       for (int oh = begin; oh < end; ++oh) {
@@ -282,7 +282,7 @@ void reduce(const MaxPoolProblem& problem, const Tensor& grad, const Tensor& ind
               inner, 0, problem.pooled_width, [&](int64_t ow) { return ow * inner; },
               [&](int64_t first, int64_t c) { return pair(first + c, c); });
         } else {
-          const Sums row = row_sums<Real>(results, [&](int64_t i) { return pair(i, 0); });
+          const SumPair row = row_sums<Real>(results, [&](int64_t i) { return pair(i, 0); });
           total->first += row.first;
           total->second += row.second;
         }
@@ -294,7 +294,7 @@ void reduce(const MaxPoolProblem& problem, const Tensor& grad, const Tensor& ind
   const Real* rstd = problem.rstd.const_data_ptr<Real>();
   Real *sums_g = sum_g.mutable_data_ptr<Real>(), *sums_g_xhat = sum_g_xhat.mutable_data_ptr<Real>();
   for (int64_t c = 0; c < problem.channels; ++c) {
-    Sums all;
+    SumPair all;
     for (int64_t i = c; i < static_cast<int64_t>(partial.size()); i += problem.channels) {
       all.first += partial[i].first;
       all.second += partial[i].second;

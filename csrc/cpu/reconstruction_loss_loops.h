@@ -38,11 +38,11 @@ void read(const T* map, const OrderedStrides& step, bool dense, const DenseOrder
 // The channels' factors. In channels-last maps they are repeated, so that a block finds those of its elements
 // side by side from the channel of its first one on.
 template <typename Real>
-struct Factors {
+struct PixelFactors {
   const DenseOrder order;
   std::vector<Real> mean, std;
 
-  explicit Factors(const ReconstructionProblem& problem) : order(problem.order) {
+  explicit PixelFactors(const ReconstructionProblem& problem) : order(problem.order) {
     const int64_t channels = problem.mean.size(0), count = channels + (order.channels_last ? kBlock : 0);
     for (int64_t i = 0; i < count; ++i) {
       mean.push_back(problem.mean.const_data_ptr<Real>()[i % channels]);
@@ -83,7 +83,7 @@ void run(const T* logits, ReconstructionProblem& problem) {
   const OrderedStrides logit_step = problem.strides(problem.logits),
                        image_step = problem.strides(problem.image);
   const bool dense_logits = problem.dense(problem.logits), dense_image = problem.dense(problem.image);
-  const Factors<Real> factors(problem);
+  const PixelFactors<Real> factors(problem);
   const U* image = problem.image.tensor.const_data_ptr<U>();
   T* grad = problem.grad.numel() ? problem.grad.mutable_data_ptr<T>() : nullptr;
   const int64_t elements = problem.count(), blocks = (elements + kBlock - 1) / kBlock;

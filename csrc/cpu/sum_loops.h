@@ -25,8 +25,8 @@ double sum_of(int64_t count, const F& value) {
 
 // The sums of pair(i) over a row of `count` elements.
 template <typename Real, typename Pair>
-Sums row_sums(int64_t count, const Pair& pair) {
-  Sums total;
+SumPair row_sums(int64_t count, const Pair& pair) {
+  SumPair total;
   for (int64_t begin = 0; begin < count; begin += kRun * kLanes) {
     Real first[kLanes] = {}, second[kLanes] = {};
     const int64_t end = std::min(count, begin + kRun * kLanes);

@@ -3,7 +3,7 @@
 
 namespace auglocal {
 
-struct Sums {
+struct SumPair {
   double first = 0, second = 0;
 };
 
