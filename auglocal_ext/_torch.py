@@ -1,7 +1,7 @@
 """The private parts of torch that the package uses, each with the reason. Everything else imports them from here.
 
-``tests/test_torch_private.py`` has a canary for each name, which checks what the part does. A new torch that changes
-one fails there first. Code that runs in every step gets torch's own objects rather than functions around them.
+``tests/test_torch_private*.py`` have a canary for each name, which checks what the part does. A new torch that changes
+one fails there first. What runs very often is torch's own object, without a function around it.
 
 Some private names are public in practice, and are used directly:
 
@@ -58,6 +58,7 @@ __all__ = [
     "ConvBase",
     "ConvTransposeBase",
     "NormBase",
+    # Described where they are defined, below.
     "COMPILED_CALL",
     "MODULE_HOOKS",
     "RESETS",
@@ -66,6 +67,7 @@ __all__ = [
     "clear_cublas_workspaces",
     "constant_when_compiled",
     "disabled_torch_function",
+    "drop_step_hooks",
     "foreach_copy_",
     "foreach_lerp_",
     "foreach_mul_",
@@ -90,7 +92,6 @@ __all__ = [
     "storage_id",
     "transforms_active",
     "version",
-    "without_step_hooks",
 ]
 
 #: Makes a tensor without memory, of a subclass whose ``__torch_dispatch__`` does the work.
@@ -213,8 +214,8 @@ def let_step_scale_gradients(optimizer: Any) -> None:
     optimizer._step_supports_amp_scaling = True
 
 
-def without_step_hooks(optimizer: torch.optim.Optimizer) -> None:
-    """Give an optimizer hooks of its own around ``step``, none at first; hooks are removed by their handles alone."""
+def drop_step_hooks(optimizer: torch.optim.Optimizer) -> None:
+    """Put empty dictionaries in place of an optimizer's hooks around ``step``; torch removes hooks by handles alone."""
     vars(optimizer).update(_optimizer_step_pre_hooks=OrderedDict(), _optimizer_step_post_hooks=OrderedDict())
 
 

@@ -232,14 +232,14 @@ def test_a_scaler_leaves_scaling_to_the_step():
     assert optimizer.seen == (4.0, 0.0, 1.0)
 
 
-@canary("without_step_hooks")
-def test_step_hooks_are_left_behind():
+@canary("drop_step_hooks")
+def test_step_hooks_are_dropped():
     optimizer, seen = _stepped(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)), []
     optimizer.register_step_pre_hook(lambda *args: seen.append("pre"))
     optimizer.register_step_post_hook(lambda *args: seen.append("post"))
     other = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     vars(other).update(vars(optimizer))
-    private.without_step_hooks(other)
+    private.drop_step_hooks(other)
     other.step()
     assert seen == []
     optimizer.step()

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import let_step_scale_gradients, mark_as_stepped, step_scales_gradients, without_step_hooks
+from .._torch import drop_step_hooks, let_step_scale_gradients, mark_as_stepped, step_scales_gradients
 from ..local_modules import LocalModule
 from ..nn import is_sharded, shard_like
 
@@ -223,7 +223,7 @@ class ModuleOptimizers:
             if twins:
                 groups.append({**group, "params": twins})
         with _changed(self.whole, {}, param_groups=groups, state=state):
-            without_step_hooks(self.whole)
+            drop_step_hooks(self.whole)
             yield self.whole, type(self.whole).step
 
     def forget_views(self) -> None:
