@@ -68,9 +68,9 @@ class StepEstimate:
     """A training step of ``net`` on fake tensors: :meth:`cost` runs it once, without a GPU and without its memory.
 
     Nothing of ``net`` is changed, no value is read and no random number drawn. Its device does not matter: the step
-    runs as on a CPU, so optimizers step by torch's for-loop, with temporaries of one parameter, where a GPU's fused
-    ones have none. A loss scaler is left out: two scalars. Not counted are library workspaces, and the copy of the
-    batch that a captured step keeps.
+    runs as on a CPU. Optimizers therefore step by torch's for-loop, which has temporaries of one parameter; fused
+    optimizers have none. Library workspaces, a captured step's copy of the batch, and the two scalars of a loss scaler
+    are not counted.
 
     Args:
         net: the network.

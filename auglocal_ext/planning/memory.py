@@ -38,7 +38,7 @@ _UNITS = {"": 1, "B": 1} | {
 
 
 class MemoryBudgetError(ValueError):
-    """No choice of recomputation fits the budget; the message tells the least that would.
+    """No choice of recomputation fits the budget; the message names the smallest budget that can be met.
 
     Attributes:
         least_bytes: the smallest budget that can be met.
@@ -74,14 +74,14 @@ def plan_memory(
         print(plan)
         step = LocalStep(net, sgd, plan=plan)
 
-    Local modules are isolated, so each one's peak is measured for each choice by three steps on fake tensors, and the
-    peak of every mixture is known from them exactly. Counted is every tensor storage of a step that is not the first,
-    rounded up to 512 bytes. Not counted are library workspaces, the CUDA context, and in a captured step its copy of
-    the batch. The estimate steps optimizers by torch's for-loop, whose temporaries of one parameter fused ones do not
-    have, and leaves an fp16 loss scaler out (two scalars). ``net``, its device and the random state are not touched.
+    Local modules are isolated, so three steps on fake tensors measure the peak of each module for each choice. From
+    them the peak of every mixture follows exactly. The figure counts every tensor storage of a step after the first,
+    rounded up to 512 bytes. It does not count library workspaces, the CUDA context, a captured step's copy of the
+    batch, and the two scalars of an fp16 loss scaler. The estimate steps optimizers by torch's for-loop, which has
+    temporaries of one parameter; fused optimizers have none. ``net``, its device and the random state are not touched.
 
-    With overlap two streams hold memory of their own, which neither can use of the other: the figure is the sum of the
-    largest even module, the largest odd one, and what is alive outside of them.
+    With overlap, neither of the two streams can reuse memory of the other. The figure is then the sum of the largest
+    even module, the largest odd one, and what is alive outside of modules.
 
     Args:
         net: the network, on any device, or built of fake tensors.

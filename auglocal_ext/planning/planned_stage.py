@@ -14,16 +14,15 @@ from ..step.pipeline import passing
 
 
 class PlannedStage(OneStream):
-    """Local modules ``first`` to ``last``: holds the messages that :class:`auglocal_ext.distributed.Stage` holds.
+    """Local modules ``first`` to ``last``, with the messages that :class:`auglocal_ext.distributed.Stage` holds.
 
-    Those are the features of the next batch, which it has asked for, and those of the last one, until the next has
-    arrived.
+    They are the features of the next batch, which it has requested, and those that it sent last.
 
     Args:
         first, last: the stage's local modules.
         kept: for each local module of the network the module inputs, by index, that later ones are supplied with.
         arriving: forms of what it receives; None for the first stage.
-        sends: whether there is a stage behind it.
+        sends: whether another stage follows it.
         replicas: how many processes share its gradients.
 
     Attributes:
