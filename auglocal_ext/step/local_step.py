@@ -200,14 +200,13 @@ class LocalStep:
         if shard:  # by name, as each whole parameter is released once it is sharded
             named = {id(p): name for name, p in net.named_parameters()}
             params = replaced(params, lambda p: named.get(id(p), p))
-        costs = partial(
-            _stage_costs,
-            net,
-            optimizer,
-            recompute=recompute,
-            options={"params": params, "autocast": autocast, "clip_norm": clip_norm, "clip": clip}
-            | {"accumulate": accumulate},
-        )
+        settings: dict[str, Any] = {
+            "autocast": autocast,
+            "clip_norm": clip_norm,
+            "clip": clip,
+            "accumulate": accumulate,
+        }
+        costs = partial(_stage_costs, net, optimizer, recompute=recompute, options={"params": params, **settings})
         self._modules = self._processes.place(net, stage_cuts, costs)
         if shard:
             params = _parameters_named(net, params)
@@ -220,10 +219,9 @@ class LocalStep:
         if shard:
             self._optimizers.refuse_shards()
         if plan is not None:
-            clipping: dict[str, Any] = {"clip_norm": clip_norm, "clip": clip}
-            plan.check(step_facts(net, self._optimizers.whole, autocast=autocast, accumulate=accumulate, **clipping))
-        options = {"autocast": str(autocast), "grad_scaler": grad_scaler is not None, "accumulate": accumulate}
-        self._processes.meet(net, self._optimizers.whole, {**options, "clip_norm": clip_norm, "clip": clip})
+            plan.check(step_facts(net, self._optimizers.whole, **settings))
+        agreed = {**settings, "autocast": str(autocast), "grad_scaler": grad_scaler is not None}
+        self._processes.meet(net, self._optimizers.whole, agreed)
         self._updates = Updates(self._optimizers, grad_scaler, clip_norm, clip, accumulate, self._processes.replicas)
         guard_steps_by_hand(self._updates)
         if plan is not None:

@@ -29,7 +29,7 @@ WARMUP, ROUNDS = 2, 5
 def module_flops(net: LocalSequential, optimizer: OptimizerFactory, recompute: Recompute | None = None) -> list[int]:
     """FLOPs of each local module in a training step, optimizer included, counted on fake tensors for two samples.
 
-    An optimizer that reads values back, which these have none of, is counted as SGD.
+    Fake tensors have no values. An optimizer that reads some back is counted as SGD.
 
     Args:
         net: the network, on any device, or built of fake tensors.
