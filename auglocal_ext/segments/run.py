@@ -72,15 +72,16 @@ class Run:
         try:
             for name in self._script.actions:
                 module = self._model.get_submodule(name)
-                before.append((module, module.__dict__.get(COMPILED_CALL)))
-                module.__dict__[COMPILED_CALL] = self._patch(name, module, module.__dict__.get(COMPILED_CALL))
+                compiled = module.__dict__.get(COMPILED_CALL)
+                before.append((module, compiled))
+                module.__dict__[COMPILED_CALL] = self._patch(name, module, compiled)
             yield
         finally:
-            for module, slot in before:
-                if slot is None:
+            for module, compiled in before:
+                if compiled is None:
                     module.__dict__.pop(COMPILED_CALL, None)
                 else:
-                    module.__dict__[COMPILED_CALL] = slot
+                    module.__dict__[COMPILED_CALL] = compiled
             for module, held in attributes:  # what a forward keeps of an earlier segment is not there
                 for key in [key for key, value in vars(module).items() if isinstance(value, Ghost)]:
                     if key in held:
