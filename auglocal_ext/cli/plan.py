@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from ..local_modules import RECOMPUTE
 from ..local_sequential import LocalSequential
 from ..models import default_input_shape, network_by_name
 from ..planning import StagePlan, plan_memory, plan_stages
 from ..rules import Greedy
 from ..step import MemoryPlan
 from ..training import SettingsError, TrainConfig
-from ..training.config.train_config import AMP, RULE_OPTIONS, make_rule
+from ..training.config.rule_options import RULE_OPTIONS
+from ..training.config.settings import AMP, RECOMPUTE_CHOICES
+from ..training.config.train_config import make_rule
 from ..training.run.networks import cut, task_of
 from .network_options import add_network_options
 from .opening import rule_text
@@ -54,7 +55,7 @@ def add_parser(subparsers: Any) -> None:
     add("--channels-last", action="store_const", const=True, help="store images and activations channels last")
     add(
         "--recompute",
-        choices=(*RECOMPUTE, "peak"),
+        choices=RECOMPUTE_CHOICES,
         help="what runs a second time (default none); peak: only what lowers the peak of the step",
     )
     add(

@@ -35,7 +35,6 @@ class Option:
     field: str
     default: Any = None
     metavar: str = "X"
-
     choices: tuple[str, ...] = ()
     least: float | None = None
     most: float | None = None

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 import torch
 
@@ -15,6 +14,7 @@ from ..data.datasets import DATASETS
 from ..errors import SettingsError
 from .rule_options import OPTIONS
 from .schedule import SCHEDULES
+from .values import kinds_of
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -217,9 +217,8 @@ def _kind(name: str, hint: Any) -> Any:
     """``bool`` of ``bool | None``, and ``str`` of literal text."""
     if name in OPTIONS:
         return OPTIONS[name].kind
-    union = get_origin(hint) in (Union, UnionType)
-    kinds = [kind for kind in (get_args(hint) if union else (hint,)) if kind is not NoneType]
-    return str if get_origin(kinds[0]) is Literal else kinds[0]
+    kind = kinds_of(hint)[0]
+    return str if get_origin(kind) is Literal else kind
 
 
 #: Every setting that a recipe may have, by name.

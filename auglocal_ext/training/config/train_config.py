@@ -17,7 +17,6 @@ from .infopro_weights import infopro_weights
 from .recipes import DATA_RECIPES, Recipe, find, names, read, write_recipe
 from .rule_options import OPTIONS, RULE_OPTIONS
 from .schedule import default_schedule, default_warmup
-from .settings import AMP as AMP
 from .settings import SECTIONS, SETTINGS, Settings
 
 # How a local rule's step runs, with the value that leaves it open; none of it is backpropagation's.

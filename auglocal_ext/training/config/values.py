@@ -12,14 +12,19 @@ from typing import Any, Union, get_args, get_origin
 _BOOLEANS = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
 
 
+def kinds_of(hint: Any) -> list[Any]:
+    """The types that an annotation allows, None aside."""
+    union = get_origin(hint) in (Union, UnionType)
+    return [kind for kind in (get_args(hint) if union else (hint,)) if kind is not NoneType]
+
+
 def reader(hint: Any) -> Callable[[str], Any]:
     """What turns text into a value of the annotated type, None aside; it raises ValueError and says what it expects.
 
     Types: bool (``yes``, ``no``), int, float, str, tuples of floats (``5, 0.05``), and ``int | tuple[int, ...]``,
     where a comma makes the tuple (``16``; ``3,5,8``; ``15,``).
     """
-    union = get_origin(hint) in (Union, UnionType)
-    kinds = [kind for kind in (get_args(hint) if union else (hint,)) if kind is not NoneType]
+    kinds = kinds_of(hint)
     tuples = [get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple]
     if int in kinds and tuples:
         return _count_or_indices
@@ -45,8 +50,7 @@ def checked(hint: Any, value: Any) -> Any:
     Types as for ``reader``, tuples of whole numbers, and ``str | dict``, which is not looked into. Lists become tuples,
     and whole numbers are floats where these are expected.
     """
-    union = get_origin(hint) in (Union, UnionType)
-    kinds = [kind for kind in (get_args(hint) if union else (hint,)) if kind is not NoneType]
+    kinds = kinds_of(hint)
     for kind in kinds:
         items = get_args(kind)[0] if get_origin(kind) is tuple else None
         if items is None and _is(kind, value):
