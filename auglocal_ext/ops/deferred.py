@@ -34,7 +34,7 @@ def check_values(
 
     On the CPU at once. On CUDA the count of bad values is copied to the host without waiting for it, and the first
     later call of this function or of :func:`raise_deferred_errors` that finds the copy finished raises. Values are not
-    looked at under ``torch.compile``, fake tensors or stream capture.
+    checked under ``torch.compile``, fake tensors or stream capture.
 
     Args:
         bad: makes the mask of bad values, on the device of ``values``.

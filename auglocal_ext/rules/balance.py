@@ -61,7 +61,7 @@ def balanced_ends(
     the cuts do not depend on it. The network is left unfused.
 
     Args:
-        network: with its layers; its ``ends`` are not looked at.
+        network: with its layers; its ``ends`` do not matter.
         example: an input ``(1, ...)``.
         num_modules: K.
         by: what is balanced.

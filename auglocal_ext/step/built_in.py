@@ -1,4 +1,4 @@
-"""What a captured step does not read anew, looked at before every replay."""
+"""What a captured step does not read anew, compared before every replay."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class NetworkState:
     auxiliary networks has thousands.
 
     Args:
-        modules: their ``training`` is looked at.
+        modules: their ``training`` is read.
         parameters: their ``requires_grad`` and their memory.
-        gradients: whether the memory of ``.grad`` is looked at too.
+        gradients: whether the memory of ``.grad`` is read too.
     """
 
     def __init__(self, modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter], gradients: bool) -> None:

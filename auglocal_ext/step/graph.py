@@ -291,7 +291,7 @@ class Graphs:
         return graph
 
     def clear(self) -> None:
-        """Let go of all graphs and their memory."""
+        """Release all graphs and their memory."""
         if self._graphs and self._stream is not None:
             torch.cuda.synchronize(self._stream.device)  # a graph that still runs must not lose its memory
         self._graphs.clear()

@@ -64,7 +64,7 @@ RULE_OPTIONS: dict[str, tuple[str, ...]] = {
 #: How a rule as head is written, for help and messages.
 HEAD_SYNTAX = "RULE:OPTION=VALUE,OPTION=VALUE,..., such as auglocal:depth=3, with its own head= last"
 
-# Where a rule is looked at before the data set is known.
+# For a rule that is made before the data set is known.
 _ANY_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 
 
@@ -235,7 +235,6 @@ def make(
 
 
 def values_of(rule: str, made: Rule) -> dict[str, Any]:
-    """Every option of a made rule but ``modules``; None for a head that is a rule, which settings say as
-    a table."""
+    """Every option of a made rule but ``modules``; None for a head that is a rule, which is a table in settings."""
     values = made.option_values()
     return {name: None if isinstance(value, Rule) else value for name, value in values.items()}

@@ -28,7 +28,7 @@ class StepResult:
 
     @classmethod
     def of_one_module(cls, scored: Scored, counted: Tensor | int) -> StepResult:
-        """Of a network that is trained, or looked at, as a whole."""
+        """Of a network that is trained, or tested, as a whole."""
         loss = scored.loss.detach()
         return cls(loss, loss.reshape(1), scored.tally[None], counted)
 
