@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,8 +20,6 @@ _SCALES = {"L;2": 85, "L;4": 17}
 
 def read_mask(path: str) -> Tensor:
     """One mask as a tensor (H, W) uint8 of class indices; DataError if it cannot be read or holds no indices."""
-    import numpy as np
-
     with opened(path) as file:
         image: Any = file
         if image.format != "PNG":

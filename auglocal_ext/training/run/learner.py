@@ -296,7 +296,7 @@ class LocalLearner:
             self.memory_plan = self._plan()
             self._step = LocalStep(
                 network,
-                lambda parameters: sgd(config, parameters),
+                partial(sgd, config),
                 graph=GRAPH[config.graph],
                 overlap="auto" if config.overlap is None else config.overlap,
                 autocast=AMP[config.amp],

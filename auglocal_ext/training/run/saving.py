@@ -19,7 +19,7 @@ from ...local_sequential import LocalSequential
 from ...step import checkpoint as parts
 from ...step.in_flight import Place
 from ...step.in_flight import load_state_dict as load_followed
-from ..config.train_config import TrainConfig
+from ..config.train_config import from_dict
 from ..errors import CheckpointError, OutputError, SettingsError
 from . import checkpoint, stored
 from .learner import ImageTask, Learner, make_network, sgd
@@ -158,9 +158,7 @@ def _load_converted(path: Path, state: dict[str, Any], learner: Learner, team: A
 
 def _convert(state: dict[str, Any], task: ImageTask, folder: Path) -> None:
     """The folder that several processes would have written in place of one process's file."""
-    from ..config.train_config import from_dict
-
-    config: TrainConfig = from_dict(state["settings"])
+    config = from_dict(state["settings"])
     facts, plain = state["data"], state["learner"]
     network = make_network(config, tuple(facts["input_shape"]), task, torch.device("cpu"))
     assert isinstance(network, LocalSequential)
