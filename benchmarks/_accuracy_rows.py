@@ -17,7 +17,7 @@ from auglocal_ext.training import SettingsError, TrainConfig
 from auglocal_ext.training.config import recipes
 from auglocal_ext.training.config.recipes import DATA_RECIPES
 from auglocal_ext.training.config.rule_options import write_head
-from auglocal_ext.training.config.settings import SECTIONS
+from auglocal_ext.training.config.settings import TABLES
 from auglocal_ext.training.config.train_config import make_rule
 from auglocal_ext.training.config.values import write
 
@@ -28,7 +28,7 @@ def recipe_options(name: str) -> str:
     """The rule of a recipe as options of ``train``."""
     words = []
     for key, value in recipes.read(name).settings.items():
-        if key not in SECTIONS["rule"]:
+        if key not in TABLES["rule"]:
             continue
         flag = key.replace("_", "-")
         if isinstance(value, bool):

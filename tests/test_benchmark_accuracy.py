@@ -287,15 +287,15 @@ def test_rows_are_the_recipes_and_fit_their_networks(benchmark):
     import _accuracy_rows as rows
 
     from auglocal_ext.training.config import recipes
-    from auglocal_ext.training.config.settings import SECTIONS
+    from auglocal_ext.training.config.settings import TABLES
 
     def rule(options):
-        return {name: v for name, v in rows._parse(shlex.split(options)).items() if name in SECTIONS["rule"]}
+        return {name: v for name, v in rows._parse(shlex.split(options)).items() if name in TABLES["rule"]}
 
     for network in ("resnet32", "resnet110"):
         for row, recipe in (("DGL", "dgl"), ("PredSim", "predsim"), ("InfoPro", f"infopro-softmax-{network}")):
             stored = recipes.read(recipe).settings
-            expected = {name: value for name, value in stored.items() if name in SECTIONS["rule"]}
+            expected = {name: value for name, value in stored.items() if name in TABLES["rule"]}
             assert rule(rows.row_options(row, network)) == expected
         for row in rows.ROWS:
             assert rows.why_not(row, network, "--amp bf16 --channels-last") is None

@@ -147,10 +147,10 @@ from auglocal_ext import rules
 rules.RULES["selftaught"] = SelfTaught  # what a line in auglocal_ext/rules/__init__.py does
 from auglocal_ext.training import TrainConfig
 from auglocal_ext.training.config.train_config import make_rule
-from auglocal_ext.training.config.settings import SECTIONS
+from auglocal_ext.training.config.settings import TABLES
 config = TrainConfig(data=".", output="run", rule="selftaught", decay=0.5, head="auglocal:depth=2")
 assert make_rule(config) == SelfTaught(0.5, head=rules.AugLocal(depth=2)), make_rule(config)
-assert SECTIONS["rule"]["teaching"] is float
+assert TABLES["rule"]["teaching"] is float
 from auglocal_ext.cli import main
 main(["train", "--help"])
 """

@@ -17,7 +17,7 @@ from auglocal_ext.training import RECIPES, SettingsError, TrainConfig
 from auglocal_ext.training.config import recipes
 from auglocal_ext.training.config.recipes import DATA_RECIPES
 from auglocal_ext.training.config.rule_options import OPTIONS
-from auglocal_ext.training.config.settings import SECTIONS, SETTINGS
+from auglocal_ext.training.config.settings import SETTINGS, TABLES
 from auglocal_ext.training.config.train_config import differences, make_rule, resolve, to_recipe
 
 MAN_HEAD = {
@@ -119,13 +119,13 @@ def test_every_shipped_recipe_is_tested_and_has_a_title():
     assert all(20 < len(recipes.title(name)) < 120 for name in recipes.names())
 
 
-def test_sections_hold_every_setting_once_with_its_type():
-    known = [name for section in SECTIONS.values() for name in section]
+def test_tables_hold_every_setting_once_with_its_type():
+    known = [name for table in TABLES.values() for name in table]
     apart = {"output", "recipe", "recipe_file"}
     assert sorted(known) == sorted({field.name for field in fields(TrainConfig)} - apart)
     hints = get_type_hints(TrainConfig)
-    for section in SECTIONS.values():
-        for name, kind in section.items():
+    for table in TABLES.values():
+        for name, kind in table.items():
             assert name == "recompute" or hints[name] in (kind, kind | None), name
 
 
@@ -152,7 +152,7 @@ def test_choices_are_those_that_the_setting_declares(config, name):
 
 def test_the_command_line_has_every_setting_that_declares_a_help():
     parser = ArgumentParser()
-    for table in SECTIONS:
+    for table in TABLES:
         add_settings(parser, table)
     options = {action.dest: action for action in parser._actions}
     assert set(options) - {"help"} == {each.name for each in SETTINGS.values() if each.help is not None}

@@ -22,9 +22,6 @@ GRAPH: dict[str, Literal[True, False, "auto"]] = {"auto": "auto", "on": True, "o
 
 RECOMPUTE_CHOICES = (*RECOMPUTE, "peak")
 
-#: The tables of a recipe in their order.
-TABLES = ("data", "network", "rule", "step", "processes", "optimisation", "augmentation")
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -224,7 +221,8 @@ def _kind(name: str, hint: Any) -> Any:
 #: Every setting that a recipe may have, by name.
 SETTINGS: dict[str, Setting] = {each.name: each for each in _declared()}
 
-#: The settings in each table of a recipe, with the types of their values.
-SECTIONS: dict[str, dict[str, Any]] = {
-    table: {each.name: each.kind for each in SETTINGS.values() if each.table == table} for table in TABLES
+#: The tables of a recipe in their order: the settings in each, with the types of their values.
+TABLES: dict[str, dict[str, Any]] = {
+    table: {each.name: each.kind for each in SETTINGS.values() if each.table == table}
+    for table in ("data", "network", "rule", "step", "processes", "optimisation", "augmentation")
 }

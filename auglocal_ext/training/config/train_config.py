@@ -17,7 +17,7 @@ from .infopro_weights import infopro_weights
 from .recipes import DATA_RECIPES, Recipe, find, names, read, write_recipe
 from .rule_options import OPTIONS, RULE_OPTIONS
 from .schedule import default_schedule, default_warmup
-from .settings import SECTIONS, SETTINGS, Settings
+from .settings import SETTINGS, TABLES, Settings
 
 # How a local rule's step runs, with the value that leaves it open; none of it is backpropagation's.
 _STEP_OPTIONS = {"recompute": "none", "memory_budget": None, "graph": "auto", "overlap": None}
@@ -32,7 +32,7 @@ _FREE_TO_CHANGE = (
 # The settings of a recipe that is a data set's own.
 _TRAINING = tuple(
     name
-    for name in (*SECTIONS["optimisation"], *SECTIONS["augmentation"])
+    for name in (*TABLES["optimisation"], *TABLES["augmentation"])
     if name not in ("schedule", "seed", "mixup", "cutmix")
 )
 
@@ -134,7 +134,7 @@ def with_recipe(recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
     file = read(recipe)
     own = dict(file.settings)
     if given.get("rule", own.get("rule")) != own.get("rule"):
-        own = {name: value for name, value in own.items() if name not in SECTIONS["rule"]}
+        own = {name: value for name, value in own.items() if name not in TABLES["rule"]}
     epochs = given.get("epochs")
     if "warmup" in own and epochs is not None and epochs != own.get("epochs"):
         own["warmup"] = default_warmup(own["warmup"], epochs)

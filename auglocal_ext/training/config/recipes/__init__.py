@@ -16,7 +16,7 @@ from ...data.augment import Augmentation
 from ...errors import SettingsError
 from ...paths import user_path
 from ..rule_options import WrongSetting, read_head
-from ..settings import SECTIONS
+from ..settings import TABLES
 from ..values import checked, to_toml
 
 if sys.version_info >= (3, 11):
@@ -126,7 +126,7 @@ def _is_ini(text: str) -> bool:
         parser.read_string(text)
     except configparser.Error:
         return False
-    return any(section in SECTIONS for section in parser.sections())
+    return any(section in TABLES for section in parser.sections())
 
 
 def _settings(tables: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
@@ -134,8 +134,8 @@ def _settings(tables: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
     base: str | None = None
     settings: dict[str, Any] = {}
     for table, content in tables.items():
-        if table not in ("recipe", *SECTIONS):
-            raise WrongSetting(table, "", f"is no table of a recipe; tables are recipe, {', '.join(SECTIONS)}")
+        if table not in ("recipe", *TABLES):
+            raise WrongSetting(table, "", f"is no table of a recipe; tables are recipe, {', '.join(TABLES)}")
         if not isinstance(content, dict):
             raise WrongSetting(table, "", f"is a table, got {to_toml(content)}")
         for name, value in content.items():
@@ -145,7 +145,7 @@ def _settings(tables: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
                     raise WrongSetting(table, name, what)
                 base = value
                 continue
-            kind = SECTIONS.get(table, {}).get(name)
+            kind = TABLES.get(table, {}).get(name)
             if kind is None:
                 raise WrongSetting(table, name, _unknown(table, name))
             try:
@@ -156,10 +156,10 @@ def _settings(tables: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
 
 
 def _unknown(table: str, name: str) -> str:
-    for other, settings in SECTIONS.items():
+    for other, settings in TABLES.items():
         if name in settings:
             return f"belongs in [{other}]"
-    known = tuple(SECTIONS.get(table, ("base",)))
+    known = tuple(TABLES.get(table, ("base",)))
     close = difflib.get_close_matches(name, known, 1)
     return "is unknown" + (f"; did you mean {close[0]}?" if close else f"; [{table}] has {', '.join(known)}")
 
@@ -181,7 +181,7 @@ def _placed(path: Path, text: str, error: WrongSetting) -> str:
 def write_recipe(settings: Mapping[str, Any], base: str) -> str:
     """A recipe file of these settings; those that are None, or empty text, are left out."""
     parts = [f"[recipe]\nbase = {to_toml(base)}\n"]
-    for table, known in SECTIONS.items():
+    for table, known in TABLES.items():
         parts += _table(table, {name: settings[name] for name in known if settings.get(name) not in (None, "")})
     return "\n".join(parts)
 
