@@ -32,8 +32,9 @@ OptimizerFactory = Callable[[list[Any]], torch.optim.Optimizer]
 class ModuleOptimizer:
     """``whole`` for some of its parameters: what a training step and a ``GradScaler`` need of an optimizer.
 
-    Attributes of ``whole`` that its step changes, such as a count of steps, are put back: the step of the next module
-    finds them as this one did, and :meth:`ModuleOptimizers.finish` sets them.
+    Attributes of ``whole`` that its step sets, such as a count of steps, are put back: the step of the next module
+    finds them as this one did, and :meth:`ModuleOptimizers.finish` sets them. What its step changes in place, such as a
+    list that it appends to, is changed once for each module.
 
     Args:
         whole: the user's optimizer.
@@ -66,7 +67,7 @@ class ModuleOptimizer:
 @contextmanager
 def _changed(whole: torch.optim.Optimizer, written: dict[str, Any], **attributes: Any) -> Iterator[None]:
     """Within it ``whole`` has other ``attributes``; all are put back, and what else was set within is ``written``."""
-    before = dict(vars(whole))
+    before, slots = dict(vars(whole)), _slots(whole)
     for key, value in attributes.items():
         setattr(whole, key, value)
     try:
@@ -79,6 +80,26 @@ def _changed(whole: torch.optim.Optimizer, written: dict[str, Any], **attributes
         )
         vars(whole).clear()
         vars(whole).update(before)
+        for key, value in _slots(whole).items():
+            if key not in slots:
+                delattr(whole, key)
+            elif slots[key] is not value:
+                setattr(whole, key, slots[key])
+            else:
+                continue
+            if key not in attributes:
+                written[key] = value
+
+
+def _slots(whole: torch.optim.Optimizer) -> dict[str, Any]:
+    """Attributes of classes with ``__slots__``, which are not among ``vars``."""
+    names = (name for cls in type(whole).__mro__ for name in _names(vars(cls).get("__slots__", ())))
+    return {name: getattr(whole, name) for name in names if hasattr(whole, name)}
+
+
+def _names(slots: str | Iterable[str]) -> list[str]:
+    given = [slots] if isinstance(slots, str) else slots
+    return [name for name in given if name not in ("__dict__", "__weakref__") and not name.startswith("__")]
 
 
 class ModuleOptimizers:
@@ -144,7 +165,8 @@ class ModuleOptimizers:
 
     def finish(self) -> None:
         """After every step: options and attributes that the optimizer itself has changed are shown in ``whole``."""
-        vars(self.whole).update(self._written)
+        for key, value in self._written.items():
+            setattr(self.whole, key, value)
         self._written.clear()
         for index, group in enumerate(self.whole.param_groups):
             for view in (*self._views.values(), self.everything):
@@ -172,6 +194,20 @@ class ModuleOptimizers:
                 step(copied)
                 return next((key for key, value in _on_host(copied).items() if before.get(key) != value), None)
         return None
+
+    def refuse_inner(self, why: str) -> None:
+        """ValueError for an optimizer around another one, which steps all parameters that have gradients.
+
+        Args:
+            why: the option under which modules that are not stepped yet have gradients.
+        """
+        for name, value in {**vars(self.whole), **_slots(self.whole)}.items():
+            if isinstance(value, torch.optim.Optimizer):
+                raise ValueError(
+                    f"{why}: {type(self.whole).__name__} steps another optimizer, {name}, and that one would step "
+                    "every module that has gradients, with each module again. Leave the option out, or train by "
+                    "net(x, y).loss.backward() and optimizer.step() in a loop of your own"
+                )
 
     def refuse_shards(self) -> None:
         """ValueError if the optimizer cannot step sharded parameters; nothing changes. A collective call."""

@@ -37,7 +37,8 @@ class Updates:
             keeps its shard of the gradients.
 
     Raises:
-        ValueError: if ``clip_norm`` is not positive, ``clip`` is unknown or ``accumulate`` is less than 1.
+        ValueError: if ``clip_norm`` is not positive, ``clip`` is unknown or ``accumulate`` is less than 1; and if the
+            optimizer steps another one while several modules have gradients.
     """
 
     def __init__(
@@ -62,6 +63,10 @@ class Updates:
         self.accumulate = accumulate
         self.replicas = replicas
         self._shards = replicas if isinstance(replicas, Shards) else None
+        if accumulate > 1 and not self.all_at_once:
+            optimizers.refuse_inner(f"accumulate={accumulate}")
+        if replicas is not None and not self.all_at_once:
+            optimizers.refuse_inner("replicas")
         self.calls = 0
         self.updated = False  # by the last call
         self._begun = False

@@ -113,3 +113,62 @@ def test_a_step_that_breaks_off_leaves_the_optimizer_whole():
         step(*next(batches(1)))
     assert list(map(id, step.optimizer.param_groups[0]["params"])) == list(map(id, held))
     assert step.optimizer.count == 0
+
+
+class Counting(torch.optim.SGD):
+    """Its rate falls with the steps, which it counts in a slot."""
+
+    __slots__ = ("count",)
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.125)
+        self.count = 0
+
+    def step(self, closure=None):
+        self.count += 1
+        for group in self.param_groups:
+            group["lr"] = 0.125 / self.count
+        return super().step(closure)
+
+
+def test_a_slot_that_counts_steps_is_that_of_a_plain_loop():
+    net, other = twins()
+    plain, step = Counting(other.parameters()), LocalStep(net, Counting)
+    for x, y in batches(3):
+        plain_step(other, plain, x, y)
+        step(x, y)
+    assert step.optimizer.count == plain.count == 3
+    assert_same_state(net, other)
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Steps another optimizer, and every second time goes back half of the way."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.125})
+        self.fast, self.count = torch.optim.SGD(params, lr=0.125, momentum=0.5), 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.fast.step()
+        self.count += 1
+        for p in (p for group in self.param_groups for p in group["params"]):
+            slow = self.state[p].setdefault("slow", p.clone())
+            if self.count % 2 == 0:
+                p.copy_(slow.lerp_(p, 0.5))
+
+
+def test_an_optimizer_around_another_one_steps_as_in_a_plain_loop():
+    net, other = twins()
+    plain, step = Lookahead(list(other.parameters())), LocalStep(net, Lookahead)
+    for x, y in batches(4):
+        plain_step(other, plain, x, y)
+        step(x, y)
+    assert_same_state(net, other)
+
+
+def test_an_optimizer_around_another_one_is_refused_where_several_modules_have_gradients():
+    net, _ = twins()
+    with pytest.raises(ValueError, match="accumulate=2: Lookahead steps another optimizer, fast"):
+        LocalStep(net, Lookahead, accumulate=2)
+    LocalStep(net, Lookahead, accumulate=2, clip_norm=1.0, clip="global")
