@@ -114,7 +114,10 @@ def test_stages_of_other_rules_and_data(train, rule):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", [AUGLOCAL, ["--rule", "dgl", "--mixup", "0.2"]], ids=["auglocal", "mixed"])
+# At a tenth of the rate, where rounding grows less: DGL's heads normalise over the few images of a batch.
+@pytest.mark.parametrize(
+    "rule", [AUGLOCAL, ["--rule", "dgl", "--mixup", "0.2", "--lr", "0.005"]], ids=["auglocal", "mixed"]
+)
 @pytest.mark.parametrize("grid", [(1, 2), (2, 2), (2, 2, "--shard")], ids=str)
 def test_synchronised_replicas_train_what_one_process_does(train, grid, rule):
     """Up to the order in which numbers are added, which a network in training amplifies."""
