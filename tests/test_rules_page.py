@@ -119,7 +119,8 @@ def test_costs_are_those_of_the_result_file(load_benchmark):
     report = json.loads((ROOT / "benchmarks" / "results" / "rules" / "rules-predicted.json").read_text())
     rows = {row["name"]: row for row in report["networks"][network]}
     base = rows["BP"]["predicted"]
-    lines = re.findall(r"^- `(.+?)`: parameters (.*)\.$", PAGE, flags=re.M)
+    unwrapped = re.sub(r"\n +(?=[^\s-])", " ", PAGE)
+    lines = re.findall(r"^- `(.+?)`: parameters (.*)\.$", unwrapped, flags=re.M)
     known = {name: getattr(auglocal_ext, name) for name in ("AugLocal", "ContSup", "DGL", "Greedy", "InfoPro", "MAN")}
     known |= {"PredSim": auglocal_ext.PredSim, "first": weights[0], "last": weights[1]}
     seen = set()
