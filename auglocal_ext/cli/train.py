@@ -232,7 +232,7 @@ def _config(settings: dict[str, Any], given: dict[str, Any], resume: bool, launc
     if "data" not in settings:
         raise SettingsError("--data DIR is missing: the folder with the images")
     refuse_earlier_run(output)  # Trainer.fit would, after the images are loaded
-    stages, replicas = launch.grid(given.get("stages"), given.get("replicas"))
+    stages, replicas = launch.grid(settings.get("stages"), settings.get("replicas"))
     return from_dict({**settings, "stages": stages, "replicas": replicas})
 
 

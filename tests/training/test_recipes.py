@@ -10,6 +10,7 @@ from typing import get_type_hints
 import pytest
 from runs import trainer
 
+from auglocal_ext.cli import main
 from auglocal_ext.cli.network_options import add_settings
 from auglocal_ext.layers import group_children
 from auglocal_ext.models import build
@@ -218,6 +219,16 @@ def test_a_files_own_warmup_is_kept(tmp_path):
     own = tmp_path / "own.toml"
     own.write_text("[optimisation]\nwarmup = 4\nepochs = 8\n")
     assert resolved(str(own), "cifar10").warmup == resolved(str(own), "cifar10", epochs=8).warmup == 4
+
+
+@pytest.mark.parametrize("said", ["stages = 2", "replicas = 2"])
+def test_numbers_of_processes_in_a_recipe_are_not_dropped(tmp_path, capsys, said):
+    own = tmp_path / "own.toml"
+    own.write_text(f"[processes]\n{said}\n")
+    assert main(["train", "--recipe", str(own), "--data", str(tmp_path), "--output", str(tmp_path / "run")]) == 1
+    assert "is for 2 processes and this is one; start them with: torchrun" in capsys.readouterr().err
+    config = resolved(str(own), "cifar10")
+    assert said in to_recipe(config) and to_recipe(config).count(" = 2\n") == 1
 
 
 def test_a_file_of_ones_own(tmp_path):

@@ -236,8 +236,13 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
 
 
 def to_recipe(config: TrainConfig) -> str:
-    """The text of a recipe file that says all of a resolved configuration but the run folder."""
-    return write_recipe(asdict(config), config.recipe)
+    """The text of a recipe file that says all of a resolved configuration but the run folder.
+
+    One stage and one replica are left out: torchrun's processes then say how many there are.
+    """
+    values = asdict(config)
+    open_ones = {name: None for name in ("stages", "replicas") if values[name] == 1}
+    return write_recipe({**values, **open_ones}, config.recipe)
 
 
 def differences(stored: dict[str, Any], given: dict[str, Any]) -> list[str]:
