@@ -25,6 +25,7 @@ from ..training.config.rule_options import RULE_OPTIONS
 from ..training.config.schedule import PUBLISHED_FROM
 from ..training.config.train_config import differences, from_dict, resolve, to_recipe, with_recipe
 from ..training.data.datasets import ImageFiles, detect, load_data
+from ..training.errors import RecipeError
 from ..training.paths import user_path
 from ..training.run.processes import Launch
 from ..training.run.run_folder import refuse_unusable
@@ -162,6 +163,9 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> int:
         return INTERRUPTED
     except DivergedError as error:
         launch.fail(f"{error}\n{_curves(trainer)}".rstrip())
+        return 1
+    except RecipeError as error:  # in the words of the file
+        launch.fail(str(error))
         return 1
     except (TrainingError, DisagreementError) as error:
         launch.fail(as_options(str(error), options, ("graph",)))

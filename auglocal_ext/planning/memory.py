@@ -157,7 +157,7 @@ def parse_bytes(text: MemoryBudget) -> int:
         size = text
     elif isinstance(text, str):
         match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)\s*", text)
-        if match is not None and match[2] in _UNITS:
+        if match is not None and match[2] in _UNITS and float(match[1]) < 2**53:
             size = int(float(match[1]) * _UNITS[match[2]])
     if size is None or size < 1:
         raise ValueError(

@@ -60,7 +60,8 @@ class Option:
         if self.kind not in _NUMBERS:
             return
         name, kind = _NUMBERS[self.kind]
-        right = isinstance(value, kind) and isinstance(value, bool) == (self.kind is bool) and math.isfinite(value)
+        right = isinstance(value, kind) and isinstance(value, bool) == (self.kind is bool)
+        right = right and -math.inf < value < math.inf  # math.isfinite fails at whole numbers of hundreds of digits
         if right and self.least is not None:
             right = value >= self.least and (self.most is None or value <= self.most)
         if right and self.above is not None:

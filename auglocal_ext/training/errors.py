@@ -19,6 +19,10 @@ class SettingsError(TrainingError):
     """A setting has a value it cannot have, or does not go with another one."""
 
 
+class RecipeError(SettingsError):
+    """A recipe file cannot be read, or says what it cannot: names are those of the file, without dashes."""
+
+
 class CheckpointError(TrainingError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 

@@ -1,4 +1,4 @@
-"""Recipes: what the shipped ones say, how files are read and refused, and the round trip of --config."""
+"""Recipes: what the shipped ones say, how files are read, and the round trip of --config."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_bounds_are_those_that_the_setting_declares(config, name):
 def test_choices_are_those_that_the_setting_declares(config, name):
     setting = SETTINGS[name]
     for choice in setting.choices:
-        assert getattr(config(rule="auglocal", **{name: choice}), name) == choice
+        assert getattr(config(**{"rule": "auglocal", name: choice}), name) == choice
     with pytest.raises(SettingsError, match=f"{setting.flag} is one of {', '.join(setting.choices)}, not 'x'"):
         config(**{name: "x"})
 
@@ -162,7 +162,7 @@ def test_the_command_line_has_every_setting_that_declares_a_help():
     assert set(SETTINGS) - set(options) == {
         *OPTIONS,
         *("network", "width", "rule", "fused"),  # cli.network_options adds these, for the command plan too
-        *("momentum", "padding", "padding_mode", "flip", "mean", "std"),
+        *(each.name for each in SETTINGS.values() if not each.option),
     }
 
 
@@ -248,62 +248,19 @@ def test_a_file_of_ones_own(tmp_path):
     assert settings.recipe_file == str(own)
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ('[rule]\nrule = "dgl"\ndepht = 3\n', r"own.toml, line 3, \[rule\]: depht is unknown; did you mean depth\?"),
-        ("[rule]\nlr = 3\n", r"line 2, \[rule\]: lr belongs in \[optimisation\]"),
-        ("[rule]\nxyz = 3\n", r"line 2, \[rule\]: xyz is unknown; \[rule\] has rule, modules, depth"),
-        ("[rule]\npadding-mode = 3\n", r"line 2, \[rule\]: padding-mode is unknown"),
-        ("\n[training]\nlr = 3\n", r"line 2, \[training\] is no table of a recipe; tables are recipe, data"),
-        ('[optimisation]\n# slow\nlr = "fast"\n', r'line 3, \[optimisation\]: lr expected a number, got "fast"'),
-        ("[optimisation]\nlr = nan\n", r"lr expected a number, got nan"),
-        ("[optimisation]\nepochs = 3.5\n", r"epochs expected a whole number, got 3.5"),
-        ('[step]\nfused = "maybe"\n', r'line 2, \[step\]: fused expected true or false, got "maybe"'),
-        ('[network]\nnetwork = ""\n', r'line 2, \[network\]: network expected text in quotes, got ""'),
-        ("[rule]\nmodules = [3, 4.5]\n", r"modules expected a whole number or a list of whole numbers, got \[3, 4.5\]"),
-        ("[augmentation]\nmean = []\n", r"mean expected a list of numbers, got \[\]"),
-        ("[optimisation.sgd]\nlr = 3\n", r"\[optimisation\]: sgd is unknown"),
-        ('[recipe]\nbase = "mine"\n', r'line 2, \[recipe\]: base expected auto or one of auglocal, .* got "mine"'),
-        ("[recipe]\nbase = [1]\n", r"line 2, \[recipe\]: base expected auto or one of auglocal, .* got \[1\]"),
-        ('[recipe]\nbases = "auto"\n', r"line 2, \[recipe\]: bases is unknown; did you mean base\?"),
-        ("lr = 3\n", r"own.toml, \[lr\] is no table of a recipe"),
-        ("step = 3\n", r"own.toml, \[step\] is a table, got 3"),
-        ("[rule]\ndepth = 3\ndepth = 4\n", "own.toml: cannot be read as a recipe: .*line 3"),
-        ("[rule]\nhead = 3\n", r"line 2, \[rule\]: head expected the name of a head, or a table \[rule.head\], got 3"),
-        ('[rule]\nhead = "dgl:head=cnn"\n', r"line 2, \[rule\]: head .* has options: write a table \[rule.head\]"),
-        (
-            '[rule]\nrule = "man"\n[rule.head]\nrule = "auglocal"\ndepht = 3\n',
-            r"own.toml, line 5, \[rule.head\]: depht is no option of auglocal; did you mean depth\?",
-        ),
-        (
-            '[rule]\nrule = "man"\n[rule.head]\nrule = "man"\n[rule.head.head]\nrule = "predsim"\nbeta = "1"\n',
-            r'own.toml, line 7, \[rule.head.head\]: beta expected a number, got "1"',
-        ),
-        ("[rule.head]\ndepth = 3\n", r"own.toml, \[rule.head\]: rule expected one of auglocal, .* got nothing"),
-        ("[rule]\nrule = dgl\nmodules = 7, 15\n", r"own.toml: .* it is an INI file, and recipes are TOML: put text in"),
-        ('[rule]\nrule = "dni"\n', "--rule is one of"),
-        ("[augmentation]\nmean = [1, 2]\n", "mean is three numbers"),
-        ("[augmentation]\nstd = [1, 0, 2]\n", "std is three numbers"),
-        ("[augmentation]\npadding = -1\n", "--padding must be at least 0"),
-        ('[augmentation]\npadding_mode = "wrap"\n', "is one of reflect, zero, not 'wrap'"),
-        ("[optimisation]\nmomentum = 1\n", "momentum, Nesterov's, lies between 0 and 1"),
-    ],
-)
-def test_a_wrong_file_is_refused_with_its_place(tmp_path, text, said):
+def test_a_file_without_a_rule_keeps_its_options_for_the_one_that_is_given(tmp_path):
     own = tmp_path / "own.toml"
-    own.write_text(text)
-    with pytest.raises(SettingsError, match=said):
-        resolved(str(own), "cifar10")
+    own.write_text('[rule]\nmodules = 4\ncontext = "E"\n')
+    settings = resolved(str(own), "cifar10", rule="contsup")
+    assert (settings.modules, settings.context) == (4, "E")
 
 
-def test_a_recipe_that_is_not_there():
-    with pytest.raises(
-        SettingsError, match=r"--recipe inforpo: neither a recipe \(auglocal, .* did you mean infopro\?"
-    ):
-        resolved("inforpo", "cifar10")
-    with pytest.raises(SettingsError, match=r"--recipe a{300}: neither a recipe"):  # too long a name for a file
-        resolved("a" * 300, "cifar10")
+def test_a_file_with_another_rule_than_its_base_has_none_of_its_options(tmp_path):
+    own = tmp_path / "own.toml"
+    own.write_text('[recipe]\nbase = "contsup-decoder"\n[rule]\nrule = "dgl"\n')
+    settings = recipes.read(str(own)).settings
+    assert settings["rule"] == "dgl" and not settings.keys() & {"head", "context", "modules"}
+    assert settings["network"] == "resnet110"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from runs import trainer
 
 from auglocal_ext.cli import main
 from auglocal_ext.training import SettingsError
+from auglocal_ext.training.config.settings import SETTINGS
 from auglocal_ext.training.run.run_folder import refuse_unusable
 from auglocal_ext.training.run.run_lock import RunLock
 
@@ -78,7 +79,7 @@ def test_numbers_beyond_64_bits_are_refused_by_the_command_line(tmp_path, capsys
 )
 def test_numbers_that_are_not_finite_are_refused(config, settings):
     (name,) = settings.keys() - {"rule"}
-    with pytest.raises(SettingsError, match=f"--{name} must be finite"):
+    with pytest.raises(SettingsError, match=f"^{SETTINGS[name].flag} must be finite"):
         config(**settings)
 
 

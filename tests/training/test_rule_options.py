@@ -93,6 +93,12 @@ def test_the_table_is_that_of_the_rules():
         assert {own.field for own in owns.values()} - {""} == {field.name for field in fields(cls)} - missing, rule
 
 
+def test_whole_numbers_may_be_of_any_length():
+    assert PredSim(limit=10**400).limit == 10**400
+    with pytest.raises(ValueError, match=r"pyramid .* within 0 .. 1; got 10+$"):
+        AugLocal(pyramid=10**400)
+
+
 def test_help_names_rules_and_defaults():
     assert help_of("depth") == "auglocal: layers of an auxiliary network with its classifier, at least 1 (default 6)"
     assert help_of("pyramid").endswith("slope of the pyramidal depth, 0..1 (default 0.5)")

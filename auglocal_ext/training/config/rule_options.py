@@ -10,7 +10,7 @@ from typing import Any
 from ...rules import HEADS, RULES, Rule
 from ...rules import Option as RuleOption
 from ..errors import SettingsError
-from .values import checked, reader, to_toml, write
+from .values import checked, reader, said, to_toml, write
 
 #: A head in settings: a name, or a table of a rule and its options.
 HeadSetting = str | dict[str, Any]
@@ -110,11 +110,11 @@ def read_head(value: Any, table: str = "rule.head", as_text: bool = True) -> Hea
             raise WrongSetting(outer, key, what)
         return _read_text(value) if is_rule(value) else value
     if not isinstance(value, Mapping):
-        what = f"expected the name of a head, or a table [{table}], got {to_toml(value)}"
+        what = f"expected the name of a head, or a table [{table}], got {said(value)}"
         raise WrongSetting(outer, key, what)
     rule = value.get("rule")
-    if rule not in RULES:
-        came = "nothing" if rule is None else to_toml(rule)
+    if not isinstance(rule, str) or rule not in RULES:
+        came = "nothing" if rule is None else said(rule)
         raise WrongSetting(table, "rule", f"expected one of {', '.join(RULES)}, got {came}")
     known = head_options(rule)
     options: dict[str, Any] = {}
@@ -232,6 +232,48 @@ def make(
         )
     except (TypeError, ValueError) as error:
         raise SettingsError(str(error)) from error
+
+
+def check_table(rule: str | None, table: Mapping[str, Any], place: str = "rule") -> None:
+    """WrongSetting for what a recipe's table says of a rule and the rule refuses; it names the key that is the reason.
+
+    Args:
+        rule: None where it is chosen elsewhere: an option is then refused if every rule that has it refuses it.
+        table: options, heads as tables among them, with ``modules`` and the rule's name or without.
+        place: name of the table.
+    """
+    options = {name: value for name, value in table.items() if name not in ("rule", "modules")}
+    head = options.get("head")
+    if isinstance(head, dict):
+        check_table(*parts_of(head), f"{place}.head")
+    if rule is None:
+        for name, value in options.items():
+            refusals = [_refusal(owner, {name: value}) for owner in OPTIONS[name].rules]
+            if all(refusals):
+                raise _refused(place, name, refusals[0])
+        return
+    for name in options:
+        if name not in RULE_OPTIONS[rule]:
+            owners = " and ".join(owner for owner, known in RULE_OPTIONS.items() if name in known)
+            raise WrongSetting(place, name, f"belongs to the rule {owners}, not to {rule}")
+    if rule != "bp" and (refusal := _refusal(rule, options)):
+        alone = [name for name, value in options.items() if _refusal(rule, {name: value}) == refusal]
+        raise _refused(place, alone[0] if alone else "", refusal)
+
+
+def _refusal(rule: str, options: dict[str, Any]) -> str:
+    """What the rule says against its options; empty if nothing."""
+    try:
+        make(rule, options)
+    except SettingsError as error:
+        return str(error)
+    return ""
+
+
+def _refused(place: str, key: str, refusal: str) -> WrongSetting:
+    named, said_of_it = f"{key} ", refusal.removeprefix("--")
+    own = key and said_of_it.startswith(named)
+    return WrongSetting(place, key, said_of_it.removeprefix(named) if own else f"is refused: {refusal}")
 
 
 def values_of(rule: str, made: Rule) -> dict[str, Any]:

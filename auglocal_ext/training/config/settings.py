@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal, get_origin, get_type_hints
 
@@ -12,9 +12,10 @@ import torch
 from ...local_modules import RECOMPUTE, Recompute
 from ..data.datasets import DATASETS
 from ..errors import SettingsError
-from .rule_options import OPTIONS
+from . import single_values
+from .rule_options import OPTIONS, RULE_OPTIONS
 from .schedule import SCHEDULES
-from .values import kinds_of
+from .values import kinds_of, said
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,6 +38,8 @@ class Setting:
         least: smallest value.
         most: largest value, beside ``least``.
         positive: whether values are above 0.
+        wrong: says what else is wrong with a value; None if nothing is.
+        option: whether the command line has it.
     """
 
     name: str
@@ -48,27 +51,35 @@ class Setting:
     least: int | None = None
     most: int = 2**31 - 1
     positive: bool = False
+    wrong: Callable[[Any], str | None] | None = None
+    option: bool = True
 
     @property
     def flag(self) -> str:
-        """Its option on the command line."""
-        return "--" + self.name.replace("_", "-")
+        """What messages call it: its option on the command line, or its name where there is none."""
+        return "--" + self.name.replace("_", "-") if self.option else self.name
 
     def check(self, value: Any) -> None:
         """SettingsError for what is no value of it."""
+        if (problem := self.problem(value)) is not None:
+            raise SettingsError(f"{self.flag} {problem}")
+
+    def problem(self, value: Any) -> str | None:
+        """Why this is no value of it, without its name; None if it is one."""
+        if value is None:
+            return None
         parts = value if isinstance(value, tuple) else (value,)
         if any(isinstance(part, float) and not math.isfinite(part) for part in parts):
-            raise SettingsError(f"{self.flag} must be finite, got {value}")
-        if value is None:
-            return
+            return f"must be finite, got {value}"
         if self.choices and value not in self.choices:
-            raise SettingsError(f"{self.flag} is one of {', '.join(self.choices)}, not {value!r}")
+            return f"is one of {', '.join(self.choices)}, not {value!r}"
         if self.least is not None and value < self.least:
-            raise SettingsError(f"{self.flag} must be at least {self.least}, got {value}")
+            return f"must be at least {self.least}, got {said(value)}"
         if self.least is not None and value > self.most:
-            raise SettingsError(f"{self.flag} must be at most {self.most}, got {value}")
+            return f"must be at most {self.most}, got {said(value)}"
         if self.positive and not value > 0:
-            raise SettingsError(f"{self.flag} must be positive, got {value}")
+            return f"must be positive, got {value}"
+        return None if self.wrong is None else self.wrong(value)
 
 
 def _setting(
@@ -78,16 +89,19 @@ def _setting(
     metavar: str | None = None,
     *,
     choices: Sequence[str] = (),
-    **bounds: int,
+    **others: Any,
 ) -> Any:
-    said = {"table": table, "help": help, "metavar": metavar, "choices": tuple(choices), **bounds}
-    return field(default=default, metadata=said)
+    known = {"table": table, "help": help, "metavar": metavar, "choices": tuple(choices), **others}
+    return field(default=default, metadata=known)
 
 
 #: A field for each option of the rules, None where it was not given.
 _RuleSettings: Any = make_dataclass(
     "_RuleSettings",
-    [(name, option.kind | None, field(default=None, metadata={"table": "rule"})) for name, option in OPTIONS.items()],
+    [
+        (name, option.kind | None, _setting(None, "rule", wrong=single_values.modules if name == "modules" else None))
+        for name, option in OPTIONS.items()
+    ],
     frozen=True,
     kw_only=True,
 )
@@ -102,7 +116,7 @@ class Settings(_RuleSettings):
     dataset: str = _setting("auto", "data", "what lies in --data; auto: by the files there (default)", choices=DATASETS)
     recipe: str = "auto"
     recipe_file: str | None = None
-    network: str = _setting("resnet32", "network")
+    network: str = _setting("resnet32", "network", wrong=single_values.network)
     network_weights: str | None = _setting(
         None,
         "network",
@@ -110,7 +124,7 @@ class Settings(_RuleSettings):
         "FILE",
     )
     width: int | None = _setting(None, "network", least=1)
-    rule: str = _setting("auglocal", "rule")
+    rule: str = _setting("auglocal", "rule", choices=tuple(RULE_OPTIONS))
     fused: bool = _setting(True, "step")
     recompute: Recompute | Literal["peak"] = _setting(
         "none",
@@ -123,6 +137,7 @@ class Settings(_RuleSettings):
         "step",
         "such as 0.4GiB: the cheapest recomputation whose predicted step fits; the plan is printed",
         "SIZE",
+        wrong=single_values.memory_budget,
     )
     graph: str = _setting(
         "auto",
@@ -141,7 +156,7 @@ class Settings(_RuleSettings):
     )
     batch_size: int | None = _setting(None, "optimisation", "of all replicas together", "N", least=2)
     lr: float | None = _setting(None, "optimisation", "peak learning rate", "X", positive=True)
-    momentum: float | None = _setting(None, "optimisation")
+    momentum: float | None = _setting(None, "optimisation", option=False, wrong=single_values.momentum)
     weight_decay: float | None = _setting(None, "optimisation", "of every parameter", "X", least=0)
     warmup: int | None = _setting(None, "optimisation", "epochs of linear warm-up", "N", least=0)
     schedule: str | None = _setting(
@@ -151,11 +166,11 @@ class Settings(_RuleSettings):
         "below)",
         choices=SCHEDULES,
     )
-    padding: int | None = _setting(None, "augmentation", least=0)
-    padding_mode: str | None = _setting(None, "augmentation", choices=("reflect", "zero"))
-    flip: bool | None = _setting(None, "augmentation")
-    mean: tuple[float, ...] | None = _setting(None, "augmentation")
-    std: tuple[float, ...] | None = _setting(None, "augmentation")
+    padding: int | None = _setting(None, "augmentation", option=False, least=0)
+    padding_mode: str | None = _setting(None, "augmentation", option=False, choices=("reflect", "zero"))
+    flip: bool | None = _setting(None, "augmentation", option=False)
+    mean: tuple[float, ...] | None = _setting(None, "augmentation", option=False, wrong=single_values.mean)
+    std: tuple[float, ...] | None = _setting(None, "augmentation", option=False, wrong=single_values.std)
     mixup: float | None = _setting(
         None, "augmentation", "mix images in pairs, shares from Beta(A, A); labels become probabilities", "A", least=0
     )
@@ -165,7 +180,7 @@ class Settings(_RuleSettings):
     seed: int = _setting(1234, "optimisation", "default 1234", "N", least=0, most=2**64 - 1)
     amp: str = _setting("none", "step", "mixed precision (default none)", choices=tuple(AMP))
     channels_last: bool = _setting(False, "step", "store images and activations channels last")
-    device: str = _setting("auto", "step", "auto (default), cpu, cuda, cuda:1, ...", "NAME")
+    device: str = _setting("auto", "step", "auto (default), cpu, cuda, cuda:1, ...", "NAME", wrong=single_values.device)
     image_size: int | None = _setting(
         None, "data", "resize the images of a folder to N x N, read from disk each epoch", "N", least=8
     )
@@ -176,19 +191,21 @@ class Settings(_RuleSettings):
         None, "data", "processes that read images (default: one per core, at most 16)", "N", least=0
     )
     stages: int = _setting(
-        1, "processes", "runs of local modules, each trained by processes of its own (default 1)", "S"
+        1, "processes", "runs of local modules, each trained by processes of its own (default 1)", "S", least=1
     )
     replicas: int = _setting(
         1,
         "processes",
         "processes that share each batch of --batch-size images (default: all processes divided by --stages)",
         "R",
+        least=1,
     )
     stage_cuts: tuple[int, ...] | None = _setting(
         None,
         "processes",
         "first local module of each stage but the first (default: stages of about equal FLOPs)",
         "I,J,..",
+        wrong=single_values.stage_cuts,
     )
     sync_batch_norm: bool = _setting(
         False, "processes", "BatchNorm takes its statistics over all replicas, as one process does over the batch"

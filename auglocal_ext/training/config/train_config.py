@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ...models import check_name
 from ...rules import Rule
 from ..errors import SettingsError
 from ..paths import user_path
@@ -66,11 +65,6 @@ class TrainConfig(Settings):
     def __post_init__(self) -> None:
         if self.head is not None:
             object.__setattr__(self, "head", rule_options.read_head(self.head))
-        try:
-            check_name(self.network)
-        except ValueError as error:
-            raise SettingsError(f"--network: {error}") from error
-        _one_of("rule", self.rule, RULE_OPTIONS)
         if self.recipe not in ("auto", *DATA_RECIPES):
             raise SettingsError(
                 f"recipe is one of auto, {', '.join(DATA_RECIPES)}, not {self.recipe!r}; "
@@ -94,11 +88,6 @@ class TrainConfig(Settings):
             raise SettingsError("--memory-budget chooses itself what is recomputed: leave out --recompute")
         if self.epochs is not None and self.warmup is not None and self.warmup > self.epochs:
             raise SettingsError(f"--warmup {self.warmup} is longer than the run of {self.epochs} epochs")
-        if self.momentum is not None and not 0 < self.momentum < 1:
-            raise SettingsError(f"momentum, Nesterov's, lies between 0 and 1, got {self.momentum}")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if values is not None and (len(values) != 3 or (name == "std" and min(values) <= 0)):
-                raise SettingsError(f"{name} is three numbers, one per colour in units of 0..255, got {values}")
         for name in OPTIONS:
             if getattr(self, name) is not None and name not in RULE_OPTIONS[self.rule]:
                 owners = " and ".join(rule for rule, options in RULE_OPTIONS.items() if name in options)
@@ -110,8 +99,8 @@ class TrainConfig(Settings):
         """The settings of a recipe, by its name or its file's path, with ``settings`` in the place of its own.
 
         Fewer or more ``epochs`` than the recipe's shorten its warm-up to a quarter of the run at most and choose
-        the schedule anew; another ``rule`` leaves out what the recipe says of its own. Raises SettingsError, with file
-        and line, for a wrong recipe.
+        the schedule anew; another ``rule`` leaves out what the recipe says of its own. Raises RecipeError, a
+        SettingsError, with file and line, for a wrong recipe.
         """
         return cls(**with_recipe(recipe, settings))
 
@@ -133,7 +122,7 @@ def with_recipe(recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
         return {**given, "recipe": recipe}  # resolve() reads it, when the data set is known
     file = read(recipe)
     own = dict(file.settings)
-    if given.get("rule", own.get("rule")) != own.get("rule"):
+    if "rule" in own and given.get("rule", own["rule"]) != own["rule"]:
         own = {name: value for name, value in own.items() if name not in TABLES["rule"]}
     epochs = given.get("epochs")
     if "warmup" in own and epochs is not None and epochs != own.get("epochs"):
@@ -203,12 +192,8 @@ def pick_device(name: str) -> torch.device:
     """The device of ``--device``; SettingsError if there is no such one here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SettingsError(f"--device is auto, cpu, cuda or cuda:<index>, not {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise SettingsError(f"--device is auto, cpu, cuda or cuda:<index>, not {name!r}")
+    SETTINGS["device"].check(name)
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingsError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
     return device
@@ -281,8 +266,3 @@ def _same(name: str, stored: Any, given: Any) -> bool:
 
 def _flag(name: str) -> str:
     return "--recipe" if name == "recipe_file" else "--" + name.replace("_", "-")
-
-
-def _one_of(name: str, value: str, known: Any) -> None:
-    if value not in known:
-        raise SettingsError(f"{_flag(name)} is one of {', '.join(known)}, not {value!r}")

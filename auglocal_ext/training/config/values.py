@@ -57,7 +57,7 @@ def checked(hint: Any, value: Any) -> Any:
             return kind(value) if kind is float else value
         if items is not None and isinstance(value, list | tuple) and value and all(_is(items, each) for each in value):
             return tuple(map(items, value))
-    raise ValueError(f"expected {' or '.join(map(_expected, kinds))}, got {to_toml(value)}")
+    raise ValueError(f"expected {' or '.join(map(_expected, kinds))}, got {said(value)}")
 
 
 def _is(kind: Any, value: Any) -> bool:
@@ -83,6 +83,15 @@ def to_toml(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{ {', '.join(f'{key} = {to_toml(each)}' for key, each in value.items())} }}"
     return str(value)
+
+
+def said(value: Any) -> str:
+    """A value of a TOML file for a message: of a long one the beginning."""
+    try:
+        text = to_toml(value)
+    except ValueError:  # Python writes no number of so many digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def _boolean(text: str) -> bool:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ...data.augment import Augmentation
-from ...errors import SettingsError
+from ...errors import RecipeError, SettingsError
 from ...paths import user_path
-from ..rule_options import WrongSetting, read_head
-from ..settings import TABLES
-from ..values import checked, to_toml
+from ..rule_options import WrongSetting, check_table, read_head
+from ..settings import SETTINGS, TABLES
+from ..values import checked, said, to_toml
+from .toml_lines import line_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -88,34 +89,52 @@ def find(recipe: str) -> Path:
 def read(recipe: str) -> RecipeFile:
     """The recipe of that name or path, with what it is based on.
 
-    Raises SettingsError, with file, line, table and key, for a table or setting that is unknown and a value of a wrong
-    type.
+    A recipe that names another rule than its base has none of the options of the base's rule.
+
+    Raises:
+        SettingsError: if there is no such recipe.
+        RecipeError: with file, line, table and key, for a table or setting that is unknown, and for a value of a wrong
+            type, or out of its range.
     """
     path = find(recipe)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: cannot be read as a recipe: {error}") from error
+        raise RecipeError(f"{path}: cannot be read as a recipe: {error}") from error
     try:
         tables = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        why = _INI if _is_ini(text) else str(error) or "its values are nested too deeply"
-        raise SettingsError(f"{path}: cannot be read as a recipe: {why}") from error
-    try:
         base, settings = _settings(tables)
+        if base is None:
+            base = recipe if recipe in DATA_RECIPES else "auto"
+        below = RecipeFile(base, {}) if base == "auto" or base in DATA_RECIPES else read(base)
+        whole = _over(below.settings, settings)
+        if settings.keys() & TABLES["rule"].keys():
+            check_table(whole.get("rule"), {name: whole[name] for name in TABLES["rule"] if name in whole})
     except WrongSetting as error:
-        raise SettingsError(_placed(path, text, error)) from error
-    if base is None:
-        base = recipe if recipe in DATA_RECIPES else "auto"
-    if base == "auto" or base in DATA_RECIPES:
-        return RecipeFile(base, settings)
-    below = read(base)
-    return RecipeFile(below.base, below.settings | settings)
+        raise RecipeError(_placed(path, text, error)) from error
+    except RecursionError as error:
+        raise RecipeError(f"{path}: cannot be read as a recipe: its values are nested too deeply") from error
+    except tomllib.TOMLDecodeError as error:
+        hint = f". {_INI}" if _is_ini(text) else ""
+        raise RecipeError(f"{path}: cannot be read as a recipe: {error}{hint}") from error
+    except ValueError as error:
+        if (digits := re.search(r"\d[\d_]{4000}", text)) is None:
+            raise
+        line = text.count("\n", 0, digits.start()) + 1
+        raise RecipeError(f"{path}, line {line}: a number has more digits than Python reads: {error}") from error
+    return RecipeFile(below.base, whole)
+
+
+def _over(below: Mapping[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """``settings`` and what those below them say of the rest, the options of another rule aside."""
+    if settings.get("rule", below.get("rule")) != below.get("rule"):
+        below = {name: value for name, value in below.items() if name not in TABLES["rule"]}
+    return {**below, **settings}
 
 
 _INI = (
-    "it is an INI file, and recipes are TOML: put text in quotes and lists in brackets (modules = [7, 15, 27]), write "
-    "true and false for yes and no, and a rule as head as a table [rule.head] with rule = its name. The option "
+    "It may be an INI file, and recipes are TOML: put text in quotes and lists in brackets (modules = [7, 15, 27]), "
+    "write true and false for yes and no, and a rule as head as a table [rule.head] with rule = its name. The option "
     "--config prints the settings of a command as a recipe"
 )
 
@@ -137,11 +156,11 @@ def _settings(tables: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
         if table not in ("recipe", *TABLES):
             raise WrongSetting(table, "", f"is no table of a recipe; tables are recipe, {', '.join(TABLES)}")
         if not isinstance(content, dict):
-            raise WrongSetting(table, "", f"is a table, got {to_toml(content)}")
+            raise WrongSetting(table, "", f"is a table, got {said(content)}")
         for name, value in content.items():
             if (table, name) == ("recipe", "base"):
                 if value != "auto" and value not in names():
-                    what = f"expected auto or one of {', '.join(names())}, got {to_toml(value)}"
+                    what = f"expected auto or one of {', '.join(names())}, got {said(value)}"
                     raise WrongSetting(table, name, what)
                 base = value
                 continue
@@ -152,6 +171,8 @@ def _settings(tables: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
                 settings[name] = read_head(value, as_text=False) if name == "head" else checked(kind, value)
             except ValueError as error:
                 raise WrongSetting(table, name, str(error)) from error
+            if (problem := SETTINGS[name].problem(settings[name])) is not None:
+                raise WrongSetting(table, name, problem)
     return base, settings
 
 
@@ -165,17 +186,9 @@ def _unknown(table: str, name: str) -> str:
 
 
 def _placed(path: Path, text: str, error: WrongSetting) -> str:
-    """The message with file and line; without a line where the key is not on one of its own."""
-    here = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[\s*([^][]+?)\s*\]", line):
-            here = header[1]
-            found = not error.key and here == error.table
-        else:
-            found = here == error.table and re.match(rf"\s*{re.escape(error.key)}\s*=", line) is not None
-        if found:
-            return f"{path}, line {number}, {error}"
-    return f"{path}, {error}"
+    """The message with file and line."""
+    line = line_of(text, [*error.table.split("."), *([error.key] if error.key else [])])
+    return f"{path}, {error}" if line is None else f"{path}, line {line}, {error}"
 
 
 def write_recipe(settings: Mapping[str, Any], base: str) -> str:
