@@ -7,9 +7,20 @@ import argparse
 import pytest
 
 from auglocal_ext.cli import main
-from auglocal_ext.cli.spelling import as_options, size, too_large, whole
+from auglocal_ext.cli.spelling import as_options, seed, size, too_large, whole
 
-OPTIONS = {"recompute", "overlap", "memory_budget", "stage_cuts", "depth", "joint_tail", "modules", "fused", "loss"}
+OPTIONS = {
+    "head",
+    "recompute",
+    "overlap",
+    "memory_budget",
+    "stage_cuts",
+    "depth",
+    "joint_tail",
+    "modules",
+    "fused",
+    "loss",
+}
 
 
 @pytest.mark.parametrize(
@@ -24,6 +35,17 @@ OPTIONS = {"recompute", "overlap", "memory_budget", "stage_cuts", "depth", "join
         ("fused=False runs", "--eager runs"),
         ("in a head infopro:loss=contrast,depth=3", "in a head infopro:loss=contrast,depth=3"),
         ("--stage-cuts is for stages, in runs/memory_budget", "--stage-cuts is for stages, in runs/memory_budget"),
+        (
+            "head=MAN(m=0.9, head=DGL(a=(), depth=2), depth=3) may",
+            "--head MAN(m=0.9, head=DGL(a=(), depth=2), depth=3) may",
+        ),
+        (
+            "unknown head 'MAN(a, depth=2, joint_tail, x()'; pass depth=3",
+            "unknown head 'MAN(a, depth=2, joint_tail, x()'; pass --depth 3",
+        ),
+        ('the module\'s "in depth=2 ": depth=2', 'the module\'s "in depth=2 ": --depth 2'),
+        ("head='infopro:loss=contrast, depth=3' makes", "--head infopro:loss=contrast,depth=3 makes"),
+        ("head=DGL() and memory_budget", "--head DGL() and --memory-budget"),
     ],
 )
 def test_python_becomes_options(message: str, expected: str) -> None:
@@ -31,10 +53,14 @@ def test_python_becomes_options(message: str, expected: str) -> None:
 
 
 def test_numbers_have_limits() -> None:
+    assert seed(str(2**64 - 1)) == 2**64 - 1
     assert whole("-3") == -3 and size("0.4GiB") == "0.4GiB" and size("400") == "400"
     for read, text, message in (
         (whole, "1e3", "expected a whole number, got '1e3'"),
         (whole, "9" * 20, r"expected a number below 2\^63"),
+        (seed, str(2**64), r"expected a whole number from 0 to 2\^64 - 1, got 18446744073709551616"),
+        (seed, "-1", r"from 0 to 2\^64 - 1, got -1"),
+        (seed, "first", r"from 0 to 2\^64 - 1, got first"),
         (size, "1kb", r"expected bytes, such as 400MB .* got '1kb'"),
     ):
         with pytest.raises(argparse.ArgumentTypeError, match=message):
@@ -44,6 +70,13 @@ def test_numbers_have_limits() -> None:
 def test_other_errors_of_torch_stay_errors() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         too_large(RuntimeError("shapes cannot be multiplied"))
+
+
+def test_a_rule_in_a_message_stays_one(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--network", "resnet8", "--batch-size", "4", "--rule", "auglocal", "--head"]
+    assert main([*arguments, "man:head=auglocal:depth=2"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --head MAN(") and error.count("--") == 1 and "joint_tail=True" in error
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 from ..analysis.report import IMAGES, INFORMATION_EPOCHS, PROBE_BLOCKS, PROBE_EPOCHS, Report
 from ..analysis.selection import ANALYSES, Settings, select
 from ..training import TrainingError
-from .spelling import whole
+from .spelling import seed, whole
 from .train import INTERRUPTED
 
 _EPILOG = """
@@ -61,7 +61,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help=f"residual blocks per stage of the strong classifiers (default {PROBE_BLOCKS}: the size of ResNet-32)",
     )
-    add("--seed", type=whole, default=0, metavar="N", help="of everything that is drawn (default 0)")
+    add("--seed", type=seed, default=0, metavar="N", help="of everything that is drawn, 0 to 2^64 - 1 (default 0)")
     add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda, cuda:1, ...")
 
 

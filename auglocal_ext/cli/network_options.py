@@ -11,7 +11,7 @@ from ..models import NAMES, check_name
 from ..training.config.rule_options import OPTIONS, help_of
 from ..training.config.settings import SETTINGS
 from ..training.config.values import reader
-from .spelling import size, whole
+from .spelling import seed, size, whole
 
 
 def add_network_options(group: Any, rules: Sequence[str]) -> None:
@@ -71,7 +71,7 @@ def _cuts(text: str) -> tuple[int, ...]:
 
 
 _READ_KIND: dict[Any, Callable[[str], Any]] = {int: whole, float: float, tuple[int, ...]: _cuts}
-_READ: dict[str, Callable[[str], Any]] = {"memory_budget": size}
+_READ: dict[str, Callable[[str], Any]] = {"memory_budget": size, "seed": seed}
 
 
 def network_name(text: str) -> str:

@@ -10,9 +10,17 @@ from ..planning.memory import parse_bytes
 
 _LIMIT = 2**63
 
-# A call such as AugLocal(depth=6), which is the library's own, or an option with or without its value. What stands
-# within a head's text, such as infopro:weights=1,2, is an option of that head.
-_OPTION = r"""[A-Z]\w*\([^()]*\)|(?<![-:,\w./("'])({names})=("[^"]*"|'[^']*'|\([^()]*\)|\[[^\[\]]*\]|-?\w[\w.+-]*)?"""
+# Calls are the library's own: MAN(momentum=0.9, head=AugLocal(depth=2)). Heads in heads have calls in calls.
+_WITHIN = r"[^()]*"
+for _ in range(5):
+    _WITHIN = rf"[^()]*(?:\({_WITHIN}\)[^()]*)*"
+_CALL = rf"[A-Z]\w*\({_WITHIN}\)"
+# Where not an option's value, quoted text is what somebody gave.
+_QUOTED = r"""(?<!\w)(?:'[^']*'|"[^"]*")"""
+# An option with or without its value, or the name of one where that is no word of English. What stands within a head's
+# text, such as infopro:weights=1,2, is an option of that head.
+_OPTION = rf"""(?<![-:,\w./("'])({{names}})=({_CALL}|"[^"]*"|'[^']*'|\([^()]*\)|\[[^\[\]]*\]|-?\w[\w.+-]*)?"""
+_NAME = r"""(?<![\w=./\"'-])({long})(?![\w=(.\"'])"""
 
 
 def whole(text: str) -> int:
@@ -23,6 +31,17 @@ def whole(text: str) -> int:
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
     if not -_LIMIT <= number < _LIMIT:
         raise argparse.ArgumentTypeError(f"expected a number below 2^63, got {text}")
+    return number
+
+
+def seed(text: str) -> int:
+    """A seed of random numbers, as argparse reads it."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number < 2 * _LIMIT:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^64 - 1, got {text}")
     return number
 
 
@@ -55,7 +74,7 @@ def as_options(message: str, options: Collection[str], on_off: Collection[str] =
     """
 
     def option(found: re.Match[str]) -> str:
-        name, value = found[1], found[2]
+        name, value = found[1] or found[3], found[2]
         if name is None:
             return found[0]
         flag = name.replace("_", "-")
@@ -65,10 +84,11 @@ def as_options(message: str, options: Collection[str], on_off: Collection[str] =
             if name in on_off:
                 return f"--{flag} {'on' if value == 'True' else 'off'}"
             return f"--{flag}" if value == "True" else f"--no-{flag}"
-        plain = "" if value is None else value.strip("\"'()[]").replace(", ", ",")
-        return f"--{flag} {plain}".rstrip()
+        if value is not None and not re.fullmatch(_CALL, value):
+            value = value.strip("\"'()[]").replace(", ", ",")
+        return f"--{flag} {value or ''}".rstrip()
 
     names = sorted(options, key=len, reverse=True)
-    message = re.sub(_OPTION.format(names="|".join(map(re.escape, names))), option, message)
+    option_or_value = _OPTION.format(names="|".join(map(re.escape, names)))
     long = "|".join(re.escape(name) for name in names if "_" in name)
-    return re.sub(rf"(?<![\w=./\"'-])({long})(?![\w=(.\"'])", lambda found: "--" + found[1].replace("_", "-"), message)
+    return re.sub(f"{_CALL}|{_QUOTED}|{option_or_value}|{_NAME.format(long=long)}", option, message)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from runs import RULES, interrupt_after, log, trainer
 
+from auglocal_ext.cli import main
 from auglocal_ext.training import CheckpointError, Interrupted
 
 
@@ -35,6 +36,16 @@ def test_resume_is_bit_exact(config, separable, tmp_path, rule, after):
         assert torch.equal(expected, found), name
     assert log(settings) == log(straight)
     assert summary.best_epoch >= 1 and summary.last_accuracy == whole._done.last_accuracy
+
+
+def test_the_largest_seed_trains_and_resumes(config, separable, capsys):
+    assert main(["train", "--dataset", "cifar10", "--seed", str(2**64 - 1), "--config"]) == 0
+    assert f"seed = {2**64 - 1}\n" in capsys.readouterr().out
+    settings = config(seed=2**64 - 1, mixup=0.2, epochs=1)
+    trainer(settings, separable).fit()
+    again = trainer(replace(settings, epochs=2), separable)
+    again.resume()
+    assert again.fit().best_epoch >= 1 and again.config.seed == 2**64 - 1
 
 
 def test_interrupt_during_evaluation_loses_nothing(config, separable, tmp_path, monkeypatch):

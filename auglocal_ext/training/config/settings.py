@@ -177,7 +177,7 @@ class Settings(_RuleSettings):
     cutmix: float | None = _setting(
         None, "augmentation", "the same by rectangles; with both, either is drawn for each batch", "A", least=0
     )
-    seed: int = _setting(1234, "optimisation", "default 1234", "N", least=0, most=2**64 - 1)
+    seed: int = _setting(1234, "optimisation", "0 to 2^64 - 1 (default 1234)", "N", least=0, most=2**64 - 1)
     amp: str = _setting("none", "step", "mixed precision (default none)", choices=tuple(AMP))
     channels_last: bool = _setting(False, "step", "store images and activations channels last")
     device: str = _setting("auto", "step", "auto (default), cpu, cuda, cuda:1, ...", "NAME", wrong=single_values.device)
