@@ -6,6 +6,7 @@ import io
 import math
 import re
 import sys
+import threading
 import time
 
 import pytest
@@ -81,6 +82,27 @@ def test_tensorboard(tmp_path):
     assert events.Scalars("module_loss/0")[0].value == 1.5
     assert events.Scalars("module_accuracy/1")[0].value == 0.25
     assert "module_accuracy/0" not in tags  # a module that does not classify
+
+
+def test_tensorboard_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    resource = pytest.importorskip("resource")
+    printed = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    before, threads = resource.getrlimit(resource.RLIMIT_FSIZE), threading.active_count()
+    board = TensorBoardLog(tmp_path, 0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+    try:
+        board.add(row(1))
+        full = TensorBoardLog(tmp_path / "full", 0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))
+        none = TensorBoardLog(tmp_path / "none", 0)
+        full.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert board.note == f"no TensorBoard log: {tmp_path} cannot be written: File too large"
+    assert full.note is None and none.note.endswith("none cannot be written: File too large")
+    assert not printed and threading.active_count() == threads
 
 
 def test_without_tensorboard_one_line_says_so(tmp_path, monkeypatch):

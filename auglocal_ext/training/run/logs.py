@@ -6,7 +6,9 @@ import csv
 import io
 import math
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -110,7 +112,8 @@ class TensorBoardLog:
             self.note = f"no TensorBoard log ({error}): pip install tensorboard"
             return
         try:
-            self._writer = SummaryWriter(str(folder), purge_step=epoch + 1)
+            with _unprinted():
+                self._writer = SummaryWriter(str(folder), purge_step=epoch + 1)
         except OSError as error:
             self.note = _no_board(folder, error)
         self._folder = folder
@@ -119,8 +122,10 @@ class TensorBoardLog:
         if self._writer is None:
             return
         try:
-            self._write(row)
+            with _unprinted():
+                self._write(row)
         except OSError as error:  # no reason to lose a run
+            self.close()
             self.note, self._writer = _no_board(self._folder, error), None
 
     def _write(self, row: EpochRow) -> None:
@@ -140,8 +145,29 @@ class TensorBoardLog:
 
     def close(self) -> None:
         if self._writer is not None:
-            with suppress(OSError):
+            with suppress(OSError), _unprinted():
                 self._writer.close()
+
+
+@contextmanager
+def _unprinted() -> Iterator[None]:
+    """Within it Python prints no traceback of TensorBoard's writing thread, which hands its error to the caller."""
+    printed, ended = threading.excepthook, threading.Event()
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard."):
+            ended.set()
+        else:
+            printed(failed)
+
+    threading.excepthook = hook
+    try:
+        yield
+    except OSError:
+        ended.wait(0.5)  # the thread ends after it has handed on its error
+        raise
+    finally:
+        threading.excepthook = printed
 
 
 def _no_board(folder: Path, error: OSError) -> str:
