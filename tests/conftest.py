@@ -28,6 +28,15 @@ def seed() -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For what is compared to the bit with processes of one thread: with more, torch adds up otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def poison() -> Iterator[None]:
     """Fresh memory holds NaN, in Python and in C++, so that an element which nobody wrote cannot look right."""
     assert torch.utils.deterministic.fill_uninitialized_memory

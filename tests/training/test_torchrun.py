@@ -27,7 +27,7 @@ TIMES = ("images_per_second", "seconds", "waiting", "peak_bytes")
 
 
 @pytest.fixture
-def train(image_folder, tmp_path):
+def train(image_folder, tmp_path, one_thread):
     """Starts a run of 20 images, in batches of 8, 8 and 4; returns its folder and the finished process."""
     images = image_folder(train=10)
 
