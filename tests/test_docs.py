@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import subprocess
 import sys
@@ -152,6 +153,7 @@ config = TrainConfig(data=".", output="run", rule="selftaught", decay=0.5, head=
 assert make_rule(config) == SelfTaught(0.5, head=rules.AugLocal(depth=2)), make_rule(config)
 assert TABLES["rule"]["teaching"] is float
 from auglocal_ext.cli import main
+print(f"package: {{rules.__file__}}.", flush=True)
 main(["train", "--help"])
 """
 
@@ -159,10 +161,13 @@ main(["train", "--help"])
 def test_a_registered_rule_reaches_the_command_line(tmp_path):
     code = blocks("rule")[0]
     (tmp_path / "registered.py").write_text(REGISTER.format(code=code))
-    done = subprocess.run([sys.executable, tmp_path / "registered.py"], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # else an installed package would be imported
+    command = [sys.executable, tmp_path / "registered.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = " ".join(done.stdout.split())
     assert "--decay" in text and "selftaught: m in teacher = m teacher + (1 - m) head, 0..1 (default 0.99)" in text
+    assert text.startswith(f"package: {ROOT / 'auglocal_ext' / 'rules' / '__init__.py'}.")
 
 
 @pytest.mark.parametrize("option", ["scale_classifier", "average_momentum", "joint_tail", "sampling", "beta"])
@@ -261,5 +266,5 @@ def test_the_op_runs():
     # In a process of its own: what is registered with torch cannot be taken back.
     reference, op, use = blocks("op")
     code = OP.format(reference=reference, op=op, use=use)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
