@@ -101,7 +101,7 @@ def local_rows(depth: int) -> list[Row]:
     for idea, adds, options in (
         ("per-module", "an optimizer step per module", {"graph": False, "overlap": False}),
         ("graph", "one CUDA graph", graph),
-        ("peak", 'graph and recompute="peak"', {**graph, "recompute": "peak"}),
+        ("peak", 'graph and plan_memory(recompute="peak")', {**graph, "recompute": "peak"}),
         ("overlap", "graph, backward beside the next forward", both),
         ("overlap, peak", "all of it", {**both, "recompute": "peak"}),
     ):

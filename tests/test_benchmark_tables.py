@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from auglocal_ext.planning import plan_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -178,3 +182,12 @@ def test_the_picture_is_drawn_from_the_result_files(load_benchmark, tmp_path):
     header = (tmp_path / "overview.png").read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
     assert [int.from_bytes(header[at : at + 4], "big") for at in (16, 20)] == [1600, 600]
+
+
+def test_stored_rows_are_called_as_today(load_benchmark):
+    """The published table shows the file's labels, which name arguments of today's calls."""
+    report = json.loads((RESULTS / "step-cpu.json").read_text())
+    labels = {row.name: row.adds for row in load_benchmark("step").rows()}
+    assert all(labels[row["name"]] == row["adds"] for rows in report["networks"].values() for row in rows)
+    for call, argument in (found for adds in labels.values() for found in re.findall(r"(?:(\w+)\()?\b(\w+)=", adds)):
+        assert argument in inspect.signature({"plan_memory": plan_memory}[call]).parameters
