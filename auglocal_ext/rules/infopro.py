@@ -154,8 +154,9 @@ def _stage(network: Network, module: int) -> int:
     return len(list(groupby(widths)))
 
 
-#: ``(first, last)`` of the paper's contrastive experiments, by data set, network and number of local modules. The
-#: starred, memory-balanced partitions of ResNet-110 have entries of their own.
+#: ``(first, last)`` of the paper's contrastive experiments, as :class:`InfoPro` takes them: by data set and network,
+#: then by number of local modules. The starred, memory-balanced partitions of ResNet-110 have entries of their own;
+#: they are cut as :data:`auglocal_ext.partition.CONTSUP_BALANCED` says, but STL-10's three after the layers 9 and 20.
 INFOPRO_WEIGHTS: dict[tuple[str, str], dict[int, tuple[Weights, Weights]]] = {
     ("cifar10", "resnet32"): {
         2: ((5, 1), (0, 0)),
