@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from operator import itemgetter
 from types import FrameType
@@ -92,6 +92,7 @@ __all__ = [
     "storage_id",
     "transforms_active",
     "version",
+    "written_tensors",
 ]
 
 #: Makes a tensor without memory, of a subclass whose ``__torch_dispatch__`` does the work.
@@ -142,6 +143,14 @@ def post_accumulate_hooks(tensor: Tensor) -> dict[int, Any] | None:
 def schema(operator: Any) -> Any:
     """Name and arguments of an operator (``OpOverload``), and which of them it writes to; only ``tags`` are public."""
     return operator._schema
+
+
+def written_tensors(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The tensors that a call of an operator writes to, by its schema."""
+    for place, argument in enumerate(schema(operator).arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = kwargs.get(argument.name, args[place] if place < len(args) else None)
+            yield from (each for each in tree_flatten(value)[0] if isinstance(each, Tensor))
 
 
 def transforms_active() -> bool:

@@ -38,7 +38,7 @@ def test_fake_tensors_have_shapes_and_neither_memory_nor_values():
     assert fake.requires_grad and fake.stride() == (1,)
 
 
-@canary("TorchDispatchMode", "current_dispatch_mode", "without_dispatch_modes", "schema")
+@canary("TorchDispatchMode", "current_dispatch_mode", "without_dispatch_modes", "schema", "written_tensors")
 def test_dispatch_modes_see_every_operator_until_they_are_switched_off():
     assert private.current_dispatch_mode() is None
     x = torch.ones(2, requires_grad=True)
@@ -53,6 +53,12 @@ def test_dispatch_modes_see_every_operator_until_they_are_switched_off():
     assert inner.names[:2] == ["aten::mul", "aten::relu_"] and "aten::threshold_backward" in inner.names
     assert inner.written == ["aten::relu_"]
     assert [each.name for each in private.schema(torch.ops.aten.add_.Tensor).arguments] == ["self", "other", "alpha"]
+    out, other = torch.empty(2), torch.ones(2)
+    written = private.written_tensors(torch.ops.aten.add.out, (x, other), {"out": out})
+    assert [id(each) for each in written] == [id(out)]
+    written = private.written_tensors(torch.ops.aten._foreach_add_.Scalar, ([out, other], 1), {})
+    assert [id(each) for each in written] == [id(out), id(other)]
+    assert not list(private.written_tensors(torch.ops.aten.add.Tensor, (x, other), {}))
 
 
 @canary("tree_flatten", "tree_unflatten", "tree_leaves", "TreeSpec")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .._torch import TorchDispatchMode, schema, skipped_init, storage_id, tree_flatten, tree_unflatten
+from .._torch import TorchDispatchMode, skipped_init, storage_id, tree_flatten, tree_unflatten, written_tensors
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Deferred(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         drawn = torch.Tag.nondeterministic_seeded in func.tags
-        self.note(func, args, kwargs, changed(func, args, kwargs), tree_flatten(out)[0], drawn)
+        self.note(func, args, kwargs, written_tensors(func, args, kwargs), tree_flatten(out)[0], drawn)
         return out
 
     def note(
@@ -213,14 +213,6 @@ def _stored(value: Any) -> Any:
     if isinstance(value, Tensor):
         return _View.of(value) if _is_meta(value) else value.detach().clone()
     return torch.device("cpu") if isinstance(value, torch.device) else value
-
-
-def changed(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """Tensors that a call writes to, by its schema."""
-    for place, argument in enumerate(schema(func).arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = kwargs.get(argument.name, args[place] if place < len(args) else None)
-            yield from (each for each in tree_flatten(value)[0] if isinstance(each, Tensor))
 
 
 @torch.no_grad()

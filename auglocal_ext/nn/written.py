@@ -9,8 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .._torch import TorchDispatchMode, skipped_init, storage_id
-from .deferred import changed
+from .._torch import TorchDispatchMode, skipped_init, storage_id, written_tensors
 
 
 class Written(TorchDispatchMode):
@@ -41,7 +40,7 @@ class Written(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        for tensor in changed(func, args, kwargs):
+        for tensor in written_tensors(func, args, kwargs):
             self.note(tensor)
         return out
 

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import disabled_torch_function, make_wrapper_subclass, schema, tree_flatten, tree_unflatten
+from .._torch import (
+    disabled_torch_function,
+    make_wrapper_subclass,
+    schema,
+    tree_flatten,
+    tree_unflatten,
+    written_tensors,
+)
 
 _META = torch.device("meta")
 
@@ -62,7 +69,9 @@ class Ghost(Tensor):
         if torch.Tag.inplace_view in func.tags:
             raise CrossingError(f"{func} changes the shape, in place, of a value from before the segment")
         if schema(func).is_mutable:
-            _refuse_writes(func, args, kwargs)
+            # A real tensor that takes in what is not there would be wrong without a sign of it.
+            if not all(isinstance(each, Ghost) for each in written_tensors(func, args, kwargs)):
+                raise CrossingError(f"{func} writes a value from before the segment into a tensor that is used in it")
         shapes = [_shape_of(value) for value in flat]
         of = {id(shape): value for shape, value in zip(shapes, flat, strict=True) if isinstance(value, Tensor)}
         try:
@@ -103,12 +112,3 @@ def _shape_of(value: Any) -> Any:
     if isinstance(value, Tensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=_META)
     return _META if isinstance(value, torch.device) else value
-
-
-def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
-    """A real tensor that takes in what is not there would be wrong without a sign of it."""
-    for place, argument in enumerate(schema(func).arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = kwargs.get(argument.name, args[place] if place < len(args) else None)
-            if any(isinstance(each, Tensor) and not isinstance(each, Ghost) for each in tree_flatten(value)[0]):
-                raise CrossingError(f"{func} writes a value from before the segment into a tensor that is used in it")

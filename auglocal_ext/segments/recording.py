@@ -30,6 +30,7 @@ from .._torch import (
     storage_id,
     tree_flatten,
     tree_unflatten,
+    written_tensors,
 )
 from .calls import Call, Form, Linear, Operator, Recording
 
@@ -75,7 +76,7 @@ class _Trace(TorchDispatchMode):
         numbers = [self.number(each) for each in made]
         writes: frozenset[str] = frozenset()
         if schema(func).is_mutable:  # a write is seen by every tensor over the same memory
-            written = list(_written(func, args, kwargs))
+            written = list(written_tensors(func, args, kwargs))
             writes = frozenset(self._own[id(each)] for each in written if id(each) in self._own)
             for each in (*made, *written):
                 if id(each) not in self._own and (storage := _storage(each)) is not None:
@@ -112,13 +113,6 @@ def _storage(tensor: Tensor) -> int | None:
         return storage_id(tensor.untyped_storage())
     except (NotImplementedError, RuntimeError):  # sparse
         return None
-
-
-def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    for place, argument in enumerate(schema(func).arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = kwargs.get(argument.name, args[place] if place < len(args) else None)
-            yield from (each for each in tree_flatten(value)[0] if isinstance(each, Tensor))
 
 
 class _Calls:
