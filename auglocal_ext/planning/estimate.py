@@ -21,7 +21,8 @@ from ..memory.meter import rounded
 from ..segments import carried
 from ..step.empty_batch import empty_batch, explained_targets
 from ..step.module_costs import step_on_cpu
-from ..step.optimizers import ModuleOptimizers, OptimizerFactory, held
+from ..step.optimizers import ModuleOptimizers, OptimizerFactory
+from ..step.parameter_lists import held
 from ..step.updates import Clip, Updates, updating_pass
 from .planned_stage import PlannedStage
 from .stand_in import StandIn, StandIns, likeness_of

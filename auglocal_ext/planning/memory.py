@@ -22,7 +22,7 @@ from ..local_sequential import LocalSequential
 from ..step import MemoryPlan, OptimizerFactory
 from ..step.edges import crossed
 from ..step.memory_plan import amount, step_facts
-from ..step.optimizers import listed
+from ..step.parameter_lists import listed
 from ..step.updates import Clip
 from .choice import Choice, Costs, cheapest_within, lowest_peak
 from .estimate import StepEstimate

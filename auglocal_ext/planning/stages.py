@@ -17,7 +17,7 @@ from ..memory.meter import BUFFERS, INPUTS, OPTIMIZER_STATE, PARAMETERS, rounded
 from ..step import OptimizerFactory
 from ..step.edges import followers, refuse_crossed
 from ..step.module_costs import module_flops
-from ..step.optimizers import listed
+from ..step.parameter_lists import listed
 from .estimate import StepEstimate
 from .planned_stage import PlannedStage
 

@@ -21,8 +21,9 @@ from .built_in import NetworkState
 from .graph import Form, GraphedStep, Graphs, NotForGraphs, Way
 from .memory_plan import MemoryPlan, step_facts
 from .module_costs import module_flops, module_times
-from .optimizers import ModuleOptimizers, OptimizerFactory, held, listed, replaced
+from .optimizers import ModuleOptimizers, OptimizerFactory
 from .overlap import TwoStreams
+from .parameter_lists import held, listed, replaced
 from .processes import Processes, StageCuts
 from .refusals import check_plan, refuse_former
 from .updates import Clip, Updates, guard_steps_by_hand, updating_pass

@@ -14,92 +14,20 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._torch import drop_step_hooks, let_step_scale_gradients, mark_as_stepped, step_scales_gradients
+from .._torch import drop_step_hooks, mark_as_stepped
 from ..local_modules import LocalModule
 from ..nn import is_sharded, shard_like
+from .module_optimizer import ModuleOptimizer, changed, slots_of
 
 #: Makes the optimizer of a list of parameters or parameter groups: ``lambda params: torch.optim.SGD(params, lr=0.1)``.
 OptimizerFactory = Callable[[list[Any]], torch.optim.Optimizer]
-
-
-class ModuleOptimizer:
-    """``whole`` for some of its parameters: what a training step and a ``GradScaler`` need of an optimizer.
-
-    Attributes of ``whole`` that its step sets, such as a count of steps, are put back: the step of the next module
-    finds them as this one did, and :meth:`ModuleOptimizers.finish` sets them. What its step changes in place, such as a
-    list that it appends to, is changed once for each module.
-
-    Args:
-        whole: the user's optimizer.
-        groups: copies of its parameter groups, with these parameters alone.
-        written: receives the attributes that ``step`` has changed.
-    """
-
-    def __init__(self, whole: torch.optim.Optimizer, groups: list[dict[str, Any]], written: dict[str, Any]) -> None:
-        self.param_groups = groups
-        self._whole = whole
-        self._written = written
-        if step_scales_gradients(whole) or all(group.get("fused") for group in groups):
-            let_step_scale_gradients(self)
-
-    @property
-    def step(self) -> Callable[..., Any]:
-        """``step`` of the class of ``whole``, on these parameters."""
-        plain = type(self._whole).step  # a scheduler's wrapper around the method is for the whole
-
-        def step(*args: Any, **options: Any) -> Any:
-            # Besides its groups, what a scaler has set for the time of a step.
-            own = {key: value for key, value in vars(self).items() if key not in ("_whole", "_written")}
-            with _changed(self._whole, self._written, **own):
-                return plain(self._whole, *args, **options)
-
-        step.__wrapped__ = plain  # type: ignore[attr-defined]  # so that a GradScaler finds its arguments
-        return step
-
-
-@contextmanager
-def _changed(whole: torch.optim.Optimizer, written: dict[str, Any], **attributes: Any) -> Iterator[None]:
-    """Within it ``whole`` has other ``attributes``; all are put back, and what else was set within is ``written``."""
-    before, slots = dict(vars(whole)), _slots(whole)
-    for key, value in attributes.items():
-        setattr(whole, key, value)
-    try:
-        yield
-    finally:
-        written.update(
-            (key, value)
-            for key, value in vars(whole).items()
-            if key not in attributes and (key not in before or before[key] is not value)
-        )
-        vars(whole).clear()
-        vars(whole).update(before)
-        for key, value in _slots(whole).items():
-            if key not in slots:
-                delattr(whole, key)
-            elif slots[key] is not value:
-                setattr(whole, key, slots[key])
-            else:
-                continue
-            if key not in attributes:
-                written[key] = value
-
-
-def _slots(whole: torch.optim.Optimizer) -> dict[str, Any]:
-    """Attributes of classes with ``__slots__``, which are not among ``vars``."""
-    names = (name for cls in type(whole).__mro__ for name in _names(vars(cls).get("__slots__", ())))
-    return {name: getattr(whole, name) for name in names if hasattr(whole, name)}
-
-
-def _names(slots: str | Iterable[str]) -> list[str]:
-    given = [slots] if isinstance(slots, str) else slots
-    return [name for name in given if name not in ("__dict__", "__weakref__") and not name.startswith("__")]
 
 
 class ModuleOptimizers:
@@ -151,13 +79,13 @@ class ModuleOptimizers:
             if lr is not None:
                 options["lr"] = lr[index]
             # Options an optimizer writes while it steps live on in the views; only what the user changed is pushed.
-            changed = {
+            pushed = {
                 k: v for k, v in options.items() if k not in self._pushed[index] or self._pushed[index][k] is not v
             }
-            self._pushed[index].update(changed)
-            if changed:
+            self._pushed[index].update(pushed)
+            if pushed:
                 for view in (*self._views.values(), self.everything):
-                    view.param_groups[index].update(changed)
+                    view.param_groups[index].update(pushed)
 
     def view(self, module: int) -> ModuleOptimizer:
         """The optimizer of local module ``module``."""
@@ -201,7 +129,7 @@ class ModuleOptimizers:
         Args:
             why: the option under which modules that are not stepped yet have gradients.
         """
-        for name, value in {**vars(self.whole), **_slots(self.whole)}.items():
+        for name, value in {**vars(self.whole), **slots_of(self.whole)}.items():
             if isinstance(value, torch.optim.Optimizer):
                 raise ValueError(
                     f"{why}: {type(self.whole).__name__} steps another optimizer, {name}, and that one would step "
@@ -258,7 +186,7 @@ class ModuleOptimizers:
                     state[twin] = copy.deepcopy(self.whole.state[original])
             if twins:
                 groups.append({**group, "params": twins})
-        with _changed(self.whole, {}, param_groups=groups, state=state):
+        with changed(self.whole, {}, param_groups=groups, state=state):
             drop_step_hooks(self.whole)
             yield self.whole, type(self.whole).step
 
@@ -326,48 +254,6 @@ class ModuleOptimizers:
                     step = self.whole.state[p].get("step") if p in self.whole.state else None
                     if isinstance(step, Tensor) and step.device != p.device:
                         self.whole.state[p]["step"] = step.to(p.device, torch.float32)
-
-
-def listed(params: Iterable[Any]) -> list[Any]:
-    """Parameters or groups as lists, for a factory that is called more than once."""
-    return [{**item, "params": _as_list(item["params"])} if isinstance(item, dict) else item for item in params]
-
-
-def replaced(params: list[Any], swap: Callable[[Any], Any]) -> list[Any]:
-    """Parameters, or groups of them, with ``swap(parameter)`` in the place of each."""
-
-    def of(item: Any) -> Any:
-        if isinstance(item, dict):
-            group = item["params"]
-            return {**item, "params": list(map(of, group)) if isinstance(group, list) else [of(group)]}
-        return (item[0], swap(item[1])) if isinstance(item, tuple) else swap(item)
-
-    return [of(item) for item in params]
-
-
-def held(params: list[Any], net: nn.Module, others: set[int]) -> list[Any]:
-    """Parameters, or groups of them, without those of ``others``, by ``id``, which ``net`` does not hold.
-
-    An optimizer takes a group of no parameters, but not a list of none: a process that trains nothing has such a group.
-    """
-    elsewhere = others.difference(id(p) for p in net.parameters() if not p.is_meta)
-    kept = []
-    for item in params:
-        if isinstance(item, dict):
-            group = item["params"]
-            group = [group] if isinstance(group, Tensor) else list(group)
-            kept.append({**item, "params": [p for p in group if id(_parameter(p)) not in elsewhere]})
-        elif id(_parameter(item)) not in elsewhere:
-            kept.append(item)
-    return kept or [{"params": []}]
-
-
-def _parameter(item: Any) -> Any:
-    return item[1] if isinstance(item, tuple) else item  # (name, parameter)
-
-
-def _as_list(params: Any) -> Any:
-    return params if isinstance(params, Tensor) else list(params)
 
 
 def _on_host(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

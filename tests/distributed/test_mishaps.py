@@ -15,7 +15,7 @@ from auglocal_ext import Greedy, LocalSequential, LocalStep
 from auglocal_ext.distributed.link import Form
 from auglocal_ext.distributed.stages import _digest
 from auglocal_ext.nn.synced_norm import SyncedBatchNorm2d
-from auglocal_ext.step.optimizers import held
+from auglocal_ext.step.parameter_lists import held
 
 
 def mesh(name):
