@@ -1,4 +1,4 @@
-"""The ops: each a function of one file, with the providers reference, cpu, cuda and triton behind it."""
+"""The ops: each a function of one file, with its providers behind it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from .batch_norm_act_max_pool import (
 )
 from .deferred import raise_deferred_errors
 from .labels import check_labels
+from .linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from .pooled_cross_entropy import PooledCrossEntropy, pooled_cross_entropy
 from .reconstruction_loss import reconstruction_loss
 from .similarity_loss import similarity_loss
 from .supervised_contrast import supervised_contrast
 
 __all__ = [
+    "LinearCrossEntropy",
     "PooledCrossEntropy",
     "batch_norm_act",
     "batch_norm_act_apply",
@@ -36,6 +38,7 @@ __all__ = [
     "batch_norm_factors",
     "batch_norm_stats",
     "check_labels",
+    "linear_cross_entropy",
     "pooled_cross_entropy",
     "raise_deferred_errors",
     "reconstruction_loss",

@@ -1,6 +1,7 @@
 """Which implementation of an op runs: one table per op, the automatic choice, and the reason for what is missing.
 
-Providers: ``reference`` (plain PyTorch, always there), ``cpu`` and ``cuda`` (the compiled libraries) and ``triton``.
+Providers: ``reference`` (the formula in plain PyTorch) and ``aten`` (the op's memory with torch's own kernels), always
+there where an op has them; ``cpu`` and ``cuda`` (the compiled libraries) and ``triton``.
 A call's ``provider=`` wins over the environment variable ``AUGLOCAL_PROVIDER``, which wins over the automatic choice.
 What is asked for by name and missing raises with the recorded reason; the automatic choice takes the next one in
 silence. Compiled code keeps the choice made when it was traced.
@@ -18,7 +19,7 @@ import torch
 from .. import native
 from .._torch import constant_when_compiled
 
-NAMES = ("reference", "cpu", "cuda", "triton")
+NAMES = ("reference", "aten", "cpu", "cuda", "triton")
 ENVIRONMENT = "AUGLOCAL_PROVIDER"
 
 LOW = frozenset({torch.float16, torch.bfloat16})
@@ -93,6 +94,7 @@ def _triton_missing() -> str | None:
 
 _REASONS: dict[str, Callable[[], str | None]] = {
     "reference": lambda: None,
+    "aten": lambda: None,
     "cpu": lambda: native.reason("cpu"),
     "cuda": lambda: native.reason("cuda"),
     "triton": _triton_missing,

@@ -1,7 +1,8 @@
 """How an op is made known to torch: an overload per provider, each with schema, fake kernel, implementation, autograd.
 
-The reference's and Triton's implementations are functions of ``reference/<op>.py`` and ``triton/<op>.py``, the latter
-imported when it first runs. Those of ``cpu`` and ``cuda`` register themselves when ``native`` loads their libraries.
+The implementations of ``reference``, ``aten`` and ``triton`` are functions of ``reference/<op>.py``, ``aten/<op>.py``
+and ``triton/<op>.py``, the last imported when it first runs. Those of ``cpu`` and ``cuda`` register themselves when
+``native`` loads their libraries.
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ def table(op: str) -> providers.Table:
     )
 
 
+def plain_table(op: str) -> providers.Table:
+    """The provider table of an op whose work is matrix products: torch's own kernels on every device."""
+    rows = (providers.Provider(name, None, providers.ALL) for name in ("aten", "reference"))
+    return providers.register(providers.Table(op, tuple(rows)))
+
+
 def overload(name: str, provider: str) -> Any:
     """``torch.ops.auglocal_ext.<name>.<provider>``."""
     return getattr(getattr(torch.ops.auglocal_ext, name), provider)
@@ -48,13 +55,15 @@ def chosen(op: str, x: Tensor, provider: str | None, name: str | None = None) ->
 
 
 def primitive(table: providers.Table, name: str, signature: str, fake: Callable[..., Any], function: str) -> None:
-    """Define ``name``, a kernel of every provider: in the reference and in Triton it is called ``function``."""
+    """Define ``name``, a kernel of every provider: in those written in Python it is called ``function``."""
     for provider in table.providers:
         _define(f"{name}.{provider.name}", signature, fake)
-    reference = import_module(f"{__package__}.reference.{table.op}")
-    _library.impl(f"{name}.reference", getattr(reference, function), "CompositeExplicitAutograd")
-    for device in table.row("triton").devices or ():
-        _library.impl(f"{name}.triton", partial(_triton, table.op, function), device.upper())
+        if provider.name in ("reference", "aten"):
+            module = import_module(f"{__package__}.{provider.name}.{table.op}")
+            _library.impl(f"{name}.{provider.name}", getattr(module, function), "CompositeExplicitAutograd")
+        elif provider.name == "triton":
+            for device in provider.devices or ():
+                _library.impl(f"{name}.triton", partial(_triton, table.op, function), device.upper())
 
 
 def composite(

@@ -27,7 +27,7 @@ if FOLDER in os.environ:
     if not runtime.address_sanitizer:
         runtime.serve_torch()
         runtime.detect_races(True)
-    for _op in providers.TABLES:
+    for _op in build.compiled_ops():
         torch.ops.load_library(str(_folder / f"{_op}.so"))
     providers._REASONS["cuda"] = lambda: None
     for name, table in providers.TABLES.items():

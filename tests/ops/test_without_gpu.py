@@ -15,8 +15,6 @@ from pathlib import Path
 import pytest
 from emulator import build
 
-from auglocal_ext.ops import providers
-
 HERE = Path(__file__).resolve().parent
 
 
@@ -63,7 +61,7 @@ def test_cuda_kernels_on_the_emulator(emulator: dict[str, str]) -> None:
 
 @pytest.mark.slow
 def test_cuda_kernels_in_any_order(emulator: dict[str, str]) -> None:
-    run_cases(HERE / "schedules.py", 4 * len(providers.TABLES), "-p", "emulated", **emulator)
+    run_cases(HERE / "schedules.py", 4 * len(build.compiled_ops()), "-p", "emulated", **emulator)
 
 
 @pytest.mark.slow

@@ -73,10 +73,15 @@ def build(source: Path, folder: Path, sanitize: Sequence[str] = CHECKED, torch: 
     return _link(folder / f"{source.stem}.so", [_compile(translated, work, options)], link)
 
 
+def compiled_ops() -> list[str]:
+    """The ops that have a cuda provider."""
+    return [op for op, table in providers.TABLES.items() if any(row.name == "cuda" for row in table.providers)]
+
+
 def build_ops(folder: Path, sanitize: Sequence[str] = CHECKED) -> None:
     """Compile the kernels of every op for the runtime in ``folder``, two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda op: build(SOURCES / "cuda" / f"{op}.cu", folder, sanitize), providers.TABLES))
+        list(pool.map(lambda op: build(SOURCES / "cuda" / f"{op}.cu", folder, sanitize), compiled_ops()))
 
 
 def build_cpu(library: Path, work: Path, sanitize: Sequence[str]) -> Path:

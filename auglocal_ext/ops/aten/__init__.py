@@ -1,0 +1,1 @@
+"""Providers made of torch's own kernels."""

@@ -1,0 +1,219 @@
+"""Linear layer and cross-entropy as one op, without the logits of all positions."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import labels, providers, registry
+from .reference.linear_cross_entropy import Outputs, kept
+from .transforms import refuse_transforms
+
+NAME = "linear_cross_entropy"
+_INSTEAD = "F.linear and F.cross_entropy"
+
+
+class LinearCrossEntropy(NamedTuple):
+    """What :func:`linear_cross_entropy` returns; only the loss is differentiable.
+
+    Attributes:
+        loss: scalar, float32 (float64 for a double x).
+        correct: number of positions whose largest logit is the target's, int64 scalar.
+        nll: sum of ``-log p`` of the targets, in the dtype of the loss, without label smoothing and z-loss.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    nll: Tensor
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    provider: str | None = None,
+    check_labels: bool = True,
+) -> LinearCrossEntropy:
+    """``mean [cross_entropy(x W^T + b, target) + z logsumexp(x W^T + b)^2]``, its gradients made in the same pass.
+
+    The mean is over the targets that count; without any the loss is 0 and so are its gradients. The logits are made for
+    some positions at a time, at least 128, and never all exist: those of one pass take about as many bytes as ``x``.
+    Backward only scales what the forward pass made, so the loss can be differentiated once. For backward the gradients
+    are stored, and nothing else. No gradient is made or stored for an input that needs none: pass ``weight.detach()``
+    to read a layer that another loss trains.
+
+    The factors of matrix products have the dtype of ``x``, on CUDA under autocast that of autocast, and else on other
+    devices float32; sums and all else are float32, or float64 for a double ``x``.
+
+    Args:
+        x: hidden states ``(..., C)`` in float16, bfloat16, float32 or float64, any strides.
+        weight: ``(V, C)``. Under autocast x, weight and bias may differ in dtype.
+        bias: ``(V,)`` or None.
+        target: labels ``(...)``, int64.
+        ignore_index: label that counts nowhere.
+        label_smoothing: in [0, 1], as in ``F.cross_entropy``.
+        z_loss: z, the weight of the squared logarithm of the softmax's denominator; at least 0.
+        provider: None (automatic), ``"aten"`` (torch's kernels, in chunks) or ``"reference"`` (all logits at once).
+        check_labels: False if the labels have been checked already; one outside [0, V) is then treated as ignored.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape, device, label or option.
+        NotImplementedError: under ``torch.func``, and for inputs with a tangent of forward-mode AD.
+
+    Source: the z-loss is that of Chowdhery et al., PaLM, 2022, section 5.
+    """
+    refuse_transforms(NAME, _INSTEAD, x, weight, bias)
+    _check(x, weight, bias, target, label_smoothing, z_loss)
+    rows, flat = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+    if check_labels:
+        labels.check_labels(flat, weight.shape[0], ignore_index)
+    op = registry.chosen(NAME, x, provider)
+    grad = torch.is_grad_enabled()
+    arguments = (
+        *(rows, weight, bias, flat, ignore_index, float(label_smoothing), float(z_loss), _product(x)),
+        *(grad and tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)),
+    )
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        # The providers call matmul themselves, which autocast would send to its own dtype.
+        with torch.autocast(device, enabled=False):
+            return LinearCrossEntropy(*op(*arguments)[:3])
+    return LinearCrossEntropy(*op(*arguments)[:3])
+
+
+def _product(x: Tensor) -> torch.dtype:
+    """The dtype of the factors of matrix products: a low one where products of low factors are summed in float32."""
+    if x.dtype == torch.float64:
+        return x.dtype
+    if x.device.type != "cuda" or torch.version.hip is not None:
+        return torch.float32
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, label_smoothing: float, z_loss: float
+) -> None:
+    if x.dim() < 1 or 0 in x.shape:
+        raise ValueError(f"expected x of shape (..., C) with at least one position, got {tuple(x.shape)}")
+    if target.shape != x.shape[:-1]:
+        raise ValueError(
+            f"expected a target per position of x, {tuple(x.shape[:-1])}, got {tuple(target.shape)} for x "
+            f"{tuple(x.shape)}"
+        )
+    labels.check_form(target.reshape(-1))
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"expected weight of shape (V, {x.shape[-1]}) for x {tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"expected bias of shape ({weight.shape[0]},) or None, got {tuple(bias.shape)}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"expected label_smoothing between 0 and 1, got {label_smoothing}")
+    if not 0.0 <= z_loss < float("inf"):
+        raise ValueError(f"expected z_loss of at least 0, got {z_loss}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("target", target)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"expected {name} on {x.device} as x, got it on {tensor.device}; move it with .to(x.device)"
+            )
+    _check_dtypes(x, weight, bias)
+
+
+def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.dtype not in providers.ALL:
+        raise TypeError(f"expected x in float16, bfloat16, float32 or float64, got {x.dtype}")
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        allowed = providers.SINGLE
+    else:
+        allowed = frozenset({x.dtype})
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in allowed:
+            raise TypeError(
+                f"expected {name} in {x.dtype} as x, got {tensor.dtype}; convert one of them, or run under "
+                "torch.autocast, which lets float16, bfloat16 and float32 meet"
+            )
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    product: torch.dtype,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> Outputs:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        x.new_empty((), dtype=wide),
+        target.new_empty(()),
+        x.new_empty((), dtype=wide),
+        x.new_empty(x.shape if need_x else (0,), dtype=kept(x.dtype)),
+        x.new_empty(weight.shape if need_weight else (0,), dtype=kept(weight.dtype)),
+        x.new_empty(weight.shape[:1] if need_bias else (0,), dtype=wide),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[3:])
+    ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in inputs[:3])
+    ctx.made = inputs[8:]
+
+
+def _backward(provider: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    grads: list[Tensor | None] = [None] * 11
+    if grad_loss is None:
+        return tuple(grads)
+    for index, (grad, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
+        if not ctx.needs_input_grad[index]:
+            continue
+        if not ctx.made[index]:
+            raise RuntimeError(f"{NAME}: the gradient of input {index} was not made; set the need_* argument for it")
+        # Scaled before it is rounded, so that a loss scale keeps a float16 gradient from underflowing.
+        grads[index] = (grad_loss * grad).to(dtype)
+    return tuple(grads)
+
+
+def _flops(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    product: torch.dtype,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> int:
+    return 2 * len(x) * weight.numel() * (1 + need_x + need_weight)
+
+
+TABLE = registry.plain_table(NAME)
+
+registry.primitive(
+    TABLE,
+    NAME,
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index, float label_smoothing, float z_loss, "
+    "ScalarType product, bool need_x, bool need_weight, bool need_bias) "
+    "-> (Tensor loss, Tensor correct, Tensor nll, Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    _fake,
+    "forward",
+)
+registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD)
+registry.flops(TABLE, _flops)
