@@ -13,7 +13,7 @@ from .nn import FusionReport, fuse, unfuse
 from .partition import Balanced
 from .rules import DGL, MAN, AugLocal, ContSup, ConvHead, Greedy, InfoPro, PredSim, Rule
 from .step import LocalStep
-from .tasks import Binary, Classification, Criterion, MultiLabel, Regression, Segmentation, Task
+from .tasks import Binary, Classification, Criterion, LanguageModelling, MultiLabel, Regression, Segmentation, Task
 
 __all__ = [
     "DGL",
@@ -29,6 +29,7 @@ __all__ = [
     "Greedy",
     "InferenceNetwork",
     "InfoPro",
+    "LanguageModelling",
     "LocalModule",
     "LocalOutput",
     "LocalSequential",

@@ -65,7 +65,9 @@ def count_training_macs(net: nn.Module, input_shape: Sequence[int]) -> int:
     return _macs(
         net,
         input_shape,
-        lambda image: net(image, cast(Any, net.task).example_for(cast(Any, net.network).input, 1, image.device)),
+        lambda image: net(
+            image, cast(Any, net.task).example_for(cast(Any, net.network).described_input, 1, image.device)
+        ),
     )
 
 
@@ -97,6 +99,9 @@ def _macs(module: nn.Module, input_shape: Sequence[int], run: Callable[[Tensor],
     return macs + heads.macs
 
 
+_LOSSES_WITH_LINEAR = ("auglocal_ext::pooled_cross_entropy", "auglocal_ext::linear_cross_entropy")
+
+
 class _LossHeads(TorchDispatchMode):
     """Counts linear layers that run inside the op that makes their loss, where no forward hook sees them."""
 
@@ -107,7 +112,7 @@ class _LossHeads(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.name().startswith("auglocal_ext::pooled_cross_entropy"):
+        if func.name().startswith(_LOSSES_WITH_LINEAR):
             x, weight = args[:2]
             self.macs += len(x) * weight.numel()
         return func(*args, **(kwargs or {}))

@@ -62,7 +62,7 @@ def _rest(layer: Layer, children: list[nn.Module], width: int) -> list[nn.Module
     """
     parts: list[nn.Module] = []
     for leaf in _after(children, cast("nn.Module", layer.block)):
-        made = _norm(leaf, width)
+        made = fresh_norm(leaf, width)
         if made is not None:
             parts.append(made)
         elif isinstance(leaf, nn.PReLU):
@@ -77,7 +77,7 @@ def _is_activation(leaf: nn.Module) -> bool:
     return type(leaf).__module__ == _ACTIVATIONS and not has_parameters(leaf)
 
 
-def _norm(leaf: nn.Module, width: int) -> nn.Module | None:
+def fresh_norm(leaf: nn.Module, width: int) -> nn.Module | None:
     """A fresh normalisation of the kind of ``leaf``, for ``width`` channels; None where it is none that is known."""
     if isinstance(leaf, nn.BatchNorm2d | nn.BatchNorm1d):
         kind = nn.BatchNorm2d if isinstance(leaf, nn.BatchNorm2d) else nn.BatchNorm1d
@@ -125,7 +125,7 @@ def why_unknown(layer: Layer, children: list[nn.Module]) -> str:
             if isinstance(leaf, nn.PReLU) or _is_activation(leaf):
                 break
             with torch.device("meta"):
-                known = _norm(leaf, layer.width) is not None
+                known = fresh_norm(leaf, layer.width) is not None
             if not known and not type(leaf).__module__.startswith(_LEFT_OUT):
                 return f"holds a {type(leaf).__name__}"
     return ""

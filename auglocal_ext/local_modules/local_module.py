@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args
 
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..auxiliary.base import Auxiliary, LossContext, parts_of
 from ..auxiliary.context import ContextSupply
 from ..auxiliary.followed import Followed
+from ..layers.features import Features
+from ..layers.readout import split_readout
 from ..nn import FusedSequential, recomputed, run_chain
 from ..segments import Carrying, Segment, carried, carry, detached
 from ..tasks import Scored, Task
@@ -28,11 +30,11 @@ class PassModule(Protocol):
     @property
     def context(self) -> ContextSupply | None: ...
 
-    def __call__(self, h: Tensor, history: list[Tensor | None] | None, /) -> Tensor:
-        """Output of the module; its input is added to ``history``."""
+    def loss_input(self, h: Tensor, history: list[Tensor | None] | None, /) -> Tensor:
+        """What :meth:`objective` takes, most often the module's output; its input is added to ``history``."""
 
-    def objective(self, out: Tensor, context: LossContext, /) -> Scored:
-        """Local loss of the output, with the task's output and count."""
+    def objective(self, taken: Tensor, context: LossContext, /) -> Scored:
+        """Local loss, with the task's output and count."""
 
     def parts(self) -> Iterator[nn.Module]: ...
 
@@ -117,6 +119,22 @@ class LocalModule:
 
     __call__ = forward
 
+    def loss_input(self, h: Tensor, history: list[Tensor | None] | None = None) -> Tensor:
+        """What :meth:`objective` takes: the module's output, or the input of the network's readout.
+
+        The latter for the last module, if the task makes logits and loss in one op and the layers end in a linear one.
+        """
+        split = self._split
+        return self(h, history) if split is None else replace(self, groups=split[0]).forward(h, history)
+
+    @property
+    def _split(self) -> tuple[tuple[tuple[nn.Module, ...], ...], nn.Linear] | None:
+        """The groups without the linear layer in which they end, and that layer, where the task applies it."""
+        if self.auxiliary is not None or self.segment is not None or not self.task.fuses_readout:
+            return None
+        split = split_readout(self.groups[-1])
+        return None if split is None else ((*self.groups[:-1], split[0]), split[1])
+
     def hand_on(self, out: Tensor) -> Tensor:
         """What the next module takes: ``out.detach()``, with what skip connections carry over the cut, detached too."""
         return detached(out)
@@ -145,13 +163,23 @@ class LocalModule:
                     history[i] = None
         return h
 
-    def objective(self, out: Tensor, context: LossContext) -> Scored:
-        """Local loss of the module's output, with the task's output and count; the target has been checked."""
+    def objective(self, taken: Tensor, context: LossContext) -> Scored:
+        """Local loss of :meth:`loss_input`, with the task's output and count; the target has been checked."""
         if self.auxiliary is not None:
             for followed in self.followed:
                 followed.begin()
-            return self.auxiliary.loss(out, context)
-        scored = self.task.score(out, context.target)
+            return self.auxiliary.loss(taken, context)
+        return self._weighted(self.score(taken, context.target))
+
+    def score(self, taken: Tensor, target: Tensor) -> Scored:
+        """Of the last module: loss, without the module's weight, and count of :meth:`loss_input`."""
+        split = self._split
+        if split is None:
+            return self.task.score(taken, target)
+        features = Features(tuple(taken.shape[1:]), "channels_last")
+        return self.task.readout_score(taken, features, split[1], target)
+
+    def _weighted(self, scored: Scored) -> Scored:
         return scored if self.weight == 1 else scored._replace(loss=scored.loss * self.weight)
 
     def local_loss(self, out: Tensor, target: Tensor, x: Tensor | None = None) -> Tensor:
@@ -169,7 +197,8 @@ class LocalModule:
         if self.auxiliary is not None:
             for part in parts_of(self.auxiliary):
                 part.check_target(target)
-        return self.objective(out, LossContext(target, x)).loss
+            return self.objective(out, LossContext(target, x)).loss
+        return self._weighted(self.task.score(out, target)).loss
 
     def after_step(self) -> None:
         """What the rule does after the module's backward, such as moving averages; a loop of your own calls it then."""
@@ -216,9 +245,9 @@ class Relay:
         if any(module.context is not None for module in modules):
             self.history = []
 
-    def through(self, module: PassModule) -> Tensor:
-        """The output of ``module``; its input is released, except what autograd and later modules need."""
-        self.h = module(self.h, self.history)
+    def through(self, run: Callable[[Tensor, list[Tensor | None] | None], Tensor]) -> Tensor:
+        """What a module's ``run`` makes; its input is released, except what autograd and later modules need."""
+        self.h = run(self.h, self.history)
         return self.h
 
 

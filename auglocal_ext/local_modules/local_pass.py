@@ -18,7 +18,8 @@ dropped, and its detached output goes to the next module.
 - **Targets are checked before any work**: at once on the CPU. On CUDA the number of invalid ones is copied to pinned
   host memory and reported by a later call, so the pass never synchronises.
 - **The last module keeps the network's own classifier and torch's loss**, so one module (K = 1) is backpropagation,
-  to the bit when not fused.
+  to the bit when not fused. A task may make the classifier's last product and the loss in one op, as language modelling
+  does, whose logits are too large to exist; K = 1 is then backpropagation up to rounding.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class LocalOutput(NamedTuple):
     Attributes:
         loss: scalar, the sum of the local losses. After ``net(x, y)`` its ``backward()`` hands the gradients to
             ``.grad``, once. After a :class:`auglocal_ext.LocalStep` it is detached.
-        output: ``(N, outputs)``, or ``(N, outputs, H, W)`` of a segmentation: that of the last module, detached.
+        output: ``(N, outputs)``, or ``(N, outputs, H, W)`` of a segmentation: that of the last module, detached. Of
+            :class:`auglocal_ext.LanguageModelling` it is empty, ``(N, T, 0)``, where its logits were never made.
         module_losses: ``(K,)``, detached.
         module_counts: ``(K,)``, what the task counts in each module's output, summed over the batch: top-1 hits for
             classification; ``(K, 2, C)`` for segmentation. -1 if nothing is counted. ``task.measure`` makes the metric
@@ -204,7 +206,7 @@ def local_pass(
     for module in modules:
         with streams.module(module.index):
             with _uncached_autocast(x.device.type):
-                h = relay.through(module)
+                h = relay.through(module.loss_input)
                 passed = detached(h)
                 streams.handed_on(module.index, passed, (*(relay.history or ()), *carried(passed)))
                 scored = module.objective(h, context)

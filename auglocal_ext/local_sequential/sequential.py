@@ -17,13 +17,13 @@ from .._torch import BatchNormBase, FakeTensor, is_replica
 from ..auxiliary.base import Auxiliary, can_recompute, followed_by, parts_of, set_recompute
 from ..auxiliary.context import ContextSupply
 from ..layers import Described, LayoutChoice, describe, evaluating, group_children, nesting_hint, probe_input
-from ..local_modules import RECOMPUTE, LocalModule, LocalOutput, Recompute, local_pass, run_forward
+from ..local_modules import RECOMPUTE, LocalModule, LocalOutput, Recompute, Relay, local_pass, run_forward
 from ..nn import Deferred, FusedSequential, fuse, must_be_eager, refuse_sharding, unfuse, unsync_batch_norm
 from ..partition import Balanced
 from ..rules.balance import balanced_ends
 from ..rules.base import Network, Rule, made_like
 from ..segments import Segment
-from ..tasks import Task
+from ..tasks import Scored, Task
 from .arguments import one_input, recompute_per_module, refuse_own_task, what_is_learned
 from .batches import CheckedBatches, warn_once
 from .inference import InferenceNetwork
@@ -314,16 +314,7 @@ class LocalSequential(CheckedBatches):
             RuntimeError: for parameters that are sharded, or held by another process, and for ``net(x, y)`` in
                 ``nn.DataParallel``.
         """
-        if self._held is not None:
-            raise RuntimeError(
-                f"this process holds local modules {self._held[0]} to {self._held[1]} of {self.num_modules}: train by "
-                "step(x, y) and infer by step.predict(x), in all stages"
-            )
-        if self.sharded:
-            raise RuntimeError(
-                "this process holds shards of the network: train by step(x, y) and infer by step.predict(x), in all "
-                "processes"
-            )
+        self._refuse_parted()
         if y is None:
             self.refuse_empty()
             self.check_input(x)
@@ -343,6 +334,37 @@ class LocalSequential(CheckedBatches):
         elif torch.is_grad_enabled():
             self.warn_of_fp16(x)
         return local_pass(self.local_modules, x, y, scale)
+
+    def _refuse_parted(self) -> None:
+        if self._held is not None:
+            raise RuntimeError(
+                f"this process holds local modules {self._held[0]} to {self._held[1]} of {self.num_modules}: train by "
+                "step(x, y) and infer by step.predict(x), in all stages"
+            )
+        if self.sharded:
+            raise RuntimeError(
+                "this process holds shards of the network: train by step(x, y) and infer by step.predict(x), in all "
+                "processes"
+            )
+
+    @torch.no_grad()
+    def score(self, x: Tensor, y: Tensor) -> Scored:
+        """Loss and count of the network's output for a test batch, without its auxiliary networks.
+
+        The same as ``net.task.score(net(x), y)``; a language model's logits are not made. BatchNorm and dropout follow
+        the mode of the network.
+
+        Raises:
+            TypeError, ValueError: as :meth:`forward`, for inputs and targets.
+            RuntimeError: for parameters that are sharded, or held by another process.
+        """
+        self._refuse_parted()
+        self.check_batch(x, y)
+        *earlier, last = self.local_modules
+        relay = Relay(self.local_modules, x)
+        for module in earlier:
+            relay.through(module)
+        return last.score(relay.through(last.loss_input), y)
 
     def _warn_of_backpropagation(self, out: Tensor) -> None:
         """Let the output's backward warn, once: ``net(x)`` in training mode is easily taken for local learning."""

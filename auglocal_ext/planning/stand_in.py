@@ -75,19 +75,19 @@ class StandIn:
     def parts(self) -> Iterator[nn.Module]:
         return self._module.parts()
 
-    def __call__(self, h: Tensor, history: list[Tensor | None] | None) -> Tensor:
+    def loss_input(self, h: Tensor, history: list[Tensor | None] | None) -> Tensor:
         likeness = None if self._likeness is None else (self._likeness, TensorLikeness.of(h))
         self._first = self._stand_ins.find(likeness, self)
         if self._first is not self:
             assert self._first._output is not None
             return self._first._output.empty()
-        out = self._module(h, history)
+        out = self._module.loss_input(h, history)
         self._output = TensorLikeness.of(out)
         return out
 
-    def objective(self, out: Tensor, context: LossContext) -> Scored:
+    def objective(self, taken: Tensor, context: LossContext) -> Scored:
         if self._first is self:
-            result = self._module.objective(out, context)
+            result = self._module.objective(taken, context)
             self._scored = TensorLikeness.of(result.output), TensorLikeness.of(result.tally)
             return result
         assert self._first._scored is not None

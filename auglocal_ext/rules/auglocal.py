@@ -20,7 +20,7 @@ from ..models.blocks import conv_bn_relu
 from ..partition import cut_points
 from .base import Head, Network, Rule, resolved
 from .copied import copied_block, taken_by
-from .heads import LinearHead, widened
+from .heads import LinearHead, Readout, is_token_norm, widened
 from .options import head_option, option
 
 Sampling = Literal["uniform", "sequential", "repeated", "conv1x1", "conv3x3"]
@@ -53,7 +53,7 @@ class AugLocal(Rule):
             pool to 512, two hidden linear layers; the head of the released ImageNet VGG), any other head, or a rule.
         single_layer_norm: where at most one layer is sampled, put a BatchNorm between pooling and linear layer, as the
             CIFAR code does and the ImageNet code does not. None: only with the linear head, as other heads have no such
-            place, and only where exactly one layer is sampled.
+            place, only where exactly one layer is sampled, and not for language modelling.
         sampling: which layers the auxiliary blocks are modelled on, for the paper's ablation: ``"uniform"``, the
             ``"sequential"`` next ones, the module's own layer ``"repeated"``; or ``"conv1x1"`` or ``"conv3x3"``
             convolutions with BatchNorm and ReLU.
@@ -196,11 +196,15 @@ class AugLocal(Rule):
     def _ended(self, network: Network, module: int, blocks: list[nn.Module], features: Features) -> Auxiliary:
         """The blocks, which put out ``features``, with the head after them."""
         head = resolved(self.head)
+        seen = network.with_features(module, features)
         if type(head) is LinearHead:
             wanted = self.single_layer_norm
-            norm = head.norm or (len(blocks) == 1 and wanted is not False) or (not blocks and wanted is True)
-            head = LinearHead(norm)
-        return preceded(blocks, head.build_auxiliary(network.with_features(module, features), module))
+            usual = len(blocks) == 1 and wanted is not False and not network.task.keeps_positions
+            head = LinearHead(head.norm or usual or (len(blocks) <= 1 and wanted is True))
+        made = preceded(blocks, head.build_auxiliary(seen, module))
+        if isinstance(made.head, Readout) and blocks and is_token_norm(list(blocks[-1].modules())[-1]):
+            made.head.norm = None  # the copy of the last layer ends in it
+        return made
 
     def _copies(self, network: Network) -> bool:
         """Whether the blocks are copies: some layer is of no known form, or widths do not tell the strides."""

@@ -149,7 +149,7 @@ def _bytes(network: Network, rule: Rule, example: Tensor) -> _Costs:
 def _flops(network: Network, rule: Rule, example: Tensor) -> _Costs:
     """Of a training step on two images, the gradients of inputs included where a module computes them."""
     costs = _Costs([], [], [])
-    x, target = _batch(example), network.task.example(_BATCH, example.device)
+    x, target = _batch(example), network.task.example_for(network.described_input, _BATCH, example.device)
     with torch.random.fork_rng(devices=[]), evaluating(network.primary):
         inputs: list[Tensor] = []
         h = x

@@ -52,6 +52,11 @@ class Network:
         """Channels of the last stage: of the deepest layer before the classifier."""
         return self.layers[-1].out_channels
 
+    @property
+    def described_input(self) -> Features | None:
+        """What a task's ``example_for`` takes: :attr:`input`, or of integers their shape."""
+        return self.input if self.input_dtype is None else Features(self.input_shape)
+
     def settings(self, module: int) -> LossSettings:
         """What the auxiliary network of local module ``module`` is built with."""
         return LossSettings(self.task, bool(self.recompute) and self.recompute[module])

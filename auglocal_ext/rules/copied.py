@@ -41,6 +41,11 @@ def copied_block(network: Network, index: int, features: Features, rule: str) ->
             f"{rule} copies {what}, and it is unknown which axis of its input holds the channels: {SAY_LAYOUT}. Or "
             f"pass {FACTORY}"
         )
+    if network.task.keeps_positions and features.positions != taken.positions:
+        raise ValueError(
+            f"{rule} copies {what}, which takes {taken}, after {features}: pooling them would mix positions, and "
+            f"{network.task} has an output at each. Choose modules that end where there are as many positions"
+        )
     source, made = _source(network, index, rule)
     copied, before = fresh_copy(source, what, network.primary), adapter(features, taken)
     block = copied if before is None else nn.Sequential(OrderedDict(adapter=before, layer=copied))

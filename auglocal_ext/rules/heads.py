@@ -10,6 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from ..auxiliary.base import LossSettings
+from ..auxiliary.blocks import fresh_norm
 from ..auxiliary.heads import AuxiliaryNetwork, Head
 from ..layers import Features, padded_pooling, pooled_size, pooling, vectors
 from ..models.blocks import conv_bn_relu
@@ -31,6 +32,11 @@ def widened(width: int, factor: float) -> int:
 
 def refuse_pooling(network: Network, head: str) -> None:
     """ValueError if the task's outputs have positions, which ``head`` pools."""
+    if network.task.keeps_positions:
+        raise ValueError(
+            f"{head} pools tokens to one vector, but {network.task} has an output for every token; take 'linear', "
+            "'0c2f', or AugLocal"
+        )
     if network.task.dense:
         raise ValueError(
             f"{head} pools features to one vector, but {network.task} has an output for every position; take a head "
@@ -47,16 +53,63 @@ def alone(head: Head) -> AuxiliaryNetwork:
 class LinearHead(Rule):
     """``W mean_p(h) + b``: pooled over the positions (of a class token, it alone), then a linear layer.
 
-    For a task whose outputs have positions nothing is pooled, and the linear layer is at every position.
+    For a task whose outputs have positions nothing is pooled, and the linear layer is at every position. For language
+    modelling it is the network's own readout, fresh: a normalisation of the kind of the network's last LayerNorm or
+    RMSNorm (LayerNorm if it has none), and a linear layer with a bias if the network's last one has one.
 
     Args:
         norm: a BatchNorm before the linear layer.
+
+    Raises:
+        ValueError: when wrapped, for ``norm`` in language modelling: its statistics are over all positions.
     """
 
     norm: bool = False
 
     def build_auxiliary(self, network: Network, module: int) -> AuxiliaryNetwork:
-        return alone(_Linear(network.features(module), network.settings(module), self.norm))
+        features, settings = network.features(module), network.settings(module)
+        if not network.task.keeps_positions:
+            return alone(_Linear(features, settings, self.norm))
+        if self.norm:
+            raise ValueError(
+                f"a BatchNorm has statistics over all positions, and {network.task} needs an output at each that comes "
+                "from no later one: leave norm out (of AugLocal: single_layer_norm)"
+            )
+        return alone(Readout(features, settings, *_like_readout(network, features.channels)))
+
+
+class Readout(Head):
+    """``W norm(h) + b`` at every position.
+
+    Args:
+        features: those of ``h``, tokens.
+        settings: of a task whose outputs have positions.
+        norm: a normalisation of each token; None: there is none.
+        bias: whether the linear layer has one.
+    """
+
+    def __init__(self, features: Features, settings: LossSettings, norm: nn.Module | None, bias: bool) -> None:
+        super().__init__(settings)
+        self.read = features
+        self.norm = norm
+        self.linear = nn.Linear(features.channels, settings.task.outputs, bias)
+
+    def features(self, h: Tensor) -> Tensor:
+        return h if self.norm is None else self.norm(h)
+
+
+def is_token_norm(part: nn.Module) -> bool:
+    """Whether a module is torch's LayerNorm or RMSNorm over the last axis."""
+    return type(part) in (nn.LayerNorm, nn.RMSNorm) and len(part.normalized_shape) == 1
+
+
+def _like_readout(network: Network, width: int) -> tuple[nn.Module, bool]:
+    """A fresh normalisation as the network's last one, and whether its last linear layer has a bias."""
+    last = [part for child in network.children_of(network.layers[-1]) for part in child.modules()]
+    norms = [part for part in last if is_token_norm(part)]
+    linear = [part for part in last if isinstance(part, nn.Linear)]
+    norm = fresh_norm(norms[-1], width) if norms else None
+    return nn.LayerNorm(width) if norm is None else norm, not linear or linear[-1].bias is not None
 
 
 class _Linear(Head):

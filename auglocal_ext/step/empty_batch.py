@@ -20,7 +20,7 @@ def empty_batch(net: LocalSequential, batch_size: int) -> tuple[Tensor, Tensor]:
     x = torch.empty(batch_size, *net.network.input_shape, dtype=dtype)
     if channels_last(net) and x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-    return x, net.task.example_for(net.network.input, batch_size)
+    return x, net.task.example_for(net.network.described_input, batch_size)
 
 
 def channels_last(net: LocalSequential) -> bool:

@@ -5,6 +5,7 @@ from .binary import Binary, MultiLabel
 from .classification import Classification
 from .contrast import SupervisedContrast
 from .criterion import Criterion
+from .language_modelling import LanguageModelling
 from .regression import Regression
 from .segmentation import Segmentation
 
@@ -12,6 +13,7 @@ __all__ = [
     "Binary",
     "Classification",
     "Criterion",
+    "LanguageModelling",
     "MultiLabel",
     "Regression",
     "Scored",

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.features import Features
+from ..layers.groups import is_sequence
+from ..layers.readout import split_readout
 from ..ops.deferred import check_values
 
 
@@ -46,13 +48,23 @@ class Task(nn.Module, ABC):
             :func:`auglocal_ext.nn.gathered`.
         dense: whether outputs have positions. Heads then keep the positions of their features, and those that cannot
             raise ValueError when they are built.
+        keeps_positions: whether what an auxiliary network puts out at a position must come from that position alone, or
+            from others by the network's own kinds of layers only. Pooling of positions, and statistics over them, are
+            then refused.
+        fuses_readout: whether :meth:`readout_score` is to make the last module's loss too, where the network ends in a
+            linear layer. Else that is the :meth:`score` of the network's output.
     """
 
     metric: str = ""
     count_shape: tuple[int, ...] = ()
     compares_samples: bool = False
     dense: bool = False
+    keeps_positions: bool = False
     outputs: int
+
+    @property
+    def fuses_readout(self) -> bool:
+        return False
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
@@ -142,6 +154,16 @@ class Task(nn.Module, ABC):
     def readout_score(self, x: Tensor, features: Features, linear: nn.Linear, target: Tensor) -> Scored:
         """:meth:`score` of :meth:`readout`; a task may do both in one op."""
         return self.score(self.readout(x, features, linear), target)
+
+    def score_of(self, layers: nn.Sequential, x: Tensor, target: Tensor) -> Scored:
+        """:meth:`score` of ``layers(x)``, without its output where :attr:`fuses_readout` says so."""
+        split = split_readout(list(layers)) if self.fuses_readout and is_sequence(layers) else None
+        if split is None:
+            return self.score(layers(x), target)
+        before, linear = split
+        for layer in before:
+            x = layer(x)
+        return self.readout_score(x, Features(tuple(x.shape[1:]), "channels_last"), linear, target)
 
     def refuse_parameters(self) -> None:
         """ValueError if a subclass has trainable parameters: every local loss would train them."""
