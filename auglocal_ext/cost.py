@@ -62,13 +62,8 @@ def count_training_macs(net: nn.Module, input_shape: Sequence[int]) -> int:
     Raises:
         ValueError: a size in ``input_shape`` is not positive.
     """
-    return _macs(
-        net,
-        input_shape,
-        lambda image: net(
-            image, cast(Any, net.task).example_for(cast(Any, net.network).described_input, 1, image.device)
-        ),
-    )
+    task, described = cast(Any, net.task), cast(Any, net.network).described_input
+    return _macs(net, input_shape, lambda image: net(image, task.example_for(described, 1, image.device)))
 
 
 def _macs(module: nn.Module, input_shape: Sequence[int], run: Callable[[Tensor], Any]) -> int:

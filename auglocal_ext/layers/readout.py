@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import cast
 
 from torch import nn
 
@@ -30,7 +31,7 @@ def split_readout(layers: Sequence[nn.Module]) -> tuple[tuple[nn.Module, ...], n
         return tuple(before), last
     if not is_sequence(last):
         return None
-    inside = split_readout(list(last))
+    inside = split_readout(list(cast("nn.Sequential", last)))
     if inside is None:
         return None
     parts, linear = inside

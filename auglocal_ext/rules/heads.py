@@ -100,7 +100,8 @@ class Readout(Head):
 
 def is_token_norm(part: nn.Module) -> bool:
     """Whether a module is torch's LayerNorm or RMSNorm over the last axis."""
-    return type(part) in (nn.LayerNorm, nn.RMSNorm) and len(part.normalized_shape) == 1
+    kinds = (nn.LayerNorm, nn.RMSNorm)
+    return type(part) in kinds and isinstance(part, kinds) and len(part.normalized_shape) == 1
 
 
 def _like_readout(network: Network, width: int) -> tuple[nn.Module, bool]:

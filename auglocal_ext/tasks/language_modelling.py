@@ -18,7 +18,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class LanguageModelling(Task):
-    """``CE(output, y) + z logsumexp(output)^2`` per position: the mean over those that count, of ``(N, T, vocab_size)``.
+    """``CE(output, y) + z logsumexp(output)^2``: the mean over the positions that count, of ``(N, T, vocab_size)``.
 
     Targets are tokens ``(N, T)``, integers: those to be predicted at each position, so for a decoder the inputs shifted
     by one. Whether a position may depend on later ones is a matter of the network. Auxiliary networks mix no positions
@@ -190,7 +190,8 @@ class LanguageModelling(Task):
         if len(features.positions) != 1 or features.layout == "class_token":
             raise ValueError(
                 f"{self} needs logits for every position, but the last layer of an auxiliary network here receives "
-                f"{features}, not tokens of which each is read: take a head such as 'linear', and layout='channels_last'"
+                f"{features}, not tokens of which each is read: take a head such as 'linear', and "
+                "layout='channels_last'"
             )
         return features.channels_first(x).movedim(1, -1)
 

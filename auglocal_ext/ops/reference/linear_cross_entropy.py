@@ -1,8 +1,8 @@
 """Linear layer and cross-entropy in plain PyTorch, with all logits: the formula that every provider keeps.
 
-What every provider does: the gradients are made in the forward pass, and backward only scales them. Until then that of a
-float16 input stays in float32, since it would underflow. A bfloat16 gradient has the range of float32 and is stored as
-it is. Sums are in float32 (float64 for double).
+What every provider does: the gradients are made in the forward pass, and backward only scales them. Until then that of
+a float16 input stays in float32, since it would underflow. A bfloat16 gradient has the range of float32 and is stored
+as it is. Sums are in float32 (float64 for double).
 """
 
 from __future__ import annotations
