@@ -155,7 +155,7 @@ def test_recipes_and_networks():
     table = re.findall(r"^\| (`[\w`, -]+`) \| .*", page("training").split("| recipe |")[1].split("\n\n")[0], flags=re.M)
     assert {name for cell in table for name in re.findall(r"[\w-]+", cell)} == set(recipes.names())
     networks = page("training").split("`--network` is one of")[1].split("The optimizer")[0]
-    assert set(re.findall(r"`((?:resnet|vgg)\d+)`", networks)) == set(NAMES)
+    assert set(re.findall(r"`((?:resnet|vgg|vit_)\w+)`", networks)) == set(NAMES)
     assert set(RULE_OPTIONS) == {*RULES, "bp"}
 
 

@@ -50,7 +50,7 @@ class Layer:
         base_width: :attr:`width`; None where it is unknown which axis holds the channels.
         what: what the layer is, in words for messages.
         inside: features after its first child with parameters; for the last layer those before the classifier.
-        layout: what the user said about its output.
+        layout: what the user, or the layer itself, said about its output.
         unknown: why ``features`` is None.
     """
 
@@ -124,7 +124,8 @@ def describe(layers: nn.Sequential, example: Tensor, layout: LayoutChoice = None
 
     Args:
         example: one input, ``(1, ...)``.
-        layout: what the layers' outputs are laid out as where they have positions; None: as the layers tell.
+        layout: what the layers' outputs are laid out as where they have positions; None: as the layers tell, by an
+            attribute ``features_layout`` of one of their modules or else by their types.
 
     Raises:
         TypeError: if ``layers`` is no ``nn.Sequential``.
@@ -133,7 +134,10 @@ def describe(layers: nn.Sequential, example: Tensor, layout: LayoutChoice = None
     """
     ranges = group_children(layers)
     children = list(layers)
-    said = _layouts(layout, len(ranges))
+    said = [
+        each or _own_layout(children[start:stop])
+        for each, (start, stop) in zip(_layouts(layout, len(ranges)), ranges, strict=True)
+    ]
     with evaluating(layers), ResidualFinder(children) as finder:
         handed = observe(children, example, lambda index, h, error: _refusal(layers, example, index, h, error))
     for index, child in enumerate(children):
@@ -197,6 +201,25 @@ def _layouts(layout: LayoutChoice, count: int) -> list[Layout | None]:
             f"{count} layers; got {layout!r}"
         )
     return said
+
+
+def _own_layout(children: Sequence[nn.Module]) -> Layout | None:
+    """What the last module that says so says of the layer's output, by its attribute ``features_layout``."""
+    for part in (part for child in reversed(children) for part in _ended(child)):
+        said = getattr(part, "features_layout", None)
+        if said in LAYOUTS:
+            return said
+        if said is not None:
+            raise ValueError(f"{type(part).__name__}.features_layout is one of {', '.join(LAYOUTS)}, got {said!r}")
+    return None
+
+
+def _ended(child: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules that have run at the end of ``child``, the last ones first."""
+    if not isinstance(child, Segment):
+        return (child,)
+    last = () if child.last is None else child.last.names
+    return (*(child.model.get_submodule(name) for name in reversed(last)), *reversed(child.whole))
 
 
 def _first_output(

@@ -13,12 +13,14 @@ from .named import check_name, default_classes, default_input_shape, is_segmenta
 from .resnet import resnet18, resnet34, resnet50, resnet101, resnet_cifar
 from .torchvision_weights import from_torchvision
 from .vgg import vgg13, vgg19
+from .vit import EncoderBlock, vit, vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_s_16, vit_t_16
 
 __all__ = [
     "NAMES",
     "BasicBlock",
     "Bottleneck",
     "DecoderBlock",
+    "EncoderBlock",
     "FusedBasicBlock",
     "FusedBottleneck",
     "build",
@@ -43,4 +45,11 @@ __all__ = [
     "resnet_cifar",
     "vgg13",
     "vgg19",
+    "vit",
+    "vit_b_16",
+    "vit_b_32",
+    "vit_l_16",
+    "vit_l_32",
+    "vit_s_16",
+    "vit_t_16",
 ]

@@ -9,6 +9,7 @@ from torch import nn
 
 from .resnet import resnet18, resnet34, resnet50, resnet101, resnet_cifar
 from .vgg import vgg13, vgg19
+from .vit import vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_s_16, vit_t_16
 
 #: ``resnet_cifar(8)``, 4 local layers.
 resnet8 = functools.partial(resnet_cifar, 8)
@@ -36,17 +37,28 @@ _IMAGENET: dict[str, Callable[..., nn.Sequential]] = {
     "vgg13": vgg13,
     "vgg19": vgg19,
 }
+_VITS: dict[str, Callable[..., nn.Sequential]] = {
+    "vit_t_16": vit_t_16,
+    "vit_s_16": vit_s_16,
+    "vit_b_16": vit_b_16,
+    "vit_b_32": vit_b_32,
+    "vit_l_16": vit_l_16,
+    "vit_l_32": vit_l_32,
+}
 #: Networks that :func:`build` knows.
-NAMES: tuple[str, ...] = (*_CIFAR, *_IMAGENET)
+NAMES: tuple[str, ...] = (*_CIFAR, *_IMAGENET, *_VITS)
 
 
-def build(name: str, num_classes: int | None = None, width: int | None = None) -> nn.Sequential:
+def build(
+    name: str, num_classes: int | None = None, width: int | None = None, image_size: int | None = None
+) -> nn.Sequential:
     """The network ``name`` (one of ``NAMES``) with fresh weights.
 
     Args:
         name: network name, e.g. ``"resnet32"``.
         num_classes: outputs; 10 for CIFAR networks and 1000 for ImageNet ones when None.
         width: width of the first stage of a CIFAR ResNet (16 when None); no other network takes it.
+        image_size: height and width of the images of a vision transformer (224 when None); others take any.
 
     Raises:
         ValueError: if the name is unknown, or ``width`` is given for a network that has none.
@@ -55,11 +67,14 @@ def build(name: str, num_classes: int | None = None, width: int | None = None) -
         return _CIFAR[name](
             num_classes=10 if num_classes is None else num_classes, width=16 if width is None else width
         )
-    if name not in _IMAGENET:
+    if name not in NAMES:
         raise ValueError(f"unknown network {name!r}; known: {', '.join(NAMES)}")
     if width is not None:
         raise ValueError(f"width applies to CIFAR ResNets ({', '.join(_CIFAR)}), not to {name}")
-    return _IMAGENET[name](num_classes=1000 if num_classes is None else num_classes)
+    classes = 1000 if num_classes is None else num_classes
+    if name in _VITS:
+        return _VITS[name](image_size=224 if image_size is None else image_size, num_classes=classes)
+    return _IMAGENET[name](num_classes=classes)
 
 
 def input_shape(name: str) -> tuple[int, int, int]:

@@ -66,7 +66,7 @@ def network_by_name(
     classes = default_classes(name) if num_classes is None else num_classes
     state = None if weights is None else read_state_dict(weights)
     if name in catalogue.NAMES:
-        network: nn.Module = catalogue.build(name, num_classes, width)
+        network: nn.Module = catalogue.build(name, num_classes, width, image_size)
         if state is not None and not set(state) & set(network.state_dict()):
             state = from_torchvision(name, state, num_classes)
     elif width is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from .resnet import resnet18, resnet34, resnet50, resnet101
 from .vgg import _CONFIGS as _VGG_CONFIGS
 from .vgg import vgg13, vgg19
+from .vit import vit_b_16, vit_b_32, vit_l_16, vit_l_32
 
 _RESNETS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50, "resnet101": resnet101}
 _VGGS = {"vgg13": 13, "vgg19": 19}
-_NETWORKS = {**_RESNETS, "vgg13": vgg13, "vgg19": vgg19}
+_VITS = {"vit_b_16": vit_b_16, "vit_b_32": vit_b_32, "vit_l_16": vit_l_16, "vit_l_32": vit_l_32}
+_NETWORKS: dict[str, Callable[..., nn.Sequential]] = {**_RESNETS, "vgg13": vgg13, "vgg19": vgg19, **_VITS}
 
 
 def _resnet_key(key: str) -> str:
@@ -44,12 +47,30 @@ def _vgg_key(depth: int) -> Callable[[str], str]:
     return rename
 
 
+def _vit_key(key: str) -> str:
+    for theirs, ours in (
+        (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"block_\1."),
+        (r"\.self_attention\.in_proj_", ".attention.qkv."),
+        (r"\.self_attention\.out_proj\.", ".attention.out."),
+        (r"\.ln_([12])\.", r".norm\1."),
+        (r"\.mlp\.(?:0|linear_1)\.", ".mlp.up."),  # files of old releases have the second name
+        (r"\.mlp\.(?:3|linear_2)\.", ".mlp.down."),
+        (r"^conv_proj\.", "embedding.proj."),
+        (r"^class_token$", "embedding.class_token"),
+        (r"^encoder\.pos_embedding$", "embedding.positions"),
+        (r"^encoder\.ln\.", "norm."),
+        (r"^heads\.head\.", "classifier.fc."),
+    ):
+        key = re.sub(theirs, ours, key)
+    return key
+
+
 def from_torchvision(name: str, state_dict: Mapping[str, Tensor], num_classes: int | None = None) -> dict[str, Tensor]:
     """State dict of torchvision's network ``name`` with this package's keys; the tensors are shared, not copied.
 
     Args:
         name: ``resnet18``, ``resnet34``, ``resnet50``, ``resnet101``, ``vgg13`` or ``vgg19`` (the two VGGs are
-            torchvision's ``vgg13_bn`` and ``vgg19_bn``).
+            torchvision's ``vgg13_bn`` and ``vgg19_bn``), ``vit_b_16``, ``vit_b_32``, ``vit_l_16`` or ``vit_l_32``.
         state_dict: what ``torchvision.models.<name>(weights=...).state_dict()`` returns, or ``torch.load`` of a file
             that holds it; keys may begin with the ``module.`` of DataParallel.
         num_classes: classes of the network that is to be fine-tuned: the last linear layer is then a new one of as many
@@ -65,17 +86,17 @@ def from_torchvision(name: str, state_dict: Mapping[str, Tensor], num_classes: i
         >>> weights = torch.load("resnet34.pth", weights_only=True)
         >>> net.load_state_dict(from_torchvision("resnet34", weights, num_classes=5))
     """
-    if name not in _RESNETS and name not in _VGGS:
-        known = ", ".join((*_RESNETS, *_VGGS))
+    if name not in _NETWORKS:
+        known = ", ".join(_NETWORKS)
         raise ValueError(f"torchvision weights can be loaded into {known}; got {name!r}")
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes is at least 1, or None to keep the classifier; got {num_classes}")
     _check_tensors(state_dict)
     if all(key.startswith("module.") for key in state_dict):
         state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    rename = _resnet_key if name in _RESNETS else _vgg_key(_VGGS[name])
+    rename = _resnet_key if name in _RESNETS else _vit_key if name in _VITS else _vgg_key(_VGGS[name])
     result = {rename(key): value for key, value in state_dict.items()}
-    last = "classifier.fc" if name in _RESNETS else "classifier.fc3"
+    last = "classifier.fc3" if name in _VGGS else "classifier.fc"
     _check_network(name, state_dict, result, last)
     if num_classes is not None:
         weight = result[f"{last}.weight"]
@@ -108,7 +129,7 @@ def _check_tensors(state_dict: object) -> None:
 def _check_network(name: str, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], last: str) -> None:
     """ValueError unless keys and shapes are those of the network ``name``, with any number of classes."""
     with torch.device("meta"):
-        expected = _NETWORKS[name]().state_dict()
+        expected = _NETWORKS[name](**_options(name, ours)).state_dict()
     # Files of old torch releases have no counts of batches; a load needs none.
     missing = [key for key in expected if key not in ours and not key.endswith("num_batches_tracked")]
     what = f"expected the state dict of torchvision's {name}{'_bn (with BatchNorm)' if name in _VGGS else ''}"
@@ -122,3 +143,12 @@ def _check_network(name: str, theirs: Mapping[str, Tensor], ours: Mapping[str, T
             raise ValueError(f"{key!r} has shape {tuple(value.shape)}, not {tuple(expected[renamed].shape)}: {what}")
     if missing:
         raise ValueError(f"{len(missing)} of {len(expected)} keys are missing, the first is {missing[0]!r}: {what}")
+
+
+def _options(name: str, ours: Mapping[str, Tensor]) -> dict[str, int]:
+    """The size of the images that a vision transformer has positions for."""
+    positions = ours.get("embedding.positions")
+    if name not in _VITS or positions is None or positions.dim() != 3:
+        return {}
+    patch = int(name.rpartition("_")[2])
+    return {"image_size": max(1, math.isqrt(positions.shape[1] - 1)) * patch}
