@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -25,6 +26,13 @@ inline torch::stable::Tensor new_empty(const torch::stable::Tensor& like,
                                                    dtype ? &code : nullptr, nullptr, nullptr, 0, nullptr,
                                                    &made));
   return torch::stable::Tensor(made);
+}
+
+// `tensor`, contiguous and of the dtype: itself where it is.
+inline torch::stable::Tensor packed(const torch::stable::Tensor& tensor,
+                                    torch::headeronly::ScalarType dtype) {
+  if (tensor.scalar_type() == dtype && tensor.is_contiguous()) return tensor;
+  return torch::stable::contiguous(torch::stable::to(tensor, dtype));
 }
 
 }  // namespace auglocal::memory

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "exponential.h"
 #include "host_device.h"
 
 namespace auglocal {
@@ -40,7 +41,7 @@ struct RowSums {
 
 template <typename Real>
 AUGLOCAL_HOST_DEVICE void add(RowSums<Real>& sums, Real shifted) {
-  sums.exponentials += std::exp(shifted);
+  sums.exponentials += exp_minus(-shifted);
   sums.shifted += shifted;
 }
 
@@ -63,7 +64,7 @@ AUGLOCAL_HOST_DEVICE Real row_loss(const RowSums<Real>& sums, Real shifted_label
 template <typename Real>
 AUGLOCAL_HOST_DEVICE Real row_gradient(const RowSums<Real>& sums, Real shifted, bool is_label,
                                        int64_t classes, Real smoothing, Real scale) {
-  const Real probability = std::exp(shifted) / sums.exponentials;
+  const Real probability = exp_minus(-shifted) / sums.exponentials;
   const Real share = smoothing / static_cast<Real>(classes);
   return scale * (is_label ? (probability - 1) + (smoothing - share) : probability - share);
 }

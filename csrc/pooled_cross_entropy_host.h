@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "feature_map.h"
+#include "memory.h"
 
 namespace auglocal {
 
@@ -33,7 +34,7 @@ struct PooledProblem {
   bool need_any() const { return need_x || need_weight || need_bias; }
 
   Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef size) const {
-    return torch::stable::new_empty(weight, size, weight.scalar_type());
+    return memory::new_empty(weight, size);
   }
 };
 
@@ -52,9 +53,9 @@ inline PooledProblem make_problem(const Tensor& x, const Tensor& weight, const s
       target.dim() == 1 && target.size(0) == map.images && target.scalar_type() == ScalarType::Long,
       "expected target (N,) in int64 for ", map.images, " images");
   return {map,
-          torch::stable::contiguous(torch::stable::to(weight, accumulate)),
-          bias ? torch::stable::contiguous(torch::stable::to(*bias, accumulate)) : Tensor(),
-          torch::stable::contiguous(target),
+          memory::packed(weight, accumulate),
+          bias ? memory::packed(*bias, accumulate) : Tensor(),
+          memory::packed(target, ScalarType::Long),
           weight.size(0),
           ignore_index,
           smoothing,

@@ -3,8 +3,8 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
+#include "exponential.h"
 #include "host_device.h"
 
 namespace auglocal {
@@ -14,36 +14,6 @@ template <typename Real>
 AUGLOCAL_HOST_DEVICE Real restored(Real input, Real mean, Real std) {
   const Real pixel = input * std + mean;
   return pixel < 0 ? Real(0) : pixel > 1 ? Real(1) : pixel;
-}
-
-// exp(-a) for a >= 0. In float32 without a call or a branch, so that loops over it become vectors: with n the
-// integer next to -a / ln 2, 2^n times the Taylor series of the rest, whose error is 5e-9 of it. Beyond 87,
-// where float32 ends, it stays at exp(-87); a NaN stays one.
-AUGLOCAL_HOST_DEVICE float exp_minus(float a) {
-  constexpr float kRound = 12582912;                             // 1.5 * 2^23: sums with it are integers
-  constexpr float kHigh = 0.693359375f, kLow = -2.12194440e-4f;  // ln 2, of which n times the first is exact
-  const float x = a > 87 ? -87.0f : -a;
-  const float shifted = x * 1.44269504f + kRound, n = shifted - kRound;
-  const float r = (x - n * kHigh) - n * kLow;
-  float series = 1.0f / 5040;
-  series = series * r + 1.0f / 720;
-  series = series * r + 1.0f / 120;
-  series = series * r + 1.0f / 24;
-  series = series * r + 1.0f / 6;
-  series = series * r + 0.5f;
-  series = series * r + 1;
-  series = series * r + 1;
-  // The low bits of `shifted` are n, and 2^n is a number with n + 127 in its exponent bits alone.
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof(power));
-  return series * power;
-}
-
-AUGLOCAL_HOST_DEVICE double exp_minus(double a) {
-  return std::exp(-a);
 }
 
 // log(1 + e) for 0 <= e <= 1. In float32 as 2 artanh(e / (2 + e)), whose series then ends after seven terms

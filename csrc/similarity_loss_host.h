@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "feature_map.h"
+#include "memory.h"
 
 namespace auglocal {
 
@@ -29,15 +30,13 @@ struct SimilarityProblem {
   ScalarType accumulate;
 
   Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef size) const {
-    return torch::stable::new_empty(z.tensor, size, accumulate);
+    return memory::new_empty(z.tensor, size, accumulate);
   }
 
   Tensor per_channel(bool made = true) const { return made ? empty({z.images, z.channels}) : empty({0}); }
 
   // Vectors in the accumulation dtype: their own features.
-  Tensor vectors() const {
-    return torch::stable::contiguous(torch::stable::to(torch::stable::flatten(z.tensor, 1, -1), accumulate));
-  }
+  Tensor vectors() const { return memory::packed(torch::stable::flatten(z.tensor, 1, -1), accumulate); }
 };
 
 inline SimilarityProblem make_problem(const Tensor& z, const Tensor& target, int64_t classes,
@@ -51,13 +50,8 @@ inline SimilarityProblem make_problem(const Tensor& z, const Tensor& target, int
       target.dim() == 1 && target.size(0) == map.images && target.scalar_type() == ScalarType::Long,
       "expected target (N,) in int64 for ", map.images, " images");
   STD_TORCH_CHECK(classes > 0, "expected at least one class");
-  return {map,
-          torch::stable::contiguous(target),
-          classes,
-          ignore_index,
-          z.dim() > 2,
-          need_grad,
-          wide ? ScalarType::Double : ScalarType::Float};
+  return {map,       memory::packed(target, ScalarType::Long),     classes, ignore_index, z.dim() > 2,
+          need_grad, wide ? ScalarType::Double : ScalarType::Float};
 }
 
 // Calls pairs(first row, rows, similarities (rows, N)) for blocks of at most `most` pairs, and where the
@@ -95,7 +89,7 @@ inline InputGradProblem make_input_grad_problem(const Tensor& z, const Tensor& m
                     "expected mean and factor (N, C) in the accumulation dtype");
   STD_TORCH_CHECK(grad.numel() == 1 && grad.scalar_type() == accumulate,
                   "expected grad_loss () in the accumulation dtype");
-  return {feature_map(z), torch::stable::contiguous(mean), torch::stable::contiguous(factor), grad};
+  return {feature_map(z), memory::packed(mean, accumulate), memory::packed(factor, accumulate), grad};
 }
 
 }  // namespace auglocal

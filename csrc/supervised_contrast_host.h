@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "memory.h"
 #include "supervised_contrast.h"
 
 namespace auglocal {
@@ -31,7 +32,7 @@ struct ContrastProblem {
   ScalarType accumulate;
 
   Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef size) const {
-    return torch::stable::new_empty(features, size, accumulate);
+    return memory::new_empty(features, size, accumulate);
   }
 };
 
@@ -43,7 +44,7 @@ inline ContrastProblem make_contrast(const Tensor& features, const Tensor& targe
       "expected target (N,) in int64 for ", features.size(0), " rows of features");
   STD_TORCH_CHECK(temperature > 0, "expected a positive temperature, got ", temperature);
   return {features,
-          torch::stable::contiguous(target),
+          memory::packed(target, ScalarType::Long),
           features.size(0),
           features.size(1),
           temperature,
