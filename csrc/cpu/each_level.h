@@ -25,24 +25,30 @@
 #endif
 
 #define AUGLOCAL_LEVEL baseline
-#define AUGLOCAL_F16C 0  // whether there are instructions that convert half-precision numbers
+#define AUGLOCAL_F16C 0           // whether there are instructions that convert half-precision numbers
+#define AUGLOCAL_VECTOR_BYTES 16  // of the longest vectors; GCC's own macros do not follow its pragmas
 #include AUGLOCAL_LOOPS
 #undef AUGLOCAL_F16C
+#undef AUGLOCAL_VECTOR_BYTES
 #undef AUGLOCAL_LEVEL
 
 #if AUGLOCAL_LEVELS
 #define AUGLOCAL_F16C 1
 #pragma GCC push_options
 #pragma GCC target("avx2,f16c")
+#define AUGLOCAL_VECTOR_BYTES 32
 #define AUGLOCAL_LEVEL avx2
 #include AUGLOCAL_LOOPS
+#undef AUGLOCAL_VECTOR_BYTES
 #undef AUGLOCAL_LEVEL
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#define AUGLOCAL_VECTOR_BYTES 64
 #define AUGLOCAL_LEVEL avx512
 #include AUGLOCAL_LOOPS
+#undef AUGLOCAL_VECTOR_BYTES
 #undef AUGLOCAL_LEVEL
 #pragma GCC pop_options
 #undef AUGLOCAL_F16C

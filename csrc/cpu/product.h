@@ -1,0 +1,31 @@
+// Matrix products that the CPU providers make themselves: small ones, and those of shapes that the library's
+// matmul is slow at. Every element is a sum in the order of the depth, whatever the threads and the vectors.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+namespace auglocal {
+
+// Multiplications up to which a product is made here; larger ones are left to the library's matmul.
+constexpr int64_t kOwnProduct = int64_t(1) << 20;
+
+// Elements that lie at any strides.
+template <typename Real>
+struct MatrixView {
+  Real* data;
+  int64_t rows, columns, row, column;  // sizes, strides
+
+  // Rows that lie one after the other.
+  MatrixView(Real* data, int64_t rows, int64_t columns)
+      : data(data), rows(rows), columns(columns), row(columns), column(1) {}
+
+  MatrixView transposed() const {
+    MatrixView view = *this;
+    std::swap(view.rows, view.columns);
+    std::swap(view.row, view.column);
+    return view;
+  }
+};
+
+}  // namespace auglocal
