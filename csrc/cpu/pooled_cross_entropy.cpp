@@ -1,5 +1,5 @@
-// pooled_cross_entropy on the CPU: pooling and the rows of logits here, the matrix products by the library's
-// matmul.
+// pooled_cross_entropy on the CPU: pooling, rows of logits and small matrix products here, large ones by the
+// library's matmul.
 #include "../pooled_cross_entropy.h"
 
 #include <torch/csrc/stable/library.h>
@@ -10,91 +10,45 @@
 #include <algorithm>
 #include <limits>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "../pooled_cross_entropy_host.h"
+#include "convert.h"
 #include "loops.h"
+#include "product.h"
+#include "stripes.h"
+#include "sums.h"
+
+#define AUGLOCAL_LOOPS "pooled_cross_entropy_loops.h"
+#include "each_level.h"
 
 namespace auglocal {
 namespace {
 
-// Sum of `count` elements; the independent partial sums are what lets the compiler vectorise it.
-template <typename Real, typename T>
-Real sum_strided(const T* x, int64_t count, int64_t stride) {
-  constexpr int kLanes = 16;
-  Real lanes[kLanes] = {}, sum = 0;
-  int64_t p = 0;
-  if (stride == 1) {
-    for (; p + kLanes <= count; p += kLanes)
-      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += static_cast<Real>(x[p + lane]);
-  }
-  for (; p < count; ++p) sum += static_cast<Real>(x[p * stride]);
-  for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
-  return sum;
-}
-
-template <typename T, typename Real>
-void pool(const FeatureMap& map, Real* sums) {  // sums (N, C)
-  const T* x = map.tensor.const_data_ptr<T>();
-  const int64_t channels = map.channels, positions = map.positions;
-  if (map.stride_c == 1 && positions > 1) {  // channels-last: whole rows of channels are added
-    torch::stable::parallel_for(0, map.images, grain(channels * positions), [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        Real* row = sums + n * channels;
-        std::fill(row, row + channels, Real(0));
-        for (int64_t p = 0; p < positions; ++p) {
-          const T* values = x + n * map.stride_n + p * map.stride_p;
-          for (int64_t c = 0; c < channels; ++c) row[c] += static_cast<Real>(values[c]);
-        }
-      }
-    });
-    return;
-  }
-  torch::stable::parallel_for(0, map.images * channels, grain(positions), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / channels, c = i % channels;
-      sums[i] = sum_strided<Real>(x + n * map.stride_n + c * map.stride_c, positions, map.stride_p);
-    }
-  });
-}
-
-// One row: turns the products into logits, and writes its gradient (1 / (V P) inside `scale`) where d is
-// given.
-template <typename Real>
-struct Row {
-  Real* logits;  // (K,), products on entry
-  const Real* bias;
-  int64_t classes, positions;
-  Real smoothing;
-
-  // Returns the loss of the row; `hit` tells whether the label has the largest logit.
-  Real run(int64_t label, bool counted, Real scale, Real* d, bool* hit) const {
-    Best<Real> best{-std::numeric_limits<Real>::infinity(), 0};
-    for (int64_t k = 0; k < classes; ++k) {
-      logits[k] = logit(logits[k], positions, bias ? bias[k] : Real(0));
-      best = better(best, Best<Real>{logits[k], k});
-    }
-    *hit = counted && best.index == label;
-    if (!counted) {
-      if (d) std::fill(d, d + classes, Real(0));
-      return 0;
-    }
-    RowSums<Real> sums;
-    for (int64_t k = 0; k < classes; ++k) add(sums, logits[k] - best.value);
-    for (int64_t k = 0; d && k < classes; ++k)
-      d[k] = row_gradient(sums, logits[k] - best.value, k == label, classes, smoothing, scale);
-    return row_loss(sums, logits[label] - best.value, classes, smoothing);
-  }
-};
-
 template <typename T>
 Outputs run(const PooledProblem& problem) {
-  using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  const int64_t images = problem.map.images, channels = problem.map.channels,
+  using Real = Accumulate<T>;
+  const int64_t images = problem.map.images, channels = problem.map.channels, classes = problem.classes,
                 positions = problem.map.positions;
-  const int64_t classes = problem.classes;
+  const bool own = images * channels * classes <= kOwnProduct;
   Tensor sums = problem.empty({images, channels});
-  pool<T>(problem.map, sums.mutable_data_ptr<Real>());
-  Tensor logits = torch::stable::matmul(sums, torch::stable::transpose(problem.weight, 0, 1));
+  AUGLOCAL_AT_LEVEL(pool<T>(problem.map, sums.mutable_data_ptr<Real>()));
+
+  const MatrixView<const Real> pooled(sums.const_data_ptr<Real>(), images, channels);
+  const MatrixView<const Real> weight(problem.weight.const_data_ptr<Real>(), classes, channels);
+  // The product of two matrices, which are in memory as well as in tensors.
+  const auto product = [&](const auto& a, const auto& b, const Tensor& left, const Tensor& right) {
+    if (!own) return torch::stable::matmul(left, right);
+    Tensor made = problem.empty({a.rows, b.columns});
+    const MatrixView<Real> out(made.mutable_data_ptr<Real>(), a.rows, b.columns);
+    AUGLOCAL_AT_LEVEL(multiply(a, b, out));
+    return made;
+  };
+  const auto transposed = [&](const Tensor& matrix) {
+    return own ? matrix : torch::stable::transpose(matrix, 0, 1);
+  };
+  Tensor logits = product(pooled, weight.transposed(), sums, transposed(problem.weight));
 
   const int64_t* target = problem.target.const_data_ptr<int64_t>();
   int64_t counted = 0;
@@ -102,44 +56,38 @@ Outputs run(const PooledProblem& problem) {
   const Real divisor = problem.mean ? static_cast<Real>(counted) : Real(1);
 
   Tensor d = problem.empty({problem.need_any() ? images : 0, classes});
-  Tensor losses = problem.empty({images});
-  Tensor hits = torch::stable::new_empty(problem.target, {images});
   Real* logit_rows = logits.mutable_data_ptr<Real>();
   Real* d_rows = problem.need_any() ? d.mutable_data_ptr<Real>() : nullptr;
-  Real* row_losses = losses.mutable_data_ptr<Real>();
-  int64_t* row_hits = hits.mutable_data_ptr<int64_t>();
   const Real* bias = problem.bias.defined() ? problem.bias.const_data_ptr<Real>() : nullptr;
+  std::vector<Real> losses(images);
+  std::vector<char> hits(images);
   torch::stable::parallel_for(0, images, grain(classes), [&](int64_t begin, int64_t end) {
+    const Real scale = 1 / (divisor * static_cast<Real>(positions));
     for (int64_t n = begin; n < end; ++n) {
-      const Row<Real> row{logit_rows + n * classes, bias, classes, positions,
-                          static_cast<Real>(problem.smoothing)};
       bool hit = false;
-      row_losses[n] = row.run(target[n], counts(target[n], classes, problem.ignore_index),
-                              1 / (divisor * static_cast<Real>(positions)),
-                              d_rows ? d_rows + n * classes : nullptr, &hit);
-      row_hits[n] = hit;
+      AUGLOCAL_AT_LEVEL(losses[n] = class_row(problem, target[n], bias, scale, logit_rows + n * classes,
+                                              d_rows ? d_rows + n * classes : nullptr, &hit));
+      hits[n] = hit;
     }
   });
 
-  Tensor loss = problem.empty({}), correct = torch::stable::new_empty(problem.target, {});
+  Tensor loss = problem.empty({}), correct = memory::new_empty(problem.target, {});
   double total = 0;
   int64_t hit_count = 0;
   for (int64_t n = 0; n < images; ++n) {
-    total += row_losses[n];
-    hit_count += row_hits[n];
+    total += losses[n];
+    hit_count += hits[n];
   }
   *loss.mutable_data_ptr<Real>() = static_cast<Real>(total / divisor);
   *correct.mutable_data_ptr<int64_t>() = hit_count;
 
+  const MatrixView<const Real> gradient(d_rows, images, classes);
   Tensor grad_bias = problem.empty({problem.need_bias ? classes : 0});
-  if (problem.need_bias) {
-    Real* out = grad_bias.mutable_data_ptr<Real>();
-    std::fill(out, out + classes, Real(0));
-    for (int64_t n = 0; n < images; ++n)
-      for (int64_t k = 0; k < classes; ++k) out[k] += d_rows[n * classes + k];
-    for (int64_t k = 0; k < classes; ++k) out[k] *= static_cast<Real>(positions);
-  }
-  auto [grad_pooled, grad_weight] = products(problem, d, sums);
+  if (problem.need_bias)
+    AUGLOCAL_AT_LEVEL(sum_rows(images, classes, positions, d_rows, grad_bias.mutable_data_ptr<Real>()));
+  Tensor grad_pooled = problem.need_x ? product(gradient, weight, d, problem.weight) : problem.empty({0});
+  Tensor grad_weight =
+      problem.need_weight ? product(gradient.transposed(), pooled, transposed(d), sums) : problem.empty({0});
   return {loss, logits, correct, grad_pooled, grad_weight, grad_bias};
 }
 
