@@ -14,6 +14,12 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "supervised_contrast": lambda x, y, provider: ops.supervised_contrast(x, y, 0.1, provider=provider),
     "similarity_loss": lambda x, y, provider: ops.similarity_loss(x, y, 10, provider=provider),
 }
+SMALL: dict[str, Callable[..., Tensor]] = {
+    "similarity_loss": LOSSES["similarity_loss"],
+    "pooled_cross_entropy": lambda x, y, provider: (
+        ops.pooled_cross_entropy(x, x[:40].detach(), None, y, provider=provider).loss
+    ),
+}
 
 
 @pytest.fixture
@@ -50,3 +56,17 @@ def test_what_is_ours_does_not_depend_on_the_number_of_threads(
     assert one.abs().sum() > 0
     for threads in (2, 3, 4):
         assert torch.equal(gradient(threads), one)
+
+
+@pytest.mark.parametrize("provider", ["cpu"])
+@pytest.mark.parametrize("loss", SMALL)
+def test_small_products_do_not_depend_on_the_number_of_threads(loss: str, provider: str) -> None:
+    x = torch.randn(100, 96, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    y = torch.randint(10, (100,), generator=torch.Generator().manual_seed(2))
+    found, threads = [], torch.get_num_threads()
+    for number in (1, 2, 3, 4):
+        torch.set_num_threads(number)
+        found.append(torch.autograd.grad(SMALL[loss](x, y, provider), x)[0])
+    torch.set_num_threads(threads)
+    assert found[0].abs().sum() > 0
+    assert all(torch.equal(gradient, found[0]) for gradient in found)
