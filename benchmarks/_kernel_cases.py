@@ -14,6 +14,7 @@ from torch import Tensor
 from auglocal_ext.ops import (
     batch_norm_act,
     batch_norm_act_max_pool,
+    linear_cross_entropy,
     pooled_cross_entropy,
     reconstruction_loss,
     similarity_loss,
@@ -82,6 +83,36 @@ def _composition(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> tup
 
 def _fused(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, provider: str) -> tuple[Tensor, ...]:
     out = pooled_cross_entropy(x, weight, bias, target, provider=provider, check_labels=False)
+    return out.loss, out.correct
+
+
+# tokens, features, vocabulary: the readouts of small language models
+_READOUTS = {"cuda": [(16384, 1024, 32000), (16384, 512, 256)], "cpu": [(512, 512, 8192), (2048, 256, 256)]}
+
+
+def _linear_cross_entropy(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    for rows, width, classes in _READOUTS[device]:
+        x = torch.randn(rows, width, device=device).to(dtype).requires_grad_()
+        weight = (torch.randn(classes, width, device=device) / width**0.5).to(dtype).requires_grad_()
+        yield Case(
+            op="linear_cross_entropy",
+            shape=f"{rows}x{width} -> {classes}",
+            inputs=(x, weight, torch.randint(classes, (rows,), device=device)),
+            composition=_read_out,
+            fused=_fused_read_out,
+            # hidden states and weight in, their gradients out; the logits need not be in memory
+            bytes=2 * (x.numel() + weight.numel()) * x.element_size() + rows * 8,
+            dtype=dtype,
+        )
+
+
+def _read_out(x: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    logits = F.linear(x, weight)
+    return F.cross_entropy(logits.float(), target), (logits.detach().argmax(1) == target).sum()
+
+
+def _fused_read_out(x: Tensor, weight: Tensor, target: Tensor, provider: str) -> tuple[Tensor, ...]:
+    out = linear_cross_entropy(x, weight, None, target, provider=provider, check_labels=False)
     return out.loss, out.correct
 
 
@@ -302,6 +333,7 @@ def _fused_contrast(features: Tensor, target: Tensor, provider: str) -> tuple[Te
 _CASES = {
     "batch_norm_act": _batch_norm_act,
     "batch_norm_act_max_pool": _batch_norm_act_max_pool,
+    "linear_cross_entropy": _linear_cross_entropy,
     "pooled_cross_entropy": _pooled_cross_entropy,
     "reconstruction_loss": _reconstruction_loss,
     "similarity_loss": _similarity_loss,
