@@ -66,6 +66,7 @@ __all__ = [
     "call_hooks",
     "clear_cublas_workspaces",
     "constant_when_compiled",
+    "default_store",
     "disabled_torch_function",
     "drop_step_hooks",
     "foreach_copy_",
@@ -238,6 +239,11 @@ def give_back_pool(device: int, pool: Any) -> None:
     """End a capture's allocations in a memory pool, and its hold on it; ``CUDAGraph`` does so only if it ends well."""
     torch._C._cuda_endAllocateToPool(device, pool)
     torch._C._cuda_releasePool(device, pool)
+
+
+def default_store() -> Any:
+    """The store over which the processes of the default group found each other; a group has no public way to it."""
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def group_timeout(group: Any) -> timedelta | None:

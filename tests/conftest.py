@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,9 @@ from types import ModuleType
 
 import pytest
 import torch
+
+# Times decide nothing here: providers may differ in the last bit. test_tuning.py switches measuring on.
+os.environ.setdefault("AUGLOCAL_TUNE", "0")
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 

@@ -157,6 +157,19 @@ def test_the_timeout_of_a_group_can_be_read(fake_group):
         assert private.group_timeout(other) == timedelta(seconds=78)
 
 
+@canary("default_store")
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch is built without gloo")
+def test_the_store_of_the_default_group_keeps_the_first_value():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    try:
+        assert private.default_store().compare_set("key", "", "first") == b"first"
+        assert private.default_store().compare_set("key", "", "second") == b"first"
+        assert store.num_keys() > 0
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 class Skipped(TorchFunctionMode):
     """Notes what :func:`skipped_init` finds."""
 

@@ -1,4 +1,7 @@
-"""``python -m auglocal_ext info``: versions, devices, and what each op runs on, and why something is missing."""
+"""``python -m auglocal_ext info``: versions, devices, and what each op runs on, and why something is missing.
+
+``--providers`` prints what was measured on this machine instead.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,7 +17,7 @@ import torch
 from .. import native
 from .._version import __version__
 from ..native.architectures import from_ptx
-from ..ops import providers
+from ..ops import decisions, providers
 from .show import show
 
 
@@ -21,14 +25,44 @@ def add_parser(subparsers: Any) -> None:
     """Add the command to the parser of ``python -m auglocal_ext``."""
     parser = subparsers.add_parser("info", help="versions, devices and providers, with the reason for what is missing")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--providers", action="store_true", help="print the measured times by which provider='auto' chooses"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; returns the exit status."""
+    if args.providers:
+        measured = decisions_here()
+        show(json.dumps(measured, indent=2) if args.json else decisions_as_text(measured))
+        return 0
     found = report()
     show(json.dumps(found, indent=2) if args.json else as_text(found))
     return 0
+
+
+def decisions_here() -> list[dict[str, Any]]:
+    """For the CPU and each GPU: what its times depend on, and what was chosen by them, as a JSON-compatible list."""
+    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+    environments = {json.dumps(where): where for where in map(decisions.environment, devices)}  # equal GPUs share one
+    return [{**where, "forms": [asdict(each) for each in decisions.read_all(where)]} for where in environments.values()]
+
+
+def decisions_as_text(measured: list[dict[str, Any]]) -> str:
+    """The same for a person: a line for each form, with the chosen provider first."""
+    lines = []
+    for device in measured:
+        threads = f", {device['threads']} threads" if "threads" in device else ""
+        lines.append(f"{device['device']}{threads}, auglocal_ext {device['auglocal_ext']}, torch {device['torch']}")
+        width = max((len(row["form"]) for row in device["forms"]), default=0)
+        for row in device["forms"]:
+            times = sorted(row["seconds"].items(), key=lambda each: each[0] != row["provider"])
+            shown = ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in times)
+            lines.append(f"  {row['form']:{width}}  {shown}  ({row['when']})")
+        if not device["forms"]:
+            lines.append("  nothing was measured yet: the first call of an op with each form does so")
+    return "\n".join(lines)
 
 
 def report() -> dict[str, Any]:
@@ -82,6 +116,7 @@ def as_text(found: dict[str, Any]) -> str:
     for op, chosen in found["ops"].items():
         row = " ".join(f"{chosen[device]:12}" for device in columns.values()).rstrip()
         lines.append(f"{'  ' + op:{width}} {row}" + ("" if found["gpus"] else " (no GPU here)"))
+    lines += ["", "where several providers are fast, times decide: python -m auglocal_ext info --providers"]
     return "\n".join(lines)
 
 

@@ -11,10 +11,10 @@ input and its raw convolution outputs: one tensor per convolution.
   ``LocalModule`` runs its layers the same way.
 - **The host's work is limited.** A unit of convolution, BatchNorm and ReLU takes at most 19 calls of this package's
   Python functions and three crossings into its ops, forward and backward (``tests/nn/test_host_work.py``). The
-  provider is chosen once for each device, dtype and value of ``AUGLOCAL_PROVIDER``, which is read once per run of
-  units; backward uses that of forward. The nodes replace the autograd of ``batch_norm_act``, which torch also builds
-  for tracers. ``num_batches_tracked`` is counted inside the op that makes the statistics, so it costs no launch and is
-  right at any time.
+  provider is chosen once for each shape, layout, dtype and device of maps and value of ``AUGLOCAL_PROVIDER``, which is
+  read once per run of units on equal maps; backward uses that of forward. The nodes replace the autograd of
+  ``batch_norm_act``, which torch also builds for tracers. ``num_batches_tracked`` is counted inside the op that makes
+  the statistics, so it costs no launch and is right at any time.
 - **Casts under autocast are made inside the node.** Autocast's weight cache would keep a cast that was made without a
   graph. A weight is cast once and the cast is kept from forward to backward: two bytes per parameter of the local
   module that runs, where its maps are megabytes.
@@ -123,14 +123,14 @@ def run_chain(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
         for unit in units(modules)
     ]
     count_as_updated(norm for _, norm, _ in steps if norm is not None)
-    run = None
+    run, form = None, None
     for unit, norm, conv in steps:
         if norm is None:
             x, run = unit.call(x), None  # type: ignore[misc]
             continue
         unit.norm._check_input_dim(x)  # type: ignore[union-attr]
-        if run is None or x.dtype is not run.dtype:
-            run = passes(x)
+        if run is None or form != (x.shape, x.stride(), x.dtype):
+            run, form = passes(x), (x.shape, x.stride(), x.dtype)
             autocast = run.autocast_dtype()
         if conv is not None:
             x = norm_act_conv_call(run, x, norm, unit.activation.slope, conv, autocast)

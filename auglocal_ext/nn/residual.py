@@ -60,8 +60,7 @@ class FusedResidual:
         autocast = run.autocast_dtype()
         for norm, conv in zip(norms, convs, strict=False):
             h = norm_act_conv_call(run, h, norm, slope, conv, autocast)
-            if h.dtype is not run.dtype:
-                run = passes(h)
+            run = passes(h)  # of every map: its shape counts too
         last = norms[-1]
         if raw is None:
             residual = x if downsample is None else downsample(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import trials  # noqa: F401
 from .batch_norm_act import (
     batch_norm_act,
     batch_norm_act_apply,

@@ -71,7 +71,8 @@ def batch_norm_act_max_pool(
         eps=eps,
         provider=provider,
     )
-    return registry.chosen(NAME, x, provider)(x, mean, rstd, weight, bias, slope, *window, training)[0]
+    op = registry.chosen(NAME, x, provider, beside=window)
+    return op(x, mean, rstd, weight, bias, slope, *window, training)[0]
 
 
 def batch_norm_act_max_pool_apply(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import providers, registry
+from . import providers, registry, tuning
 from .batch_norm_checks import wide_dtype
 
 NAME = "batch_norm_act"
@@ -74,7 +74,6 @@ class Passes(NamedTuple):
         return torch.get_autocast_dtype(device) if device and torch.is_autocast_enabled(device) else None
 
 
-_chosen: dict[tuple[Any, ...], Passes] = {}
 _stand_in: Callable[[Passes], Passes] | None = None
 
 
@@ -104,19 +103,24 @@ def refuse_stand_in(op: str) -> None:
 
 
 def passes(x: Tensor, provider: str | None = None) -> Passes:
-    """The passes over maps as x; the choice is made once for each device, dtype and provider asked for."""
+    """The passes over maps as x; the choice is made once for each form of maps and provider asked for."""
     if torch.compiler.is_compiling():
-        return _choose(x, provider)
-    key = x.device, x.dtype, provider, os.environ.get(providers.ENVIRONMENT)
-    found = _chosen.get(key)
+        return _of(providers.choose(NAME, x.device, x.dtype, provider), x)
+    key: tuple[Any, ...] = x.dtype, x.device, provider, os.environ.get(providers.ENVIRONMENT)
+    if type(x) in tuning.PLAIN:
+        key = x.shape, x.stride(), *key
+    found = tuning.lookups.get(key)
     if found is None:
-        found = _chosen[key] = _choose(x, provider)
+        picked, settled = tuning.pick(NAME, x, provider)
+        found = _of(picked, x)
+        if settled:
+            tuning.remember(key, found)
     return found if _stand_in is None else _stand_in(found)
 
 
-def _choose(x: Tensor, provider: str | None) -> Passes:
+def _of(provider: str, x: Tensor) -> Passes:
     def op(name: str) -> Any:
-        return registry.chosen(NAME, x, provider, name)
+        return registry.overload(name, provider)
 
     device = x.device.type
     # Of these two it is known; the compiler of torch 2.11 cannot ask.

@@ -75,7 +75,7 @@ def pooled_cross_entropy(
     if check_labels:
         labels.check_labels(target, weight.shape[0], ignore_index)
     device = x.device.type
-    op = registry.chosen(NAME, x, provider)
+    op = registry.chosen(NAME, x, provider, beside=(weight, bias, target))
     grad = torch.is_grad_enabled()
     arguments = (
         *(x, weight, bias, target, ignore_index, float(label_smoothing), reduction == "mean"),

@@ -4,13 +4,14 @@ Providers: ``reference`` (the formula in plain PyTorch) and ``aten`` (the op's m
 there where an op has them; ``cpu`` and ``cuda`` (the compiled libraries) and ``triton``.
 A call's ``provider=`` wins over the environment variable ``AUGLOCAL_PROVIDER``, which wins over the automatic choice.
 What is asked for by name and missing raises with the recorded reason; the automatic choice takes the next one in
-silence. Compiled code keeps the choice made when it was traced.
+silence. ``choose`` knows the fixed order alone; ``tuning.py`` lets measurements decide. Compiled code keeps the choice
+made when it was traced.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -103,31 +104,51 @@ _REASONS: dict[str, Callable[[], str | None]] = {
 
 @constant_when_compiled
 def choose(op: str, device: torch.device | str, dtype: torch.dtype, requested: str | None = None) -> str:
-    """Name of the provider that runs ``op`` for a feature map on this device and of this dtype.
+    """Name of the provider that runs ``op`` for a feature map on this device and of this dtype, in the fixed order.
 
     GPUs of one machine may differ in what runs on them, so the device counts, not its type alone.
 
     Raises ValueError for an unknown provider or one that does not serve the device, TypeError for a dtype it does not
     take, RuntimeError (with the recorded reason) where it is missing.
     """
-    table = TABLES[op]
     if isinstance(device, str):
         device = torch.device(device)
-    if requested is not None:
-        return _explicit(table, device, dtype, requested, f"provider={requested!r}")
-    preferred = os.environ.get(ENVIRONMENT, "auto")
-    if preferred not in ("", "auto"):
-        if preferred not in NAMES:
-            raise ValueError(f"{ENVIRONMENT}={preferred!r}: expected auto, {', '.join(NAMES)}")
-        # The variable speaks for every tensor of the program: where its provider does not serve a device, as with
-        # cuda for a CPU tensor, it has no opinion.
-        if any(p.name == preferred and p.serves(device.type) for p in table.providers):
-            return _explicit(table, device, dtype, preferred, f"{ENVIRONMENT}={preferred}")
-    kind = device.type
-    for provider in table.providers:
-        if provider.serves(kind) and dtype in provider.dtypes and available(provider.name, device):
-            return provider.name
+    found = by_name(op, device, requested)
+    if found is not None:
+        return _explicit(TABLES[op], device, dtype, *found)
+    for name in _usable(op, device, dtype):
+        return name
     raise TypeError(f"{op}: no provider takes {dtype} on {device}; expected a floating-point feature map")
+
+
+def by_name(op: str, device: torch.device, requested: str | None) -> tuple[str, str] | None:
+    """The provider that is asked for by name, and what asks for it; None where the choice is automatic."""
+    if requested is not None:
+        return requested, f"provider={requested!r}"
+    preferred = os.environ.get(ENVIRONMENT, "auto")
+    if preferred in ("", "auto"):
+        return None
+    if preferred not in NAMES:
+        raise ValueError(f"{ENVIRONMENT}={preferred!r}: expected auto, {', '.join(NAMES)}")
+    # The variable speaks for every tensor of the program: where its provider does not serve a device, as with cuda for
+    # a CPU tensor, it has no opinion.
+    serves = any(p.name == preferred and p.serves(device.type) for p in TABLES[op].providers)
+    return (preferred, f"{ENVIRONMENT}={preferred}") if serves else None
+
+
+def rivals(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The providers among which a measurement decides, in the fixed order.
+
+    The reference is what results are compared with, and Triton's interpreter is for tests.
+    """
+    left_out = {"reference", "triton"} if device.type == "cpu" else {"reference"}
+    return [name for name in _usable(op, device, dtype) if name not in left_out]
+
+
+def _usable(op: str, device: torch.device, dtype: torch.dtype) -> Iterator[str]:
+    for provider in TABLES[op].providers:
+        if provider.serves(device.type) and dtype in provider.dtypes and available(provider.name, device):
+            yield provider.name
 
 
 def _explicit(table: Table, device: torch.device, dtype: torch.dtype, name: str, origin: str) -> str:

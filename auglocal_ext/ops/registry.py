@@ -7,6 +7,7 @@ and ``triton/<op>.py``, the last imported when it first runs. Those of ``cpu`` a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import providers
+from . import providers, tuning
 
 _library = torch.library.Library("auglocal_ext", "FRAGMENT")
 
@@ -49,9 +50,19 @@ def overload(name: str, provider: str) -> Any:
     return getattr(getattr(torch.ops.auglocal_ext, name), provider)
 
 
-def chosen(op: str, x: Tensor, provider: str | None, name: str | None = None) -> Any:
-    """The overload that runs ``op``, or its primitive ``name``, for the feature map x; see ``providers.choose``."""
-    return overload(name or op, providers.choose(op, x.device, x.dtype, provider))
+def chosen(op: str, x: Tensor, provider: str | None, name: str | None = None, beside: tuple[Any, ...] = ()) -> Any:
+    """The overload that runs ``op``, or its primitive ``name``, for the feature map x; see ``tuning.pick``."""
+    if torch.compiler.is_compiling() or type(x) not in tuning.PLAIN:
+        return overload(name or op, providers.choose(op, x.device, x.dtype, provider))
+    asked = os.environ.get(providers.ENVIRONMENT)
+    key = name or op, x.shape, x.stride(), x.dtype, x.device, provider, asked
+    found = tuning.lookups.get(key)
+    if found is None:
+        picked, settled = tuning.pick(op, x, provider, beside)
+        found = overload(name or op, picked)
+        if settled:
+            tuning.remember(key, found)
+    return found
 
 
 def primitive(table: providers.Table, name: str, signature: str, fake: Callable[..., Any], function: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..distributed import CheckpointError, Stored, everyone, together, write
 from ..local_sequential import LocalSequential
 from ..nn import is_sharded
+from ..ops import tuning
 from . import in_flight
 from .in_flight import Place
 
@@ -59,6 +60,7 @@ def save(
         tensors.update({_key(*at): tensor for at, tensor in state.items()})
         run, facts = in_flight.collect(place)
         ours = {"groups": _groups(net, optimizer), "tensors": list(state), "values": values, "run": facts}
+        ours["providers"] = tuning.decided()
         return {**tensors, **run}, ours
 
     tensors, ours = together(collect, group)
@@ -69,6 +71,7 @@ def save(
         "tensors": list(dict.fromkeys(at for part in parts for at in part["tensors"])),
         "values": {at: value for part in parts for at, value in part["values"].items()},
         "run": in_flight.merged([part["run"] for part in parts]),
+        "providers": {form: name for part in parts for form, name in part["providers"].items()},
         **rest,
     }
     write(path, tensors, everything, group)

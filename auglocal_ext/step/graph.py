@@ -205,6 +205,10 @@ class Graphs:
             self._stream = make_stream(x.device)
         return self._way_of_last_batch(key) if self._is_last_batch() else self._way_of_usual_batch(key)
 
+    def outdate(self) -> None:
+        """Release all graphs before the next step: they have something built in that ``built_in`` does not tell."""
+        self._state = None
+
     def _is_last_batch(self) -> bool:
         """Whether this is a single batch that but for its size is one of which there is a graph."""
         assert self._key is not None

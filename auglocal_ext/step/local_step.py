@@ -15,6 +15,7 @@ from ..distributed import Mesh, StepTimes
 from ..local_modules import LocalModule, LocalOutput, OneStream, Recompute
 from ..local_sequential import LocalSequential
 from ..nn import eager_type, in_process_group
+from ..ops import tuning
 from ..partition import Balanced
 from . import checkpoint, in_flight
 from .built_in import NetworkState
@@ -370,7 +371,9 @@ class LocalStep:
         return modules if stage is None else modules[stage.first : stage.last + 1]
 
     def state_dict(self) -> dict[str, Any]:
-        """State of optimizer and scaler; gradients of an unfinished accumulation are not part of it.
+        """State of optimizer and scaler, and the providers that ops have chosen in this process.
+
+        Gradients of an unfinished accumulation are not part of it.
 
         Among stages this is the state of one stage, and with ``shard=True`` that of one process's shards: :meth:`save`
         writes all of it.
@@ -380,7 +383,8 @@ class LocalStep:
                 :meth:`save` writes both.
         """
         run = in_flight.state_dict(self._processes.where(self.net), self._processes.stage is not None)
-        return {"optimizer": self.optimizer.state_dict(), "grad_scaler": self._scaler_state(), **run}
+        state = {"optimizer": self.optimizer.state_dict(), "grad_scaler": self._scaler_state()}
+        return {**state, "providers": tuning.decided(), **run}
 
     def _scaler_state(self) -> dict[str, Any] | None:
         return None if self.grad_scaler is None else self.grad_scaler.state_dict()
@@ -388,7 +392,8 @@ class LocalStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; ``state["optimizer"]`` may be that of an ordinary optimizer.
 
-        With ``shard=True`` its tensors may be whole; this process keeps its shards.
+        With ``shard=True`` its tensors may be whole; this process keeps its shards. Ops in this process use the saved
+        providers from now on, where they are available.
 
         Raises:
             RuntimeError: with batches in flight.
@@ -402,10 +407,13 @@ class LocalStep:
         self._optimizers.load(state["optimizer"])
         if self.grad_scaler is not None and state.get("grad_scaler") is not None:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
+        # An older version did not save them.
+        if tuning.adopt(state.get("providers") or {}) and self._graphs is not None:
+            self._graphs.outdate()
         self._updates.drop()
 
     def save(self, folder: str | os.PathLike[str], extra: Mapping[str, Any] | None = None) -> None:
-        """Save network, optimizer and scaler; call it in all processes, after the same batch.
+        """Save network, optimizer, scaler and providers; call it in all processes, after the same batch.
 
         Names do not depend on stages and replicas: :meth:`load` works with any number of processes. Each tensor is
         written once, by torch.distributed.checkpoint. The state of random number generators is not saved. With
@@ -451,7 +459,7 @@ class LocalStep:
         """
         place = self._processes.where(self.net)
         optimizer, rest = checkpoint.load(folder, self.net, self.optimizer, place, self._processes.world())
-        self._load_state({"optimizer": optimizer, "grad_scaler": rest["grad_scaler"]})
+        self._load_state({"optimizer": optimizer, **{name: rest.get(name) for name in ("grad_scaler", "providers")}})
         self.net.empty = False
         if self._processes.alone:
             self._processes.broken_by = None  # the stages of a replay are in order again

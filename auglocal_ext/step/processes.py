@@ -29,6 +29,7 @@ from ..distributed import (
 from ..local_modules import LocalModule, OneStream, Relay
 from ..local_sequential import LocalSequential
 from ..nn import gathered_features, refuse_sharding, sync_batch_norm, synced_statistics
+from ..ops import tuning
 from ..partition import Balanced
 from .edges import Edges, crossings
 from .in_flight import Place
@@ -69,6 +70,8 @@ class Processes:
         self._stages, self._group = (None, None) if mesh is None else mesh_groups(mesh)
         self._replica = 0 if self._group is None else torch.distributed.get_rank(self._group)
         self.alone = self._stages is None and self._group is None
+        if not self.alone:
+            tuning.forget()  # what this process chose by itself, others may have chosen otherwise
         self.stage: Stage | None = None
         self.replicas: Replicas | None = None
         self.shards: Shards | None = None

@@ -151,7 +151,7 @@ def test_an_option_that_changes_at_every_step_ends_in_eager_steps():
     assert_same_state(net, other)
 
 
-@pytest.mark.parametrize("change", ["eval", "freeze", "recompute", "state", "weights"])
+@pytest.mark.parametrize("change", ["eval", "freeze", "recompute", "state", "weights", "providers"])
 def test_a_change_that_the_graph_has_built_in(change):
     net, other = twins()
     plain, step = sgd(other.parameters()), LocalStep(net, sgd)
@@ -174,6 +174,8 @@ def test_a_change_that_the_graph_has_built_in(change):
         elif change == "weights":
             for p in n.parameters():
                 p.data = p.detach().clone()
+    if change == "providers":
+        step._graphs.outdate()
     if change == "state":
         step.load_state_dict(saved[0])
         plain.load_state_dict(saved[1])

@@ -166,7 +166,7 @@ def _convert(state: dict[str, Any], task: ImageTask, folder: Path) -> None:
     optimizer = sgd(config, list(network.parameters()))
     optimizer.load_state_dict(plain["optimizer"])
     rest = {name: value for name, value in state.items() if name not in ("network", "learner")}
-    saved = {"grad_scaler": plain["grad_scaler"], "extra": rest}
+    saved = {"grad_scaler": plain["grad_scaler"], "providers": plain.get("providers") or {}, "extra": rest}
     place = Place(network.local_modules, None, (), 0, 1, torch.device("cpu"))
     load_followed(place, plain)
     parts.save(folder, network, optimizer, saved, {}, place, None)
