@@ -24,31 +24,36 @@
 #define AUGLOCAL_NOT_INLINE
 #endif
 
+// AUGLOCAL_VECTOR: the bytes of a vector, 0 where the compiler has no type for one.
 #define AUGLOCAL_LEVEL baseline
-#define AUGLOCAL_F16C 0           // whether there are instructions that convert half-precision numbers
-#define AUGLOCAL_VECTOR_BYTES 16  // of the longest vectors; GCC's own macros do not follow its pragmas
+#if defined(__GNUC__)
+#define AUGLOCAL_VECTOR 16
+#else
+#define AUGLOCAL_VECTOR 0
+#endif
+#define AUGLOCAL_F16C 0  // whether there are instructions that convert half-precision numbers
 #include AUGLOCAL_LOOPS
+#undef AUGLOCAL_VECTOR
 #undef AUGLOCAL_F16C
-#undef AUGLOCAL_VECTOR_BYTES
 #undef AUGLOCAL_LEVEL
 
 #if AUGLOCAL_LEVELS
 #define AUGLOCAL_F16C 1
 #pragma GCC push_options
 #pragma GCC target("avx2,f16c")
-#define AUGLOCAL_VECTOR_BYTES 32
 #define AUGLOCAL_LEVEL avx2
+#define AUGLOCAL_VECTOR 32
 #include AUGLOCAL_LOOPS
-#undef AUGLOCAL_VECTOR_BYTES
+#undef AUGLOCAL_VECTOR
 #undef AUGLOCAL_LEVEL
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-#define AUGLOCAL_VECTOR_BYTES 64
 #define AUGLOCAL_LEVEL avx512
+#define AUGLOCAL_VECTOR 64
 #include AUGLOCAL_LOOPS
-#undef AUGLOCAL_VECTOR_BYTES
+#undef AUGLOCAL_VECTOR
 #undef AUGLOCAL_LEVEL
 #pragma GCC pop_options
 #undef AUGLOCAL_F16C

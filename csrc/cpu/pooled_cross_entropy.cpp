@@ -91,8 +91,26 @@ Outputs run(const PooledProblem& problem) {
   return {loss, logits, correct, grad_pooled, grad_weight, grad_bias};
 }
 
+// Parameters of half precision in float32, without the dispatcher, which takes longer than a small head.
+Tensor widened_parameter(const Tensor& parameter) {
+  const ScalarType dtype = parameter.scalar_type();
+  if ((dtype != ScalarType::Half && dtype != ScalarType::BFloat16) || !parameter.is_contiguous())
+    return parameter;
+  Tensor wide = memory::new_empty(parameter, parameter.sizes(), ScalarType::Float);
+  THO_DISPATCH_V2(dtype, "pooled_cross_entropy", AT_WRAP([&] {
+                    AUGLOCAL_AT_LEVEL(widen(parameter.const_data_ptr<scalar_t>(), parameter.numel(),
+                                            wide.mutable_data_ptr<float>()));
+                  }),
+                  ScalarType::Half, ScalarType::BFloat16);
+  return wide;
+}
+
 Outputs forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor target, int64_t ignore_index,
                 double smoothing, bool mean, bool need_x, bool need_weight, bool need_bias) {
+  if (x.scalar_type() != ScalarType::Double) {
+    weight = widened_parameter(weight);
+    if (bias) bias = widened_parameter(*bias);
+  }
   const PooledProblem problem =
       make_problem(x, weight, bias, target, ignore_index, smoothing, mean, need_x, need_weight, need_bias);
   Outputs outputs;

@@ -1,11 +1,16 @@
 // The loops of pooled_cross_entropy: sums over positions, and rows of logits. For `each_level.h`.
-#include "conversion_loops.h"
+#include "plane_loops.h"
 #include "product_loops.h"
-#include "sum_loops.h"
 
 namespace auglocal {
 namespace {
 namespace AUGLOCAL_LEVEL {
+
+template <typename T, typename Real>
+void widen(const T* from, int64_t count, Real* to) {
+  torch::stable::parallel_for(
+      0, count, kGrain, [&](int64_t begin, int64_t end) { load(from + begin, 1, end - begin, to + begin); });
+}
 
 template <typename T, typename Real>
 void pool_columns(const FeatureMap& map, const Stripes& stripes, Real* sums) {
@@ -13,8 +18,7 @@ void pool_columns(const FeatureMap& map, const Stripes& stripes, Real* sums) {
   const int64_t channels = map.channels, positions = map.positions, repeats = stripes.repeats;
   torch::stable::parallel_for(
       0, map.images * stripes.number, grain(stripes.width * positions), [&](int64_t begin, int64_t end) {
-        std::vector<Held<T>> buffer(stripes.size());
-        std::vector<Real> added(stripes.size());
+        std::vector<Real> buffer(stripes.size()), added(stripes.size());
         Real* __restrict__ all = added.data();
         for (int64_t task = begin; task < end; ++task) {
           const int64_t n = task / stripes.number, channel = task % stripes.number * stripes.width;
@@ -22,10 +26,10 @@ void pool_columns(const FeatureMap& map, const Stripes& stripes, Real* sums) {
           std::fill(added.begin(), added.end(), Real(0));
           for (int64_t p = 0; p < positions; p += repeats) {
             const int64_t count = std::min(repeats, positions - p) * width;
-            const Held<T>* row =
-                held(x + n * map.stride_n + p * map.stride_p + channel, 1, count, buffer.data());
+            const Real* row =
+                numbers(x + n * map.stride_n + p * map.stride_p + channel, 1, count, buffer.data());
             AUGLOCAL_INDEPENDENT
-            for (int64_t i = 0; i < count; ++i) all[i] += widened(row[i]);
+            for (int64_t i = 0; i < count; ++i) all[i] += row[i];
           }
           for (int64_t i = width; i < repeats * width; ++i) all[i % width] += all[i];
           std::copy_n(all, width, sums + n * channels + channel);
@@ -38,41 +42,24 @@ void pool(const FeatureMap& map, Real* sums) {  // sums (N, C)
   const int64_t channels = map.channels, positions = map.positions;
   if (map.stride_c == 1 && positions > 1 && map.stride_p != 1)
     return pool_columns<T>(map, Stripes(map, map), sums);
-  const T* x = map.tensor.const_data_ptr<T>();
   torch::stable::parallel_for(0, map.images * channels, grain(positions), [&](int64_t begin, int64_t end) {
-    std::vector<Held<T>> buffer(positions);
-    for (int64_t i = begin; i < end; ++i) {
-      const T* first = x + i / channels * map.stride_n + i % channels * map.stride_c;
-      const Held<T>* plane = held(first, map.stride_p, positions, buffer.data());
-      sums[i] = static_cast<Real>(row_sums<Real>(positions, [&](int64_t p) {
-                                    return std::pair<Real, Real>(widened(plane[p]), 0);
-                                  }).first);
-    }
+    for_each_planes<Real, T>(map, begin, end, [&](int64_t i, int64_t count, const Real* plane) {
+      for (int64_t k = 0; k < count; ++k, plane += positions)
+        sums[i + k] = static_cast<Real>(sum_of<Real>(positions, [&](int64_t p) { return plane[p]; }));
+    });
   });
-}
-
-// Products to logits; the largest of them.
-template <typename Real>
-Real add_bias(int64_t classes, int64_t positions, const Real* bias, Real* __restrict__ logits) {
-  constexpr int kMaxima = 16;
-  Real largest[kMaxima];
-  std::fill(largest, largest + kMaxima, -std::numeric_limits<Real>::infinity());
-  for (int64_t k = 0; k < classes; ++k) logits[k] = logit(logits[k], positions, bias ? bias[k] : Real(0));
-  int64_t k = 0;
-  for (; k + kMaxima <= classes; k += kMaxima)
-    for (int i = 0; i < kMaxima; ++i) largest[i] = logits[k + i] > largest[i] ? logits[k + i] : largest[i];
-  for (; k < classes; ++k) largest[0] = logits[k] > largest[0] ? logits[k] : largest[0];
-  return *std::max_element(largest, largest + kMaxima);
 }
 
 // One row: turns the products in `logits` into logits, and writes its gradient, with the factor `scale`, to d
 // unless that is null. Returns the loss of the row; `hit` tells whether the label has the largest logit.
 template <typename Real>
-Real class_row(const PooledProblem& problem, int64_t label, const Real* bias, Real scale, Real* logits,
-               Real* __restrict__ d, bool* hit) {
+Real class_row(const PooledProblem& problem, int64_t label, const Real* bias, Real scale,
+               Real* __restrict__ logits, Real* __restrict__ d, bool* hit) {
   const int64_t classes = problem.classes;
   const Real smoothing = static_cast<Real>(problem.smoothing);
-  const Real largest = add_bias(classes, problem.map.positions, bias, logits);
+  for (int64_t k = 0; k < classes; ++k)
+    logits[k] = logit(logits[k], problem.map.positions, bias ? bias[k] : Real(0));
+  const Real largest = largest_of<Real>(classes, [&](int64_t k) { return logits[k]; });
   if (!counts(label, classes, problem.ignore_index)) {
     *hit = false;
     if (d) std::fill(d, d + classes, Real(0));
@@ -82,7 +69,7 @@ Real class_row(const PooledProblem& problem, int64_t label, const Real* bias, Re
   *hit = largest == -std::numeric_limits<Real>::infinity()
              ? label == 0
              : logits[label] == largest && std::find(logits, logits + label, largest) == logits + label;
-  const SumPair all = row_sums<Real>(classes, [&](int64_t k) {
+  const SumPair all = pair_sums<Real>(classes, [&](int64_t k) {
     const Real shifted = logits[k] - largest;
     return std::pair<Real, Real>(exp_minus(-shifted), shifted);
   });

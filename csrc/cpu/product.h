@@ -1,5 +1,5 @@
-// Matrix products that the CPU providers make themselves: small ones, and those of shapes that the library's
-// matmul is slow at. Every element is a sum in the order of the depth, whatever the threads and the vectors.
+// Matrix products that the CPU providers make themselves: those so small that calling the library takes
+// longer. Each element is a sum in one order, for any number of threads and length of vectors.
 #pragma once
 
 #include <cstdint>

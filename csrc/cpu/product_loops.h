@@ -6,16 +6,16 @@ namespace auglocal {
 namespace {
 namespace AUGLOCAL_LEVEL {
 
-constexpr int kWide = AUGLOCAL_VECTOR_BYTES == 64 ? 1 : 2;  // vectors of a panel's width
-constexpr int kTall = AUGLOCAL_VECTOR_BYTES == 64 ? 8 : 4;  // rows of a tile
+constexpr int kWide = AUGLOCAL_VECTOR == 64 ? 1 : 2;  // vectors of a panel's width
+constexpr int kTall = AUGLOCAL_VECTOR == 64 ? 8 : 4;  // rows of a tile
 constexpr int64_t kDepth = 128, kBlockRows = 64, kBlockColumns = 128;
 constexpr int64_t kProductGrain = 1 << 18;  // multiplications worth a thread
 
 // A vector in memory, wherever it lies.
 template <typename Real>
 struct Lanes {
-#if defined(__GNUC__)
-  typedef Real type __attribute__((vector_size(AUGLOCAL_VECTOR_BYTES), aligned(alignof(Real)), may_alias));
+#if AUGLOCAL_VECTOR
+  typedef Real type __attribute__((vector_size(AUGLOCAL_VECTOR), aligned(alignof(Real)), may_alias));
 #else
   using type = Real;
 #endif

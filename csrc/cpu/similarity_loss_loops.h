@@ -1,18 +1,11 @@
 // The loops of similarity_loss: statistics of channels, rows of features, pairs of images, and the pass over
 // the map that its backward is. For `each_level.h`.
-#include "conversion_loops.h"
+#include "plane_loops.h"
 #include "product_loops.h"
-#include "sum_loops.h"
 
 namespace auglocal {
 namespace {
 namespace AUGLOCAL_LEVEL {
-
-// Sum of value(i).
-template <typename Real, typename Value>
-double total_of(int64_t count, const Value& value) {
-  return row_sums<Real>(count, [&](int64_t i) { return std::pair<Real, Real>(value(i), 0); }).first;
-}
 
 // The statistics of a channel from sums over its positions: of differences from a mean that is rounded, and
 // of their squares.
@@ -24,72 +17,97 @@ void finish(int64_t i, int64_t positions, Real mean, SumPair sums, Real* means, 
   deviations[i] = static_cast<Real>(deviation(all));
 }
 
-template <typename T, typename Real>
-void plane_statistics(const FeatureMap& map, Real* means, Real* deviations) {
-  const T* z = map.tensor.const_data_ptr<T>();
-  const int64_t channels = map.channels, positions = map.positions;
-  torch::stable::parallel_for(0, map.images * channels, grain(positions), [&](int64_t begin, int64_t end) {
-    std::vector<Held<T>> buffer(positions);
-    for (int64_t i = begin; i < end; ++i) {
-      const T* first = z + i / channels * map.stride_n + i % channels * map.stride_c;
-      const Held<T>* plane = held(first, map.stride_p, positions, buffer.data());
-      const Real origin = widened(plane[0]);
-      const double offset = total_of<Real>(positions, [&](int64_t p) { return widened(plane[p]) - origin; });
-      const Real mean = origin + static_cast<Real>(offset / static_cast<double>(positions));
-      const SumPair sums = row_sums<Real>(positions, [&](int64_t p) {
-        const Real d = widened(plane[p]) - mean;
-        return std::pair<Real, Real>(d, d * d);
-      });
-      finish(i, positions, mean, sums, means, deviations);
-    }
+template <typename Real>
+void plane_statistics(int64_t i, int64_t positions, const Real* plane, Real* means, Real* deviations) {
+  const Real origin = plane[0];
+  const double offset = sum_of<Real>(positions, [&](int64_t p) { return plane[p] - origin; });
+  const Real mean = origin + static_cast<Real>(offset / static_cast<double>(positions));
+  const SumPair sums = pair_sums<Real>(positions, [&](int64_t p) {
+    const Real d = plane[p] - mean;
+    return std::pair<Real, Real>(d, d * d);
   });
+  finish(i, positions, mean, sums, means, deviations);
 }
+
+// Sums over the rows of a task of `Stripes`, for each element of a row: of differences from `origin`, and of
+// their squares. Up to 64 rows are added up in Real, these in double.
+template <typename Real>
+class StripeSums {
+ public:
+  std::vector<Real> origin;
+  std::vector<double> first, second;
+
+  explicit StripeSums(int64_t size)
+      : origin(size), first(size), second(size), differences_(size), squares_(size) {}
+
+  // Of `positions` positions of `width` channels; `row(p, count)` is read before the next is asked for. In
+  // the end the first `width` elements have the sums of the channels.
+  template <typename Row>
+  void add_up(int64_t positions, int64_t width, int64_t repeats, const Row& row) {
+    const int64_t size = repeats * width, rows = (positions + repeats - 1) / repeats;
+    Real* __restrict__ differences = differences_.data(), * __restrict__ squares = squares_.data();
+    double* __restrict__ firsts = first.data(), * __restrict__ seconds = second.data();
+    const Real* __restrict__ start = origin.data();
+    std::fill_n(firsts, size, 0.0);
+    std::fill_n(seconds, size, 0.0);
+    for (int64_t begin = 0; begin < rows; begin += 64) {
+      std::fill_n(differences, size, Real(0));
+      std::fill_n(squares, size, Real(0));
+      for (int64_t at = begin; at < std::min(rows, begin + 64); ++at) {
+        const int64_t p = at * repeats, count = std::min(repeats, positions - p) * width;
+        const Real* __restrict__ values = row(p, count);
+        AUGLOCAL_INDEPENDENT
+        for (int64_t i = 0; i < count; ++i) {
+          const Real d = values[i] - start[i];
+          differences[i] += d;
+          squares[i] += d * d;
+        }
+      }
+      for (int64_t i = 0; i < size; ++i) {
+        firsts[i] += differences[i];
+        seconds[i] += squares[i];
+      }
+    }
+    for (int64_t i = width; i < size; i += width)
+      for (int64_t c = 0; c < width; ++c) {
+        firsts[c] += firsts[i + c];
+        seconds[c] += seconds[i + c];
+      }
+  }
+
+ private:
+  std::vector<Real> differences_, squares_;
+};
 
 // Of a map whose channels lie side by side, some of them at a time.
 template <typename T, typename Real>
 void column_statistics(const FeatureMap& map, const Stripes& stripes, Real* means, Real* deviations) {
   const T* z = map.tensor.const_data_ptr<T>();
   const int64_t positions = map.positions, repeats = stripes.repeats;
-  const int64_t whole = positions / repeats, rest = positions % repeats;
   torch::stable::parallel_for(
       0, map.images * stripes.number, grain(stripes.width * positions), [&](int64_t begin, int64_t end) {
-        const int64_t size = stripes.size();
-        std::vector<Held<T>> buffer(size);
-        std::vector<Real> origin(size);
-        ColumnSums<Real> sums;
+        std::vector<Real> buffer(stripes.size());
+        StripeSums<Real> sums(stripes.size());
         for (int64_t task = begin; task < end; ++task) {
           const int64_t n = task / stripes.number, channel = task % stripes.number * stripes.width;
-          const int64_t width = std::min(stripes.width, map.channels - channel), length = width * repeats;
+          const int64_t width = std::min(stripes.width, map.channels - channel);
           const T* first = z + n * map.stride_n + channel;
-          // Sums over the positions of each channel.
-          const auto add_up = [&](const auto& pair) {
-            sums.start(length);
-            const auto row = [&](int64_t at, int64_t count) {
-              return held(first + at * repeats * map.stride_p, 1, count, buffer.data());
-            };
-            sums.add(length, 0, whole, [&](int64_t at) { return row(at, length); }, pair);
-            if (rest)
-              sums.add(
-                  rest * width, whole, whole + 1, [&](int64_t at) { return row(at, rest * width); }, pair);
-            for (int64_t i = width; i < length; ++i) {
-              sums.first[i % width] += sums.first[i];
-              sums.second[i % width] += sums.second[i];
-            }
+          const auto row = [&](int64_t p, int64_t count) {
+            return numbers(first + p * map.stride_p, 1, count, buffer.data());
           };
-          Real* __restrict__ start = origin.data();
-          for (int64_t i = 0; i < length; ++i) start[i] = widened(first[i % width]);
-          add_up([start](const Held<T>* values, int64_t i) {
-            return std::pair<Real, Real>(widened(values[i]) - start[i], 0);
-          });
+          Real* __restrict__ origin = sums.origin.data();
+          load(first, 1, width, origin);
+          const auto repeat = [&] {
+            for (int64_t i = width; i < width * repeats; ++i) origin[i] = origin[i - width];
+          };
+          repeat();
+          sums.add_up(positions, width, repeats, row);
           for (int64_t c = 0; c < width; ++c)
-            start[c] += static_cast<Real>(sums.first[c] / static_cast<double>(positions));
-          for (int64_t i = width; i < length; ++i) start[i] = start[i - width];
-          add_up([start](const Held<T>* values, int64_t i) {
-            const Real d = widened(values[i]) - start[i];
-            return std::pair<Real, Real>(d, d * d);
-          });
+            origin[c] += static_cast<Real>(sums.first[c] / static_cast<double>(positions));
+          repeat();
+          sums.add_up(positions, width, repeats, row);
           for (int64_t c = 0; c < width; ++c)
-            finish(n * map.channels + channel + c, positions, start[c], {sums.first[c], sums.second[c]},
+            finish(n * map.channels + channel + c, positions, origin[c], {sums.first[c], sums.second[c]},
                    means, deviations);
         }
       });
@@ -99,8 +117,16 @@ void column_statistics(const FeatureMap& map, const Stripes& stripes, Real* mean
 // squares are of differences from the mean.
 template <typename T>
 void statistics(const FeatureMap& map, Accumulate<T>* means, Accumulate<T>* deviations) {
-  if (map.stride_c == 1 && map.stride_p != 1) column_statistics<T>(map, Stripes(map, map), means, deviations);
-  else plane_statistics<T>(map, means, deviations);
+  using Real = Accumulate<T>;
+  if (map.stride_c == 1 && map.stride_p != 1)
+    return column_statistics<T>(map, Stripes(map, map), means, deviations);
+  const auto run = [&](int64_t begin, int64_t end) {
+    for_each_planes<Real, T>(map, begin, end, [&](int64_t i, int64_t count, const Real* planes) {
+      for (int64_t k = 0; k < count; ++k)
+        plane_statistics(i + k, map.positions, planes + k * map.positions, means, deviations);
+    });
+  };
+  torch::stable::parallel_for(0, map.images * map.channels, grain(map.positions), run);
 }
 
 // Features to rows that are centred and divided by their length + eps, 0 where they do not count.
@@ -116,11 +142,11 @@ void normalise(const SimilarityLabels<Real>& labels, int64_t channels, const Rea
         std::fill(out, out + channels, Real(0));
         continue;
       }
-      const Real mean = static_cast<Real>(total_of<Real>(channels, [&](int64_t c) { return in[c]; }) /
+      const Real mean = static_cast<Real>(sum_of<Real>(channels, [&](int64_t c) { return in[c]; }) /
                                           static_cast<double>(channels));
       for (int64_t c = 0; c < channels; ++c) out[c] = in[c] - mean;
       lengths[n] =
-          static_cast<Real>(std::sqrt(total_of<Real>(channels, [&](int64_t c) { return out[c] * out[c]; })));
+          static_cast<Real>(std::sqrt(sum_of<Real>(channels, [&](int64_t c) { return out[c] * out[c]; })));
       const Real divisor = lengths[n] + static_cast<Real>(kLengthEps);
       for (int64_t c = 0; c < channels; ++c) out[c] /= divisor;
     }
@@ -137,7 +163,7 @@ double pair_row(const SimilarityLabels<Real>& labels, int32_t label, const Wante
     return pair(row[j], chosen(others[j] == label, wanted.same, wanted.different));
   };
   const int64_t count = static_cast<int64_t>(labels.value.size());
-  const double squares = total_of<Real>(count, [&](int64_t j) { return weights[j] * found(j).square; });
+  const double squares = sum_of<Real>(count, [&](int64_t j) { return weights[j] * found(j).square; });
   for (int64_t j = 0; j < count; ++j) row[j] = weights[j] * found(j).gradient;
   return squares;
 }
@@ -147,77 +173,94 @@ double pair_row(const SimilarityLabels<Real>& labels, int32_t label, const Wante
 template <typename Real>
 void feature_row(int64_t channels, int64_t positions, Real scale, const Real* deviations, const Real* unit,
                  Real length, const Real* g, Real* __restrict__ factor) {
-  const Real dot = static_cast<Real>(total_of<Real>(channels, [&](int64_t c) { return unit[c] * g[c]; }));
+  const Real dot = static_cast<Real>(sum_of<Real>(channels, [&](int64_t c) { return unit[c] * g[c]; }));
   const RowGradient<Real> row = row_gradient(length, dot, scale);
   for (int64_t c = 0; c < channels; ++c) factor[c] = row.along * g[c] - row.across * unit[c];
-  const Real mean = static_cast<Real>(total_of<Real>(channels, [&](int64_t c) { return factor[c]; }) /
+  const Real mean = static_cast<Real>(sum_of<Real>(channels, [&](int64_t c) { return factor[c]; }) /
                                       static_cast<double>(channels));
   for (int64_t c = 0; c < channels; ++c) factor[c] -= mean;
   for (int64_t c = 0; deviations && c < channels; ++c)
     factor[c] = deviation_factor(factor[c], deviations[c], positions);
 }
 
-// dz = grad_loss (z - mean) factor
+// Elements made by element(i): where they belong, or in `buffer` and converted.
+template <typename T, typename Real, typename F>
+void write(int64_t count, T* to, Real* buffer, const F& element) {
+  Real* __restrict__ out = buffer;
+  if constexpr (std::is_same_v<T, Real>) out = to;
+  AUGLOCAL_INDEPENDENT
+  for (int64_t i = 0; i < count; ++i) out[i] = element(i);
+  if constexpr (!std::is_same_v<T, Real>) store(out, count, to);
+}
+
 template <typename T>
-void input_grad(const InputGradProblem& problem, const FeatureMap& output) {
+void stripes_grad(const InputGradProblem& problem, const FeatureMap& output, const Stripes& stripes) {
   using Real = Accumulate<T>;
-  constexpr bool kConverted = !std::is_same_v<T, Held<T>>;
   const FeatureMap& map = problem.z;
   const T* z = map.tensor.const_data_ptr<T>();
   T* dz = output.tensor.mutable_data_ptr<T>();
   const Real *means = problem.mean.const_data_ptr<Real>(), *factors = problem.factor.const_data_ptr<Real>();
   const Real grad = *problem.grad.const_data_ptr<Real>();
-  const int64_t channels = map.channels, positions = map.positions;
-
-  // One row: made where it belongs, or converted to it.
-  const auto write = [](int64_t count, T* to, Held<T>* converted, const auto& element) {
-    Held<T>* __restrict__ out = converted;
-    if constexpr (!kConverted) out = to;
-    AUGLOCAL_INDEPENDENT
-    for (int64_t i = 0; i < count; ++i) out[i] = narrowed<Held<T>>(element(i));
-    if constexpr (kConverted) narrow_row(converted, count, to);
-  };
-
-  if (map.stride_c == 1 && output.stride_c == 1 && output.stride_p != 1) {
-    const Stripes stripes(map, output);
-    const int64_t repeats = stripes.repeats, rows = (positions + repeats - 1) / repeats;
-    torch::stable::parallel_for(
-        0, map.images * stripes.number, grain(stripes.width * positions), [&](int64_t begin, int64_t end) {
-          const int64_t size = stripes.size();
-          std::vector<Held<T>> buffer(size), converted(size);
-          std::vector<Real> row_means(size), row_scales(size);
-          Real* __restrict__ mean = row_means.data();
-          Real* __restrict__ scale = row_scales.data();
-          for (int64_t task = begin; task < end; ++task) {
-            const int64_t n = task / stripes.number, channel = task % stripes.number * stripes.width;
-            const int64_t width = std::min(stripes.width, channels - channel);
-            for (int64_t i = 0; i < width * repeats; ++i) {
-              const int64_t at = n * channels + channel + i % width;
-              mean[i] = means[at];
-              scale[i] = grad * factors[at];
-            }
-            for (int64_t row = 0; row < rows; ++row) {
-              const int64_t p = row * repeats, count = std::min(repeats, positions - p) * width;
-              const Held<T>* in =
-                  held(z + n * map.stride_n + p * map.stride_p + channel, 1, count, buffer.data());
-              write(count, dz + n * output.stride_n + p * output.stride_p + channel, converted.data(),
-                    [&](int64_t i) { return (widened(in[i]) - mean[i]) * scale[i]; });
-            }
+  const int64_t channels = map.channels, positions = map.positions, repeats = stripes.repeats;
+  torch::stable::parallel_for(
+      0, map.images * stripes.number, grain(stripes.width * positions), [&](int64_t begin, int64_t end) {
+        const int64_t size = stripes.size();
+        std::vector<Real> buffer(size), made(size), row_means(size), row_scales(size);
+        Real* __restrict__ mean = row_means.data();
+        Real* __restrict__ scale = row_scales.data();
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t n = task / stripes.number, channel = task % stripes.number * stripes.width;
+          const int64_t width = std::min(stripes.width, channels - channel);
+          for (int64_t c = 0; c < width; ++c) {
+            mean[c] = means[n * channels + channel + c];
+            scale[c] = grad * factors[n * channels + channel + c];
           }
-        });
-    return;
-  }
-  STD_TORCH_CHECK(output.stride_p == 1, "expected a result whose rows lie together");
+          for (int64_t i = width; i < width * repeats; ++i) {
+            mean[i] = mean[i - width];
+            scale[i] = scale[i - width];
+          }
+          for (int64_t p = 0; p < positions; p += repeats) {
+            const int64_t count = std::min(repeats, positions - p) * width;
+            const Real* in =
+                numbers(z + n * map.stride_n + p * map.stride_p + channel, 1, count, buffer.data());
+            write(count, dz + n * output.stride_n + p * output.stride_p + channel, made.data(),
+                  [&](int64_t i) { return (in[i] - mean[i]) * scale[i]; });
+          }
+        }
+      });
+}
+
+// dz = grad_loss (z - mean) factor
+template <typename T>
+void input_grad(const InputGradProblem& problem, const FeatureMap& output) {
+  using Real = Accumulate<T>;
+  const FeatureMap& map = problem.z;
+  if (map.stride_c == 1 && output.stride_c == 1 && output.stride_p != 1)
+    return stripes_grad<T>(problem, output, Stripes(map, output));
+  T* dz = output.tensor.mutable_data_ptr<T>();
+  const Real *means = problem.mean.const_data_ptr<Real>(), *factors = problem.factor.const_data_ptr<Real>();
+  const Real grad = *problem.grad.const_data_ptr<Real>();
+  const int64_t channels = map.channels, positions = map.positions;
+  const bool together = output.stride_p == 1 && (channels == 1 || output.stride_c == positions);
   torch::stable::parallel_for(0, map.images * channels, grain(positions), [&](int64_t begin, int64_t end) {
-    std::vector<Held<T>> buffer(positions), converted(positions);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / channels, c = i % channels;
-      const Held<T>* in =
-          held(z + n * map.stride_n + c * map.stride_c, map.stride_p, positions, buffer.data());
-      const Real mean = means[i], scale = grad * factors[i];
-      write(positions, dz + n * output.stride_n + c * output.stride_c, converted.data(),
-            [&](int64_t p) { return (widened(in[p]) - mean) * scale; });
-    }
+    std::vector<Real> made;
+    for_each_planes<Real, T>(map, begin, end, [&](int64_t i, int64_t count, const Real* in) {
+      T* to = dz + i / channels * output.stride_n + i % channels * output.stride_c;
+      const auto make = [&](Real* __restrict__ out) {
+        for (int64_t k = 0; k < count; ++k, out += positions, in += positions) {
+          const Real mean = means[i + k], scale = grad * factors[i + k];
+          for (int64_t p = 0; p < positions; ++p) out[p] = (in[p] - mean) * scale;
+        }
+      };
+      if constexpr (std::is_same_v<T, Real>)
+        if (together) return make(to);
+      made.resize(count * positions);
+      make(made.data());
+      if (together) return store(made.data(), count * positions, to);
+      for (int64_t k = 0; k < count; ++k)
+        for (int64_t p = 0; p < positions; ++p)
+          to[k * output.stride_c + p * output.stride_p] = narrowed<T>(made[k * positions + p]);
+    });
   });
 }
 

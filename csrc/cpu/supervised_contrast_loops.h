@@ -1,16 +1,9 @@
 // The loops of supervised_contrast: rows of features, and rows of pairs. For `each_level.h`.
-#include "conversion_loops.h"
-#include "sum_loops.h"
+#include "loss_loops.h"
 
 namespace auglocal {
 namespace {
 namespace AUGLOCAL_LEVEL {
-
-template <typename Real>
-Real inner_product(const Real* a, const Real* b, int64_t count) {
-  return static_cast<Real>(
-      row_sums<Real>(count, [&](int64_t d) { return std::pair<Real, Real>(a[d] * b[d], 0); }).first);
-}
 
 // Rows divided by their norms.
 template <typename T, typename Real>
@@ -29,23 +22,6 @@ void normalise(const ContrastProblem& problem, Real* z, Real* norms) {
   });
 }
 
-// The largest product of a row with images that stand.
-template <typename Real>
-Real largest_of(int64_t count, const int32_t* __restrict__ ids, const Real* __restrict__ pairs) {
-  constexpr Real kNothing = -std::numeric_limits<Real>::infinity();
-  constexpr int kMaxima = 16;
-  Real largest[kMaxima];
-  std::fill(largest, largest + kMaxima, kNothing);
-  for (int64_t a = 0; a < count; a += kMaxima) {
-    const int64_t some = std::min<int64_t>(kMaxima, count - a);
-    for (int64_t i = 0; i < some; ++i) {
-      const Real product = chosen(ids[a + i] >= 0, pairs[a + i], kNothing);
-      largest[i] = product > largest[i] ? product : largest[i];
-    }
-  }
-  return *std::max_element(largest, largest + kMaxima);
-}
-
 // One row of pairs, that of `image`: products on entry, G at the end where it is wanted. Returns its loss, 0
 // where it is no anchor.
 template <typename Real>
@@ -59,16 +35,19 @@ Real contrast_row(const ContrastLabels& labels, int64_t image, Real temperature,
   const int32_t own = labels.ids[image];
   // The images before this one, and those after it.
   const int64_t starts[] = {0, image + 1}, counts[] = {image, images - image - 1};
-  const auto others = [&](int part) { return labels.ids.data() + starts[part]; };
-  const Real before = largest_of(counts[0], others(0), pairs);
-  const Real after = largest_of(counts[1], others(1), pairs + starts[1]);
-  const Real largest = after > before ? after : before;
+  const auto largest_in = [&](int part) {
+    const int32_t* __restrict__ ids = labels.ids.data() + starts[part];
+    const Real* __restrict__ row = pairs + starts[part];
+    constexpr Real kNothing = -std::numeric_limits<Real>::infinity();
+    return largest_of<Real>(counts[part], [&](int64_t a) { return chosen(ids[a] >= 0, row[a], kNothing); });
+  };
+  const Real before = largest_in(0), after = largest_in(1), largest = after > before ? after : before;
 
   SumPair all;
   for (int part : {0, 1}) {
-    const int32_t* __restrict__ ids = others(part);
+    const int32_t* __restrict__ ids = labels.ids.data() + starts[part];
     Real* __restrict__ row = pairs + starts[part];
-    const SumPair sums = row_sums<Real>(counts[part], [&](int64_t a) {
+    const SumPair sums = pair_sums<Real>(counts[part], [&](int64_t a) {
       const Real shifted = shifted_logit(row[a], largest, temperature);
       const Real exponential = chosen(ids[a] >= 0, exp_minus(-shifted), Real(0));
       row[a] = exponential;

@@ -120,6 +120,14 @@ def test_slice_of_an_aligned_row(device: str, provider: str, channels_last: bool
 
 
 @column.cases
+@column.dtypes
+def test_columns_of_a_channels_last_map(device: str, provider: str, dtype: torch.dtype, poison: None) -> None:
+    """The gradient is channels-last, while the map itself is read from a contiguous copy."""
+    z, target = inputs((3, 5, 6, 7), 3, dtype, device)
+    compare(column.LAYOUTS["channels-last"](z)[..., 1:], target, 3, provider)
+
+
+@column.cases
 @pytest.mark.parametrize("strides", [(7, 1), (1, 5), (3, 2)], ids=str)
 def test_strides_of_vectors(device: str, provider: str, strides: tuple[int, int], poison: None) -> None:
     z = torch.randn(40, device=device).as_strided((5, 7), strides)
