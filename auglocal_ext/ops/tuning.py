@@ -6,7 +6,8 @@ processes of the group, the disk, a measurement.
 
 Nothing is measured where that would disturb or be recorded: under a dispatch mode (fake tensors, a ``MemoryMeter``),
 ``torch.compile``, ``torch.func``, tracing or CUDA graph capture, in deterministic mode, and in a DataLoader's workers.
-A measurement draws no random numbers, records nothing for autograd, and needs no more memory than the call it precedes.
+A measurement draws no random numbers, records nothing for autograd, and its tensors take no more memory than the call
+that it precedes and the call's backward pass.
 """
 
 from __future__ import annotations
