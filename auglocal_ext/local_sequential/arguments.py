@@ -1,4 +1,4 @@
-"""What the wrappers' arguments say: what is learned, what an input is like, what is recomputed."""
+"""What the wrappers' arguments say: what is learned, what an input is like, where to cut, what is recomputed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import cast
 from torch import Tensor, nn
 
 from ..auxiliary.base import Auxiliary, Part
-from ..layers import probe_input
+from ..layers import nesting_hint, probe_input
 from ..local_modules import RECOMPUTE, Recompute
+from ..partition import Balanced
+from ..rules.balance import balanced_ends
+from ..rules.base import Network, Rule
 from ..tasks import Classification, Criterion, Task
 
 
@@ -89,6 +92,21 @@ def one_input(layers: nn.Module, input_shape: Sequence[int] | None, example_inpu
     template = probe_input(layers, (), 0)
     example = example_input[:1].detach().to(template.device)
     return example.to(template.dtype) if example.is_floating_point() else example
+
+
+def ends_of_modules(
+    network: Network, rule: Rule, example: Tensor, modules: int | Sequence[int] | Balanced | None
+) -> tuple[int, ...]:
+    """Index of the last layer of each local module; ``example`` is an input ``(1, *input_shape)``."""
+    try:
+        if isinstance(modules, Balanced):
+            return balanced_ends(network, rule, example, modules.modules, modules.by)
+        return rule.ends(len(network.layers), modules)
+    except ValueError as error:
+        hint = nesting_hint(network.primary)
+        if not hint:
+            raise
+        raise ValueError(f"{error}{hint}") from error
 
 
 def recompute_per_module(recompute: Recompute | Sequence[Recompute], modules: int) -> tuple[Recompute, ...]:

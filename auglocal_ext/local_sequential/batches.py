@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import unserializable_hook
 
 from ..auxiliary.base import Part, parts_of
 from ..auxiliary.heads import Head
-from ..nn import refuse_sharding
+from ..nn import must_be_eager, refuse_sharding
 from ..rules.base import Network, Rule
 from ..tasks import Task
 from .holding import Held
@@ -21,6 +22,28 @@ def warn_once(warned: set[str], about: str, message: str) -> None:
     if about not in warned:
         warned.add(about)
         warnings.warn(message, stacklevel=3)
+
+
+def warn_of_backpropagation(warned: set[str], out: Tensor) -> None:
+    """Let the output's backward warn, once: ``net(x)`` in training mode is easily taken for local learning.
+
+    Args:
+        warned: of the network; not the network itself, which the output would keep alive.
+    """
+    if "backpropagation" in warned or must_be_eager(out) or not out.requires_grad:
+        return
+
+    @unserializable_hook
+    def backpropagates(grad: Tensor) -> None:
+        warn_once(
+            warned,
+            "backpropagation",
+            "a backward through net(x) in training mode is ordinary backpropagation through the whole network: its "
+            "auxiliary networks are not trained and all activations are kept. For local learning call net(x, y) and "
+            "out.loss.backward(), or LocalStep; if backpropagation is meant, train net.primary",
+        )
+
+    out.register_hook(backpropagates)
 
 
 class CheckedBatches(Held):

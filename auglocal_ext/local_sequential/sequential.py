@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,21 +10,20 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import unserializable_hook
 
-from .._torch import BatchNormBase, FakeTensor, is_replica
+from .._torch import FakeTensor, is_replica
 from ..auxiliary.base import Auxiliary, can_recompute, followed_by, parts_of, set_recompute
 from ..auxiliary.context import ContextSupply
-from ..layers import Described, LayoutChoice, describe, evaluating, group_children, nesting_hint, probe_input
+from ..layers import Described, LayoutChoice, describe, group_children, probe_input
 from ..local_modules import RECOMPUTE, LocalModule, LocalOutput, Recompute, Relay, local_pass, run_forward
-from ..nn import Deferred, FusedSequential, fuse, must_be_eager, refuse_sharding, unfuse, unsync_batch_norm
+from ..nn import Deferred, FusedSequential, fuse, refuse_sharding, unfuse, unsync_batch_norm
 from ..partition import Balanced
-from ..rules.balance import balanced_ends
 from ..rules.base import Network, Rule, made_like
 from ..segments import Segment
 from ..tasks import Scored, Task
-from .arguments import one_input, recompute_per_module, refuse_own_task, what_is_learned
-from .batches import CheckedBatches, warn_once
+from .arguments import ends_of_modules, one_input, recompute_per_module, refuse_own_task, what_is_learned
+from .batches import CheckedBatches, warn_of_backpropagation
+from .checks import norms_of_one_value, warn_of_shared_parameters
 from .inference import InferenceNetwork
 
 
@@ -156,16 +154,7 @@ class LocalSequential(CheckedBatches):
             input=described.input if example.is_floating_point() else None,
             input_dtype=None if example.is_floating_point() else example.dtype,
         )
-        try:
-            if isinstance(modules, Balanced):
-                ends = balanced_ends(network, rule, example, modules.modules, modules.by)
-            else:
-                ends = rule.ends(len(described.layers), modules)
-        except ValueError as error:
-            hint = nesting_hint(layers)
-            if not hint:
-                raise
-            raise ValueError(f"{error}{hint}") from error
+        ends = ends_of_modules(network, rule, example, modules)
         unfuse(primary)
         chosen = recompute_per_module(recompute, len(ends))
         self.rule = rule
@@ -187,8 +176,8 @@ class LocalSequential(CheckedBatches):
         if fused:
             for fusable in (primary, self.auxiliary, self.context):
                 fuse(fusable)
-        self._warn_of_shared_parameters()
-        self._one_image_norms = self._dry_run(example)
+        warn_of_shared_parameters(self.local_modules)
+        self._one_image_norms = norms_of_one_value(self, self.local_modules, example)
         self._choosy = self._choosy_parts()
         follow = any(isinstance(part, Auxiliary) and part.follows_layers for part in parts_of(self.auxiliary))
         self._followed = tuple(self._followable()) if follow else ()
@@ -212,43 +201,6 @@ class LocalSequential(CheckedBatches):
 
     def _infer(self, x: Tensor) -> Tensor:
         return cast("Tensor", self.primary(x))
-
-    def _warn_of_shared_parameters(self) -> None:
-        owner: dict[int, int] = {}
-        for module in self.local_modules:
-            for parameter in (p for p in module.parameters() if p.requires_grad):
-                first = owner.setdefault(id(parameter), module.index)
-                if first != module.index:
-                    warnings.warn(
-                        f"local modules {first} and {module.index} share a parameter of shape "
-                        f"{tuple(parameter.shape)}: both local losses train it",
-                        stacklevel=4,
-                    )
-
-    def _dry_run(self, example: Tensor) -> list[str]:
-        """Runs every part on one example; names BatchNorm layers that see one value per channel and sample."""
-        single: list[str] = []
-        names = {module: name for name, module in self.named_modules()}
-
-        def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if args[0].dim() == 2 or args[0].shape[2:].numel() == 1:
-                single.append(names[module])
-
-        def check(module: LocalModule, h: Tensor) -> None:
-            if module.auxiliary is not None:
-                output = module.auxiliary(h)
-                whose = f"the output of local module {module.index}'s auxiliary network"
-                module.auxiliary.settings.task.check_output(tuple(output.shape[1:]), whose)
-
-        norms = [m for m in names if isinstance(m, BatchNormBase)]
-        hooks = [norm.register_forward_pre_hook(note) for norm in norms]
-        try:
-            with evaluating(self):
-                run_forward(self.local_modules, example, check)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return single
 
     @property
     def num_modules(self) -> int:
@@ -319,7 +271,8 @@ class LocalSequential(CheckedBatches):
             self.refuse_empty()
             self.check_input(x)
             out = self._infer(x) if len(self.context) == 0 else run_forward(self.local_modules, x)
-            self._warn_of_backpropagation(out)
+            if self.training and self.num_modules > 1:
+                warn_of_backpropagation(self._warned, out)
             return out
         if is_replica(self):
             raise RuntimeError(
@@ -365,19 +318,6 @@ class LocalSequential(CheckedBatches):
         for module in earlier:
             relay.through(module)
         return last.score(relay.through(last.loss_input), y)
-
-    def _warn_of_backpropagation(self, out: Tensor) -> None:
-        """Let the output's backward warn, once: ``net(x)`` in training mode is easily taken for local learning."""
-        if not self.training or self.num_modules == 1 or "backpropagation" in self._warned or must_be_eager(out):
-            return
-        if out.requires_grad:
-            warned = self._warned  # not the network, which the output would keep alive
-
-            @unserializable_hook
-            def backpropagates(grad: Tensor) -> None:
-                warn_once(warned, "backpropagation", _BACKPROPAGATION)
-
-            out.register_hook(backpropagates)
 
     def export(self) -> nn.Module:
         """A plain copy for inference, in eval mode: no auxiliary networks, context encoders where the rule has them.
@@ -435,10 +375,3 @@ class LocalSequential(CheckedBatches):
 
     def extra_repr(self) -> str:
         return f"rule={self.rule!r}, modules={self.num_modules}, module_ends={self.network.ends}"
-
-
-_BACKPROPAGATION = (
-    "a backward through net(x) in training mode is ordinary backpropagation through the whole network: its auxiliary "
-    "networks are not trained and all activations are kept. For local learning call net(x, y) and out.loss.backward(), "
-    "or LocalStep; if backpropagation is meant, train net.primary"
-)
