@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..distributed import Mesh, StepTimes
 from ..local_modules import LocalModule, LocalOutput, OneStream, Recompute
 from ..local_sequential import LocalSequential
-from ..nn import eager_type, in_process_group
 from ..ops import tuning
-from ..partition import Balanced
 from . import checkpoint, in_flight
 from .built_in import NetworkState
 from .graph import Form, GraphedStep, Graphs, NotForGraphs, Way
 from .memory_plan import MemoryPlan, step_facts
-from .module_costs import module_flops, module_times
+from .module_costs import costs_of_stages
 from .optimizers import ModuleOptimizers, OptimizerFactory
 from .overlap import TwoStreams
-from .parameter_lists import held, listed, replaced
+from .parameter_lists import held, listed, named_parameters, replaced
 from .processes import Processes, StageCuts
-from .refusals import check_plan, refuse_former
+from .refusals import check_network, check_optimizer, check_plan, refuse_former, refuse_unmeshed
 from .updates import Clip, Updates, guard_steps_by_hand, updating_pass
 
 Switch = Literal[True, False, "auto"]
@@ -150,20 +148,15 @@ class LocalStep:
         shard: bool = False,
         delay: int = 0,
     ) -> None:
-        if not isinstance(net, LocalSequential):
-            raise TypeError(f"net must be a LocalSequential, got {_name_of(net)}; {_way_for(net)}")
-        if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
-            raise TypeError(
-                "optimizer must be a function that makes one of a list of parameters, such as lambda params: "
-                f"torch.optim.SGD(params, lr=0.1); got {type(optimizer).__name__}"
-            )
+        check_network(net)
+        check_optimizer(optimizer)
         for name, switch in (("graph", graph), ("overlap", overlap)):
             if switch not in (True, False, "auto"):
                 raise ValueError(f'{name} must be True, False or "auto", got {switch!r}')
         refuse_former(recompute, memory_budget, batch_size)
         check_plan(plan, recompute, overlap)
         self._meshed = mesh is not None
-        self._refuse_processes()
+        refuse_unmeshed(self._meshed)
         if autocast not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast}")
         self.net = net
@@ -208,10 +201,10 @@ class LocalStep:
             "clip": clip,
             "accumulate": accumulate,
         }
-        costs = partial(_stage_costs, net, optimizer, recompute=recompute, options={"params": params, **settings})
+        costs = partial(costs_of_stages, net, optimizer, recompute=recompute, options={"params": params, **settings})
         self._modules = self._processes.place(net, stage_cuts, costs)
         if shard:
-            params = _parameters_named(net, params)
+            params = named_parameters(net, params)
             everywhere = {id(p) for p in net.parameters()}
         if self._processes.stage is not None:
             params = held(params, net, everywhere)
@@ -286,7 +279,7 @@ class LocalStep:
             GraphCaptureError: with ``graph=True`` if the step cannot be captured; nothing is changed.
             RuntimeError: if another process fails, or after a step of several processes that broke off in this one.
         """
-        self._refuse_processes()
+        refuse_unmeshed(self._meshed)
         self._processes.refuse_broken()
         if self.plan is not None:
             self.plan.check_batch(len(x))
@@ -300,16 +293,6 @@ class LocalStep:
         self._updates.count()
         self._batches += 1
         return out
-
-    def _refuse_processes(self) -> None:
-        """RuntimeError among several processes without a mesh, whose weights would drift apart."""
-        size = torch.distributed.get_world_size() if not self._meshed and in_process_group() else 1
-        if size > 1:
-            raise RuntimeError(
-                f"this is one of {size} processes, and without mesh= LocalStep does not average gradients over them, "
-                "so their weights would drift apart. Pass mesh=init_device_mesh(device, (size,), "
-                'mesh_dim_names=("replica",)), or a mesh of size 1 for a network that only this process trains'
-            )
 
     def predict(self, x: Tensor) -> Tensor | None:
         """Output of the network for ``x``, in the network's mode and without gradients.
@@ -547,39 +530,6 @@ class LocalStep:
                 self._streams.join()
             raise
         return out._replace(loss=out.loss.detach())
-
-
-def _stage_costs(
-    net: LocalSequential,
-    optimizer: OptimizerFactory,
-    balanced: Balanced,
-    *,
-    recompute: Recompute | None,
-    options: dict[str, Any],
-) -> Sequence[float]:
-    """FLOPs of each local module, or its seconds."""
-    if balanced.by == "flops":
-        return module_flops(net, optimizer, recompute)
-    assert balanced.batch_size is not None
-    options = {**options, "params": _parameters_named(net, options["params"])}
-    return module_times(net, balanced.batch_size, optimizer, recompute=recompute, **options)
-
-
-def _parameters_named(net: LocalSequential, params: list[Any]) -> list[Any]:
-    """``params`` with the network's parameters in the place of their names."""
-    return replaced(params, lambda p: net.get_parameter(p) if isinstance(p, str) else p)
-
-
-def _name_of(net: Any) -> str:
-    return eager_type(net).__name__ if isinstance(net, nn.Module) else type(net).__name__
-
-
-def _way_for(net: Any) -> str:
-    if isinstance(net, torch.nn.parallel.DistributedDataParallel):
-        return "hand the step the network itself, and mesh= for its replicas: the step averages their gradients"
-    if isinstance(net, torch.nn.DataParallel):
-        return "hand the step the network itself, .module; several GPUs are several processes, with mesh="
-    return "wrap the network first"
 
 
 def _random_position(device: torch.device) -> int | None:

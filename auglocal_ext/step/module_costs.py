@@ -19,8 +19,10 @@ from ..cost import FlopMeter
 from ..local_modules import OneStream, Recompute
 from ..local_sequential import LocalSequential
 from ..memory.copies import DataCopy, FakeCopy, fake_mode_of
+from ..partition import Balanced
 from .empty_batch import empty_batch, explained_targets
 from .optimizers import ModuleOptimizers, OptimizerFactory
+from .parameter_lists import named_parameters
 from .updates import Clip, Updates, updating_pass
 
 WARMUP, ROUNDS = 2, 5
@@ -50,6 +52,22 @@ def module_flops(net: LocalSequential, optimizer: OptimizerFactory, recompute: R
             f"FLOPs are counted without data, and the network reads values of tensors back ({error}): name the cuts, "
             'such as stage_cuts=(4, 9), or balance measured time, Balanced(by="time", batch_size=64)'
         ) from error
+
+
+def costs_of_stages(
+    net: LocalSequential,
+    optimizer: OptimizerFactory,
+    balanced: Balanced,
+    *,
+    recompute: Recompute | None,
+    options: dict[str, Any],
+) -> Sequence[float]:
+    """FLOPs of each local module, or its seconds; ``options`` are those of the step, ``params`` among them by name."""
+    if balanced.by == "flops":
+        return module_flops(net, optimizer, recompute)
+    assert balanced.batch_size is not None
+    options = {**options, "params": named_parameters(net, options["params"])}
+    return module_times(net, balanced.batch_size, optimizer, recompute=recompute, **options)
 
 
 def _flops(net: LocalSequential, optimizer: OptimizerFactory, recompute: Recompute | None) -> list[int]:

@@ -25,6 +25,11 @@ def replaced(params: list[Any], swap: Callable[[Any], Any]) -> list[Any]:
     return [of(item) for item in params]
 
 
+def named_parameters(net: nn.Module, params: list[Any]) -> list[Any]:
+    """``params`` with the network's parameters in the place of their names."""
+    return replaced(params, lambda p: net.get_parameter(p) if isinstance(p, str) else p)
+
+
 def held(params: list[Any], net: nn.Module, others: set[int]) -> list[Any]:
     """Parameters, or groups of them, without those of ``others``, by ``id``, which ``net`` does not hold.
 

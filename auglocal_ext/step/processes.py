@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._version import __version__
 from ..distributed import (
     Mesh,
     Replicas,
@@ -21,7 +19,6 @@ from ..distributed import (
     balanced_cuts,
     checked_cuts,
     cut_numbers,
-    everyone,
     group_like,
     mesh_groups,
     shapes_of,
@@ -31,12 +28,13 @@ from ..local_sequential import LocalSequential
 from ..nn import gathered_features, refuse_sharding, sync_batch_norm, synced_statistics
 from ..ops import tuning
 from ..partition import Balanced
+from .agreement import checksum, facts_of, options_of, told_by_first
 from .edges import Edges, crossings
 from .in_flight import Place
 from .pipeline import Boundaries, Pipeline, Queued, Sent, passing
 from .refusals import (
     check_delay,
-    refuse,
+    check_options,
     refuse_nothing_to_gather,
     refuse_old_shards,
     refuse_other_devices,
@@ -91,20 +89,7 @@ class Processes:
         check_delay(self._delay, self._stages is not None, options)
         if self._stages is None and self._check_batches:
             raise ValueError("check_batches=True is for several stages: pass a mesh that has them, or leave it out")
-        if not self.alone:
-            refuse(options, "graph", "overlap", what="several processes")
-            if options["plan"] is not None:
-                raise ValueError(
-                    "memory is planned for one process, not for several: leave plan= out, and name the recomputation, "
-                    'such as recompute="all"'
-                )
-        if self._stages is not None:
-            refuse(options, "grad_scaler", what="several stages, each of which would find a scale of its own")
-            if options["clip_norm"] is not None and options["clip"] == "global":
-                raise ValueError(
-                    'clip="global" needs the gradients of all stages at once, and each steps by itself; take '
-                    'clip="module"'
-                )
+        check_options(options, self.alone, self._stages is not None)
 
     def place(
         self, net: LocalSequential, cuts: StageCuts, costs: Callable[[Balanced], Sequence[float]]
@@ -138,7 +123,7 @@ class Processes:
                 self._replay(net, checked_cuts(cuts, None, len(modules)))
             return modules
         cuts = cuts if cuts is None or isinstance(cuts, Balanced) else cut_numbers(cuts)
-        self._agree({**_facts(net), "stage_cuts": cuts, "delay": self._delay})
+        self._agree({**facts_of(net), "stage_cuts": cuts, "delay": self._delay})
         count = torch.distributed.get_world_size(self._stages)
         if len(modules) < count:
             raise ValueError(f"{count} stages need as many local modules, and the network has {len(modules)}")
@@ -150,7 +135,7 @@ class Processes:
         if self._shard:
             refuse_old_shards(found)
         # Replicas of a stage take the first one's weights.
-        self._agree({"stage_cuts": cuts, "the initial weights (another seed?)": _checksum(net)}, self._replica)
+        self._agree({"stage_cuts": cuts, "the initial weights (another seed?)": checksum(net)}, self._replica)
         kept = [module.kept for module in modules]
         self.stage = Stage(self._stages, cuts, len(modules), kept, self._check_batches, self._delay)
         net.hold(self.stage.first, self.stage.last)
@@ -174,7 +159,7 @@ class Processes:
         ours = {id(t) for m in modules for part in m.parts() for t in (*part.parameters(), *part.buffers())}
         parameters = [(name, p) for name, p in net.named_parameters() if id(p) in ours]
         buffers = [(name, b) for name, b in net.named_buffers() if id(b) in ours]
-        facts = {**_facts(net), "shard": True}
+        facts = {**facts_of(net), "shard": True}
         self._agree_within_stage(facts, [*parameters, *buffers])
         self.shards = shards = Shards(self._mesh["replica"], parameters, buffers, facts, net.modules())
         del parameters, buffers  # a whole parameter is freed once it is sharded
@@ -196,24 +181,8 @@ class Processes:
                 f'Balanced({count}, by="time", batch_size=...); got {asked!r}'
             )
         if asked.by == "time":  # which every process would measure otherwise
-            return self._told(lambda: balanced_cuts(costs(asked), count))
+            return told_by_first(lambda: balanced_cuts(costs(asked), count), self.world())
         return balanced_cuts(costs(asked), count)
-
-    def _told(self, find: Callable[[], Any]) -> Any:
-        """What ``find()`` returns in the first process, in all of them; its error is raised in all of them too."""
-        group = self.world()
-        found, error = None, None
-        if torch.distributed.get_rank(group) == 0:
-            try:
-                found = find()
-            except Exception as failed:
-                error = failed
-        refused = isinstance(error, ValueError)
-        said = None if error is None else str(error) if refused else f"{type(error).__name__}: {error}"
-        (found, said, refused), *_ = everyone((found, said, refused), group)
-        if said is not None:
-            raise (ValueError(said) if refused else RuntimeError(f"in the first process: {said}")) from error
-        return found
 
     def _agree(self, facts: dict[str, Any], among: Any = None) -> None:
         """DisagreementError in all stages and replicas, unless those with the same ``among`` say the same."""
@@ -267,7 +236,7 @@ class Processes:
             self._agree({"the optimizer": kind, "check_batches": self._check_batches, **options})
         if self._group is None:
             return
-        facts = {**_facts(net), "the optimizer": _options_of(optimizer), **options}
+        facts = {**facts_of(net), "the optimizer": options_of(optimizer), **options}
         facts |= {"delay": self._delay, "stage_cuts": self.cuts}
         if self.shards is not None:
             agree(facts, self._group)
@@ -358,30 +327,3 @@ class _Whole(OneStream):
     def module(self, index: int) -> AbstractContextManager[Any]:
         super().module(index)
         return self._shards.whole(index, None if index == self._last else index + 1)
-
-
-def _facts(net: LocalSequential) -> dict[str, Any]:
-    return {
-        "the version of auglocal_ext": __version__,
-        "torch": torch.__version__,
-        "the rule": repr(net.rule),
-        "the cuts": [len(module.groups) for module in net.local_modules],
-        "the task": repr(net.task),
-        **shapes_of([*net.named_parameters(), *net.named_buffers()]),
-    }
-
-
-def _checksum(net: LocalSequential) -> int:
-    """Of all parameters and buffers that hold data, and of what gives the others theirs."""
-    total = 0 if net.deferred is None else zlib.crc32(repr(net.deferred.origin).encode())
-    for name, tensor in net.state_dict().items():
-        if tensor.is_meta:
-            continue
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        total = zlib.crc32(data.tobytes(), zlib.crc32(name.encode(), total))
-    return total
-
-
-def _options_of(optimizer: torch.optim.Optimizer) -> str:
-    groups = [{k: v for k, v in g.items() if k != "params"} | {"n": len(g["params"])} for g in optimizer.param_groups]
-    return f"{type(optimizer).__name__} {groups}"

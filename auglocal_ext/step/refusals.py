@@ -1,15 +1,68 @@
-"""Options and networks that several processes, or stages with a delay, cannot honour."""
+"""Arguments of a step that are none, and what several processes, or stages with a delay, cannot honour."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import nn
+
 from ..auxiliary.base import parts_of
 from ..local_modules import LocalModule
 from ..local_sequential import LocalSequential
+from ..nn import eager_type, in_process_group
 from .edges import Crossing
 from .memory_plan import MemoryPlan
+
+
+def check_network(net: Any) -> None:
+    """TypeError for what is no network of local modules."""
+    if isinstance(net, LocalSequential):
+        return
+    name, way = (eager_type(net) if isinstance(net, nn.Module) else type(net)).__name__, "wrap the network first"
+    if isinstance(net, nn.parallel.DistributedDataParallel):
+        way = "hand the step the network itself, and mesh= for its replicas: the step averages their gradients"
+    elif isinstance(net, nn.DataParallel):
+        way = "hand the step the network itself, .module; several GPUs are several processes, with mesh="
+    raise TypeError(f"net must be a LocalSequential, got {name}; {way}")
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """TypeError for what makes no optimizer."""
+    if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
+        raise TypeError(
+            "optimizer must be a function that makes one of a list of parameters, such as lambda params: "
+            f"torch.optim.SGD(params, lr=0.1); got {type(optimizer).__name__}"
+        )
+
+
+def refuse_unmeshed(meshed: bool) -> None:
+    """RuntimeError among several processes without a mesh, whose weights would drift apart."""
+    size = torch.distributed.get_world_size() if not meshed and in_process_group() else 1
+    if size > 1:
+        raise RuntimeError(
+            f"this is one of {size} processes, and without mesh= LocalStep does not average gradients over them, "
+            "so their weights would drift apart. Pass mesh=init_device_mesh(device, (size,), "
+            'mesh_dim_names=("replica",)), or a mesh of size 1 for a network that only this process trains'
+        )
+
+
+def check_options(options: dict[str, Any], alone: bool, staged: bool) -> None:
+    """ValueError for options that several processes cannot honour, or, where they are several, stages."""
+    if not alone:
+        refuse(options, "graph", "overlap", what="several processes")
+        if options["plan"] is not None:
+            raise ValueError(
+                "memory is planned for one process, not for several: leave plan= out, and name the recomputation, "
+                'such as recompute="all"'
+            )
+    if staged:
+        refuse(options, "grad_scaler", what="several stages, each of which would find a scale of its own")
+        if options["clip_norm"] is not None and options["clip"] == "global":
+            raise ValueError(
+                'clip="global" needs the gradients of all stages at once, and each steps by itself; take clip="module"'
+            )
 
 
 def check_delay(delay: int, several: bool, options: dict[str, Any]) -> None:

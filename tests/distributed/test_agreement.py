@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from auglocal_ext import AugLocal, Balanced, LocalSequential, LocalStep, __version__, models
 from auglocal_ext.distributed import DisagreementError
 from auglocal_ext.nn import deferred
-from auglocal_ext.step import local_step, processes
+from auglocal_ext.step import agreement, module_costs
 
 
 def frozen(odd):
@@ -66,10 +66,10 @@ def _refused(rank):
         for what, build in cases.items():
             net, optimizer, options = build(odd)
             if "version" in what and odd:
-                processes.__version__ = "0.0"
+                agreement.__version__ = "0.0"
             with pytest.raises(DisagreementError, match=f"{whose} differ in {what}"):
                 LocalStep(net, optimizer, mesh=mesh, **options)
-            processes.__version__ = __version__
+            agreement.__version__ = __version__
     _measured(rank, grid)
 
 
@@ -77,7 +77,7 @@ def _measured(rank, grid):
     """All stages, and their replicas, take the cuts that the first process has measured."""
     net, times = network(), []
     state, random = copy.deepcopy(net.state_dict()), torch.get_rng_state()
-    measure = local_step.module_times
+    measure = module_costs.module_times
 
     def measured(*args, **options):
         assert rank == 0
@@ -88,11 +88,11 @@ def _measured(rank, grid):
             assert torch.equal(value, state[key]), key
         return [1.0, 1.0, 5.0] if rank == 0 else [5.0, 1.0, 1.0]
 
-    local_step.module_times = measured
+    module_costs.module_times = measured
     step = LocalStep(net, sgd, mesh=grid, stage_cuts=TIMED)
     assert step._processes.stage.first == (0 if rank < 2 else 2)
     assert (len(times) > 0) == (rank == 0)
-    local_step.module_times = measure
+    module_costs.module_times = measure
     for net, options, message in (
         (network(), {"stage_cuts": Balanced(3, "time", 4)}, "asks for 3 stages, and the mesh has 2"),
         (network(), {"stage_cuts": Balanced(2)}, "stages are balanced by FLOPs or measured time"),
