@@ -3,43 +3,48 @@ namespace auglocal {
 namespace {
 namespace AUGLOCAL_LEVEL {
 
-constexpr int64_t kSome = 256;  // elements that are rounded at a time
+// kHalves elements of half precision, which one instruction converts where the processor has one.
+#if AUGLOCAL_VECTOR == 64
+constexpr int kHalves = 16;
+inline void widen_halves(const c10::Half* from, float* to) {
+  _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+}
+inline void narrow_halves(const float* from, c10::Half* to) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_cvtps_ph(_mm512_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
+}
+#elif AUGLOCAL_VECTOR == 32
+constexpr int kHalves = 8;
+inline void widen_halves(const c10::Half* from, float* to) {
+  _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+inline void narrow_halves(const float* from, c10::Half* to) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+constexpr int kHalves = 1;
+inline void widen_halves(const c10::Half* from, float* to) {
+  *to = widened(*from);
+}
+inline void narrow_halves(const float* from, c10::Half* to) {
+  *to = narrowed<c10::Half>(*from);
+}
+#endif
 
 inline void widen_row(const c10::Half* from, int64_t count, float* __restrict__ to) {
   int64_t i = 0;
-#if AUGLOCAL_F16C
-  for (; i + 8 <= count; i += 8)
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-#endif
+  for (; i + kHalves <= count; i += kHalves) widen_halves(from + i, to + i);
   for (; i < count; ++i) to[i] = widened(from[i]);
 }
 
 inline void narrow_row(const float* from, int64_t count, c10::Half* __restrict__ to) {
   int64_t i = 0;
-#if AUGLOCAL_F16C
-  for (; i + 8 <= count; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
-#endif
+  for (; i + kHalves <= count; i += kHalves) narrow_halves(from + i, to + i);
   for (; i < count; ++i) to[i] = narrowed<c10::Half>(from[i]);
 }
 
-// Elements that lie `stride` apart, side by side and as loops read them: in `buffer`, unless they lie so
-// already.
-template <typename T>
-const Held<T>* held(const T* from, int64_t stride, int64_t count, Held<T>* buffer) {
-  if constexpr (std::is_same_v<T, Held<T>>) {
-    if (stride == 1) return from;
-    for (int64_t i = 0; i < count; ++i) buffer[i] = from[i * stride];
-  } else if (stride == 1) {
-    widen_row(from, count, buffer);
-  } else {
-    for (int64_t i = 0; i < count; ++i) buffer[i] = widened(from[i * stride]);
-  }
-  return buffer;
-}
-
-// The same as numbers of another type.
+// Elements that lie `stride` apart, side by side, as numbers.
 template <typename T, typename To>
 void load(const T* from, int64_t stride, int64_t count, To* __restrict__ to) {
   const auto converted = [](T value) {
@@ -64,21 +69,6 @@ void store(const From* from, int64_t count, T* __restrict__ to) {
       if constexpr (std::is_integral_v<T>) to[i] = static_cast<T>(from[i]);
       else to[i] = narrowed<T>(from[i]);
     }
-  }
-}
-
-// Numbers to those that elements of type T can be.
-template <typename T, typename Real>
-void round_row(Real* row, int64_t count) {
-  if constexpr (std::is_same_v<T, c10::Half>) {
-    c10::Half some[kSome];
-    for (int64_t first = 0; first < count; first += kSome) {
-      const int64_t number = std::min(kSome, count - first);
-      narrow_row(row + first, number, some);
-      widen_row(some, number, row + first);
-    }
-  } else if constexpr (!std::is_same_v<T, Real>) {
-    for (int64_t i = 0; i < count; ++i) row[i] = widened(narrowed<T>(row[i]));
   }
 }
 

@@ -57,18 +57,13 @@ inline float widened(c10::Half value) {
   return float_of(sign | chosen(magnitude < 0x7c00u, finite, normal + kBias));
 }
 
-// The type in which loops read and write the elements of a row: those of half precision are converted before
-// and after, by instructions of their own where there are some.
-template <typename T>
-using Held = std::conditional_t<std::is_same_v<T, c10::Half>, float, T>;
-
 // Rounded to the nearest, of two equally near ones to the even one.
 template <typename T, typename Real>
 T narrowed(Real value) {
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    const uint32_t bits = bits_of(value), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-    const bool is_nan = (bits & ~kSign) > kInfinity;
-    return T(static_cast<unsigned short>(chosen(is_nan, 0x7fc0u, rounded >> 16)), T::from_bits());
+    const uint32_t bits = bits_of(value == value ? value : float_of(0x7fc00000u));
+    const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return T(static_cast<unsigned short>(rounded >> 16), T::from_bits());
   } else if constexpr (std::is_same_v<T, c10::Half>) {
     const uint32_t bits = bits_of(value), magnitude = bits & ~kSign;
     const uint32_t normal = (magnitude - kBias + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;

@@ -31,14 +31,11 @@
 #else
 #define AUGLOCAL_VECTOR 0
 #endif
-#define AUGLOCAL_F16C 0  // whether there are instructions that convert half-precision numbers
 #include AUGLOCAL_LOOPS
 #undef AUGLOCAL_VECTOR
-#undef AUGLOCAL_F16C
 #undef AUGLOCAL_LEVEL
 
 #if AUGLOCAL_LEVELS
-#define AUGLOCAL_F16C 1
 #pragma GCC push_options
 #pragma GCC target("avx2,f16c")
 #define AUGLOCAL_LEVEL avx2
@@ -56,7 +53,6 @@
 #undef AUGLOCAL_VECTOR
 #undef AUGLOCAL_LEVEL
 #pragma GCC pop_options
-#undef AUGLOCAL_F16C
 #endif
 
 #undef AUGLOCAL_LOOPS

@@ -4,10 +4,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <numeric>
 #include <optional>
 
 #include "../batch_norm_act_host.h"
 #include "../feature_map.h"
+#include "level.h"
 
 namespace auglocal {
 
@@ -26,75 +28,102 @@ inline const FeatureMap* pointer(const std::optional<FeatureMap>& map) {
   return map ? &*map : nullptr;
 }
 
-// Rows along the positions, one for each image and channel; or along the channels, one for each image and
-// position. Of maps with few channels, several of the latter that lie together make one, in which the
-// channels repeat.
-struct Grid {
-  static constexpr int64_t kRow = 256;  // elements that are enough for a row
+// Some elements of some rows.
+struct Task {
+  int64_t first_row, last_row;  // up to the latter, as everywhere
+  int64_t first, last;          // elements of each row
+  int64_t part;                 // which of the tasks that sum up a channel
+};
 
-  bool channels;
-  int64_t images, width, positions;
-  int64_t repeats;     // rows in one, where they run along the channels
-  int64_t rows, size;  // how many, and the elements of each but perhaps the last
+// A row has the elements of one channel at all positions of an image; or those of all channels at one
+// position, and of maps with few channels at several that lie together, a multiple of kLanes; or, where
+// planes are small, all elements of an image.
+struct Grid {
+  enum class Row { kPlane, kPositions, kImage };
+
+  static constexpr int64_t kSmall = 256;     // positions that a small plane has fewer than
+  static constexpr int64_t kWide = 256;      // channels that are a row long enough
+  static constexpr int64_t kBlock = 1024;    // elements of an image's row that are a task's
+  static constexpr int64_t kTask = 1 << 15;  // elements of a task, about
+
+  Row row;
+  int64_t images, channels, positions;
+  int64_t repeats;                     // positions of a row, where it has all channels
+  int64_t rows, size;                  // how many, and the elements of each but perhaps the last
+  int64_t rows_of_task, size_of_task;  // how many rows of a task, and of which the elements are so many
 
   // Rows that suit `map`: the result, whose elements lie together, where there is one. The others may be
   // null.
   Grid(const FeatureMap& map, std::initializer_list<const FeatureMap*> others)
-      : channels(map.positions == 1 || (map.stride_c == 1 && map.channels > 1)),
-        images(map.images),
-        width(map.channels),
-        positions(map.positions),
-        repeats(1) {
-    bool packed = channels && is_packed(map);
-    for (const auto* other : others) packed = packed && (!other || is_packed(*other));
-    if (packed) repeats = std::clamp<int64_t>(kRow / width, 1, images * positions);
-    rows = channels ? (images * positions + repeats - 1) / repeats : images * width;
-    size = channels ? repeats * width : positions;
+      : row(Row::kPlane), images(map.images), channels(map.channels), positions(map.positions), repeats(1) {
+    const auto all = [&](bool (*has)(const FeatureMap&)) {
+      return has(map) && std::all_of(others.begin(), others.end(),
+                                     [&](const FeatureMap* other) { return !other || has(*other); });
+    };
+    if (positions == 1 || (map.stride_c == 1 && channels > 1)) {
+      row = Row::kPositions;
+      if (channels < kWide && all(is_packed))
+        repeats = std::min<int64_t>(kLanes / std::gcd<int64_t>(channels, kLanes), images * positions);
+      size = size_of_task = channels * repeats;
+      rows = (images * positions + repeats - 1) / repeats;
+      rows_of_task = std::max<int64_t>(1, kTask / (size * kRun)) * kRun;
+    } else if (positions < kSmall && all(has_planes)) {
+      row = Row::kImage;
+      size = channels * positions;
+      size_of_task = std::clamp<int64_t>(kBlock / positions, 1, channels) * positions;
+      rows = images;
+      rows_of_task = kRun;
+    } else {
+      rows = images * channels;
+      size = size_of_task = positions;
+      rows_of_task = 1;
+    }
+  }
+
+  // Whether an element's place in its row says which channel it is of.
+  bool many_channels() const { return row != Row::kPlane; }
+
+  // Tasks that sum up a channel.
+  int64_t parts() const { return row == Row::kPlane ? images : (rows + rows_of_task - 1) / rows_of_task; }
+  int64_t blocks() const { return (size + size_of_task - 1) / size_of_task; }
+  int64_t tasks() const { return row == Row::kPlane ? rows : parts() * blocks(); }
+  int64_t elements_of_task() const { return rows_of_task * size_of_task; }
+
+  Task task(int64_t index) const {
+    if (row == Row::kPlane) return {index, index + 1, 0, size, index / channels};
+    const int64_t part = index / blocks(), begin = index % blocks() * size_of_task;
+    return {part * rows_of_task, std::min(rows, (part + 1) * rows_of_task), begin,
+            std::min(size, begin + size_of_task), part};
   }
 
   // Elements of a row.
-  int64_t count(int64_t row) const {
-    return repeats == 1 ? size : std::min(size, (images * positions - row * repeats) * width);
-  }
-};
-
-// Small planes, of several channels side by side, as rows: one plane would be too short a row.
-struct Planes {
-  static constexpr int64_t kSmall = 256;   // positions that a small plane has fewer than
-  static constexpr int64_t kRow = 1024;    // elements that are enough for a row
-  static constexpr int64_t kChunk = 1024;  // positions whose sums are one task
-
-  int64_t images, width, positions;
-  int64_t blocks, of_block, of_task;  // rows of an image, channels of a row, images of a task
-
-  explicit Planes(const Grid& grid) : images(grid.images), width(grid.width), positions(grid.positions) {
-    of_block = std::clamp<int64_t>(kRow / positions, 1, width);
-    of_task = std::clamp<int64_t>(kChunk / positions, 1, images);
-    blocks = (width + of_block - 1) / of_block;
+  int64_t count(int64_t at) const {
+    return repeats == 1 ? size : std::min(size, (images * positions - at * repeats) * channels);
   }
 
-  static bool suit(const Grid& grid, const FeatureMap& map, std::initializer_list<const FeatureMap*> others) {
-    bool all = !grid.channels && grid.positions < kSmall && has_planes(map);
-    for (const FeatureMap* other : others) all = all && (!other || has_planes(*other));
-    return all;
+  // Of a task whose rows have many channels: calls f(first row, last row, elements) for runs of at most kRun
+  // rows of the same length.
+  template <typename F>
+  void for_runs(const Task& task, const F& f) const {
+    for (int64_t from = task.first_row; from < task.last_row;) {
+      int64_t to = std::min(task.last_row, from + kRun);
+      if (to - from > 1 && count(to - 1) != size) --to;
+      f(from, to, std::min(task.last, count(from)) - task.first);
+      from = to;
+    }
   }
 
-  int64_t parts() const { return (images + of_task - 1) / of_task; }
-  int64_t tasks() const { return parts() * blocks; }
-  int64_t size() const { return of_block * positions; }
-};
-
-// One of them: some channels of some images.
-struct PlanesTask {
-  int64_t part, image, last_image, channel, channels, size;
-
-  PlanesTask(const Planes& planes, int64_t task)
-      : part(task / planes.blocks),
-        image(part * planes.of_task),
-        last_image(std::min(planes.images, image + planes.of_task)),
-        channel(task % planes.blocks * planes.of_block),
-        channels(std::min(planes.of_block, planes.width - channel)),
-        size(channels * planes.positions) {}
+  // Of the same: calls f(channel, first element, step, last element) for those of its elements that are a
+  // channel's, counted from the task's first.
+  template <typename F>
+  void for_channels(const Task& task, const F& f) const {
+    if (row == Row::kPositions) {
+      for (int64_t c = 0; c < channels; ++c) f(c, c, channels, size);
+    } else {
+      for (int64_t i = task.first; i < task.last; i += positions)
+        f(i / positions, i - task.first, int64_t{1}, i - task.first + positions);
+    }
+  }
 };
 
 }  // namespace auglocal

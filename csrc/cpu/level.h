@@ -3,6 +3,7 @@
 // computes the same bits.
 #pragma once
 
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
@@ -16,6 +17,14 @@
 #endif
 
 namespace auglocal {
+
+constexpr int kLanes = 32;    // elements that a loop computes side by side, at every level as many
+constexpr int64_t kRun = 32;  // values that are added up in Real before the sum goes on in double
+
+// The next multiple of kLanes.
+inline int64_t whole_lanes(int64_t count) {
+  return (count + kLanes - 1) / kLanes * kLanes;
+}
 
 enum class Level { kBaseline, kAvx2, kAvx512 };
 

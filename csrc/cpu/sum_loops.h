@@ -6,95 +6,77 @@ namespace auglocal {
 namespace {
 namespace AUGLOCAL_LEVEL {
 
-constexpr int64_t kRun = 32;  // values that are added up in Real
-constexpr int kLanes = 32;    // sums side by side, where those of a row are one
-
-// The sum of value(i) for i below `count`: of several sums side by side.
-template <typename F>
-double sum_of(int64_t count, const F& value) {
-  constexpr int kSums = 8;
-  double sums[kSums] = {};
-  int64_t i = 0;
-  for (; i + kSums <= count; i += kSums)
-    for (int lane = 0; lane < kSums; ++lane) sums[lane] += value(i + lane);
-  for (int lane = 0; i < count; ++i, ++lane) sums[lane] += value(i);
-  for (int half = kSums / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-  return sums[0];
+// The sum over all lanes of each.
+template <typename Real>
+SumPair across_lanes(const Real* first, const Real* second) {
+  double firsts[kLanes / 2], seconds[kLanes / 2];
+  for (int lane = 0; lane < kLanes / 2; ++lane) {
+    firsts[lane] = static_cast<double>(first[lane]) + first[lane + kLanes / 2];
+    seconds[lane] = static_cast<double>(second[lane]) + second[lane + kLanes / 2];
+  }
+  for (int half = kLanes / 4; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) {
+      firsts[lane] += firsts[lane + half];
+      seconds[lane] += seconds[lane + half];
+    }
+  return {firsts[0], seconds[0]};
 }
 
-// The sums of pair(i) over a row of `count` elements.
-template <typename Real, typename Pair>
-SumPair row_sums(int64_t count, const Pair& pair) {
+// The sums over elements [begin, end) of a row: add(i, n, first, second) adds those of the n elements from i
+// on, at most kLanes, to kLanes sums.
+template <typename Real, typename Add>
+SumPair lane_sums(int64_t begin, int64_t end, bool dense, const Add& add) {
   SumPair total;
-  for (int64_t begin = 0; begin < count; begin += kRun * kLanes) {
+  for (; begin < end; begin += kRun * kLanes) {
     Real first[kLanes] = {}, second[kLanes] = {};
-    const int64_t end = std::min(count, begin + kRun * kLanes);
-    for (int64_t i = begin; i < end; i += kLanes) {
-      const int64_t lanes = std::min<int64_t>(kLanes, end - i);
-      AUGLOCAL_INDEPENDENT
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        const auto [a, b] = pair(i + lane);
-        first[lane] += a;
-        second[lane] += b;
-      }
-    }
-    double firsts[kLanes / 2], seconds[kLanes / 2];
-    for (int lane = 0; lane < kLanes / 2; ++lane) {
-      firsts[lane] = static_cast<double>(first[lane]) + first[lane + kLanes / 2];
-      seconds[lane] = static_cast<double>(second[lane]) + second[lane + kLanes / 2];
-    }
-    for (int half = kLanes / 4; half > 0; half /= 2)
-      for (int lane = 0; lane < half; ++lane) {
-        firsts[lane] += firsts[lane + half];
-        seconds[lane] += seconds[lane + half];
-      }
-    total.first += firsts[0];
-    total.second += seconds[0];
+    for_lanes(begin, std::min(end, begin + kRun * kLanes), dense,
+              [&](int64_t i, auto n) { add(i, n, first, second); });
+    const SumPair some = across_lanes(first, second);
+    total.first += some.first;
+    total.second += some.second;
   }
   return total;
 }
 
-// The sums of pair(row, i) over rows, for each element i of a row.
+// The sums over rows, for each element of a row.
 template <typename Real>
-class ColumnSums {
+class ElementSums {
  public:
-  std::vector<double> first, second;
+  explicit ElementSums(int64_t size) : first_(whole_lanes(size)), second_(first_) {}
 
-  // Of rows of `size` elements; all sums are zero.
-  void start(int64_t size) {
-    for (auto* sums : {&first, &second}) sums->assign(size, 0);
-    for (auto* run : {&first_run_, &second_run_}) run->resize(size);
+  void clear() {
+    for (auto* sums : {&first_, &second_}) std::fill(sums->begin(), sums->end(), 0);
   }
 
-  // Adds the rows from begin to end, of at most as many elements: `row(at)` is read before the next is asked
-  // for.
-  template <typename Row, typename Pair>
-  void add(int64_t size, int64_t begin, int64_t end, const Row& row, const Pair& pair) {
-    Real* __restrict__ first_run = first_run_.data(), * __restrict__ second_run = second_run_.data();
-    double* __restrict__ firsts = first.data(), * __restrict__ seconds = second.data();
-    for (int64_t from = begin; from < end; from += kRun) {
-      std::fill_n(first_run, size, Real(0));
-      std::fill_n(second_run, size, Real(0));
-      for (int64_t at = from; at < std::min(end, from + kRun); ++at) {
-        const auto elements = row(at);
-        AUGLOCAL_INDEPENDENT
-        for (int64_t i = 0; i < size; ++i) {
-          const auto [a, b] = pair(elements, i);
-          first_run[i] += a;
-          second_run[i] += b;
-        }
-      }
+  // Adds a run of rows of `size` elements: add(i, n, first, second) adds all rows' n elements from i on, at
+  // most kLanes, to kLanes sums.
+  template <typename Add>
+  void add(int64_t size, bool dense, const Add& add) {
+    for_lanes(0, size, dense, [&](int64_t i, auto n) {
+      Real first[kLanes] = {}, second[kLanes] = {};
+      add(i, n, first, second);
+      const int64_t lanes = n;
+      double* __restrict__ firsts = first_.data() + i, * __restrict__ seconds = second_.data() + i;
       AUGLOCAL_INDEPENDENT
-      for (int64_t i = 0; i < size; ++i) {
-        firsts[i] += first_run[i];
-        seconds[i] += second_run[i];
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        firsts[lane] += first[lane];
+        seconds[lane] += second[lane];
       }
+    });
+  }
+
+  // The sums over elements first, first + step, ..., before last.
+  SumPair total(int64_t first, int64_t step, int64_t last) const {
+    SumPair all;
+    for (int64_t i = first; i < last; i += step) {
+      all.first += first_[i];
+      all.second += second_[i];
     }
+    return all;
   }
 
  private:
-  std::vector<Real> first_run_, second_run_;
+  std::vector<double> first_, second_;
 };
 
 }  // namespace AUGLOCAL_LEVEL
