@@ -7,10 +7,34 @@ namespace auglocal {
 namespace {
 namespace AUGLOCAL_LEVEL {
 
+// What the moments of a run are made of, of kLanes elements: sums over its rows of differences to the first
+// one.
+template <typename Real>
+struct LaneMoments {
+  Real shift[kLanes], sum[kLanes] = {}, square[kLanes] = {};
+
+  template <typename T, typename Number>
+  LaneMoments(const Rows<T>& x, int64_t i, Number n) {
+    x.read(0, i, n, shift);
+  }
+
+  template <typename T, typename Number>
+  void add(const Rows<T>& x, int64_t row, int64_t i, Number n) {
+    Real values[kLanes];
+    x.read(row, i, n, values);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const Real d = values[lane] - shift[lane];
+      sum[lane] += d;
+      square[lane] += d * d;
+    }
+  }
+};
+
 // Moments of each element of a row over some rows: means, as differences from `origin`, and sums of squared
 // differences from them. A run of rows is shifted by its first, so that a value far from all others costs the
 // digits of its run alone.
-struct ElementMoments {
+class ElementMoments {
+ public:
   std::vector<double> mean, squares;
 
   explicit ElementMoments(int64_t size) : mean(whole_lanes(size)), squares(mean) {}
@@ -22,31 +46,41 @@ struct ElementMoments {
   // Adds the elements [first, first + size) of a run of `rows` rows to those of `before` rows.
   template <typename T, typename Real>
   void add(const Rows<T>& x, int64_t first, int64_t size, int64_t rows, int64_t before, const Real* origin) {
+    int64_t begin = 0;
+    if (x.dense()) {
+      for (; begin + 2 * kLanes <= size; begin += 2 * kLanes) {
+        const int64_t next = begin + kLanes;
+        LaneMoments<Real> own(x, first + begin, AllLanes()), others(x, first + next, AllLanes());
+        for (int64_t row = 1; row < rows; ++row) {
+          own.add(x, row, first + begin, AllLanes());
+          others.add(x, row, first + next, AllLanes());
+        }
+        finish(own, begin, kLanes, rows, before, origin);
+        finish(others, next, kLanes, rows, before, origin);
+      }
+    }
+    for_lanes(begin, size, x.dense(), [&](int64_t i, auto n) {
+      LaneMoments<Real> own(x, first + i, n);
+      for (int64_t row = 1; row < rows; ++row) own.add(x, row, first + i, n);
+      finish(own, i, n, rows, before, origin);
+    });
+  }
+
+ private:
+  template <typename Real>
+  void finish(const LaneMoments<Real>& run, int64_t i, int64_t n, int64_t rows, int64_t before,
+              const Real* __restrict__ origin) {
     const double count = static_cast<double>(rows), each = 1 / count, share = count / (before + count);
     const double weight = static_cast<double>(before) * share;
-    for_lanes(0, size, x.dense(), [&](int64_t i, auto n) {
-      Real shift[kLanes], sum[kLanes] = {}, square[kLanes] = {};
-      x.read(0, first + i, n, shift);
-      for (int64_t row = 1; row < rows; ++row) {
-        Real values[kLanes];
-        x.read(row, first + i, n, values);
-        for (int lane = 0; lane < kLanes; ++lane) {
-          const Real d = values[lane] - shift[lane];
-          sum[lane] += d;
-          square[lane] += d * d;
-        }
-      }
-      const int64_t lanes = n;
-      double* __restrict__ means = mean.data() + i, * __restrict__ all_squares = squares.data() + i;
-      AUGLOCAL_INDEPENDENT
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        const double total = sum[lane], inside = square[lane] - total * (total * each);
-        const double delta =
-            (static_cast<double>(shift[lane]) - origin[i + lane]) + total * each - means[lane];
-        means[lane] += delta * share;
-        all_squares[lane] += (inside < 0 ? 0 : inside) + delta * delta * weight;
-      }
-    });
+    double* __restrict__ means = mean.data() + i, * __restrict__ all_squares = squares.data() + i;
+    AUGLOCAL_INDEPENDENT
+    for (int64_t lane = 0; lane < n; ++lane) {
+      const double total = run.sum[lane], inside = run.square[lane] - total * (total * each);
+      const double delta =
+          (static_cast<double>(run.shift[lane]) - origin[i + lane]) + total * each - means[lane];
+      means[lane] += delta * share;
+      all_squares[lane] += (inside < 0 ? 0 : inside) + delta * delta * weight;
+    }
   }
 };
 
@@ -219,11 +253,12 @@ void reduce(const BatchNormProblem& problem, Tensor& sum_g, Tensor& sum_g_xhat) 
           sums.clear();
           grid.for_runs(task, [&](int64_t first_row, int64_t last_row, int64_t size) {
             start(first_row, last_row);
-            sums.add(size, dense, [&](int64_t i, auto n, Real* first, Real* second) {
-              const LaneFactors<Real, 3, true> factors(own, i);
-              for (int64_t row = 0; row < last_row - first_row; ++row)
-                add(row, task.first + i, n, factors, first, second);
-            });
+            sums.add(
+                last_row - first_row, size, dense,
+                [&](int64_t i) { return LaneFactors<Real, 3, true>(own, i); },
+                [&](int64_t row, int64_t i, auto n, const auto& factors, Real* first, Real* second) {
+                  add(row, task.first + i, n, factors, first, second);
+                });
           });
           grid.for_channels(task, [&](int64_t c, int64_t first, int64_t step, int64_t last) {
             partial[c * number + task.part] = sums.total(first, step, last);
@@ -274,17 +309,17 @@ void apply(const BatchNormProblem& problem, const FeatureMap& output) {
       };
       for (int64_t index = begin; index < end; ++index) {
         const Task task = grid.task(index);
-        for_rows<variant.kMany>(grid, task, factors_of(task), x.dense() && residual.rows.dense(), start,
-                                [&](int64_t row, int64_t i, auto n, const auto& factors) {
-                                  Real z[kLanes];
-                                  x.read(row, i, n, z);
-                                  for (int lane = 0; lane < kLanes; ++lane)
-                                    z[lane] = normalised(channel_of(factors, lane), z[lane]);
-                                  residual.add(variant, row, i, n, z);
-                                  for (int lane = 0; lane < kLanes; ++lane)
-                                    z[lane] = variant.activated(z[lane], z[lane], slope);
-                                  y.write(z, row, i, n);
-                                });
+        for_rows<T, variant.kMany>(grid, task, factors_of(task), x.dense() && residual.rows.dense(), start,
+                                   [&](int64_t row, int64_t i, auto n, const auto& factors) {
+                                     Real z[kLanes];
+                                     x.read(row, i, n, z);
+                                     for (int lane = 0; lane < kLanes; ++lane)
+                                       z[lane] = normalised(channel_of(factors, lane), z[lane]);
+                                     residual.add(variant, row, i, n, z);
+                                     for (int lane = 0; lane < kLanes; ++lane)
+                                       z[lane] = variant.activated(z[lane], z[lane], slope);
+                                     y.write(z, row, i, n);
+                                   });
       }
     };
     torch::stable::parallel_for(0, grid.tasks(), grain(grid.elements_of_task()), run);
@@ -339,7 +374,7 @@ void input_grad(const BatchNormProblem& problem, const std::optional<Tensor>& su
       const bool dense = x.dense() && grad.dense() && residual.rows.dense();
       for (int64_t index = begin; index < end; ++index) {
         const Task task = grid.task(index);
-        for_rows<variant.kMany>(grid, task, factors_of(task), dense, start, lanes);
+        for_rows<T, variant.kMany>(grid, task, factors_of(task), dense, start, lanes);
       }
     };
     torch::stable::parallel_for(0, grid.tasks(), grain(grid.elements_of_task()), run);

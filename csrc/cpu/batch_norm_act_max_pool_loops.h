@@ -295,10 +295,12 @@ void reduce(const MaxPoolProblem& problem, const Tensor& grad, const Tensor& ind
           read(oh, values.data(), upstream.data());
           for (int64_t from = 0; from < problem.pooled_width; from += kRun) {
             const int64_t to = std::min<int64_t>(problem.pooled_width, from + kRun);
-            sums.add(inner, true, [&](int64_t c, auto, Real* first, Real* second) {
-              const LaneFactors<Real, 3, true> factors(channels.pointers(), c);
-              for (int64_t ow = from; ow < to; ++ow) add(ow * inner + c, factors, first, second);
-            });
+            sums.add(
+                to - from, inner, true,
+                [&](int64_t c) { return LaneFactors<Real, 3, true>(channels.pointers(), c); },
+                [&](int64_t ow, int64_t c, auto, const auto& factors, Real* first, Real* second) {
+                  add((from + ow) * inner + c, factors, first, second);
+                });
           }
         }
         for (int64_t c = 0; c < inner; ++c) total[c] = sums.total(c, 1, c + 1);

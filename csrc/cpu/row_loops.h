@@ -119,14 +119,14 @@ class TaskFactors {
 };
 
 // Calls f(row, i, n, factors) for the rows of a task, of which `start(first, last)` looks up a run, and the
-// lanes of each. kMany: whether rows have many channels.
-template <bool kMany, typename Real, size_t kNumber, typename Start, typename F>
+// lanes of each. T: of an element; kMany: whether rows have many channels.
+template <typename T, bool kMany, typename Real, size_t kNumber, typename Start, typename F>
 void for_rows(const Grid& grid, const Task& task, const std::array<const Real*, kNumber>& factors, bool dense,
               const Start& start, const F& f) {
   const auto run = [&](int64_t first, int64_t last, int64_t size) {
     start(first, last);
-    // Of more rows memory would be read with leaps.
-    const int64_t most = size <= kLanes ? kRun : 8;
+    // So many rows that memory is not read with leaps of several lines.
+    const int64_t most = size <= kLanes ? kRun : sizeof(T) > 2 ? 2 : 8;
     for (int64_t from = 0; from < last - first; from += most)
       for_lanes_again(0, size, dense, [&](int64_t i, auto n) {
         const LaneFactors<Real, kNumber, kMany> own(factors, kMany ? i : 0);

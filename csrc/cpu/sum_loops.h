@@ -48,20 +48,30 @@ class ElementSums {
     for (auto* sums : {&first_, &second_}) std::fill(sums->begin(), sums->end(), 0);
   }
 
-  // Adds a run of rows of `size` elements: add(i, n, first, second) adds all rows' n elements from i on, at
-  // most kLanes, to kLanes sums.
-  template <typename Add>
-  void add(int64_t size, bool dense, const Add& add) {
-    for_lanes(0, size, dense, [&](int64_t i, auto n) {
-      Real first[kLanes] = {}, second[kLanes] = {};
-      add(i, n, first, second);
-      const int64_t lanes = n;
-      double* __restrict__ firsts = first_.data() + i, * __restrict__ seconds = second_.data() + i;
-      AUGLOCAL_INDEPENDENT
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        firsts[lane] += first[lane];
-        seconds[lane] += second[lane];
+  // Adds a run of rows of `size` elements: add(row, i, n, factors(i), first, second) adds the row's n
+  // elements from i on, at most kLanes, to kLanes sums. Of rows that are longer twice as many are added in
+  // one go, so that memory is read with fewer leaps.
+  template <typename Factors, typename Add>
+  void add(int64_t rows, int64_t size, bool dense, const Factors& factors, const Add& add) {
+    int64_t begin = 0;
+    if (dense) {
+      for (; begin + 2 * kLanes <= size; begin += 2 * kLanes) {
+        const int64_t next = begin + kLanes;
+        const auto own = factors(begin), others = factors(next);
+        Real first[kLanes] = {}, second[kLanes] = {}, more_first[kLanes] = {}, more_second[kLanes] = {};
+        for (int64_t row = 0; row < rows; ++row) {
+          add(row, begin, AllLanes(), own, first, second);
+          add(row, next, AllLanes(), others, more_first, more_second);
+        }
+        finish(begin, kLanes, first, second);
+        finish(next, kLanes, more_first, more_second);
       }
+    }
+    for_lanes(begin, size, dense, [&](int64_t i, auto n) {
+      const auto own = factors(i);
+      Real first[kLanes] = {}, second[kLanes] = {};
+      for (int64_t row = 0; row < rows; ++row) add(row, i, n, own, first, second);
+      finish(i, n, first, second);
     });
   }
 
@@ -77,6 +87,15 @@ class ElementSums {
 
  private:
   std::vector<double> first_, second_;
+
+  void finish(int64_t i, int64_t n, const Real* __restrict__ first, const Real* __restrict__ second) {
+    double* __restrict__ firsts = first_.data() + i, * __restrict__ seconds = second_.data() + i;
+    AUGLOCAL_INDEPENDENT
+    for (int64_t lane = 0; lane < n; ++lane) {
+      firsts[lane] += first[lane];
+      seconds[lane] += second[lane];
+    }
+  }
 };
 
 }  // namespace AUGLOCAL_LEVEL

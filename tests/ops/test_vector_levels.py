@@ -23,7 +23,7 @@ NARROW = [torch.float16, torch.bfloat16]
 
 SHAPES = [(5, 7, 3, 4), (3, 16, 8, 8), (2, 24, 40, 41), (70, 20, 3, 3), (2, 300, 4, 5), (33, 10, 1, 1), (1, 3, 96, 97)]
 LAYOUTS = ["contiguous", "channels-last", "channel-slice", "row-slice", "transposed"]
-WINDOWS = [(3, 3, 2, 2, 1, 1), (2, 3, 1, 2, 0, 1), (2, 2, 2, 2, 0, 0)]
+WINDOWS = [(3, 3, 2, 2, 1, 1), (2, 3, 1, 2, 0, 1), (2, 2, 2, 2, 0, 0), (2, 1, 3, 3, 0, 0)]
 
 
 def results(maps: list[list[Tensor]]) -> Iterator[Tensor]:
@@ -42,7 +42,7 @@ def results(maps: list[list[Tensor]]) -> Iterator[Tensor]:
         yield from column.op("reconstruction_loss", "cpu")(x, residual, mean, deviation, True)
         yield from losses(x, residual, deviation)
         if x.shape[2] > 2:
-            for window, slope in zip(WINDOWS, (0.0, 0.1, 1.0), strict=True):
+            for window, slope in zip(WINDOWS, (0.0, 0.1, 1.0, 0.0), strict=True):
                 y, places = column.op("batch_norm_act_max_pool_apply", "cpu")(x, *factors, slope, *window)
                 upstream = y.roll(1, 0)
                 yield from (y, places)
@@ -144,3 +144,31 @@ def test_conversions_are_those_of_torch(provider: str, dtype: torch.dtype, layou
     assert torch.equal(found.isnan(), nan)
     # Compared as integers: zeros have their signs.
     assert torch.equal(found.view(torch.int16)[~nan], expected.view(torch.int16)[~nan])
+
+
+@pytest.mark.parametrize("provider", ["cpu"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("shape", [(7, 10, 3, 3), (40, 24, 2, 2), (2, 258, 2, 3), (2, 3, 17, 18)], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_nan_and_inf_stay_in_their_channel(provider: str, layout: str, shape: tuple[int, ...], value: float) -> None:
+    """Also in vectors that have more elements than are left of a row, or those of several channels."""
+    generator = torch.Generator().manual_seed(0)
+    clean, grad = (torch.randn(shape, generator=generator).to(torch.bfloat16) for _ in range(2))
+    broken = clean.clone()
+    broken[-1, 1, -1, -1] = value
+    weight, bias = torch.rand(shape[1], generator=generator), torch.randn(shape[1], generator=generator)
+
+    def run(x: Tensor, pool: bool) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (column.LAYOUTS[layout](x), weight, bias)]
+        op = ops.batch_norm_act_max_pool if pool else ops.batch_norm_act
+        running = torch.zeros(shape[1]), torch.ones(shape[1])
+        y = op(*leaves, *running, training=True, provider=provider)
+        upstream = grad[..., : y.shape[2], : y.shape[3]]
+        found = [y.detach(), *running, *torch.autograd.grad(y, leaves, upstream)]
+        return [tensor.movedim(min(tensor.dim() - 1, 1), 0) for tensor in found]
+
+    for pool in (False, True):
+        found, expected = run(broken, pool), run(clean, pool)
+        assert not any(tensor[1].isfinite().all() for tensor in found[:3])  # y and the running statistics
+        others = torch.arange(shape[1]) != 1
+        assert all(torch.equal(a[others], b[others]) for a, b in zip(found, expected, strict=True))
