@@ -1,4 +1,4 @@
-// The planes of a map as numbers. For `each_level.h`.
+// The planes of a map, and the rows of one whose channels lie side by side, as numbers. For `each_level.h`.
 #include "loss_loops.h"
 
 namespace auglocal {
@@ -20,6 +20,32 @@ void for_each_planes(const FeatureMap& map, int64_t begin, int64_t end, const F&
     const T* first = data + n * map.stride_n + c * map.stride_c;
     f(i, count, numbers(first, map.stride_p, count * map.positions, buffer.data()));
     i += count;
+  }
+}
+
+constexpr int64_t kTogether = 4;  // rows that are added before their sum goes to memory
+
+// Calls f(count, sum) for the rows of a task of `Stripes`, kTogether or one at a time, each of `count`
+// elements: sum(i, g) is the sum over these rows of g(element i). `buffer` has room for kTogether * size.
+template <typename Real, typename T, typename F>
+void for_each_rows(const T* first, int64_t stride_p, int64_t positions, int64_t width, int64_t repeats,
+                   int64_t size, Real* buffer, const F& f) {
+  const auto row = [&](int64_t p, int64_t count, int64_t place) {
+    return numbers(first + p * stride_p, 1, count, buffer + place * size);
+  };
+  const int64_t length = repeats * width;
+  int64_t p = 0;
+  for (; p + kTogether * repeats <= positions; p += kTogether * repeats) {
+    const Real* __restrict__ a = row(p, length, 0);
+    const Real* __restrict__ b = row(p + repeats, length, 1);
+    const Real* __restrict__ c = row(p + 2 * repeats, length, 2);
+    const Real* __restrict__ d = row(p + 3 * repeats, length, 3);
+    f(length, [=](int64_t i, const auto& g) { return (g(a[i]) + g(b[i])) + (g(c[i]) + g(d[i])); });
+  }
+  for (; p < positions; p += repeats) {
+    const int64_t count = std::min(repeats, positions - p) * width;
+    const Real* __restrict__ a = row(p, count, 0);
+    f(count, [=](int64_t i, const auto& g) { return g(a[i]); });
   }
 }
 

@@ -18,19 +18,20 @@ void pool_columns(const FeatureMap& map, const Stripes& stripes, Real* sums) {
   const int64_t channels = map.channels, positions = map.positions, repeats = stripes.repeats;
   torch::stable::parallel_for(
       0, map.images * stripes.number, grain(stripes.width * positions), [&](int64_t begin, int64_t end) {
-        std::vector<Real> buffer(stripes.size()), added(stripes.size());
+        const int64_t size = stripes.size();
+        std::vector<Real> buffer(kTogether * size), added(size);
         Real* __restrict__ all = added.data();
         for (int64_t task = begin; task < end; ++task) {
           const int64_t n = task / stripes.number, channel = task % stripes.number * stripes.width;
           const int64_t width = std::min(stripes.width, channels - channel);
+          const T* first = x + n * map.stride_n + channel;
           std::fill(added.begin(), added.end(), Real(0));
-          for (int64_t p = 0; p < positions; p += repeats) {
-            const int64_t count = std::min(repeats, positions - p) * width;
-            const Real* row =
-                numbers(x + n * map.stride_n + p * map.stride_p + channel, 1, count, buffer.data());
-            AUGLOCAL_INDEPENDENT
-            for (int64_t i = 0; i < count; ++i) all[i] += row[i];
-          }
+          for_each_rows<Real>(first, map.stride_p, positions, width, repeats, size, buffer.data(),
+                              [&](int64_t count, const auto& value) {
+                                AUGLOCAL_INDEPENDENT
+                                for (int64_t i = 0; i < count; ++i)
+                                  all[i] += value(i, [](Real v) { return v; });
+                              });
           for (int64_t i = width; i < repeats * width; ++i) all[i % width] += all[i];
           std::copy_n(all, width, sums + n * channels + channel);
         }
@@ -41,7 +42,7 @@ template <typename T, typename Real>
 void pool(const FeatureMap& map, Real* sums) {  // sums (N, C)
   const int64_t channels = map.channels, positions = map.positions;
   if (map.stride_c == 1 && positions > 1 && map.stride_p != 1)
-    return pool_columns<T>(map, Stripes(map, map), sums);
+    return pool_columns<T>(map, Stripes(map, map, Stripes::kOnce), sums);
   torch::stable::parallel_for(0, map.images * channels, grain(positions), [&](int64_t begin, int64_t end) {
     for_each_planes<Real, T>(map, begin, end, [&](int64_t i, int64_t count, const Real* plane) {
       for (int64_t k = 0; k < count; ++k, plane += positions)

@@ -29,46 +29,51 @@ void plane_statistics(int64_t i, int64_t positions, const Real* plane, Real* mea
   finish(i, positions, mean, sums, means, deviations);
 }
 
-// Sums over the rows of a task of `Stripes`, for each element of a row: of differences from `origin`, and of
-// their squares. Up to 64 rows are added up in Real, these in double.
+// Sums over the positions of the channels of a task of `Stripes`: of differences from `origin`, and of their
+// squares. Up to 256 rows are added up in Real, these in double.
 template <typename Real>
 class StripeSums {
  public:
   std::vector<Real> origin;
-  std::vector<double> first, second;
+  std::vector<double> first, second;  // of `size` elements, of which the channels' are those in front
 
   explicit StripeSums(int64_t size)
-      : origin(size), first(size), second(size), differences_(size), squares_(size) {}
+      : origin(size),
+        first(size),
+        second(size),
+        size_(size),
+        differences_(size),
+        squares_(size),
+        buffer_(kTogether * size) {}
 
-  // Of `positions` positions of `width` channels; `row(p, count)` is read before the next is asked for. In
-  // the end the first `width` elements have the sums of the channels.
-  template <typename Row>
-  void add_up(int64_t positions, int64_t width, int64_t repeats, const Row& row) {
-    const int64_t size = repeats * width, rows = (positions + repeats - 1) / repeats;
+  template <bool kSquares, typename T>
+  void add_up(const T* z, int64_t stride_p, int64_t positions, int64_t width, int64_t repeats) {
+    const int64_t length = repeats * width;
     Real* __restrict__ differences = differences_.data(), * __restrict__ squares = squares_.data();
     double* __restrict__ firsts = first.data(), * __restrict__ seconds = second.data();
     const Real* __restrict__ start = origin.data();
-    std::fill_n(firsts, size, 0.0);
-    std::fill_n(seconds, size, 0.0);
-    for (int64_t begin = 0; begin < rows; begin += 64) {
-      std::fill_n(differences, size, Real(0));
-      std::fill_n(squares, size, Real(0));
-      for (int64_t at = begin; at < std::min(rows, begin + 64); ++at) {
-        const int64_t p = at * repeats, count = std::min(repeats, positions - p) * width;
-        const Real* __restrict__ values = row(p, count);
-        AUGLOCAL_INDEPENDENT
-        for (int64_t i = 0; i < count; ++i) {
-          const Real d = values[i] - start[i];
-          differences[i] += d;
-          squares[i] += d * d;
-        }
-      }
-      for (int64_t i = 0; i < size; ++i) {
+    std::fill_n(firsts, length, 0.0);
+    std::fill_n(seconds, length, 0.0);
+    const int64_t run = 256 * repeats;
+    for (int64_t p = 0; p < positions; p += run) {
+      std::fill_n(differences, length, Real(0));
+      std::fill_n(squares, length, Real(0));
+      for_each_rows(z + p * stride_p, stride_p, std::min(run, positions - p), width, repeats, size_,
+                    buffer_.data(), [&](int64_t count, const auto& sum) {
+                      AUGLOCAL_INDEPENDENT
+                      for (int64_t i = 0; i < count; ++i) {
+                        const Real from = start[i];
+                        differences[i] += sum(i, [=](Real v) { return v - from; });
+                        if constexpr (kSquares)
+                          squares[i] += sum(i, [=](Real v) { return (v - from) * (v - from); });
+                      }
+                    });
+      for (int64_t i = 0; i < length; ++i) {
         firsts[i] += differences[i];
         seconds[i] += squares[i];
       }
     }
-    for (int64_t i = width; i < size; i += width)
+    for (int64_t i = width; i < length; i += width)
       for (int64_t c = 0; c < width; ++c) {
         firsts[c] += firsts[i + c];
         seconds[c] += seconds[i + c];
@@ -76,7 +81,8 @@ class StripeSums {
   }
 
  private:
-  std::vector<Real> differences_, squares_;
+  int64_t size_;
+  std::vector<Real> differences_, squares_, buffer_;
 };
 
 // Of a map whose channels lie side by side, some of them at a time.
@@ -86,26 +92,22 @@ void column_statistics(const FeatureMap& map, const Stripes& stripes, Real* mean
   const int64_t positions = map.positions, repeats = stripes.repeats;
   torch::stable::parallel_for(
       0, map.images * stripes.number, grain(stripes.width * positions), [&](int64_t begin, int64_t end) {
-        std::vector<Real> buffer(stripes.size());
         StripeSums<Real> sums(stripes.size());
         for (int64_t task = begin; task < end; ++task) {
           const int64_t n = task / stripes.number, channel = task % stripes.number * stripes.width;
           const int64_t width = std::min(stripes.width, map.channels - channel);
           const T* first = z + n * map.stride_n + channel;
-          const auto row = [&](int64_t p, int64_t count) {
-            return numbers(first + p * map.stride_p, 1, count, buffer.data());
-          };
           Real* __restrict__ origin = sums.origin.data();
           load(first, 1, width, origin);
           const auto repeat = [&] {
             for (int64_t i = width; i < width * repeats; ++i) origin[i] = origin[i - width];
           };
           repeat();
-          sums.add_up(positions, width, repeats, row);
+          sums.template add_up<false>(first, map.stride_p, positions, width, repeats);
           for (int64_t c = 0; c < width; ++c)
             origin[c] += static_cast<Real>(sums.first[c] / static_cast<double>(positions));
           repeat();
-          sums.add_up(positions, width, repeats, row);
+          sums.template add_up<true>(first, map.stride_p, positions, width, repeats);
           for (int64_t c = 0; c < width; ++c)
             finish(n * map.channels + channel + c, positions, origin[c], {sums.first[c], sums.second[c]},
                    means, deviations);
@@ -119,7 +121,7 @@ template <typename T>
 void statistics(const FeatureMap& map, Accumulate<T>* means, Accumulate<T>* deviations) {
   using Real = Accumulate<T>;
   if (map.stride_c == 1 && map.stride_p != 1)
-    return column_statistics<T>(map, Stripes(map, map), means, deviations);
+    return column_statistics<T>(map, Stripes(map, map, Stripes::twice(map)), means, deviations);
   const auto run = [&](int64_t begin, int64_t end) {
     for_each_planes<Real, T>(map, begin, end, [&](int64_t i, int64_t count, const Real* planes) {
       for (int64_t k = 0; k < count; ++k)
@@ -236,7 +238,7 @@ void input_grad(const InputGradProblem& problem, const FeatureMap& output) {
   using Real = Accumulate<T>;
   const FeatureMap& map = problem.z;
   if (map.stride_c == 1 && output.stride_c == 1 && output.stride_p != 1)
-    return stripes_grad<T>(problem, output, Stripes(map, output));
+    return stripes_grad<T>(problem, output, Stripes(map, output, Stripes::kOnce));
   T* dz = output.tensor.mutable_data_ptr<T>();
   const Real *means = problem.mean.const_data_ptr<Real>(), *factors = problem.factor.const_data_ptr<Real>();
   const Real grad = *problem.grad.const_data_ptr<Real>();

@@ -98,7 +98,7 @@ def test_layouts(device: str, provider: str, dtype: torch.dtype, layout: str, po
 @column.cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
-@pytest.mark.parametrize("shape", [(2, 3, 17, 19), (2, 8, 16, 36), (1, 320, 9, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 17, 19), (2, 8, 16, 36), (1, 320, 9, 16), (2, 600, 2, 3)], ids=str)
 def test_maps_larger_than_one_pass_of_a_block(
     device: str, provider: str, dtype: torch.dtype, layout: str, shape: tuple[int, ...], poison: None
 ) -> None:
