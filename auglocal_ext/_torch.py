@@ -81,6 +81,7 @@ __all__ = [
     "is_fsdp_managed",
     "is_replica",
     "let_step_scale_gradients",
+    "log_softmax_backward",
     "make_wrapper_subclass",
     "mark_as_stepped",
     "mark_as_wrapped",
@@ -98,6 +99,8 @@ __all__ = [
 
 #: Makes a tensor without memory, of a subclass whose ``__torch_dispatch__`` does the work.
 make_wrapper_subclass = Tensor._make_wrapper_subclass
+#: What autograd runs for ``log_softmax``, for a loss that makes its gradient itself: (gradient, result, dim, dtype).
+log_softmax_backward = torch.ops.aten._log_softmax_backward_data
 #: As ``__torch_function__`` of a subclass: operators see it, functions of Python do not.
 disabled_torch_function = torch._C._disabled_torch_function_impl
 #: In place on a list of tensors, one kernel for all. Documented for torch's optimizers, with the underscore.

@@ -155,6 +155,14 @@ def test_foreach_works_in_place_on_all_tensors():
     assert [name.removeprefix("aten::_foreach_") for name in writes.written] == ["mul_", "lerp_", "copy_", "zero_"]
 
 
+@canary("log_softmax_backward")
+def test_the_gradient_of_log_softmax_is_made_from_its_result():
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    grad, log_p = torch.randn_like(x), x.log_softmax(1)
+    (expected,) = torch.autograd.grad(log_p, x, grad)
+    torch.testing.assert_close(private.log_softmax_backward(grad, log_p.detach(), 1, x.dtype), expected)
+
+
 @canary("functorch_active", "transforms_active")
 def test_transforms_are_noticed():
     def now():

@@ -316,6 +316,7 @@ registry.composite(
     "-> (Tensor grad_x, Tensor grad_residual, Tensor sum_g, Tensor sum_g_xhat)",
     _fake_backward,
     _gradients,
+    aten="backward",
 )
 registry.composite(TABLE, NAME, f"(Tensor x, {_FACTORS}, bool training) -> Tensor", _fake_forward, _forward)
 registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD)

@@ -255,7 +255,8 @@ def _backward(provider: str, ctx: Any, grad: Tensor | None, _: None) -> tuple[Te
     return tuple(grads)
 
 
-TABLE = registry.table(NAME)
+# On CUDA torch adds the gradients of max pooling with atomics.
+TABLE = registry.table(NAME, aten=("cpu",))
 
 _FACTORS = "Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, float slope"
 _WINDOW = "int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w"

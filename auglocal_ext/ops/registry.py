@@ -1,8 +1,8 @@
 """How an op is made known to torch: an overload per provider, each with schema, fake kernel, implementation, autograd.
 
 The implementations of ``reference``, ``aten`` and ``triton`` are functions of ``reference/<op>.py``, ``aten/<op>.py``
-and ``triton/<op>.py``, the last imported when it first runs. Those of ``cpu`` and ``cuda`` register themselves when
-``native`` loads their libraries.
+and ``triton/<op>.py``, the last two imported when they first run. Those of ``cpu`` and ``cuda`` register themselves
+when ``native`` loads their libraries.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from . import providers, tuning
 _library = torch.library.Library("auglocal_ext", "FRAGMENT")
 
 
-def table(op: str) -> providers.Table:
-    """The provider table of an op that has all four, in their order of preference, known to ``info`` from now on."""
+def table(op: str, aten: tuple[str, ...] = ("cpu", "cuda")) -> providers.Table:
+    """The provider table of an op that has all five, in their order of preference, known to ``info`` from now on.
+
+    ``aten`` names the devices on which torch's kernels keep the op's contract.
+    """
     return providers.register(
         providers.Table(
             op,
@@ -33,6 +36,7 @@ def table(op: str) -> providers.Table:
                 providers.Provider(
                     "triton", ("cuda", "cpu") if providers.interpreted() else ("cuda",), providers.SINGLE
                 ),
+                providers.Provider("aten", aten, providers.ALL),
                 providers.Provider("reference", None, providers.ALL),
             ),
         )
@@ -69,25 +73,32 @@ def primitive(table: providers.Table, name: str, signature: str, fake: Callable[
     """Define ``name``, a kernel of every provider: in those written in Python it is called ``function``."""
     for provider in table.providers:
         _define(f"{name}.{provider.name}", signature, fake)
-        if provider.name in ("reference", "aten"):
-            module = import_module(f"{__package__}.{provider.name}.{table.op}")
-            _library.impl(f"{name}.{provider.name}", getattr(module, function), "CompositeExplicitAutograd")
-        elif provider.name == "triton":
-            for device in provider.devices or ():
-                _library.impl(f"{name}.triton", partial(_triton, table.op, function), device.upper())
+        if provider.name == "reference":
+            module = import_module(f"{__package__}.reference.{table.op}")
+            _library.impl(f"{name}.reference", getattr(module, function), "CompositeExplicitAutograd")
+        elif provider.name in ("aten", "triton"):
+            _implement(table, name, provider, function)
 
 
 def composite(
-    table: providers.Table, name: str, signature: str, fake: Callable[..., Any], forward: Callable[..., Any]
+    table: providers.Table,
+    name: str,
+    signature: str,
+    fake: Callable[..., Any],
+    forward: Callable[..., Any],
+    aten: str | None = None,
 ) -> None:
     """Define ``name`` over the op's primitives, by ``forward(provider, *arguments)``.
 
-    The compiled libraries may have a kernel of it, which then runs in its place.
+    The compiled libraries may have a kernel of it, which then runs in its place. So does ``aten``'s function of the
+    name ``aten``.
     """
     for provider in table.providers:
         overload_name = f"{name}.{provider.name}"
         _define(overload_name, signature, fake)
         _library.impl(overload_name, partial(forward, provider.name), "CompositeExplicitAutograd")
+    if aten is not None:
+        _implement(table, name, table.row("aten"), aten)
 
 
 def autograd(
@@ -131,5 +142,12 @@ def _define(overload_name: str, signature: str, fake: Callable[..., Any]) -> Non
     torch.library.register_fake(f"auglocal_ext::{overload_name}", fake, lib=_library)
 
 
-def _triton(op: str, function: str, *arguments: Any) -> Any:
-    return getattr(import_module(f"{__package__}.triton.{op}"), function)(*arguments)
+def _implement(table: providers.Table, name: str, provider: providers.Provider, function: str) -> None:
+    late = partial(_late, f"{__package__}.{provider.name}.{table.op}", function)
+    keys = ("CompositeExplicitAutograd",) if provider.devices is None else map(str.upper, provider.devices)
+    for key in keys:
+        _library.impl(f"{name}.{provider.name}", late, key)
+
+
+def _late(module: str, function: str, *arguments: Any) -> Any:
+    return getattr(import_module(module), function)(*arguments)

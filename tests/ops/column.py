@@ -16,7 +16,10 @@ from auglocal_ext.ops import providers
 
 CASES = [
     pytest.param(device, name, id=f"{device}-{name}", marks=[pytest.mark.gpu] if device == "cuda" else [])
-    for device, names in (("cpu", ("reference", "cpu", "triton")), ("cuda", ("reference", "cuda", "triton")))
+    for device, names in (
+        ("cpu", ("reference", "aten", "cpu", "triton")),
+        ("cuda", ("reference", "aten", "cuda", "triton")),
+    )
     for name in names
 ]
 cases = pytest.mark.parametrize(("device", "provider"), CASES)

@@ -19,11 +19,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     mine = [item for item in items if item.path.is_relative_to(HERE) and "provider" in parameters(item)]
     listed = config.option.collectonly  # also what a machine with a GPU would run
     impossible = {item for item in mine if not possible(item, any_device=listed)}
+    # Kernels of torch, which its own tests check: pairs are enough, and in the slow run.
+    by_torch = {item for item in mine if parameters(item)["provider"] == "aten"}
+    impossible |= {item for item in by_torch if not needed_for_pairs(item)}
     if impossible:
         config.hook.pytest_deselected(items=list(impossible))
         items[:] = [item for item in items if item not in impossible]
     for item in mine:
-        if not needed_for_pairs(item):
+        if item in by_torch or not needed_for_pairs(item):
             item.add_marker("slow")
 
 
@@ -39,7 +42,10 @@ def possible(item: pytest.Item, any_device: bool) -> bool:
         return False
     if device == "cpu" and provider == "triton" and not providers.interpreted():
         return False  # test_without_gpu.py runs it
-    return "dtype" not in given or given["dtype"] in providers.TABLES[item.module.OP].row(provider).dtypes
+    row = providers.TABLES[item.module.OP].row(provider) if hasattr(item.module, "OP") else None
+    if row is not None and provider == "aten" and not row.serves(device):
+        return False
+    return row is None or "dtype" not in given or given["dtype"] in row.dtypes
 
 
 def needed_for_pairs(item: pytest.Item) -> bool:

@@ -1,1 +1,1 @@
-"""Providers made of torch's own kernels."""
+"""Every op by torch's own kernels. A module here is imported when its op first runs."""

@@ -55,6 +55,20 @@ def factors_(
 ) -> tuple[Tensor, Tensor]:
     """mean and rstd = 1 / sqrt(var + eps); r <- (1 - momentum) r + momentum s with s the mean and the unbiased var."""
     mean, var = stats(x)
+    return updated_(x, mean, var, running_mean, running_var, num_batches_tracked, momentum, eps)
+
+
+def updated_(
+    x: Tensor,
+    mean: Tensor,  # (C,) of x, as the one below
+    var: Tensor,  # (C,)
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """What :func:`factors_` does with the statistics; ``var`` becomes rstd."""
     count = x.numel() // x.shape[1]
     if running_mean is not None:
         running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)

@@ -92,7 +92,7 @@ def input_grad(
     grad_loss: Tensor,  # () in the accumulation dtype
 ) -> Tensor:
     """grad_loss (z - mean) factor, in the dtype of z and where ``empty_like(z)`` puts it."""
-    return empty_like(z).copy_((z - _over(mean, z)).mul_(_over(grad_loss * factor, z)))
+    return empty_like(z).copy_((z - over(mean, z)).mul_(over(grad_loss * factor, z)))
 
 
 def _normalised(features: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,8 +112,8 @@ def statistics(z: Tensor) -> tuple[Tensor, Tensor]:
     for _ in dims:
         first = first[..., 0]
     origin = first.to(_wide(z))
-    mean = origin + (z - _over(origin, z)).mean(dims)
-    difference = z - _over(mean, z)
+    mean = origin + (z - over(origin, z)).mean(dims)
+    difference = z - over(mean, z)
     correction = difference.mean(dims)
     squares = difference.square_().sum(dims).sub_(correction.square() * positions).clamp_(min=0)
     return mean + correction, squares.div_(positions - 1).sqrt_()
@@ -123,6 +123,6 @@ def _wide(z: Tensor) -> torch.dtype:
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
-def _over(values: Tensor, z: Tensor) -> Tensor:
+def over(values: Tensor, z: Tensor) -> Tensor:
     """A value per image and channel, to be broadcast over the map."""
     return values.view(*z.shape[:2], *(1,) * (z.dim() - 2))
