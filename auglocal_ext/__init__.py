@@ -11,13 +11,14 @@ from .local_modules import LocalModule, LocalOutput
 from .local_sequential import InferenceNetwork, LocalSequential, localize
 from .nn import FusionReport, fuse, unfuse
 from .partition import Balanced
-from .rules import DGL, MAN, AugLocal, ContSup, ConvHead, Greedy, InfoPro, PredSim, Rule
+from .rules import DGL, MAN, SOLO, AugLocal, ContSup, ConvHead, Greedy, InfoPro, PredSim, Rule
 from .step import LocalStep
 from .tasks import Binary, Classification, Criterion, LanguageModelling, MultiLabel, Regression, Segmentation, Task
 
 __all__ = [
     "DGL",
     "MAN",
+    "SOLO",
     "AugLocal",
     "Balanced",
     "Binary",

@@ -177,6 +177,7 @@ TAKERS = {
     "DGL": ("DGL()", []),
     "MAN": ("MAN()", ["MAN(head='linear')", "MAN(head='0c1f')", "MAN(head='0c2f')"]),
     "Greedy": ("Greedy()", []),
+    "SOLO": ("SOLO()", []),
 }
 
 

@@ -26,6 +26,7 @@ INTERNAL = {
         "nesting_hint",
         "observe",
         "probe_input",
+        "split_readout",
         "starts_layer",
     },
     "distributed": {

@@ -16,6 +16,7 @@ from .groups import (
 )
 from .layer import SAY_LAYOUT, Described, Layer, LayoutChoice, describe
 from .observe import Handed, observe
+from .readout import split_readout
 from .residual import Residual, ResidualFinder
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "pooled_size",
     "pooling",
     "probe_input",
+    "split_readout",
     "starts_layer",
     "vectors",
 ]

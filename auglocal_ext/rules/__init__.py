@@ -11,9 +11,12 @@ from .infopro import INFOPRO_WEIGHTS, InfoPro
 from .man import MAN
 from .options import Option, head_option, option
 from .predsim import PredSim
+from .solo import SOLO
 
 #: The rules that the command line and recipes know, by name.
-RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (AugLocal, ContSup, DGL, Greedy, InfoPro, MAN, PredSim)}
+RULES: dict[str, type[Rule]] = {
+    rule.name: rule for rule in (AugLocal, ContSup, DGL, Greedy, InfoPro, MAN, PredSim, SOLO)
+}
 
 __all__ = [
     "CONV_HEADS",
@@ -24,6 +27,7 @@ __all__ = [
     "MAN",
     "RULES",
     "SAMPLING",
+    "SOLO",
     "AugLocal",
     "ContSup",
     "ConvHead",

@@ -75,7 +75,9 @@ class LinearHead(Rule):
                 f"a BatchNorm has statistics over all positions, and {network.task} needs an output at each that comes "
                 "from no later one: leave norm out (of AugLocal: single_layer_norm)"
             )
-        return alone(Readout(features, settings, *_like_readout(network, features.channels)))
+        linear = [part for part in _last_parts(network) if isinstance(part, nn.Linear)]
+        bias = not linear or linear[-1].bias is not None
+        return alone(Readout(features, settings, readout_norm(network, features.channels), bias))
 
 
 class Readout(Head):
@@ -104,13 +106,15 @@ def is_token_norm(part: nn.Module) -> bool:
     return type(part) in kinds and isinstance(part, kinds) and len(part.normalized_shape) == 1
 
 
-def _like_readout(network: Network, width: int) -> tuple[nn.Module, bool]:
-    """A fresh normalisation as the network's last one, and whether its last linear layer has a bias."""
-    last = [part for child in network.children_of(network.layers[-1]) for part in child.modules()]
-    norms = [part for part in last if is_token_norm(part)]
-    linear = [part for part in last if isinstance(part, nn.Linear)]
-    norm = fresh_norm(norms[-1], width) if norms else None
-    return nn.LayerNorm(width) if norm is None else norm, not linear or linear[-1].bias is not None
+def readout_norm(network: Network, width: int) -> nn.Module:
+    """A fresh normalisation of tokens of the kind of the network's last LayerNorm or RMSNorm; LayerNorm without one."""
+    norms = [part for part in _last_parts(network) if is_token_norm(part)]
+    made = fresh_norm(norms[-1], width) if norms else None
+    return nn.LayerNorm(width) if made is None else made
+
+
+def _last_parts(network: Network) -> list[nn.Module]:
+    return [part for child in network.children_of(network.layers[-1]) for part in child.modules()]
 
 
 class _Linear(Head):

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from language import LENGTH, VOCABULARY, decoder, tokens
 from ranks import run
 from replicated import network, parts, sgd
 from test_stages import mesh
 from torch import nn
 
-from auglocal_ext import DGL, MAN, InfoPro, LocalStep
+from auglocal_ext import DGL, MAN, SOLO, InfoPro, LanguageModelling, LocalSequential, LocalStep
 from auglocal_ext.auxiliary import Auxiliary, Followed
 from auglocal_ext.rules.base import Rule
 
@@ -257,3 +258,33 @@ def _refusals(rank):
 @pytest.mark.slow
 def test_what_cannot_be_sent_is_refused():
     run(2, _refusals)
+
+
+def language_model(rule):
+    torch.manual_seed(7)
+    example = torch.zeros(1, LENGTH, dtype=torch.int64)
+    layers = nn.Sequential(*decoder(norm=nn.LayerNorm)).double()
+    return LocalSequential(layers, rule, task=LanguageModelling(VOCABULARY), modules=3, example_input=example)
+
+
+def _train_language(rank, wanted):
+    for rule, (state, losses) in wanted:
+        net = language_model(rule)
+        step = LocalStep(net, sgd, mesh=mesh(3))
+        stage = step._processes.stage
+        ours = [step(*tokens(seed=u)).module_losses for u in range(6)]
+        assert torch.equal(torch.stack(ours), losses[:, stage.first : stage.last + 1])
+        assert_held(net, state, rule)
+        step.close()
+
+
+@pytest.mark.slow
+def test_a_shared_readout_over_stages():
+    """SOLO's last readout reaches earlier stages, at once and with a lag."""
+    wanted = []
+    for rule in (SOLO(1), SOLO(1, every=2, lag=2)):
+        net = language_model(rule)
+        step = LocalStep(net, sgd)
+        losses = [step(*tokens(seed=u)).module_losses for u in range(6)]
+        wanted.append((rule, (net.state_dict(), torch.stack(losses))))
+    run(3, _train_language, wanted)

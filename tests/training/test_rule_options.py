@@ -12,6 +12,7 @@ from auglocal_ext.rules import (
     DGL,
     INFOPRO_WEIGHTS,
     MAN,
+    SOLO,
     AugLocal,
     ContSup,
     DGLHead,
@@ -61,6 +62,7 @@ MADE = [
         PredSim(zero_padding=True, classifier_apart=True, init="auglocal"),
     ),
     ({"rule": "man", "average_momentum": 0.5}, MAN(momentum=0.5)),
+    ({"rule": "solo", "solo_blocks": 1, "readout_every": 5}, SOLO(1, every=5)),
     ({"rule": "man", "head": "dgl:head=mlp"}, MAN(head=DGL(head="mlp"))),
     (
         {"rule": "auglocal", "depth": 3, "sampling": "conv3x3", "downsampling": True},
