@@ -23,7 +23,7 @@ def readout_of(net):
 
 
 @pytest.mark.parametrize("readout", READOUTS)
-@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize("recompute", ["none", pytest.param("all", marks=pytest.mark.slow)])
 def test_gradients_are_those_of_the_formula(readout, recompute):
     net = wrapped(SOLO(readout=readout), [0, 2], decoder(bias=True).double(), recompute=recompute)
     with torch.no_grad():
@@ -130,6 +130,7 @@ def test_no_logits_and_no_gradient_of_a_shared_readout_are_made():
     assert sizes == {0, 1, 3 * LENGTH * WIDTH}
 
 
+@pytest.mark.slow
 def test_it_learns():
     net = wrapped(SOLO(), [1])
     step = LocalStep(net, lambda params: torch.optim.AdamW(params, lr=3e-2))

@@ -25,7 +25,9 @@ RULES = {
     "contsup": (ContSup("R0", head="linear"), [1, 3]),
     "man": (MAN(head="linear"), [1, 2]),
 }
-rules = pytest.mark.parametrize("name", RULES)
+_SLOW = ("greedy-0c2f", "auglocal-deep", "auglocal-layers", "auglocal-sequential", "contsup")
+rules = pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in _SLOW)) for n in RULES])
+recomputing = pytest.mark.parametrize("recompute", ["none", pytest.param("all", marks=pytest.mark.slow)])
 
 
 def net_of(name, **options):
@@ -45,7 +47,7 @@ def literal_losses(net, x, y, **options):
 
 
 @rules
-@pytest.mark.parametrize("recompute", ["none", "all"])
+@recomputing
 def test_gradients_are_those_of_the_literal_loss(name, recompute):
     task = LanguageModelling(VOCABULARY, label_smoothing=0.1, z_loss=0.01)
     net = net_of(name, task=task, layers=decoder().double(), recompute=recompute)
@@ -330,6 +332,7 @@ def test_autocast_to_bfloat16():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
+@pytest.mark.slow
 def test_costs_plans_and_cuts_without_data():
     net = wrapped(AugLocal(depth=2), [1])
     greedy = wrapped(Greedy(), 3)
