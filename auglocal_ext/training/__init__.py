@@ -1,4 +1,4 @@
-"""Training on real images: data, augmentation, recipes, checkpoints and logs.
+"""Training on real images and text: data, augmentation, recipes, checkpoints and logs.
 
 config = TrainConfig(data="cifar10", output="runs/first", network="resnet32", rule="auglocal", depth=3)
 summary = Trainer(config).fit()
@@ -11,6 +11,7 @@ from __future__ import annotations
 from .config.recipes import RECIPES, Recipe
 from .config.train_config import TrainConfig
 from .data.datasets import ImageArrays, ImageFiles, MaskFiles, load_data
+from .data.text import Text, load_text
 from .errors import CheckpointError, DataError, DivergedError, Interrupted, SettingsError, TrainingError
 from .run.progress import Summary
 from .run.saved_run import SavedRun, load_run
@@ -29,9 +30,11 @@ __all__ = [
     "SavedRun",
     "SettingsError",
     "Summary",
+    "Text",
     "TrainConfig",
     "Trainer",
     "TrainingError",
     "load_data",
     "load_run",
+    "load_text",
 ]
