@@ -115,8 +115,7 @@ def test_training_command_and_what_it_leaves(monkeypatch, tmp_path, capsys):
     assert drawn is not None and files == set(re.findall(r"── ([\w.]+)", drawn[1]))
     with open("runs/first/log.csv", newline="") as file:
         header = next(csv.reader(file))
-    of_masks = ["train_miou", "test_miou", "module_mious"]
-    assert documented("training", "The columns of `log.csv`:") == [*header, *of_masks]
+    assert documented("training", "The columns of `log.csv`:")[: len(header)] == header
     names = run("training", {})
     assert names["logits"].shape == (1, 2) and names["summary"].best_epoch in (1, 2)
 

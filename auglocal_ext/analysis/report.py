@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -180,12 +180,12 @@ class Report:
         table = Table(self.output / "information.csv", ("run", "layer", *layer_columns, *scale))
         found: dict[str, Information] = {}
         for name, run in self._each("information"):
-            augmentation = run.config.recipe_values.augmentation
+            augmentation = run.config.augmentation
             result = found[name] = information(
                 run.network,
                 self._selection.source(name),
                 len(run.classes),
-                run.input_shape,
+                cast("tuple[int, int, int]", run.input_shape),
                 augmentation.mean,
                 augmentation.std,
                 epochs=self._training["information_epochs"],
@@ -211,9 +211,7 @@ class Report:
         curves, found = self._selection.curves, dict[str, list[ModuleScore]]()
         table = Table(self.output / "curves.csv", ("run", "epoch", "module", "loss", "accuracy"))
         for name, curve in curves.items():
-            per_epoch = zip(
-                curve.epochs.tolist(), curve.module_losses.tolist(), curve.module_accuracies.tolist(), strict=True
-            )
+            per_epoch = zip(curve.epochs.tolist(), curve.module_losses.tolist(), curve.metric[3].tolist(), strict=True)
             table.add(
                 (name, int(epoch), k, loss, accuracy)
                 for epoch, losses, accuracies in per_epoch
@@ -229,7 +227,7 @@ class Report:
             last = curves[name]
             for k in thinned(len(found[name])):
                 score = found[name][k]
-                training = float(last.module_losses[-1, k]), float(last.module_accuracies[-1, k])
+                training = float(last.module_losses[-1, k]), float(last.metric[3][-1, k])
                 cells = [
                     text
                     for loss, accuracy in (training, (score.loss, score.accuracy))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..local_sequential import LocalSequential
-from ..training import CheckpointError, ImageArrays, ImageFiles, SavedRun, SettingsError, load_run
+from ..training import CheckpointError, ImageArrays, ImageFiles, SavedRun, SettingsError, Text, load_run
 from ..training.data.batches import Batches
 from ..training.data.datasets import MASKS, MaskFiles
 from ..training.data.folder import FileList, few
@@ -102,6 +102,11 @@ def select(settings: Settings, bars: bool = True) -> Selection:
                 f"{path} was trained on images with masks, but analyses are of networks that classify images; the mIoU "
                 "of each local module is in its log.csv and curves.png"
             )
+        if run.config.on_text:
+            raise SettingsError(
+                f"{path} was trained on text, but analyses are of networks that classify images; the loss of each "
+                "local module is in its log.csv and curves.png"
+            )
         if not isinstance(run.network, LocalSequential | nn.Sequential):
             raise SettingsError(
                 f"{path}: backpropagation trained {run.config.network} as a whole, whose layers are not known; train "
@@ -157,9 +162,9 @@ def _check_alike(runs: Sequence[SavedRun]) -> None:
 
 def _check_normalisation(runs: dict[str, SavedRun], reference: SavedRun) -> None:
     """CKA feeds two networks with one batch."""
-    expected = reference.config.recipe_values.augmentation
+    expected = reference.config.augmentation
     for run in runs.values():
-        own = run.config.recipe_values.augmentation
+        own = run.config.augmentation
         if (own.mean, own.std) != (expected.mean, expected.std):
             raise CheckpointError(
                 f"{run.path} was trained on images normalised by mean {own.mean} and std {own.std}, {reference.path} "
@@ -176,7 +181,7 @@ def _load_images(settings: Settings, runs: dict[str, SavedRun], bars: bool) -> d
         key = (config.data, config.dataset, config.image_size, run.input_shape, config.train_images, config.seed)
         if key not in read:
             images = run.images(settings.data, settings.train_images, settings.seed, bars)
-            assert not isinstance(images, MaskFiles)  # refused before
+            assert not isinstance(images, MaskFiles | Text)  # refused before
             read[key] = _shuffled(images, settings.seed)
         run.check(read[key])
         found[name] = read[key]

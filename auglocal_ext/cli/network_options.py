@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from ..models import NAMES, check_name
+from ..models import NAMES
+from ..training.config.language_models import LANGUAGE_MODELS, check_network
 from ..training.config.rule_options import OPTIONS, help_of
 from ..training.config.settings import SETTINGS
 from ..training.config.values import reader
+from ..training.errors import SettingsError
 from .spelling import seed, size, whole
 
 
@@ -25,9 +27,15 @@ def add_network_options(group: Any, rules: Sequence[str]) -> None:
         "--network",
         type=network_name,
         metavar="NAME",
-        help=f"{', '.join(NAMES)} (default resnet32); torchvision:NAME or timm:NAME, of the networks of these packages",
+        help=f"{', '.join(NAMES)} (default resnet32); torchvision:NAME or timm:NAME, of the networks of these "
+        f"packages; for text {', '.join(LANGUAGE_MODELS)}",
     )
-    add("--width", type=whole, metavar="N", help="width of a CIFAR ResNet's first stage (default 16)")
+    add(
+        "--width",
+        type=whole,
+        metavar="N",
+        help="width of a CIFAR ResNet's first stage (default 16), or of gpt (default 512)",
+    )
     add(
         "--rule",
         choices=rules,
@@ -48,10 +56,10 @@ def add_network_options(group: Any, rules: Sequence[str]) -> None:
     )
 
 
-def add_settings(group: Any, table: str) -> None:
+def add_settings(group: Any, table: str, without: Sequence[str] = ()) -> None:
     """Adds the settings of a recipe's table to a group of arguments, those that have a help; with the default None."""
     for setting in SETTINGS.values():
-        if setting.table != table or setting.help is None:
+        if setting.table != table or setting.help is None or setting.name in without:
             continue
         if setting.kind is bool:
             add = partial(group.add_argument, action=argparse.BooleanOptionalAction, default=None)
@@ -77,10 +85,20 @@ _READ: dict[str, Callable[[str], Any]] = {"memory_budget": size, "seed": seed}
 def network_name(text: str) -> str:
     """The name of a network, as argparse reads it."""
     try:
-        check_name(text)
+        check_network(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text
+
+
+def window_as_context(given: dict[str, Any]) -> dict[str, Any]:
+    """``given`` with ``--context N`` of a language model as its ``context_length``: ContSup's has letters in it."""
+    said = str(given.get("context", ""))
+    if not said.isdecimal():
+        return given
+    if given.get("context_length", int(said)) != int(said):
+        raise SettingsError(f"--context {said} and --context-length {given['context_length']} are the same option")
+    return {name: value for name, value in given.items() if name != "context"} | {"context_length": int(said)}
 
 
 def _typed(kind: Any) -> Callable[[str], Any]:

@@ -5,29 +5,36 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..local_sequential import LocalSequential
-from ..models import default_input_shape, network_by_name
+from ..models import default_input_shape, gpt, network_by_name
 from ..planning import StagePlan, plan_memory, plan_stages
 from ..rules import Greedy
 from ..step import MemoryPlan
+from ..tasks import LanguageModelling, Task
 from ..training import SettingsError, TrainConfig
+from ..training.config.language_models import network_options
 from ..training.config.rule_options import RULE_OPTIONS
 from ..training.config.settings import AMP, RECOMPUTE_CHOICES
 from ..training.config.train_config import make_rule
+from ..training.data.text_files import BYTES
 from ..training.run.networks import cut, task_of
-from .network_options import add_network_options
+from ..training.run.optimizers import BETAS, parameter_groups
+from .network_options import add_network_options, add_settings, window_as_context
 from .opening import rule_text
 from .show import show
 from .spelling import as_options, size, too_large, whole
 
 _EPILOG = """
-The step is that of the command train: SGD with Nesterov momentum and weight decay, each module stepped as soon as its
-gradients are there. Only bytes of tensors are predicted, without library workspaces. It needs neither a GPU nor images.
-With --stages a table shows what each process would compute, hold and send; no process is started.
+The step is that of the command train: SGD with Nesterov momentum and weight decay, of a language model AdamW, each
+module stepped as soon as its gradients are there. Only bytes of tensors are predicted, without library workspaces. It
+needs neither a GPU nor data. With --stages a table shows what each process would compute, hold and send; no process is
+started.
 """
 
 
@@ -41,7 +48,9 @@ def add_parser(subparsers: Any) -> None:
         "so that the step's peak is lowest, or within a budget.",
         epilog=_EPILOG,
     )
-    add_network_options(parser.add_argument_group("network and rule"), tuple(RULE_OPTIONS))
+    group = parser.add_argument_group("network and rule")
+    add_network_options(group, tuple(RULE_OPTIONS))
+    add_settings(group, "network", without=("network_weights",))
     add = parser.add_argument_group("step").add_argument
     add("--batch-size", type=whole, metavar="N", required=True)
     add("--image-size", type=whole, metavar="N", help="images of N x N (default: what the network was designed for)")
@@ -49,7 +58,8 @@ def add_parser(subparsers: Any) -> None:
         "--classes",
         type=whole,
         metavar="N",
-        help="default 10 for CIFAR networks, 1000 for ImageNet ones, 21 for segmentation",
+        help="default 10 for CIFAR networks, 1000 for ImageNet ones, 21 for segmentation; of gpt the vocabulary, "
+        "default 256",
     )
     add("--amp", choices=tuple(AMP), help="mixed precision (default none)")
     add("--channels-last", action="store_const", const=True, help="store images and activations channels last")
@@ -101,7 +111,7 @@ def _plan(arguments: argparse.Namespace) -> str:
         for field in fields(TrainConfig)
         if field.name not in ("recompute", "overlap") and (value := getattr(arguments, field.name, None)) is not None
     }
-    config = TrainConfig(data="", output="", **given)
+    config = TrainConfig(data="", output="", **window_as_context(given))
     rule = make_rule(config)
     recomputes = arguments.recompute not in (None, "none") or arguments.memory_budget is not None
     if rule is None and (recomputes or arguments.overlap == "on"):
@@ -115,11 +125,7 @@ def _plan(arguments: argparse.Namespace) -> str:
                 "--recompute peak, --memory-budget and --overlap are for one process: leave them out with --stages, "
                 "--replicas and --shard"
             )
-    task = task_of(config.network, arguments.classes)
-    network = network_by_name(config.network, task.outputs, width=config.width, image_size=config.image_size)
-    shape = default_input_shape(config.network)
-    if config.image_size is not None:
-        shape = (shape[0], config.image_size, config.image_size)
+    network, task, shape = _network(arguments, config)
     if rule is None:  # one module, which is backpropagation, on torch's own layers as train runs it
         net = cut(network, Greedy(), task, shape, 1, fused=False)
     else:
@@ -127,9 +133,23 @@ def _plan(arguments: argparse.Namespace) -> str:
     if config.channels_last:
         net.to(memory_format=torch.channels_last)
     width = "" if config.width is None else f", width {config.width}"
-    size = " x ".join(map(str, shape))
+    size = f"windows of {shape[0]} tokens" if config.on_text else " x ".join(map(str, shape))
     subject = f"{config.network}{width} on {size}, {task.outputs} outputs\n{rule_text(config, net.num_modules)}"
     return f"{subject}\n{_planned(arguments, config, net, many)}"
+
+
+def _network(arguments: argparse.Namespace, config: TrainConfig) -> tuple[nn.Module, Task, tuple[int, ...]]:
+    """The network with its task and the shape of an input."""
+    if config.on_text:
+        options = network_options(vars(config))
+        task = LanguageModelling(BYTES if arguments.classes is None else arguments.classes)
+        return gpt(vocab_size=task.outputs, **options), task, (options["context"],)
+    task_of_images = task_of(config.network, arguments.classes)
+    network = network_by_name(config.network, task_of_images.outputs, width=config.width, image_size=config.image_size)
+    shape = default_input_shape(config.network)
+    if config.image_size is not None:
+        shape = (shape[0], config.image_size, config.image_size)
+    return network, task_of_images, shape
 
 
 def _planned(
@@ -146,7 +166,7 @@ def _planned(
         return plan_stages(
             net,
             arguments.batch_size // max(1, replicas),
-            _optimizer,
+            partial(_optimizer, config.on_text),
             stages=1 if arguments.stages is None else arguments.stages,
             replicas=replicas,
             shard=arguments.shard,
@@ -156,7 +176,9 @@ def _planned(
     return plan_memory(
         net,
         arguments.batch_size,
-        _optimizer,
+        partial(_optimizer, config.on_text),
+        params=parameter_groups(config, net),
+        clip_norm=1.0 if config.on_text else None,
         autocast=AMP[config.amp],
         recompute=arguments.recompute or (None if budgeted else "none"),
         memory_budget=arguments.memory_budget,
@@ -164,5 +186,7 @@ def _planned(
     )
 
 
-def _optimizer(params: list[Any]) -> torch.optim.Optimizer:
+def _optimizer(on_text: bool, params: list[Any]) -> torch.optim.Optimizer:
+    if on_text:
+        return torch.optim.AdamW(params, lr=1e-3, betas=BETAS, weight_decay=0.1)
     return torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)

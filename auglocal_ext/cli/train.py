@@ -33,7 +33,7 @@ from ..training.run.run_lock import refuse_used
 from ..training.run.saving import find, read, refuse_earlier_run
 from ..training.run.stored import taken_from
 from ..training.run.trainer import CHECKPOINT, CURVES
-from .network_options import add_network_options, add_settings
+from .network_options import add_network_options, add_settings, window_as_context
 from .opening import ending, opening
 from .spelling import as_options
 
@@ -56,14 +56,17 @@ _RECIPES = "; ".join(
     f"{name}: batch {recipe.batch_size}, lr {recipe.lr:g}, {recipe.epochs} epochs, "
     + (f"{recipe.warmup} of them warm-up" if recipe.warmup else "no warm-up")
     for name, recipe in RECIPES.items()
+    if recipe.augmentation is not None
 )
+_OF_TEXT = RECIPES["text"]
 
 _EPILOG = f"""
 Options left out take the value of the recipe, otherwise of the data set's own recipe (SGD with Nesterov momentum,
 cosine per epoch; {_RECIPES}), else of the rule. --epochs rescales the schedule; the warm-up is at most a quarter of the
 run. From {PUBLISHED_FROM} epochs on the schedule is the published one, whose last epoch has the rate 0; shorter runs
-take each rate in the middle of its epoch, so that every epoch trains. With --resume, options left out take the value of
-the interrupted run.
+take each rate in the middle of its epoch, so that every epoch trains. A language model is trained by AdamW with a
+cosine per step (batch {_OF_TEXT.batch_size}, lr {_OF_TEXT.lr:g}, {_OF_TEXT.epochs} epochs, {_OF_TEXT.warmup_steps}
+steps of warm-up). With --resume, options left out take the value of the interrupted run.
 
 torchrun --nproc-per-node N -m auglocal_ext train ... trains in N processes, see --stages and --replicas. With
 --max-restarts they go on from the last checkpoint after one of them has died.
@@ -75,10 +78,11 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train",
         usage=_USAGE,
-        help="train a network on real images",
+        help="train a network on real images, or a language model on a text",
         description="Train a network by a local learning rule or by backpropagation, on an image folder "
         "(train/<class>/*, test/<class>/*), on images and masks (train/images/*, train/masks/*.png, the same in "
-        "test/), or on torchvision's CIFAR-10, SVHN or STL-10 files.",
+        "test/), or on torchvision's CIFAR-10, SVHN or STL-10 files; or a language model on a text file or a folder of "
+        ".txt files.",
         epilog=_EPILOG,
     )
     add = parser.add_argument
@@ -115,6 +119,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> int:
     options = {field.name: getattr(arguments, field.name, None) for field in fields(TrainConfig)}
     given = {name: value for name, value in options.items() if value is not None}
     try:
+        given = window_as_context(given)
         launch.meet()
         if arguments.list_recipes:
             return _list_recipes() if launch.rank == 0 else 0
@@ -234,7 +239,7 @@ def _config(settings: dict[str, Any], given: dict[str, Any], resume: bool, launc
         with taken_from(path, "settings"):
             return _resumed(path, stored, settings, given, launch)
     if "data" not in settings:
-        raise SettingsError("--data DIR is missing: the folder with the images")
+        raise SettingsError("--data DIR is missing: the folder with the images, or for --network gpt a text")
     refuse_earlier_run(output)  # Trainer.fit would, after the images are loaded
     stages, replicas = launch.grid(settings.get("stages"), settings.get("replicas"))
     return from_dict({**settings, "stages": stages, "replicas": replicas})

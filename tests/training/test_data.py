@@ -114,12 +114,13 @@ def test_no_such_folder(tmp_path):
 
 
 def test_nothing_recognised(tmp_path):
-    (tmp_path / "readme.txt").write_text("hello")
-    refuse(tmp_path, "no data set recognised", "train/<class>/<image>", "cifar-10-batches-py", "readme.txt")
+    (tmp_path / "readme.md").write_text("hello")
+    refuse(tmp_path, "no data set recognised", "train/<class>/<image>", "cifar-10-batches-py", "readme.md")
 
 
 def test_archive_not_unpacked(tmp_path):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"")
+    (tmp_path / "readme.txt").write_text("which is no text to train on")
     refuse(tmp_path, f"unpack {tmp_path / 'cifar-10-python.tar.gz'}")
 
 

@@ -14,6 +14,7 @@ import torch
 
 from auglocal_ext.training import CheckpointError, Trainer
 from auglocal_ext.training.run.logs import CsvLog, EpochRow, EpochTable, TensorBoardLog, peak_bytes
+from auglocal_ext.training.run.measures import ACCURACY
 
 
 def row(epoch):
@@ -156,13 +157,13 @@ def test_no_bar_where_there_is_no_terminal(config, separable, capsys):
 
 
 def test_epochs_are_a_table_of_80_columns():
-    table = EpochTable(400, "accuracy", 2)
+    table = EpochTable(400, ACCURACY, 2)
     heading, line = table.heading().splitlines(), table.line(row(12))
     assert max(len(text) for text in (*heading, line)) == len(line) == 79
     assert heading[1].split() == "epoch lr loss accuracy losses loss accuracy images/s".split()
     assert line.split() == ["12/400", "0.1", "1.0000", "25.00%", "2.5000", "2.0000", "50.00%", "1,000"]
     assert "sum of local" in heading[0]
     # one loss is no sum
-    assert "losses" not in EpochTable(400, "accuracy", 1).heading() and "2.5" not in EpochTable(4, "accuracy", 1).line(
+    assert "losses" not in EpochTable(400, ACCURACY, 1).heading() and "2.5" not in EpochTable(4, ACCURACY, 1).line(
         row(1)
     )

@@ -18,8 +18,9 @@ from auglocal_ext.training import DataError, Interrupted, MaskFiles, SettingsErr
 from auglocal_ext.training.data.joint_crop import JointCrop
 from auglocal_ext.training.data.mask_file import read_mask
 from auglocal_ext.training.run.curves import read_curves
+from auglocal_ext.training.run.kinds import kind_of
+from auglocal_ext.training.run.measures import MIOU
 from auglocal_ext.training.run.metrics import EpochSums, StepResult
-from auglocal_ext.training.run.networks import check_data
 
 SMALL = "torchvision:lraspp_mobilenet_v3_large"
 
@@ -220,16 +221,19 @@ def test_what_does_not_fit_is_refused_by_name(folder, damage, message):
         load(folder)
 
 
-def test_networks_and_data_that_do_not_go_together(small):
-    check_data(small, "masks")
-    check_data("resnet8", "folder", mixes=True)
+def test_networks_and_data_that_do_not_go_together(config, small):
+    def check(network, dataset, mixes=False):
+        kind_of(network).check(config(network=network, mixup=0.2 if mixes else None), dataset)
+
+    check(small, "masks")
+    check("resnet8", "folder", mixes=True)
     for name, dataset, mixes, message in (
         ("resnet8", "masks", False, "choose a network for segmentation, such as torchvision:fcn_resnet50"),
         (small, "folder", False, "the data has one class per image"),
         (small, "masks", True, "--mixup and --cutmix"),
     ):
         with pytest.raises(SettingsError, match=message):
-            check_data(name, dataset, mixes)
+            check(name, dataset, mixes)
 
 
 def test_image_and_mask_are_cropped_alike():
@@ -277,11 +281,12 @@ def test_sums_of_masks_over_processes():
     joined = EpochSums.joined(parts, whole, 3)
     assert joined.read() == whole.read()
     reading = whole.read()
-    assert reading.module_mious is not None and reading.metric == reading.miou == reading.module_mious[-1]
-    assert reading.accuracy == pytest.approx((10 + 11) / 7) and math.isfinite(reading.metric)
+    mious = reading.measured[MIOU]
+    assert reading.metric == (MIOU, mious[-1]) and math.isfinite(mious[-1])
+    assert reading.accuracy == pytest.approx((10 + 11) / 7)
     again = EpochSums(2, torch.device("cpu"), task)
     again.load_part(joined.state_dict(), 1, 0, 1)
-    assert again.read().module_mious == reading.module_mious[1:]
+    assert again.read().measured[MIOU] == mious[1:]
 
 
 def settings(config, folder, **options):
@@ -317,7 +322,7 @@ def test_a_run_logs_miou_and_pixel_accuracy(config, folder, small, tmp_path):
     assert (summary.last_miou, summary.last_accuracy, summary.best_epoch) == pytest.approx((miou, pixels, 1))
     assert float(row["module_mious"]) == float(row["train_miou"])
     curves = read_curves(run.output)
-    assert curves.metric[0] == "mIoU" and curves.metric[2].tolist() == [float(row["test_miou"])]
+    assert curves.metric[0] == MIOU and curves.metric[2].tolist() == [float(row["test_miou"])]
     saved = load_run(run.output, "cpu")
     assert saved.classes == ("0", "1", "2")
     with pytest.raises(SettingsError, match="analyses are of networks that classify"):

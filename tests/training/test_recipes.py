@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import get_type_hints
 
@@ -16,6 +17,7 @@ from auglocal_ext.layers import group_children
 from auglocal_ext.models import build
 from auglocal_ext.training import RECIPES, SettingsError, TrainConfig
 from auglocal_ext.training.config import recipes
+from auglocal_ext.training.config.language_models import OF_TEXT
 from auglocal_ext.training.config.recipes import DATA_RECIPES
 from auglocal_ext.training.config.rule_options import OPTIONS
 from auglocal_ext.training.config.settings import SETTINGS, TABLES
@@ -133,6 +135,7 @@ def test_tables_hold_every_setting_once_with_its_type():
 @pytest.mark.parametrize("name", [each.name for each in SETTINGS.values() if each.least is not None or each.positive])
 def test_bounds_are_those_that_the_setting_declares(config, name):
     setting = SETTINGS[name]
+    config = partial(config, network="gpt", width=None, workers=None) if name in OF_TEXT else config
     least = 0 if setting.positive else setting.least
     with pytest.raises(SettingsError, match=f"{setting.flag} must be .*, got {least - (not setting.positive)}$"):
         config(**{name: least - (not setting.positive)})
@@ -145,6 +148,7 @@ def test_bounds_are_those_that_the_setting_declares(config, name):
 @pytest.mark.parametrize("name", [each.name for each in SETTINGS.values() if each.choices])
 def test_choices_are_those_that_the_setting_declares(config, name):
     setting = SETTINGS[name]
+    config = partial(config, network="gpt", width=None, workers=None) if name in OF_TEXT else config
     for choice in setting.choices:
         assert getattr(config(**{"rule": "auglocal", name: choice}), name) == choice
     with pytest.raises(SettingsError, match=f"{setting.flag} is one of {', '.join(setting.choices)}, not 'x'"):

@@ -1,4 +1,4 @@
-"""Learning rate per epoch: a cosine with linear warm-up, as published or for short runs."""
+"""Learning rate: a cosine with linear warm-up, per epoch as published or for short runs, or per step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ WARMUP_START = 0.01
 """Learning rate of a warm-up's first epoch, in the released code and here."""
 
 SCHEDULES = ("published", "short")
+
+LAST = 0.1
+"""Part of the peak rate that a language model's comes down to."""
 
 PUBLISHED_FROM = 100
 """Epochs from which on a run has the published schedule unless it says otherwise; every recipe of a paper has more."""
@@ -54,3 +57,22 @@ def learning_rate(epoch: int, epochs: int, lr: float, warmup: int, schedule: str
 def default_warmup(recipe_warmup: int, epochs: int) -> int:
     """``min(W, E // 4)``: the recipe's warm-up, shortened to a quarter of a run of fewer than 4 W epochs."""
     return min(recipe_warmup, epochs // 4)
+
+
+def warmup_of(warmup: int, steps: int) -> int:
+    """``min(warmup, S // 10)``: at most a tenth of a run of S steps."""
+    return min(warmup, steps // 10)
+
+
+def rate_of_step(step: int, steps: int, lr: float, warmup: int) -> float:
+    """The rate of step s = 1 .. S: ``lr s / W`` for the first W steps, then a cosine that ends at ``lr / 10``.
+
+    W is ``warmup_of(warmup, S)``.
+    """
+    if not 1 <= step <= steps:
+        raise ValueError(f"step counts from 1 to {steps}, got {step}")
+    warmup = warmup_of(warmup, steps)
+    if step <= warmup:
+        return lr * step / warmup
+    low = LAST * lr
+    return low + cosine(step - warmup - 1, max(1, steps - warmup - 1), lr - low)

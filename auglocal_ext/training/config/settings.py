@@ -13,6 +13,7 @@ from ...local_modules import RECOMPUTE, Recompute
 from ..data.datasets import DATASETS
 from ..errors import SettingsError
 from . import single_values
+from .language_models import MLPS, NORMS, POSITIONS
 from .rule_options import OPTIONS, RULE_OPTIONS
 from .schedule import SCHEDULES
 from .values import kinds_of, said
@@ -111,7 +112,9 @@ _RuleSettings: Any = make_dataclass(
 class Settings(_RuleSettings):
     """Names, types and defaults of the settings; :class:`auglocal_ext.training.TrainConfig` says what they are."""
 
-    data: str = field(metadata={"table": "data", "help": "the images (required unless --resume)", "metavar": "DIR"})
+    data: str = field(
+        metadata={"table": "data", "help": "the images, or a text (required unless --resume)", "metavar": "DIR|FILE"}
+    )
     output: str
     dataset: str = _setting("auto", "data", "what lies in --data; auto: by the files there (default)", choices=DATASETS)
     recipe: str = "auto"
@@ -124,6 +127,15 @@ class Settings(_RuleSettings):
         "FILE",
     )
     width: int | None = _setting(None, "network", least=1)
+    layers: int | None = _setting(None, "network", "of gpt: blocks (default 12)", "N", least=1)
+    heads: int | None = _setting(None, "network", "of gpt: of its attention (default 8)", "N", least=1)
+    context_length: int | None = _setting(
+        None, "network", "of gpt: tokens in a window (default 256); --context N is the same", "N", least=2
+    )
+    norm: str | None = _setting(None, "network", "of gpt (default rms)", choices=NORMS)
+    positions: str | None = _setting(None, "network", "of gpt (default rotary)", choices=POSITIONS)
+    mlp: str | None = _setting(None, "network", "of gpt (default swiglu)", choices=MLPS)
+    tied: bool | None = _setting(None, "network", "of gpt: readout and token embedding are one parameter")
     rule: str = _setting("auglocal", "rule", choices=tuple(RULE_OPTIONS))
     fused: bool = _setting(True, "step")
     recompute: Recompute | Literal["peak"] = _setting(
@@ -157,8 +169,16 @@ class Settings(_RuleSettings):
     batch_size: int | None = _setting(None, "optimisation", "of all replicas together", "N", least=2)
     lr: float | None = _setting(None, "optimisation", "peak learning rate", "X", positive=True)
     momentum: float | None = _setting(None, "optimisation", option=False, wrong=single_values.momentum)
-    weight_decay: float | None = _setting(None, "optimisation", "of every parameter", "X", least=0)
+    weight_decay: float | None = _setting(
+        None, "optimisation", "of every parameter; of gpt without norms, biases and embeddings", "X", least=0
+    )
+    clip_norm: float | None = _setting(
+        None, "optimisation", "of gpt: largest norm of a local module's gradients (default 1)", "X", positive=True
+    )
     warmup: int | None = _setting(None, "optimisation", "epochs of linear warm-up", "N", least=0)
+    warmup_steps: int | None = _setting(
+        None, "optimisation", "of gpt: steps of linear warm-up (default 100), at most a tenth of the run", "N", least=0
+    )
     schedule: str | None = _setting(
         None,
         "optimisation",
@@ -186,6 +206,12 @@ class Settings(_RuleSettings):
     )
     train_images: int | None = _setting(
         None, "data", "train on N images drawn once, the same ones for equal --seed", "N", least=2
+    )
+    tokenizer: str | None = _setting(
+        None, "data", "of a text: a tokenizer.json of Hugging Face (default: tokens are bytes)", "FILE"
+    )
+    sample: int | None = _setting(
+        None, "data", "of a text: characters that are sampled after each epoch (default 200)", "N", least=0
     )
     workers: int | None = _setting(
         None, "data", "processes that read images (default: one per core, at most 16)", "N", least=0

@@ -6,14 +6,14 @@ from itertools import pairwise
 
 import torch
 
-from ...models import check_name
 from ...planning.memory import parse_bytes
+from .language_models import check_network
 
 
 def network(name: str) -> str | None:
     """Of the name of a network."""
     try:
-        check_name(name)
+        check_network(name)
     except ValueError as error:
         return f"names no network: {error}"
     return None

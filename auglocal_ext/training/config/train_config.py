@@ -9,10 +9,13 @@ from typing import Any
 import torch
 
 from ...rules import Rule
+from ..data.augment import Augmentation
+from ..data.text import NAME as TEXT
 from ..errors import SettingsError
 from ..paths import user_path
 from . import rule_options
 from .infopro_weights import infopro_weights
+from .language_models import DEFAULTS, check_kind, is_language_model
 from .recipes import DATA_RECIPES, Recipe, find, names, read, write_recipe
 from .rule_options import OPTIONS, RULE_OPTIONS
 from .schedule import default_schedule, default_warmup
@@ -24,7 +27,7 @@ _STEP_OPTIONS = {"recompute": "none", "memory_budget": None, "graph": "auto", "o
 # A run goes on wherever its folders now lie, however many processes read its images, how its steps are launched, how
 # many processes take them, and for how many epochs.
 _FREE_TO_CHANGE = (
-    *("data", "output", "workers", "graph", "overlap", "epochs"),
+    *("data", "output", "workers", "graph", "overlap", "epochs", "tokenizer", "sample"),
     *("stages", "replicas", "stage_cuts", "sync_batch_norm", "shard", "gather_features"),
 )
 
@@ -48,13 +51,15 @@ class TrainConfig(Settings):
     (None, True, False) as :class:`auglocal_ext.LocalStep`. The rule ``"bp"`` is backpropagation of the same network,
     eager.
     ``network`` is a name as :func:`auglocal_ext.models.network_by_name` takes it, and ``network_weights`` a file of the
-    weights to begin with. ``schedule`` is ``"published"`` or ``"short"``
-    (:func:`auglocal_ext.training.config.schedule.learning_rate`), None for the one that goes with ``epochs``: short
-    below 100. ``mixup`` and ``cutmix`` are alpha of Beta(alpha, alpha)
-    (:class:`auglocal_ext.training.data.mixing.MixedBatches`), None or 0 for none. ``amp`` is ``"none"``, ``"bf16"`` or
-    ``"fp16"`` (with a GradScaler); ``device`` is ``"auto"`` or torch's name. ``recipe`` is the data set's training
-    ("auto": the one at hand); ``from_recipe`` takes any recipe, network and rule included, and notes it in
-    ``recipe_file``.
+    weights to begin with; or ``"gpt"``, a language model (:func:`auglocal_ext.models.gpt`) of so many ``layers``,
+    ``width``, ``heads``, ``context_length``, ``norm``, ``positions``, ``mlp`` and ``tied``, on a text in tokens of
+    ``tokenizer`` (None: bytes), of which ``sample`` characters are written after each epoch. ``schedule`` is
+    ``"published"`` or ``"short"`` (:func:`auglocal_ext.training.config.schedule.learning_rate`), None for the one
+    that goes with ``epochs``: short below 100; a language model has one of its own. ``mixup`` and ``cutmix`` are alpha
+    of Beta(alpha, alpha) (:class:`auglocal_ext.training.data.mixing.MixedBatches`), None or 0 for none. ``amp`` is
+    ``"none"``, ``"bf16"`` or ``"fp16"`` (with a GradScaler); ``device`` is ``"auto"`` or torch's name. ``recipe``
+    is the data set's training ("auto": the one at hand); ``from_recipe`` takes any recipe, network and rule
+    included, and notes it in ``recipe_file``.
     ``stages`` times ``replicas`` is the number of processes, which torchrun starts; ``batch_size`` is that of all
     replicas together. ``stage_cuts``, ``sync_batch_norm``, ``shard`` and ``gather_features`` are as LocalStep has
     them; all but the first change nothing where there is one replica.
@@ -72,6 +77,7 @@ class TrainConfig(Settings):
             )
         for setting in SETTINGS.values():
             setting.check(getattr(self, setting.name))
+        check_kind(vars(self))
         for name, left_open in _STEP_OPTIONS.items():
             if self.rule == "bp" and getattr(self, name) != left_open:
                 raise SettingsError(f"{_flag(name)} belongs to the local rules, not to bp")
@@ -108,6 +114,19 @@ class TrainConfig(Settings):
     def mixes(self) -> bool:
         """Whether images are mixed in pairs."""
         return bool(self.mixup or self.cutmix)
+
+    @property
+    def on_text(self) -> bool:
+        """Whether the network is a language model, not one for images."""
+        return is_language_model(self.network)
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """How the images of a resolved configuration are augmented; SettingsError for one on text."""
+        found = self.recipe_values.augmentation
+        if found is None:
+            raise SettingsError(f"--network {self.network} learns text, of which nothing is augmented")
+        return found
 
     @property
     def recipe_values(self) -> Recipe:
@@ -147,13 +166,20 @@ def resolve(config: TrainConfig, dataset: str, streamed: bool) -> TrainConfig:
         if wanted and device.type != "cuda":
             raise SettingsError(f"{flag} needs a CUDA device, this run is on {device.type}")
     recipe = read(name).settings
+    if (name == TEXT) != config.on_text:
+        raise SettingsError(f"the recipe {name} is for {'text' if name == TEXT else 'images'}: choose another --recipe")
     epochs = recipe["epochs"] if config.epochs is None else config.epochs
-    warmup = default_warmup(recipe["warmup"], epochs)
-    recipe = {"schedule": default_schedule(epochs)} | recipe | {"epochs": epochs, "warmup": warmup}
+    recipe = recipe | {"epochs": epochs}
     data = str(user_path(config.data).resolve())  # a run may be resumed from another folder
     known: dict[str, Any] = {"data": data, "dataset": dataset, "recipe": name, "device": str(device)}
-    if config.network_weights is not None:
-        known["network_weights"] = str(user_path(config.network_weights).resolve())
+    for file in ("network_weights", "tokenizer"):
+        if getattr(config, file) is not None:
+            known[file] = str(user_path(getattr(config, file)).resolve())
+    if config.on_text:
+        recipe = DEFAULTS | recipe
+    else:
+        recipe = {"schedule": default_schedule(epochs)} | recipe
+        recipe["warmup"] = default_warmup(recipe["warmup"], epochs)
     config = replace(config, **known, **_missing(config, recipe))
     return replace(config, **_rule_defaults(config))
 

@@ -16,10 +16,12 @@ from .folder import FileList, MixedSizes, check_headers, decode, few, list_folde
 from .image_file import readable
 from .mask_pairs import PairList, has_masks, list_pairs
 from .masks import classes_of
+from .text import NAME as TEXT
+from .text_files import ENDING
 from .torchvision_files import MARKS, READERS
 
 MASKS = "masks"
-DATASETS = ("auto", "folder", MASKS, *READERS)
+DATASETS = ("auto", "folder", MASKS, *READERS, TEXT)
 
 RESIDENT_BYTES = 4 * 2**30
 """Decoded images up to this size are kept on the device; constant, so that a resumed run decides the same."""
@@ -117,8 +119,9 @@ def load_data(
     """
     root = user_path(path)
     kind = detect(root) if dataset == "auto" else dataset
-    if kind not in DATASETS:
-        raise SettingsError(f"--dataset is one of {', '.join(DATASETS)}, not {dataset!r}")
+    if kind == TEXT or kind not in DATASETS:
+        known = [name for name in DATASETS if name != TEXT]
+        raise SettingsError(f"--dataset is one of {', '.join(known)}, not {kind!r}")
     workers = default_workers() if workers is None else workers
     with readable(root):
         if not root.is_dir():
@@ -175,6 +178,8 @@ def detect(root: Path) -> str:
 
 
 def _detected(root: Path) -> str:
+    if root.is_file():
+        return TEXT
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; {_expected()}")
     found = [name for name, (mark, _) in MARKS.items() if (root / mark).exists()]
@@ -190,6 +195,8 @@ def _detected(root: Path) -> str:
     hints = [f"; unpack {root / archive}" for _, archive in MARKS.values() if archive and (root / archive).is_file()]
     hints += [f"; give its parent folder {root.parent}" for mark, _ in MARKS.values() if root.resolve().name == mark]
     there = sorted(entry.name for entry in os.scandir(root))
+    if not hints and any(name.lower().endswith(ENDING) for name in there):
+        return TEXT
     raise DataError(f"{root}: no data set recognised; {_expected()}; found {few(there)}" + "".join(hints))
 
 
@@ -197,7 +204,7 @@ def _expected() -> str:
     marks = ", ".join(f"{mark} ({name})" for name, (mark, _) in MARKS.items())
     return (
         "expected train/<class>/<image> and test/<class>/<image>, images and masks of one name in train/images, "
-        f"train/masks, test/images and test/masks, or torchvision's {marks}"
+        f"train/masks, test/images and test/masks, torchvision's {marks}, or a text file or a folder of {ENDING} files"
     )
 
 

@@ -14,7 +14,8 @@ from ... import pictures as style
 from ..errors import CheckpointError
 from ..paths import user_path
 from .log_file import read_rows
-from .logs import columns
+from .logs import IMAGES, TOKENS, columns
+from .measures import ACCURACY, FORMS, Form
 
 _TRAIN, _TEST = "#2f6f9f", "#d1495b"
 _FEW = 12  # epochs, of which each has a tick and a point
@@ -28,7 +29,7 @@ class Curves:
     ``train_loss`` and ``test_loss`` are the network's own, ``local_loss_sum`` is the sum of the local losses, those of
     the rule, and so not comparable from rule to rule. ``module_accuracies`` are those of each module's own classifier
     on the training images, as they were during the epoch: augmented, in training mode, nan where it has none.
-    Of masks, accuracies are over pixels, and ``train_miou``, ``test_miou`` and ``module_mious`` are there too.
+    What a run does not measure is None. Of masks, accuracies are over pixels, of text over tokens.
     """
 
     epochs: Tensor
@@ -42,13 +43,25 @@ class Curves:
     train_miou: Tensor | None = None
     test_miou: Tensor | None = None
     module_mious: Tensor | None = None
+    train_bits_per_byte: Tensor | None = None
+    test_bits_per_byte: Tensor | None = None
+    module_bits_per_byte: Tensor | None = None
+    train_perplexity: Tensor | None = None
+    test_perplexity: Tensor | None = None
+    module_perplexities: Tensor | None = None
 
     @property
-    def metric(self) -> tuple[str, Tensor, Tensor, Tensor]:
-        """The task's own: its name, and its values in training, in the test, and of each module in training."""
-        if self.train_miou is not None and self.test_miou is not None and self.module_mious is not None:
-            return "mIoU", self.train_miou, self.test_miou, self.module_mious
-        return "accuracy", self.train_accuracy, self.test_accuracy, self.module_accuracies
+    def metric(self) -> tuple[Form, Tensor, Tensor, Tensor]:
+        """What is drawn: its name, and its values in training, in the test, and of each module in training.
+
+        mIoU of masks; of text perplexity, or bits per byte where tokens are bytes; else the accuracy.
+        """
+        for form in reversed(FORMS[1:]):
+            train, test = getattr(self, f"train_{form.column}"), getattr(self, f"test_{form.column}")
+            modules = getattr(self, form.modules)
+            if train is not None and test is not None and modules is not None:
+                return form, train, test, modules
+        return ACCURACY, self.train_accuracy, self.test_accuracy, self.module_accuracies
 
 
 def read_curves(folder: str | Path) -> Curves:
@@ -60,7 +73,9 @@ def read_curves(folder: str | Path) -> Curves:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected the folder of a run, as `train --output` makes it")
     there, rows = read_rows(path)
-    if missing := [name for name in columns(masks="test_miou" in there) if there and name not in there]:
+    forms = {ACCURACY, *(form for form in FORMS if f"test_{form.column}" in there)}
+    unit = next((unit for unit in (TOKENS, IMAGES) if f"{unit}_per_second" in there), IMAGES)
+    if missing := [name for name in columns(forms, unit) if there and name not in there]:
         raise CheckpointError(f"{path}: no column {', '.join(missing)}: another version wrote it, train the run again")
     if not rows:
         raise CheckpointError(f"{path}: no finished epoch yet; go on with `train --resume` first")
@@ -75,7 +90,7 @@ def read_curves(folder: str | Path) -> Curves:
 def draw_run(path: Path, curves: Curves, title: str, subtitle: str) -> Path:
     """The network's loss and accuracy, training and test; below them those of each local module, if it has several.
 
-    Of masks the mIoU takes the accuracy's place.
+    The task's own measure takes the accuracy's place.
     Local modules are told by colour, from light, the first, to dark, the last. Their own classifiers' accuracies are
     beside the network's on the test images, a dashed line. A loss that spans more than a factor of 20 has a logarithmic
     axis.
@@ -84,15 +99,16 @@ def draw_run(path: Path, curves: Curves, title: str, subtitle: str) -> Path:
     rows = 2 if modules > 1 else 1
     figure, charts = style.new_figure(rows, 2, (11.0, 1.0 + 3.2 * rows))
     loss, accuracy = charts[0]
-    metric, trained, tested, _ = curves.metric
-    for axes, lines in ((loss, (curves.train_loss, curves.test_loss)), (accuracy, (100 * trained, 100 * tested))):
+    form, trained, tested, _ = curves.metric
+    scale = 100 if form.percent else 1
+    for axes, lines in ((loss, (curves.train_loss, curves.test_loss)), (accuracy, (scale * trained, scale * tested))):
         for values, color, label in zip(lines, (_TRAIN, _TEST), ("training", "test"), strict=True):
             axes.plot(curves.epochs.tolist(), values.tolist(), color=color, label=label, **_line(curves, 1.8))
         axes.legend(loc="best", frameon=False, fontsize=9, labelcolor=style.INK)
     _loss_scale(loss, torch.cat([curves.train_loss, curves.test_loss]))
     loss.set_title("the network", **_HEADING)
     loss.set_ylabel("loss", **_SMALL)
-    accuracy.set_ylabel(f"{metric}, %", **_SMALL)
+    accuracy.set_ylabel(_named(form), **_SMALL)
     if modules > 1:
         below_loss, below_accuracy = charts[1]
         draw_modules_over_epochs(figure, below_loss, below_accuracy, curves)
@@ -109,21 +125,26 @@ def draw_modules_over_epochs(figure: Any, loss: Any, accuracy: Any, curves: Curv
     """Training loss and accuracy of each local module, on two axes, with the network's test accuracy in the second."""
     modules = curves.module_losses.shape[1]
     colors, epochs = style.depth_colors(modules), curves.epochs.tolist()
-    metric, _, of_test, of_modules = curves.metric
+    form, _, of_test, of_modules = curves.metric
+    scale = 100 if form.percent else 1
     for k in range(modules):
         look = {"color": colors(k), **_line(curves, 1.2 if modules <= 20 else 0.9)}
         loss.plot(epochs, curves.module_losses[:, k].tolist(), **look)
-        accuracy.plot(epochs, (100 * of_modules[:, k]).tolist(), **look)
+        accuracy.plot(epochs, (scale * of_modules[:, k]).tolist(), **look)
     _loss_scale(loss, curves.module_losses)
-    tested = {"color": _TEST, "linewidth": 1.6, "linestyle": (0, (4, 2)), "label": "the network on test images"}
-    accuracy.plot(epochs, (100 * of_test).tolist(), **tested)
+    tested = {"color": _TEST, "linewidth": 1.6, "linestyle": (0, (4, 2)), "label": "the network, test"}
+    accuracy.plot(epochs, (scale * of_test).tolist(), **tested)
     accuracy.legend(loc="best", frameon=False, fontsize=8.5, labelcolor=style.QUIET)
     loss.set_ylabel("local loss, training", **_SMALL)
-    accuracy.set_ylabel(f"{metric}, training, %", **_SMALL)
+    accuracy.set_ylabel(_named(form, ", training"), **_SMALL)
     for axes in (loss, accuracy):
         _epoch_axis(axes, curves)
     if modules > 1:
         style.depth_bar(figure, accuracy, modules)
+
+
+def _named(form: Form, of: str = "") -> str:
+    return f"{form.name}{of}{', %' if form.percent else ''}"
 
 
 def _line(curves: Curves, width: float) -> Mapping[str, Any]:

@@ -18,18 +18,18 @@ from ...local_modules import Recompute
 from ...local_sequential import LocalSequential
 from ...memory import MemoryMeter
 from ...memory.copies import FakeCopy, fake_mode_of
-from ...models import network_by_name
 from ...planning import plan_memory
 from ...planning.estimate import StepEstimate
 from ...step import GraphCaptureError, LocalStep, MemoryPlan
-from ...tasks import Classification, Segmentation
+from ...tasks import Classification, Scored
 from ..config.settings import AMP, GRAPH
 from ..config.train_config import TrainConfig, make_rule
 from ..errors import CheckpointError, SettingsError
+from .kind import RunTask
+from .kinds import kind_of
 from .metrics import StepResult
-from .networks import cut
-
-ImageTask = Classification | Segmentation
+from .networks import cut, example_input
+from .optimizers import make_optimizer, parameter_groups
 
 
 class Learner(Protocol):
@@ -59,6 +59,9 @@ class Learner(Protocol):
 
     def predict(self, images: Tensor) -> Tensor | None:
         """The network's output, without gradients; None in a process that does not have the last module."""
+
+    def score(self, images: Tensor, labels: Tensor) -> Scored | None:
+        """Loss and count of the network's output, without gradients; None as for ``predict``."""
 
     def finish(self) -> None:
         """No batch follows for now: at the end of an epoch, and before a checkpoint."""
@@ -96,21 +99,13 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
-def make_network(
-    config: TrainConfig, input_shape: tuple[int, int, int], task: ImageTask, device: torch.device
-) -> nn.Module:
+def make_network(config: TrainConfig, input_shape: tuple[int, ...], task: RunTask, device: torch.device) -> nn.Module:
     """The network of the resolved ``config`` on ``device``, with fresh weights or those of its file: as it is for
     backpropagation, cut into local modules for a rule. SettingsError if they do not fit.
     """
     rule = make_rule(config)
     try:
-        network = network_by_name(
-            config.network,
-            task.num_classes,
-            config.network_weights,
-            width=config.width,
-            image_size=input_shape[1] if input_shape[1] == input_shape[2] else None,
-        )
+        network = kind_of(config.network).network(config, task, input_shape)
         if rule is not None:
             network = cut(network, rule, task, input_shape, config.modules, fused=config.fused)
     except (TypeError, ValueError) as error:
@@ -136,8 +131,8 @@ def _said(error: BaseException) -> str:
 
 def make_learner(
     config: TrainConfig,
-    input_shape: tuple[int, int, int],
-    task: ImageTask,
+    input_shape: tuple[int, ...],
+    task: RunTask,
     device: torch.device,
     mesh: Mesh | None = None,
 ) -> Learner:
@@ -162,37 +157,28 @@ def _try_mixed(network: LocalSequential, task: Classification) -> None:
         raise SettingsError(f"--mixup and --cutmix make class probabilities of labels: {error}") from error
 
 
-def _try(
-    network: nn.Module, name: str, input_shape: tuple[int, int, int], task: ImageTask, device: torch.device
-) -> None:
+def _try(network: nn.Module, name: str, input_shape: tuple[int, ...], task: RunTask, device: torch.device) -> None:
     """One image through the network shows a fully connected part made for another size before training."""
     network.eval()
     try:
         with torch.no_grad():
-            found = _output(network(torch.zeros(1, *input_shape, device=device)))
+            found = _output(network(example_input(task, input_shape).to(device)))
     except (RuntimeError, AssertionError) as error:  # as vision transformers refuse other sizes
         size = " x ".join(map(str, input_shape[1:]))
         raise SettingsError(f"{name} does not take images of {size}: {error}") from error
-    if not isinstance(found, Tensor) or found.dim() != (4 if task.dense else 2):
-        raise SettingsError(f"{name} does not learn this task: its output is no tensor {task.expected_output}")
+    try:
+        if not isinstance(found, Tensor):
+            raise ValueError(f"it is a {type(found).__name__}")
+        task.check_output(tuple(found.shape[1:]), "it")
+    except ValueError as error:
+        raise SettingsError(
+            f"{name} does not learn this task: its output is no tensor {task.expected_output}"
+        ) from error
 
 
 def _output(found: Any) -> Any:
     """What is learned of a network's output: ``"out"`` of the dictionary that networks for segmentation return."""
     return found["out"] if isinstance(found, Mapping) and "out" in found else found
-
-
-def sgd(config: TrainConfig, parameters: Any, fused: bool | None = None) -> torch.optim.SGD:
-    """The optimizer of a run, for these parameters."""
-    recipe = config.recipe_values
-    return torch.optim.SGD(
-        parameters,
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=True,
-        weight_decay=recipe.weight_decay,
-        fused=fused,
-    )
 
 
 class EndToEndLearner:
@@ -207,9 +193,9 @@ class EndToEndLearner:
     def __init__(
         self,
         network: nn.Module,
-        task: ImageTask,
+        task: RunTask,
         config: TrainConfig,
-        input_shape: tuple[int, int, int],
+        input_shape: tuple[int, ...],
         device: torch.device,
         mesh: Mesh | None = None,
     ):
@@ -217,26 +203,47 @@ class EndToEndLearner:
         self.network, self._task, self._amp, self._device = network, task, config.amp, device
         self._config, self._input_shape = config, input_shape
         # The fused form reads the loss scaler's verdict on the device.
-        self.optimizer = sgd(config, network.parameters(), fused=True if device.type == "cuda" else None)
+        self.optimizer = make_optimizer(
+            config, parameter_groups(config, network), fused=True if device.type == "cuda" else None
+        )
         self.grad_scaler = torch.amp.GradScaler(device.type) if config.amp == "fp16" else None
 
     def step(self, images: Tensor, labels: Tensor) -> StepResult:
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self._amp, self._device):
-            logits = _output(self._trained(images))
-        scored = self._task.score(logits.float(), labels)
+        scored = self._scored(self._trained, images, labels)
         if self.grad_scaler is None:
             scored.loss.backward()
+            self._clip()
             self.optimizer.step()
         else:
             self.grad_scaler.scale(scored.loss).backward()
+            if self._config.clip_norm is not None:
+                self.grad_scaler.unscale_(self.optimizer)
+            self._clip()
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         return StepResult.of_one_module(scored, self._task.counted(labels))
 
+    def _clip(self) -> None:
+        if self._config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self._config.clip_norm)
+
+    def _scored(self, network: nn.Module, images: Tensor, labels: Tensor) -> Scored:
+        """Loss and count of the network's output, which a language model in one process does not make."""
+        if self._task.fuses_readout and isinstance(network, nn.Sequential):
+            with autocast(self._amp, images.device):
+                return self._task.score_of(network, images, labels)
+        with autocast(self._amp, images.device):
+            logits = _output(network(images))
+        return self._task.score(logits.float(), labels)
+
     def predict(self, images: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), autocast(self._amp, self._device):
             return cast("Tensor", _output(self.network(images)))
+
+    def score(self, images: Tensor, labels: Tensor) -> Scored:
+        with torch.no_grad():
+            return self._scored(self.network, images, labels)
 
     def finish(self) -> None:
         pass
@@ -248,15 +255,13 @@ class EndToEndLearner:
         memory_format = torch.channels_last if self._config.channels_last else torch.contiguous_format
         with fake_mode_of(self.network):
             network = FakeCopy(self.network).net
-            optimizer = sgd(self._config, network.parameters())
-            x = torch.empty(images, *self._input_shape).contiguous(memory_format=memory_format)
+            optimizer = make_optimizer(self._config, parameter_groups(self._config, network))
+            x = example_input(self._task, self._input_shape, images).contiguous(memory_format=memory_format)
             y = self._task.example_for(Features(self._input_shape), images)
 
             def step() -> None:
                 optimizer.zero_grad(set_to_none=True)
-                with autocast(self._amp, torch.device("cpu")):
-                    logits = _output(network(x))
-                self._task.score(logits.float(), y).loss.backward()
+                self._scored(network, x, y).loss.backward()
                 optimizer.step()
 
             step()  # makes the optimizer's state
@@ -292,11 +297,14 @@ class LocalLearner:
         self.network, self._device, self._config = network, device, config
         self.modules = network.num_modules
         self._batch_size = config.recipe_values.batch_size
+        self._groups = parameter_groups(config, network)
         try:
             self.memory_plan = self._plan()
             self._step = LocalStep(
                 network,
-                partial(sgd, config),
+                partial(make_optimizer, config),
+                params=self._groups,
+                clip_norm=config.clip_norm,
                 graph=GRAPH[config.graph],
                 overlap="auto" if config.overlap is None else config.overlap,
                 autocast=AMP[config.amp],
@@ -328,7 +336,16 @@ class LocalLearner:
         return StepResult(out.loss, out.module_losses, out.module_counts, self.network.task.counted(labels))
 
     def predict(self, images: Tensor) -> Tensor | None:
-        return self._step.predict(images)
+        with autocast(self._config.amp, self._device):
+            return self._step.predict(images)
+
+    def score(self, images: Tensor, labels: Tensor) -> Scored | None:
+        task = self.network.task
+        if self._alone and task.fuses_readout:
+            with autocast(self._config.amp, self._device):
+                return self.network.score(images, labels)
+        logits = self.predict(images)
+        return None if logits is None else task.score(logits.float(), labels)
 
     def finish(self) -> None:
         self._step.close()
@@ -353,7 +370,9 @@ class LocalLearner:
         return plan_memory(
             self.network,
             self._batch_size,
-            partial(sgd, config),
+            partial(make_optimizer, config),
+            params=self._groups,
+            clip_norm=config.clip_norm,
             autocast=AMP[config.amp],
             recompute="peak" if budget is None else None,
             memory_budget=budget,
@@ -376,18 +395,26 @@ class LocalLearner:
     def predicted_peak(self, images: int) -> int:
         if self.memory_plan is not None:
             return self.memory_plan.predicted_bytes
-        parameters, amp = list(self.network.parameters()), AMP[self._config.amp]
-        optimizer = partial(sgd, self._config)
+        clip_norm, amp = self._config.clip_norm, AMP[self._config.amp]
+        optimizer = partial(make_optimizer, self._config)
         if self._config.overlap:
-            return plan_memory(self.network, images, optimizer, autocast=amp, overlap=True).predicted_bytes
+            return plan_memory(
+                self.network,
+                images,
+                optimizer,
+                params=self._groups,
+                clip_norm=clip_norm,
+                autocast=amp,
+                overlap=True,
+            ).predicted_bytes
         # Of one choice of recomputation, the one that runs: a plan tries out all of them, which takes seconds.
         cost = StepEstimate(
             self.network,
             images,
             optimizer,
-            params=parameters,
+            params=self._groups,
             autocast=amp,
-            clip_norm=None,
+            clip_norm=clip_norm,
             clip="module",
             accumulate=1,
         ).cost(self.network.recompute)

@@ -7,7 +7,7 @@ import io
 import math
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from ...tasks import Segmentation
 from ..errors import CheckpointError
 from .log_file import read_rows
+from .measures import ACCURACY, FORMS, Form
+from .metrics import Reading
 from .writing import replaced, to
 
 
@@ -37,8 +38,9 @@ class EpochRow:
     from the end of a step to the next batch being ready on it, on the CPU the time it took to make the batches.
     ``peak_bytes`` is the peak since the start: allocated CUDA memory, or on the CPU the process's resident set.
 
-    Of masks, accuracies are over the pixels that count, and the last three columns are the mean intersection over union
-    of the classes; else these are None and not in the file.
+    What a run does not measure is None and not in the file. Of masks, accuracies are over the pixels that count, and
+    there is the mean intersection over union of the classes. Of text they are over tokens, and there are bits per byte
+    and, unless tokens are bytes, perplexity; the rate is in tokens.
     """
 
     epoch: int
@@ -48,7 +50,7 @@ class EpochRow:
     local_loss_sum: float
     test_loss: float
     test_accuracy: float
-    images_per_second: float
+    images_per_second: float | None
     seconds: float
     waiting: float
     peak_bytes: int
@@ -57,26 +59,56 @@ class EpochRow:
     train_miou: float | None = None
     test_miou: float | None = None
     module_mious: tuple[float, ...] | None = None
+    tokens_per_second: float | None = None
+    train_bits_per_byte: float | None = None
+    test_bits_per_byte: float | None = None
+    module_bits_per_byte: tuple[float, ...] | None = None
+    train_perplexity: float | None = None
+    test_perplexity: float | None = None
+    module_perplexities: tuple[float, ...] | None = None
 
 
-_PER_MODULE = ("module_losses", "module_accuracies", "module_mious")
-_OF_MASKS = ("train_miou", "test_miou", "module_mious")
+_PER_MODULE = {"module_losses": "module_loss"} | {form.modules: f"module_{form.column}" for form in FORMS}
+
+UNITS = IMAGES, TOKENS = "images", "tokens"
+"""What the rate of a run counts."""
 
 
-def columns(masks: bool) -> list[str]:
-    """Those of ``log.csv``, of a run with masks or without."""
-    return [field.name for field in fields(EpochRow) if masks or field.name not in _OF_MASKS]
+def measured(train: Reading, test: Reading) -> dict[str, Any]:
+    """The columns of what is measured in an epoch; None in those of what is not."""
+    of_train, of_test = train.of_network(), test.of_network()
+    columns: dict[str, Any] = {}
+    for form in FORMS:
+        columns |= {f"train_{form.column}": of_train.get(form), f"test_{form.column}": of_test.get(form)}
+        columns[form.modules] = train.measured.get(form)
+    return columns
+
+
+def rates(unit: str, rate: float) -> dict[str, Any]:
+    """The columns of the rate; None in those of other units."""
+    return {f"{each}_per_second": rate if each == unit else None for each in UNITS}
+
+
+def columns(forms: Collection[Form], unit: str) -> list[str]:
+    """Those of ``log.csv``, of a run that measures ``forms`` and counts its rate in ``unit``."""
+    others = {f"{each}_per_second" for each in UNITS if each != unit}
+    for form in FORMS:
+        if form not in forms:
+            others |= {f"train_{form.column}", f"test_{form.column}", form.modules}
+    return [field.name for field in fields(EpochRow) if field.name not in others]
 
 
 class CsvLog:
     """``log.csv``; opening it for a run that goes on after ``epoch`` drops the rows of later epochs.
 
+    ``names`` are its columns, those of images with classes if they are not given.
+
     Raises CheckpointError if a log to go on with has other columns than :class:`EpochRow`.
     """
 
-    def __init__(self, path: Path, epoch: int, masks: bool = False):
+    def __init__(self, path: Path, epoch: int, names: Sequence[str] | None = None):
         self.path = path
-        names = columns(masks)
+        names = columns((ACCURACY,), IMAGES) if names is None else list(names)
         kept: list[dict[str, str]] = []
         if epoch and path.is_file():
             found, rows = read_rows(path)
@@ -134,13 +166,10 @@ class TensorBoardLog:
                 # train/loss and test/loss, so that TensorBoard groups the two splits.
                 tag = name.replace("_", "/", 1) if name.startswith(("train_", "test_")) else name
                 self._writer.add_scalar(tag, value, row.epoch)
-        for module, loss in enumerate(row.module_losses):
-            self._writer.add_scalar(f"module_loss/{module}", loss, row.epoch)
-        for module, accuracy in enumerate(row.module_accuracies):
-            if not math.isnan(accuracy):
-                self._writer.add_scalar(f"module_accuracy/{module}", accuracy, row.epoch)
-        for module, miou in enumerate(row.module_mious or ()):
-            self._writer.add_scalar(f"module_miou/{module}", miou, row.epoch)
+        for name, tag in _PER_MODULE.items():
+            for module, value in enumerate(getattr(row, name) or ()):
+                if not math.isnan(value):
+                    self._writer.add_scalar(f"{tag}/{module}", value, row.epoch)
         self._writer.flush()
 
     def close(self) -> None:
@@ -189,15 +218,24 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-_COLUMNS = {
-    "lr": (8, "", "lr", "{:.3g}"),
-    "train_loss": (7, "train", "loss", "{:.4f}"),
-    "train_accuracy": (8, "train", "{metric}", "{:.2%}"),
-    "local_loss_sum": (12, "sum of local", "losses", "{:.4f}"),
-    "test_loss": (7, "test", "loss", "{:.4f}"),
-    "test_accuracy": (8, "test", "{metric}", "{:.2%}"),
-    "images_per_second": (8, "", "images/s", "{:,.0f}"),
-}
+def _columns(form: Form, unit: str, modules: int) -> dict[str, tuple[int, str, str, Callable[[Any], str]]]:
+    """Of each column that the table shows, its width, the two lines above it, and how a value is written."""
+
+    def loss(value: float) -> str:
+        return f"{value:.4f}"
+
+    shown: dict[str, tuple[int, str, str, Callable[[Any], str]]] = {
+        "lr": (8, "", "lr", "{:.3g}".format),
+        "train_loss": (7, "train", "loss", loss),
+        f"train_{form.column}": (8, "train", form.short, form.text),
+        "local_loss_sum": (12, "sum of local", "losses", loss),
+        "test_loss": (7, "test", "loss", loss),
+        f"test_{form.column}": (8, "test", form.short, form.text),
+        f"{unit}_per_second": (8, "", f"{unit}/s", "{:,.0f}".format),
+    }
+    if modules == 1:
+        del shown["local_loss_sum"]
+    return shown
 
 
 class EpochTable:
@@ -205,24 +243,23 @@ class EpochTable:
 
     Args:
         epochs: of the whole run.
-        metric: what the task calls what it counts: accuracy, or mIoU of masks.
+        form: the measure that is shown.
+        unit: what the rate counts.
         modules: local modules; the sum of their losses is shown where there is more than one.
     """
 
-    def __init__(self, epochs: int, metric: str, modules: int):
-        self._epochs, self._metric = epochs, metric
+    def __init__(self, epochs: int, form: Form, modules: int, unit: str = IMAGES):
+        self._epochs = epochs
         self._first = max(5, len(f"{epochs}/{epochs}"))
-        shown = {name: column for name, column in _COLUMNS.items() if modules > 1 or name != "local_loss_sum"}
-        self.masks = metric == Segmentation.metric
-        self._columns = {name.replace("accuracy", "miou") if self.masks else name: of for name, of in shown.items()}
+        self._columns = _columns(form, unit, modules)
 
     def heading(self) -> str:
         """Two lines."""
         upper = [" " * self._first, *(above.rjust(width) for width, above, _, _ in self._columns.values())]
-        names = [name.format(metric=self._metric).rjust(width) for width, _, name, _ in self._columns.values()]
+        names = [name.rjust(width) for width, _, name, _ in self._columns.values()]
         return "  ".join(upper).rstrip() + "\n" + "  ".join(["epoch".rjust(self._first), *names])
 
     def line(self, row: EpochRow) -> str:
         """The line of an epoch."""
-        cells = [form.format(getattr(row, name)).rjust(width) for name, (width, _, _, form) in self._columns.items()]
+        cells = [write(getattr(row, name)).rjust(width) for name, (width, _, _, write) in self._columns.items()]
         return "  ".join([f"{row.epoch}/{self._epochs}".rjust(self._first), *cells])

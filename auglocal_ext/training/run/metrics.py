@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...tasks import Scored, Segmentation
+from ...tasks import Scored, Task
+from .measures import ACCURACY, Form, measures_of
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """A step's mean loss (scalar), local losses (K,) and right answers of each module (K,), all on the device.
+    """A step's mean loss (scalar), local losses (K,) and what is counted of each module (K,), all on the device.
 
-    ``module_counts`` is -1 where a module counts nothing; of masks it is (K, 2, C), see :class:`Segmentation`. The last
-    module's are the network's. ``counted`` is how many targets they are out of.
+    ``module_counts`` is -1 where a module counts nothing, and (K, *count_shape) where the task counts several numbers.
+    The last module's are the network's. ``counted`` is how many targets they are out of.
     """
 
     loss: Tensor
@@ -35,52 +36,60 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Reading:
-    """Means over what was seen so far; a module that counts nothing has the accuracy nan.
+    """Means over what was seen so far.
 
-    Of masks accuracies are over pixels, and ``module_mious`` says the mean intersection over union.
+    Attributes:
+        loss: of a step.
+        module_losses: of each module.
+        measured: what is measured of each module, the task's own last; nan of a module that counts nothing.
     """
 
     loss: float
     module_losses: tuple[float, ...]
-    module_accuracies: tuple[float, ...]
-    module_mious: tuple[float, ...] | None = None
+    measured: dict[Form, tuple[float, ...]]
+
+    def of_network(self) -> dict[Form, float]:
+        """What is measured of the network, which is that of the last module."""
+        return {form: values[-1] for form, values in self.measured.items()}
+
+    @property
+    def module_accuracies(self) -> tuple[float, ...]:
+        """Of each module: of pixels, where targets are masks."""
+        return self.measured[ACCURACY]
 
     @property
     def accuracy(self) -> float:
-        """The network's, which is that of the last module."""
+        """The network's."""
         return self.module_accuracies[-1]
 
     @property
-    def miou(self) -> float | None:
-        """The network's; None without masks."""
-        return None if self.module_mious is None else self.module_mious[-1]
-
-    @property
-    def metric(self) -> float:
-        """The task's own: mIoU of masks, else the accuracy."""
-        return self.accuracy if self.miou is None else self.miou
+    def metric(self) -> tuple[Form, float]:
+        """The task's own, of the network."""
+        return list(self.of_network().items())[-1]
 
 
 _PLAIN = ("steps", "images", "seconds", "waiting")
 
 
 class EpochSums:
-    """How far an epoch has come, and its image-weighted sums of losses and hits.
+    """How far an epoch has come, and its sums of losses, weighted by images or tokens, and of what is counted.
 
-    ``steps``, ``images``, ``seconds`` and ``waiting`` (seconds in which steps waited for their batch) are plain
-    numbers; reading the sums is the one synchronisation.
+    ``steps``, ``images`` (of text: tokens), ``seconds`` and ``waiting`` (seconds in which steps waited for their batch)
+    are plain numbers; reading the sums is the one synchronisation.
 
     Args:
         modules: K.
         device: of the sums.
-        masks: the task, if targets are masks.
+        task: what is learned; None: what is counted are right answers.
+        bytes_per_token: of text.
     """
 
-    def __init__(self, modules: int, device: torch.device, masks: Segmentation | None = None):
+    def __init__(self, modules: int, device: torch.device, task: Task | None = None, bytes_per_token: float = 1.0):
         self.steps = self.images = 0
         self.seconds = self.waiting = 0.0
-        self._modules, self._masks = modules, masks
-        self._counts = 1 if masks is None else math.prod(masks.count_shape)
+        self._modules, self._task, self._bytes_per_token = modules, task, bytes_per_token
+        self._shape = () if task is None else task.count_shape
+        self._counts = math.prod(self._shape)
         # The loss, the local losses, the counts of each module, and what they are out of; fp64: half a million images'
         # losses must add up to more digits than fp32 has.
         self._sums = torch.zeros(2 + modules + modules * self._counts, dtype=torch.float64, device=device)
@@ -96,13 +105,11 @@ class EpochSums:
     def read(self) -> Reading:
         sums, images = self._sums.cpu(), max(1, self.images)
         loss, *losses = (sums[: 1 + self._modules] / images).tolist()
-        counts, counted = sums[1 + self._modules : -1], float(sums[-1])
-        if self._masks is None:
-            shares = [math.nan if hits < 0 else hits / max(1.0, counted) for hits in counts.tolist()]
-            return Reading(loss, tuple(losses), tuple(shares))
-        counts = counts.reshape(self._modules, *self._masks.count_shape)
-        accuracies, mious = self._masks.pixel_accuracy(counts, counted), self._masks.measure(counts, counted)
-        return Reading(loss, tuple(losses), tuple(accuracies.tolist()), tuple(mious.tolist()))
+        counts, counted = sums[1 + self._modules : -1].reshape(self._modules, *self._shape), float(sums[-1])
+        measures = measures_of(self._task, self._bytes_per_token)
+        return Reading(
+            loss, tuple(losses), {form: tuple(of(counts, counted).tolist()) for form, of in measures.items()}
+        )
 
     @classmethod
     def joined(cls, parts: Sequence[tuple[int, int, dict[str, Any]]], own: EpochSums, modules: int) -> EpochSums:
@@ -112,7 +119,7 @@ class EpochSums:
             parts: of each process its stage, its first local module and the state of its sums.
             own: those of this process, whose steps and seconds are taken.
         """
-        whole = cls(modules, torch.device("cpu"), own._masks)
+        whole = cls(modules, torch.device("cpu"), own._task, own._bytes_per_token)
         for stage, first, state in parts:
             sums = state["sums"]
             whole._sums[0] += sums[0]

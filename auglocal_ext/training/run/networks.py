@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...local_sequential import LocalSequential, localize
 from ...models import default_classes, is_segmentation
 from ...partition import Balanced
 from ...rules import Rule
-from ...tasks import Classification, Segmentation
-from ..data.datasets import MASKS
-from ..errors import SettingsError
-
-
-def check_data(network: str, dataset: str, mixes: bool = False) -> None:
-    """SettingsError unless the network ``network`` learns what the data set ``dataset`` holds: classes, or masks."""
-    if is_segmentation(network):
-        if dataset != MASKS:
-            raise SettingsError(
-                f"--network {network} puts out a class for every pixel, but the data has one class per image: give it "
-                "images and masks (train/images, train/masks, test/images, test/masks), or choose another network"
-            )
-        if mixes:
-            raise SettingsError("--mixup and --cutmix mix images that have one class each, not masks: leave them out")
-    elif dataset == MASKS:
-        raise SettingsError(
-            f"--network {network} puts out one class per image, but the data are images and masks: choose a network "
-            "for segmentation, such as torchvision:fcn_resnet50 or torchvision:deeplabv3_resnet50"
-        )
+from ...tasks import Classification, LanguageModelling, Segmentation, Task
 
 
 def task_of(name: str, num_classes: int | None = None) -> Classification | Segmentation:
@@ -41,7 +24,7 @@ def task_of(name: str, num_classes: int | None = None) -> Classification | Segme
 def cut(
     network: nn.Module,
     rule: Rule,
-    task: Classification | Segmentation,
+    task: Task,
     input_shape: Sequence[int],
     modules: int | Sequence[int] | Balanced | None = None,
     *,
@@ -52,7 +35,10 @@ def cut(
     Of the dictionary that torchvision's segmentation networks return ``"out"`` is learned.
     """
     if isinstance(network, nn.Sequential):
-        return LocalSequential(network, rule, task=task, input_shape=input_shape, modules=modules, fused=fused)
+        given: Any = {"input_shape": input_shape}
+        if isinstance(task, LanguageModelling):
+            given = {"example_input": example_input(task, input_shape)}
+        return LocalSequential(network, rule, task=task, modules=modules, fused=fused, **given)
     return localize(
         network,
         rule,
@@ -62,3 +48,8 @@ def cut(
         fused=fused,
         output="out" if isinstance(task, Segmentation) else None,
     )
+
+
+def example_input(task: Task, input_shape: Sequence[int], count: int = 1) -> Tensor:
+    """So many inputs of zeros: images, or of a language model tokens."""
+    return torch.zeros(count, *input_shape, dtype=torch.int64 if isinstance(task, LanguageModelling) else None)

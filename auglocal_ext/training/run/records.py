@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .logs import CsvLog, EpochRow, EpochTable, TensorBoardLog
@@ -11,10 +11,12 @@ LOG = "log.csv"
 
 
 class Records:
-    """The log, the scalars and the table of a run that goes on after ``epoch``."""
+    """The log of these columns, the scalars and the table of a run that goes on after ``epoch``."""
 
-    def __init__(self, output: Path, epoch: int, table: EpochTable, say: Callable[[str], None]) -> None:
-        self._log = CsvLog(output / LOG, epoch, table.masks)
+    def __init__(
+        self, output: Path, epoch: int, columns: Sequence[str], table: EpochTable, say: Callable[[str], None]
+    ) -> None:
+        self._log = CsvLog(output / LOG, epoch, columns)
         self._board = TensorBoardLog(output / "tensorboard", epoch)
         self._table, self._say, self._headed = table, say, False
         self._say_note()

@@ -1,24 +1,29 @@
-"""A trained network out of its run folder, and the images it was trained on."""
+"""A trained network out of its run folder, and the images or the text it was trained on."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..config.train_config import TrainConfig, from_dict, pick_device
-from ..data.batches import Batches, make_batches
-from ..data.datasets import ImageArrays, ImageFiles, Images, MaskFiles, default_workers
+from ..data.batches import Batches
+from ..data.datasets import ImageArrays, ImageFiles, MaskFiles
 from ..data.folder import few
+from ..data.order import WHOLE
+from ..data.text import Text
 from ..errors import CheckpointError, SettingsError
 from ..paths import user_path
 from . import saving
+from .kind import Data
+from .kinds import kind_of
 from .learner import make_network
-from .networks import task_of
-from .trainer import load_images
+from .processes import Alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +34,9 @@ class SavedRun:
         path: the run folder.
         config: its settings, resolved, as they are stored.
         network: with the trained weights, in eval mode on ``device``; for backpropagation the network itself.
-        classes: names of the classes, in the order of the labels.
-        input_shape: channels, height, width of an image.
+        classes: names of the classes, in the order of the labels; none of a text.
+        input_shape: channels, height, width of an image, or the tokens in a window of text.
+        facts: of the data, as ``config.json`` has them.
         epochs: how many are finished.
         device: where the network is and batches are made.
     """
@@ -39,7 +45,8 @@ class SavedRun:
     config: TrainConfig
     network: nn.Module
     classes: tuple[str, ...]
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
+    facts: Mapping[str, Any]
     epochs: int
     device: torch.device
 
@@ -72,24 +79,25 @@ class SavedRun:
         train_images: int | None = None,
         seed: int | None = None,
         bars: bool = False,
-    ) -> Images:
+    ) -> Data:
         """The data set of the run, read from ``data``, or from where it lay when the run was trained.
 
         ``train_images`` takes fewer training images than the run had, drawn among its own by ``seed``. Raises DataError
         or SettingsError, as :func:`load_data` does, and CheckpointError for images the network was not trained on.
         """
-        images = load_images(self.images_config(data, train_images, seed), bars)
+        config = self.images_config(data, train_images, seed)
+        images = kind_of(config.network).load(config, bars, Alone(self.device))
         self.check(images)
         return images
 
-    def check(self, images: Images) -> None:
-        """CheckpointError if classes or shape of the images are not those the network was trained on."""
-        for what, trained, found in (
-            ("classes", self.classes, images.classes),
-            ("images of shape", self.input_shape, images.input_shape),
-        ):
-            if tuple(trained) != tuple(found):
-                expected, came = (few([*map(str, values)]) for values in (trained, found))
+    def check(self, images: Data) -> None:
+        """CheckpointError if classes, vocabulary or shape of the data are not those the network was trained on."""
+        facts = kind_of(self.config.network).facts(images)
+        shape = "windows of" if isinstance(images, Text) else "images of shape"
+        for key, what in (("classes", "classes"), ("vocabulary", "a vocabulary of"), ("input_shape", shape)):
+            trained, found = self.facts.get(key), facts.get(key)
+            if trained != found:
+                expected, came = (few([*map(str, _listed(values))]) for values in (trained, found))
                 raise CheckpointError(
                     f"{self.path} was trained on {what} {expected}, this data has {came}; give the folder of its own "
                     "data set"
@@ -97,7 +105,7 @@ class SavedRun:
 
     def source(
         self,
-        data: str | Path | Images | None = None,
+        data: str | Path | Data | None = None,
         batch_size: int | None = None,
         seed: int | None = None,
         train_images: int | None = None,
@@ -110,21 +118,25 @@ class SavedRun:
             seed: of order and augmentation, and of ``train_images``; default that of the run.
             train_images: fewer training images than the run had, see :meth:`images`; not for images themselves.
         """
-        if isinstance(data, ImageArrays | ImageFiles | MaskFiles):
+        if isinstance(data, ImageArrays | ImageFiles | MaskFiles | Text):
             images = data
             self.check(images)
         else:
             images = self.images(data, train_images, seed)
-        recipe = self.config.recipe_values
-        return make_batches(
-            images,
-            recipe.augmentation,
-            batch_size=recipe.batch_size if batch_size is None else batch_size,
-            seed=self.config.seed if seed is None else seed,
-            device=self.device,
-            channels_last=self.config.channels_last,
-            workers=default_workers() if self.config.workers is None else self.config.workers,
+        own = self.config
+        config = replace(
+            own,
+            batch_size=own.batch_size if batch_size is None else batch_size,
+            seed=own.seed if seed is None else seed,
+            mixup=None,
+            cutmix=None,
         )
+        kind = kind_of(own.network)
+        return kind.batches(config, images, kind.task(self.facts), self.device, WHOLE)
+
+
+def _listed(values: Any) -> list[Any]:
+    return values if isinstance(values, list) else [values]
 
 
 def load_run(path: str | Path, device: str = "auto") -> SavedRun:
@@ -150,11 +162,11 @@ def load_run(path: str | Path, device: str = "auto") -> SavedRun:
         )
     state = saving.read(file)
     facts = state["data"]
-    classes, shape = tuple(facts["classes"]), tuple(facts["input_shape"])
+    classes, shape = tuple(facts.get("classes", ())), tuple(facts["input_shape"])
     try:
         config = from_dict(state["settings"])
         fresh = replace(config, network_weights=None)  # the checkpoint has the weights
-        network = make_network(fresh, shape, task_of(config.network, len(classes)), target)
+        network = make_network(fresh, shape, kind_of(config.network).task(facts), target)
         saving.load_network(file, state, network)
     except CheckpointError:
         raise
@@ -166,4 +178,4 @@ def load_run(path: str | Path, device: str = "auto") -> SavedRun:
             f"again or analyse it with that version ({reason})"
         ) from error
     epochs = state["progress"]["epochs"]
-    return SavedRun(file.parent, config, network.eval(), classes, shape, epochs, target)
+    return SavedRun(file.parent, config, network.eval(), classes, shape, facts, epochs, target)

@@ -22,7 +22,9 @@ from ...step.in_flight import load_state_dict as load_followed
 from ..config.train_config import from_dict
 from ..errors import CheckpointError, OutputError, SettingsError
 from . import checkpoint, stored
-from .learner import ImageTask, Learner, make_network, sgd
+from .kind import RunTask
+from .learner import Learner, make_network
+from .optimizers import make_optimizer, parameter_groups
 from .processes import Alone
 from .writing import to
 
@@ -146,7 +148,7 @@ def load_network(path: Path, state: dict[str, Any], network: torch.nn.Module) ->
 def _load_converted(path: Path, state: dict[str, Any], learner: Learner, team: Alone) -> None:
     """As ``learner.load``, of one process's file; the folder made of it is gone afterwards, and ``path`` untouched."""
     folder = path.with_name(FOLDER + PARTIAL)
-    task = cast("ImageTask", cast("LocalSequential", learner.network).task)
+    task = cast("RunTask", cast("LocalSequential", learner.network).task)
     _collective(lambda: team.on_first(lambda: _convert(state, task, folder)))
     try:
         _collective(lambda: learner.load(folder))
@@ -156,14 +158,14 @@ def _load_converted(path: Path, state: dict[str, Any], learner: Learner, team: A
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _convert(state: dict[str, Any], task: ImageTask, folder: Path) -> None:
+def _convert(state: dict[str, Any], task: RunTask, folder: Path) -> None:
     """The folder that several processes would have written in place of one process's file."""
     config = from_dict(state["settings"])
     facts, plain = state["data"], state["learner"]
     network = make_network(config, tuple(facts["input_shape"]), task, torch.device("cpu"))
     assert isinstance(network, LocalSequential)
     network.load_state_dict(state["network"])
-    optimizer = sgd(config, list(network.parameters()))
+    optimizer = make_optimizer(config, parameter_groups(config, network))
     optimizer.load_state_dict(plain["optimizer"])
     rest = {name: value for name, value in state.items() if name not in ("network", "learner")}
     saved = {"grad_scaler": plain["grad_scaler"], "providers": plain.get("providers") or {}, "extra": rest}

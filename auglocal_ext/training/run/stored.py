@@ -14,6 +14,7 @@ from torch import Tensor
 from ...distributed.checkpoint_files import reason
 from ...nn import is_sharded
 from ..errors import CheckpointError, TrainingError
+from .measures import FORMS
 
 
 def _count(value: Any) -> bool:
@@ -52,6 +53,14 @@ def _shape(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(_count(size) and size for size in value)
 
 
+def _window(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 1 and _count(value[0]) and value[0] > 0
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 def _sums(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.float64 and value.dim() == 1 and _finite(value)
 
@@ -69,6 +78,8 @@ _KINDS: dict[Callable[[Any], bool], str] = {
     _settings: "settings",
     _names: "a list of names",
     _shape: "three sizes",
+    _window: "a number of tokens",
+    _text: "text",
     _sums: "finite sums",
     _states: "states of generators",
 }
@@ -76,17 +87,12 @@ _KINDS: dict[Callable[[Any], bool], str] = {
 _PARTS: dict[str, Callable[[Any], bool]] = {
     "settings": _settings,
     "data": _named,
-    "data.classes": _names,
-    "data.train_images": _count,
-    "data.test_images": _count,
-    "data.input_shape": _shape,
     "progress": _named,
     "progress.epochs": _count,
+    "progress.best_epoch": _count,
     "progress.last_accuracy": _number,
     "progress.best_accuracy": _number,
-    "progress.best_epoch": _count,
-    "progress.last_miou": _number_or_none,
-    "progress.best_miou": _number_or_none,
+    **{f"progress.{which}_{form.column}": _number_or_none for form in FORMS[1:] for which in ("last", "best")},
     "progress.train_seconds": _number,
     "progress.waiting_seconds": _number,
     "epoch_sums": _named,
@@ -98,6 +104,20 @@ _PARTS: dict[str, Callable[[Any], bool]] = {
     "batches": _named,
     "random": _states,
 }
+_OF_IMAGES: dict[str, Callable[[Any], bool]] = {
+    "data.classes": _names,
+    "data.train_images": _count,
+    "data.test_images": _count,
+    "data.input_shape": _shape,
+}
+_OF_TEXT: dict[str, Callable[[Any], bool]] = {
+    "data.vocabulary": _count,
+    "data.train_tokens": _count,
+    "data.test_tokens": _count,
+    "data.input_shape": _window,
+    "data.bytes_per_token": _number,
+    "data.checksum": _text,
+}
 _OF_FILES: dict[str, Callable[[Any], bool]] = {"network": _named, "learner": _named, "learner.optimizer": _named}
 
 
@@ -107,7 +127,9 @@ def check(state: Mapping[str, Any], path: Path, *, file: bool) -> None:
     Args:
         file: whether it is that of a file, with network and optimizer, not that of a folder.
     """
-    for name, kind in {**_PARTS, **(_OF_FILES if file else {})}.items():
+    data = state.get("data")
+    of_data = _OF_TEXT if isinstance(data, Mapping) and "vocabulary" in data else _OF_IMAGES
+    for name, kind in {**_PARTS, **of_data, **(_OF_FILES if file else {})}.items():
         value: Any = state
         for key in name.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
@@ -145,9 +167,18 @@ def check_tensors(path: Path, found: Mapping[str, Any], network: torch.nn.Module
 
 
 def options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What SGD's arithmetic depends on, of each group; all but the rate, which is set for each epoch."""
-    names = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
-    return [{name: group[name] for name in names} for group in optimizer.param_groups]
+    """What the optimizer's arithmetic depends on, of each group; all but the rate, which is set for each epoch."""
+    names = ("momentum", "dampening", "weight_decay", "nesterov", "maximize", "betas", "eps", "amsgrad")
+    groups = optimizer.param_groups
+    return [{name: _tupled(group[name]) for name in names if name in group} for group in groups]
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+_BUFFERS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+"""Of SGD and of AdamW, in the shape of their parameter."""
 
 
 def check_optimizer(path: Path, optimizer: torch.optim.Optimizer, before: list[dict[str, Any]]) -> None:
@@ -156,12 +187,12 @@ def check_optimizer(path: Path, optimizer: torch.optim.Optimizer, before: list[d
         raise CheckpointError(f"{path}: its optimizer has {options(optimizer)}, the settings make {before}")
     parameters = {p for group in optimizer.param_groups for p in group["params"]}
     for parameter, state in optimizer.state.items():
-        buffer = state.get("momentum_buffer")
-        fits = parameter in parameters and (
-            buffer is None
-            or isinstance(buffer, Tensor)
+        buffers = [value for name, value in state.items() if name in _BUFFERS and value is not None]
+        fits = parameter in parameters and all(
+            isinstance(buffer, Tensor)
             and (buffer.shape, buffer.dtype) == (parameter.shape, parameter.dtype)
             and _finite(buffer)
+            for buffer in buffers
         )
         if not fits:
             raise CheckpointError(f"{path}: the state of its optimizer is not that of the network's parameters")

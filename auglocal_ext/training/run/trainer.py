@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -11,15 +12,12 @@ from typing import Any
 
 import torch
 
-from ...models import default_input_shape
 from ...nn import is_sharded
 from ...step import MemoryPlan
-from ...tasks import Segmentation
-from ..config.schedule import learning_rate
+from ..config.schedule import learning_rate, rate_of_step, warmup_of
 from ..config.train_config import TrainConfig, pick_device, resolve, to_dict
-from ..data.batches import Batches, make_batches
-from ..data.datasets import ImageArrays, Images, default_workers, detect, load_data
-from ..data.mixing import MixedBatches
+from ..data.batches import Batches
+from ..data.datasets import ImageArrays
 from ..data.order import Part, mixed_seed
 from ..data.prefetch import Batch, make_feed
 from ..errors import CheckpointError, DivergedError, Interrupted, OutputError, SettingsError, WorkerError
@@ -27,12 +25,13 @@ from ..interrupt import InterruptRequest
 from ..paths import user_path
 from . import resuming, saving, stored
 from .curves import draw_run, read_curves
-from .learner import autocast, make_learner
-from .logs import EpochRow, EpochTable, peak_bytes
+from .kind import Data
+from .kinds import kind_of
+from .learner import make_learner
+from .logs import EpochRow, EpochTable, columns, measured, peak_bytes, rates
 from .metrics import EpochSums, Reading, StepResult
-from .networks import check_data, task_of
 from .processes import Alone
-from .progress import Progress, Summary, bar_text, image_bar
+from .progress import Progress, Summary, bar_text, unit_bar
 from .records import Records
 from .schedule_picture import Shares, record_schedule
 from .versions import versions
@@ -48,7 +47,7 @@ CHECKPOINT, CURVES, SCHEDULE = saving.FILE, "curves.png", "schedule.png"
 
 
 class Trainer:
-    """Trains ``config.network`` by ``config.rule`` on the images in ``config.data``.
+    """Trains ``config.network`` by ``config.rule`` on the images, or the text, in ``config.data``.
 
     ``data`` stands in for loading them; ``say`` receives the lines for the terminal; ``bars`` shows progress
     bars where standard error is a terminal. ``network`` is what is trained, ``config`` the resolved settings.
@@ -60,14 +59,14 @@ class Trainer:
     Files in ``config.output``: config.json (settings, data, versions), log.csv, tensorboard/, checkpoint.pt (after each
     epoch and on Ctrl-C, always of finite weights; local modules of several processes write a folder checkpoint/),
     curves.png (redrawn at ends of epochs, every half minute at most, and when the run ends, is stopped or diverges),
-    schedule.png (several processes on CPUs). Raises a TrainingError, before anything is written, for data or settings
-    that do not work.
+    schedule.png (several processes on CPUs); of a text also samples.txt, and tokens.bin unless its tokens are the bytes
+    of one file. Raises a TrainingError, before anything else is written, for data or settings that do not work.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        data: Images | None = None,
+        data: Data | None = None,
         *,
         bars: bool = True,
         say: Callable[[str], None] = print,
@@ -81,36 +80,20 @@ class Trainer:
             )
         self._bars, self._say = bars and team.first, say if team.first else lambda line: None
         self.device = team.device
-        self.data = load_images(config, self._bars) if data is None else data
-        check_data(config.network, self.data.name, config.mixes)
+        self._kind = kind_of(config.network)
+        self.data = self._kind.load(config, self._bars, team) if data is None else data
+        self._kind.check(config, self.data.name)
         self.config = resolve(config, self.data.name, not isinstance(self.data, ImageArrays))
         self._left_open = {name for name in resuming.LAID_OUT if getattr(config, name) is None}
         self.output = user_path(self.config.output)
 
         torch.manual_seed(self.config.seed)
         self._recipe = self.config.recipe_values
-        self._task = task_of(self.config.network, len(self.data.classes))
-        self._masks = self._task if isinstance(self._task, Segmentation) else None
+        self._task = self._kind.task(self._data_facts())
         part = Part(team.replica, team.replicas, self.config.mixes and team.replicas > 1)
-        self._batches: Batches = make_batches(
-            self.data,
-            self._recipe.augmentation,
-            batch_size=self._recipe.batch_size,
-            seed=self.config.seed,
-            device=self.device,
-            channels_last=self.config.channels_last,
-            workers=default_workers() if self.config.workers is None else self.config.workers,
-            part=part,
-        )
-        if self.config.mixes:
-            self._batches = MixedBatches(
-                self._batches,
-                self._task.num_classes,
-                mixup=self.config.mixup or 0.0,
-                cutmix=self.config.cutmix or 0.0,
-                seed=self.config.seed,
-                led=part.led,
-            )
+        self._batches: Batches = self._kind.batches(self.config, self.data, self._task, self.device, part)
+        self._bytes_per_token = self._kind.bytes_per_token(self.data)
+        self._sampler = self._kind.sampler(self.config, self.data)
         self._feed = make_feed(self.device)
         self._learner = make_learner(self.config, self.data.input_shape, self._task, self.device, team.mesh)
         self.network = self._learner.network
@@ -164,8 +147,11 @@ class Trainer:
     def _records(self) -> Records:
         with replaced(self.output / "config.json") as file:
             file.write((json.dumps(self.describe(), indent=2) + "\n").encode())
-        lines = EpochTable(self._recipe.epochs, self._task.metric, self._learner.modules)
-        return Records(self.output, self._done.epochs, lines, self._say)
+        if self._sampler is not None:
+            self._sampler.open(self.output, self._done.epochs)
+        reading, unit = self._no_sums().read(), self._kind.unit
+        lines = EpochTable(self._recipe.epochs, reading.metric[0], self._learner.modules, unit)
+        return Records(self.output, self._done.epochs, columns(reading.measured, unit), lines, self._say)
 
     def _epochs(self, records: Records | None) -> None:
         """The epochs that are still to do."""
@@ -173,11 +159,16 @@ class Trainer:
         while self._done.epochs < self._recipe.epochs:
             started, whole = time.perf_counter(), self._sums.steps == 0
             row = self._epoch()
+            sample = self._sample(row.epoch)
             if records is not None:
                 records.add(row)
+            if sample is not None and self._sampler is not None and self.team.first:
+                self._sampler.write(self.output, row.epoch, sample)
             self.save()
             if records is not None:
                 records.show(row, self._learner.outcome())
+            if sample is not None:
+                self._say(f"\n{_quoted(sample)}\n")
             if row.epoch == first and (times := self._learner.times) is not None:
                 record_schedule(self.output / SCHEDULE, self.team, times, self._title())
             if self._done.epochs < self._recipe.epochs:
@@ -189,9 +180,7 @@ class Trainer:
 
     def _epoch(self) -> EpochRow:
         epoch = self._done.epochs + 1
-        lr = self.learning_rate(epoch)
-        for group in self._learner.optimizer.param_groups:
-            group["lr"] = lr
+        self._set_rate(epoch, self._sums.steps)
         train = self._train(epoch)
         test = self.evaluate()
         if not math.isfinite(test.loss):
@@ -204,27 +193,43 @@ class Trainer:
         self._sums = self._no_sums()
         return EpochRow(
             epoch=epoch,
-            lr=lr,
+            lr=self.learning_rate(epoch, self.steps),
             train_loss=self._own_loss(train),
-            train_accuracy=train.accuracy,
             local_loss_sum=train.loss,
             test_loss=test.loss,
-            test_accuracy=test.accuracy,
-            images_per_second=sums.images / sums.seconds,
             seconds=sums.seconds,
             waiting=sums.waiting / sums.seconds,
             peak_bytes=peak_bytes(self.device),
             module_losses=train.module_losses,
-            module_accuracies=train.module_accuracies,
-            train_miou=train.miou,
-            test_miou=test.miou,
-            module_mious=train.module_mious,
+            **rates(self._kind.unit, sums.images / sums.seconds),
+            **measured(train, test),
         )
 
-    def learning_rate(self, epoch: int) -> float:
-        """The rate of an epoch, counted from 1."""
+    def learning_rate(self, epoch: int, step: int = 1) -> float:
+        """The rate of a step of an epoch, both counted from 1."""
         recipe = self._recipe
+        if self.config.on_text:
+            done = (epoch - 1) * self.steps
+            return rate_of_step(done + step, recipe.epochs * self.steps, recipe.lr, recipe.warmup_steps or 0)
         return learning_rate(epoch, recipe.epochs, recipe.lr, recipe.warmup, str(self.config.schedule))
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of warm-up of a language model, whose rate changes with every step."""
+        return warmup_of(self._recipe.warmup_steps or 0, self._recipe.epochs * self.steps)
+
+    def _set_rate(self, epoch: int, done: int) -> None:
+        """The rate of the step after so many of an epoch."""
+        rate = self.learning_rate(epoch, min(done + 1, self.steps))
+        for group in self._learner.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _sample(self, epoch: int) -> str | None:
+        if self._sampler is None:
+            return None
+        self.network.eval()
+        with torch.no_grad():
+            return self._sampler.sample(self._learner.predict, epoch, self.team)
 
     def _own_loss(self, reading: Reading) -> float:
         """The network's own loss on training images, which the last module's loss is up to the rule's weight."""
@@ -238,14 +243,15 @@ class Trainer:
         self.team.wait()
         before, started, skipped = sums.seconds, time.perf_counter(), self._seen
         self.network.train()
-        with self._bar(f"epoch {epoch}/{self._recipe.epochs}", self.data.train_count, skipped) as bar:
+        with self._bar(f"epoch {epoch}/{self._recipe.epochs}", self._units(self.data.train_count), skipped) as bar:
             for images, labels in self._feed(self._watched(self._batches.train(epoch, sums.steps))):
-                sums.add(self._learner.step(images, labels), len(labels))
+                self._set_rate(epoch, sums.steps)
+                sums.add(self._learner.step(images, labels), self._units(len(labels)))
                 if sums.steps % every == 0:
                     reading = self._read(epoch)
                     if not bar.disable:
-                        per_image = (time.perf_counter() - started) / (self._seen - skipped)
-                        left = self._seconds_left(epoch, per_image)
+                        per_unit = (time.perf_counter() - started) / (self._seen - skipped)
+                        left = self._seconds_left(epoch, per_unit)
                         bar.set_postfix_str(self._bar_text(bar, left, reading), refresh=False)
                 bar.update(self._seen - bar.n)
                 if stop.after((epoch - 1) * self.steps + sums.steps, self._interrupt.requested):
@@ -266,18 +272,22 @@ class Trainer:
 
     @property
     def _seen(self) -> int:
-        """Training images of the epoch so far, over all replicas."""
-        return min(self._sums.steps * self._recipe.batch_size, self.data.train_count)
+        """Training images, or tokens, of the epoch so far, over all replicas."""
+        return self._units(min(self._sums.steps * self._recipe.batch_size, self.data.train_count))
+
+    def _units(self, samples: int) -> int:
+        """Images, or tokens, in so many images or windows."""
+        return samples * self._kind.per_sample(self.data.input_shape)
 
     def _bar_text(self, bar: Any, seconds_left: float, reading: Reading) -> str:
         if self._learner.own[-1] < self._learner.modules - 1:  # the network's loss is another stage's
             return f"run {bar.format_interval(seconds_left)}"
-        return bar_text(bar, seconds_left, self._own_loss(reading), reading, self._task.metric, self.device)
+        return bar_text(bar, seconds_left, self._own_loss(reading), reading, self.device)
 
-    def _seconds_left(self, epoch: int, per_image: float) -> float:
+    def _seconds_left(self, epoch: int, per_unit: float) -> float:
         """Of the run. Until an epoch is over, the test images are taken to cost what training images do."""
-        whole = self._epoch_seconds or per_image * (self.data.train_count + self.data.test_count)
-        return per_image * (self.data.train_count - self._seen) + whole * (self._recipe.epochs - epoch)
+        whole = self._epoch_seconds or per_unit * self._units(self.data.train_count + self.data.test_count)
+        return per_unit * (self._units(self.data.train_count) - self._seen) + whole * (self._recipe.epochs - epoch)
 
     def _read(self, epoch: int) -> Reading:
         """Losses and waits so far; on CUDA the host waits for the device here and nowhere else."""
@@ -306,21 +316,20 @@ class Trainer:
         return DivergedError(f"{what}: train again with another --output and {ways} ({self._saved})")
 
     def evaluate(self) -> Reading:
-        """Mean cross-entropy and top-1 accuracy, of masks mIoU too, of the network alone, in eval mode, over the test
-        images.
+        """Mean cross-entropy of the network alone, and what its task measures, in eval mode, over the test images or
+        the validation text.
         """
-        sums = EpochSums(1, self.device, self._masks)
+        sums = EpochSums(1, self.device, self._task, self._bytes_per_token)
         # Replicas that do not share parameters are not in step here.
         stop = self.team.stop(f"the test after epoch {self._done.epochs + 1}", replicas=self.config.shard)
         self.network.eval()
-        with torch.no_grad(), self._bar("test", self.data.test_count) as bar:
+        with torch.no_grad(), self._bar("test", self._units(self.data.test_count)) as bar:
             for batch, (images, labels) in enumerate(self._watched(self._batches.test())):
-                with autocast(self.config.amp, self.device):
-                    logits = self._learner.predict(images)
-                if logits is not None:
-                    scored = self._task.score(logits.float(), labels)
-                    sums.add(StepResult.of_one_module(scored, self._task.counted(labels)), len(labels))
-                bar.update(len(labels) * self.config.replicas)
+                scored = self._learner.score(images, labels)
+                if scored is not None:
+                    result = StepResult.of_one_module(scored, self._task.counted(labels))
+                    sums.add(result, self._kind.tested(self._task, labels))
+                bar.update(self._units(len(labels)) * self.config.replicas)
                 if stop.after(batch, self._interrupt.requested):
                     break
         return self.team.total(sums).read()
@@ -355,14 +364,14 @@ class Trainer:
             curves = read_curves(self.output)
         except CheckpointError:  # no epoch is done, or the log of those that are was moved away
             return
-        done, (last, best) = self._done, self._done.metrics
+        done, (form, last, best) = self._done, self._done.measured()[-1]
         try:
             draw_run(
                 self.output / CURVES,
                 curves,
                 self._title(),
-                f"epoch {done.epochs} of {self._recipe.epochs}; test {self._task.metric} {last:.2%}, "
-                f"best {best:.2%} in epoch {done.best_epoch}",
+                f"epoch {done.epochs} of {self._recipe.epochs}; test {form.name} {form.text(last)}, "
+                f"best {form.text(best)} in epoch {done.best_epoch}",
             )
         except OSError as error:  # no reason to lose a run
             self._say(f"{self.output / CURVES} cannot be written: {error.strerror or error}")
@@ -428,13 +437,17 @@ class Trainer:
         return {"settings": to_dict(self.config), "data": facts, "versions": versions(), "threads": threads}
 
     def _data_facts(self) -> dict[str, Any]:
-        return {
-            "classes": list(self.data.classes),
-            "train_images": self.data.train_count,
-            "test_images": self.data.test_count,
-            "input_shape": list(self.data.input_shape),
-            "in_memory": isinstance(self.data, ImageArrays),
-        }
+        return self._kind.facts(self.data)
+
+    @property
+    def described_data(self) -> str:
+        """What the data is, for the terminal."""
+        return self._kind.described(self._data_facts())
+
+    @property
+    def held_out(self) -> str:
+        """What the test is on, for the terminal."""
+        return self._kind.held_out
 
     def _stop_if_asked(self) -> None:
         if self.team.any(self._interrupt.requested):
@@ -447,27 +460,17 @@ class Trainer:
             )
 
     def _no_sums(self) -> EpochSums:
-        return EpochSums(len(self._learner.own), self.device, self._masks)
+        return EpochSums(len(self._learner.own), self.device, self._task, self._bytes_per_token)
 
     def _whole_sums(self) -> EpochSums:
         """Those of all modules and all images."""
         return self.team.whole(self._sums, self._learner.own.start, self._learner.modules)
 
     def _bar(self, description: str, total: int, initial: int = 0) -> Any:
-        return image_bar(total, description, self._bars, initial)
+        return unit_bar(total, self._kind.unit, description, self._bars, initial)
 
 
-def load_images(config: TrainConfig, bars: bool) -> Images:
-    """The images that ``config`` names."""
-    dataset = detect(user_path(config.data)) if config.dataset == "auto" else config.dataset
-    check_data(config.network, dataset, config.mixes)  # before all of them are read
-    return load_data(
-        config.data,
-        dataset,
-        image_size=config.image_size,
-        streamed_size=default_input_shape(config.network)[1],
-        train_images=config.train_images,
-        seed=config.seed,
-        workers=config.workers,
-        progress=bars,
-    )
+def _quoted(sample: str) -> str:
+    """A sample for the terminal, indented, with marks in place of what would move its cursor."""
+    shown = "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in sample)
+    return textwrap.indent(shown, "  | ", lambda line: True)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ...data.augment import Augmentation
 from ...errors import RecipeError, SettingsError
@@ -28,30 +28,39 @@ else:
 _FOLDER = Path(__file__).parent
 
 #: The recipes that hold a data set's training alone and no network or rule: what ``auto`` chooses from.
-DATA_RECIPES = ("cifar10", "svhn", "stl10", "imagenet", "masks")
+DATA_RECIPES = ("cifar10", "svhn", "stl10", "imagenet", "masks", "text")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with Nesterov momentum, a cosine schedule stepped per epoch, and the images' augmentation.
+    """How a run is optimised, and how its images are augmented.
 
-    Weight decay acts on every parameter, BatchNorm's and biases included, as in AugLocal's released code.
+    Images: SGD with Nesterov momentum, a cosine schedule stepped per epoch; weight decay acts on every parameter,
+    BatchNorm's and biases included, as in AugLocal's released code. Text: AdamW, a cosine stepped per step after
+    ``warmup_steps``, gradients clipped to ``clip_norm``; there is no augmentation, and ``warmup`` is 0.
     """
 
     epochs: int
     batch_size: int
     lr: float
     warmup: int
-    augmentation: Augmentation
+    augmentation: Augmentation | None
     weight_decay: float
-    momentum: float
+    momentum: float | None = None
+    clip_norm: float | None = None
+    warmup_steps: int | None = None
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Recipe:
-        """From settings, where none of them may be missing or None; ValueError for an augmentation that cannot be."""
-        names = ("epochs", "batch_size", "lr", "warmup", "weight_decay", "momentum")
-        augmentation = Augmentation(**{field.name: settings[field.name] for field in fields(Augmentation)})
-        return cls(augmentation=augmentation, **{name: settings[name] for name in names})
+        """From settings; those of images, or of text, may be missing. ValueError for an augmentation that cannot be."""
+        own = [field.name for field in fields(cls) if field.name not in ("augmentation", "warmup")]
+        names = [field.name for field in fields(Augmentation)]
+        augmented = any(settings.get(name) is not None for name in names)
+        return cls(
+            warmup=settings.get("warmup") or 0,
+            augmentation=Augmentation(**{name: settings[name] for name in names}) if augmented else None,
+            **cast("Any", {name: settings.get(name) for name in own}),
+        )
 
 
 @dataclass(frozen=True)
