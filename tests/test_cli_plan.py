@@ -106,3 +106,12 @@ def test_stages(capsys):
         assert message in capsys.readouterr().err
     assert main([*SMALL[:5], "--rule", "bp", "--batch-size", "8", "--stages", "2"]) == 1
     assert "--stages is for local modules, which bp has none of" in capsys.readouterr().err
+
+
+def test_a_language_model(capsys):
+    options = "--network gpt --layers 2 --width 16 --heads 2 --context 8 --batch-size 4"
+    assert main(["plan", *options.split(), "--rule", "greedy"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("gpt, width 16 on windows of 8 tokens, 256 outputs\ngreedy: 3 local modules")
+    assert main(["plan", *options.split(), "--image-size", "8"]) == 1
+    assert "--image-size belongs to a run on images" in capsys.readouterr().err
