@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..distributed import Shards, Stage, crossing_inputs
 from ..local_modules import LocalModule, LocalOutput, OneStream, PassModule, Relay, local_pass
+from ..tasks import Task
 from .course import Batch, Course
 from .edges import Edges
 from .updates import Updates, updating
@@ -144,7 +145,7 @@ class Pipeline:
         boundaries: what the stages receive and send.
         edges: parameters that cross cuts.
         region: entered for each stage; takes the number of samples it trains on, and the number of the call.
-        outputs: of the network, per sample.
+        task: of the network.
         shards: hold the parameters of this process's modules, if they are sharded.
     """
 
@@ -156,7 +157,7 @@ class Pipeline:
         boundaries: Boundaries,
         edges: Edges | None,
         region: Callable[[int, int], AbstractContextManager[Any]],
-        outputs: int,
+        task: Task,
         shards: Shards | None = None,
     ) -> None:
         self.course = Course(delay, stages[-1][0])
@@ -165,7 +166,7 @@ class Pipeline:
         self._boundaries = boundaries
         self._edges = edges
         self._region = region
-        self._outputs = outputs
+        self._task = task
         self._shards = shards
 
     def run(
@@ -215,8 +216,8 @@ class Pipeline:
             if before is not None:
                 self._boundaries.fill(stage, before)
             nan = like.new_full((len(modules),), torch.nan)
-            nothing = torch.full((len(modules),), -1, device=like.device)
-            return LocalOutput(nan.sum(), like.new_empty(0, self._outputs), nan, nothing)
+            nothing = torch.full((len(modules), *self._task.count_shape), -1, device=like.device)
+            return LocalOutput(nan.sum(), like.new_empty(0, self._task.outputs), nan, nothing)
         relay = passing(modules, batch[0], *self._boundaries.receive(stage, batch, before))
         # Among replicas a module is updated when the next one's gradients are there: later than it ends.
         trained = self._edges.trained if self._edges is not None and updates.replicas is None else None

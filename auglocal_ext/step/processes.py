@@ -213,9 +213,8 @@ class Processes:
         self.cuts = cuts
         bounds = [0, *cuts, net.num_modules]
         spans = [(stage, bounds[stage], bounds[stage + 1] - 1) for stage in stages]
-        outputs = net.task.outputs
         self.pipeline = Pipeline(
-            spans, len(cuts) + 1, self._delay, boundaries, edges, self.region, outputs, self.shards
+            spans, len(cuts) + 1, self._delay, boundaries, edges, self.region, net.task, self.shards
         )
 
     def where(self, net: LocalSequential) -> Place:

@@ -10,7 +10,20 @@ from language import LENGTH, VOCABULARY, WIDTH, decoder, literal_loss, tokens, w
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from auglocal_ext import DGL, MAN, AugLocal, Balanced, ContSup, Greedy, InfoPro, LanguageModelling, LocalStep, PredSim
+from auglocal_ext import (
+    DGL,
+    MAN,
+    AugLocal,
+    Balanced,
+    ContSup,
+    Greedy,
+    InfoPro,
+    LanguageModelling,
+    LocalSequential,
+    LocalStep,
+    PredSim,
+    Segmentation,
+)
 from auglocal_ext.cost import count_macs, count_training_macs
 from auglocal_ext.planning import plan_memory
 from auglocal_ext.rules import LinearHead
@@ -320,6 +333,22 @@ def test_it_learns(tied):
         out = step(x, (x + 1) % VOCABULARY)
     perplexity = net.task.measure(out.module_counts, net.task.counted(x))
     assert perplexity.shape == (2,) and bool((perplexity < 2).all())
+
+
+@pytest.mark.parametrize("replayed", [LanguageModelling, Segmentation])
+def test_a_stage_without_a_batch_counts_nothing_in_the_tasks_shape(replayed):
+    """With a delay later stages begin later; the counts of all are one tensor."""
+    if replayed is LanguageModelling:
+        net, (x, y) = wrapped(Greedy(), 2), tokens()
+    else:
+        layers = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(3)))
+        net = LocalSequential(layers, Greedy(), task=Segmentation(3), modules=2, input_shape=(3, 4, 4))
+        x, y = torch.randn(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64)
+    step = LocalStep(net, lambda params: torch.optim.SGD(params, lr=0.1), stage_cuts=(1,), delay=1)
+    first, second = step(x, y), step(x, y)
+    assert first.module_counts.shape == second.module_counts.shape == (2, *net.task.count_shape)
+    assert bool((first.module_counts[1] == -1).all()) and bool((second.module_counts >= 0).all())
+    assert net.task.measure(first.module_counts, 5)[1].isnan()
 
 
 def test_autocast_to_bfloat16():
