@@ -68,6 +68,10 @@ from auglocal_ext.training.errors import RecipeError
         ("[rule]\ndepth = 0\n", r"line 2, \[rule\]: depth \(.*\) is a whole number of at least 1; got 0"),
         ('[rule]\nrule = "auglocal"\npyramid = 1.5\n', r"line 3, \[rule\]: pyramid \(.*\) is a number within 0 .. 1"),
         ('[rule]\nrule = "dgl"\ndepth = 3\n', r"line 3, \[rule\]: depth belongs to the rule auglocal, not to dgl"),
+        (
+            '[rule]\nrule = "bp"\nmodules = 4\n',
+            r"line 3, \[rule\]: modules belongs to the rule auglocal and .*, not to bp",
+        ),
         ('[rule]\nrule = "bp"\nhead = "cnn"\n', r"line 3, \[rule\]: head belongs to the rule .*, not to bp"),
         ('[rule]\nrule = "infopro"\nweights = [1, 2]\n', r"line 3, \[rule\]: weights are four numbers, .* got 1,2"),
         ('[rule]\nrule = "dgl"\nhead = "conv"\n', r"line 3, \[rule\]: head is refused: unknown auxiliary head 'conv'"),

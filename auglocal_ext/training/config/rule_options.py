@@ -252,8 +252,8 @@ def check_table(rule: str | None, table: Mapping[str, Any], place: str = "rule")
             if all(refusals):
                 raise _refused(place, name, refusals[0])
         return
-    for name in options:
-        if name not in RULE_OPTIONS[rule]:
+    for name in table:
+        if name != "rule" and name not in RULE_OPTIONS[rule]:
             owners = " and ".join(owner for owner, known in RULE_OPTIONS.items() if name in known)
             raise WrongSetting(place, name, f"belongs to the rule {owners}, not to {rule}")
     if rule != "bp" and (refusal := _refusal(rule, options)):
