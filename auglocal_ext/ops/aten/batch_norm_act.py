@@ -119,7 +119,8 @@ def backward(
         sums = _sums(g, x, mean, rstd)
     kept = sums if training and need_x else (None, None)
     grad_x = _input_grad(g, x, mean, rstd, weight, *kept) if need_x or need_residual else x.new_empty(0)
-    return grad_x, grad_residual, *(x.new_empty(0, dtype=_wide(x)) if made is None else made for made in sums)
+    sum_g, sum_g_xhat = (x.new_empty(0, dtype=_wide(x)) if made is None else made for made in sums)
+    return grad_x, grad_residual, sum_g, sum_g_xhat
 
 
 def _by_batch_norm(x: Tensor) -> bool:
