@@ -309,17 +309,17 @@ void apply(const BatchNormProblem& problem, const FeatureMap& output) {
       };
       for (int64_t index = begin; index < end; ++index) {
         const Task task = grid.task(index);
-        for_rows<T, variant.kMany>(grid, task, factors_of(task), x.dense() && residual.rows.dense(), start,
-                                   [&](int64_t row, int64_t i, auto n, const auto& factors) {
-                                     Real z[kLanes];
-                                     x.read(row, i, n, z);
-                                     for (int lane = 0; lane < kLanes; ++lane)
-                                       z[lane] = normalised(channel_of(factors, lane), z[lane]);
-                                     residual.add(variant, row, i, n, z);
-                                     for (int lane = 0; lane < kLanes; ++lane)
-                                       z[lane] = variant.activated(z[lane], z[lane], slope);
-                                     y.write(z, row, i, n);
-                                   });
+        for_rows<variant.kMany>(grid, task, factors_of(task), x.dense() && residual.rows.dense(), start,
+                                [&](int64_t row, int64_t i, auto n, const auto& factors) {
+                                  Real z[kLanes];
+                                  x.read(row, i, n, z);
+                                  for (int lane = 0; lane < kLanes; ++lane)
+                                    z[lane] = normalised(channel_of(factors, lane), z[lane]);
+                                  residual.add(variant, row, i, n, z);
+                                  for (int lane = 0; lane < kLanes; ++lane)
+                                    z[lane] = variant.activated(z[lane], z[lane], slope);
+                                  y.write(z, row, i, n);
+                                });
       }
     };
     torch::stable::parallel_for(0, grid.tasks(), grain(grid.elements_of_task()), run);
@@ -374,7 +374,7 @@ void input_grad(const BatchNormProblem& problem, const std::optional<Tensor>& su
       const bool dense = x.dense() && grad.dense() && residual.rows.dense();
       for (int64_t index = begin; index < end; ++index) {
         const Task task = grid.task(index);
-        for_rows<T, variant.kMany>(grid, task, factors_of(task), dense, start, lanes);
+        for_rows<variant.kMany>(grid, task, factors_of(task), dense, start, lanes);
       }
     };
     torch::stable::parallel_for(0, grid.tasks(), grain(grid.elements_of_task()), run);

@@ -49,10 +49,10 @@ void for_lanes(int64_t first, int64_t last, bool dense, const F& f) {
   for (; i < last; i += kLanes) f(i, std::min<int64_t>(kLanes, last - i));
 }
 
-// The same where f may be called with some elements twice.
+// The same where f may be called with some elements twice, also with those before `first`.
 template <typename F>
 void for_lanes_again(int64_t first, int64_t last, bool dense, const F& f) {
-  if (!dense || last - first < kLanes) return for_lanes(first, last, dense, f);
+  if (!dense || last < kLanes) return for_lanes(first, last, dense, f);
   for (int64_t i = first; i < last; i += kLanes) f(std::min(i, last - kLanes), AllLanes());
 }
 

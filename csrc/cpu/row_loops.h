@@ -119,20 +119,32 @@ class TaskFactors {
 };
 
 // Calls f(row, i, n, factors) for the rows of a task, of which `start(first, last)` looks up a run, and the
-// lanes of each. T: of an element; kMany: whether rows have many channels.
-template <typename T, bool kMany, typename Real, size_t kNumber, typename Start, typename F>
+// lanes of each. kMany: whether rows have many channels.
+template <bool kMany, typename Real, size_t kNumber, typename Start, typename F>
 void for_rows(const Grid& grid, const Task& task, const std::array<const Real*, kNumber>& factors, bool dense,
               const Start& start, const F& f) {
   const auto run = [&](int64_t first, int64_t last, int64_t size) {
     start(first, last);
-    // So many rows that memory is not read with leaps of several lines.
-    const int64_t most = size <= kLanes ? kRun : sizeof(T) > 2 ? 2 : 8;
-    for (int64_t from = 0; from < last - first; from += most)
-      for_lanes_again(0, size, dense, [&](int64_t i, auto n) {
+    // Few rows and many elements of each, so that memory is read with few leaps.
+    const int64_t most = size <= kLanes ? kRun : 8;
+    for (int64_t from = 0; from < last - first; from += most) {
+      const int64_t to = std::min(last - first, from + most);
+      int64_t begin = 0;
+      if constexpr (kMany) {
+        for (; dense && begin + 2 * kLanes <= size; begin += 2 * kLanes) {
+          const int64_t i = task.first + begin;
+          const LaneFactors<Real, kNumber, true> own(factors, begin), others(factors, begin + kLanes);
+          for (int64_t row = from; row < to; ++row) {
+            f(row, i, AllLanes(), own);
+            f(row, i + kLanes, AllLanes(), others);
+          }
+        }
+      }
+      for_lanes_again(begin, size, dense, [&](int64_t i, auto n) {
         const LaneFactors<Real, kNumber, kMany> own(factors, kMany ? i : 0);
-        for (int64_t row = from; row < std::min(last - first, from + most); ++row)
-          f(row, task.first + i, n, own);
+        for (int64_t row = from; row < to; ++row) f(row, task.first + i, n, own);
       });
+    }
   };
   if constexpr (kMany) grid.for_runs(task, run);
   else run(task.first_row, task.last_row, task.last);
