@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import ConvBase, NormBase
+from .._torch import MODULE_HOOKS, ConvBase, NormBase
 from ..nn import eager_type
 from ..segments import Segment
 
@@ -155,7 +155,8 @@ def nesting_hint(layers: nn.Sequential) -> str:
 def evaluating(*modules: nn.Module) -> Iterator[None]:
     """Within the context every submodule is in eval mode and no gradient is recorded; modes are restored after.
 
-    So are other attributes, such as a cache that a module fills in eval mode and would keep in training mode.
+    So are other attributes, such as a cache that a module fills in eval mode and would keep in training mode, and the
+    hooks, which a model may add when it is first called.
     """
     parts = [part for module in modules for part in module.modules()]
     models = {segment.model for segment in parts if isinstance(segment, Segment)}
@@ -171,13 +172,13 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             _restore(part, attributes)
 
 
-_OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
+_OF_MODULES = frozenset(vars(nn.Module())) - {"training", *MODULE_HOOKS}
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """What a module holds beside parameters, buffers, submodules and hooks; of a container also its contents."""
+    """What a module holds beside parameters, buffers and submodules; of a container also its contents."""
     return {
-        key: (value, value.copy() if type(value) in (dict, list, set) else None)
+        key: (value, value.copy() if type(value) in (dict, OrderedDict, list, set) else None)
         for key, value in vars(module).items()
         if key not in _OF_MODULES
     }

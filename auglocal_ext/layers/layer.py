@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import eager_type
-from ..segments import Segment
+from ..segments import CrossingError, Segment
 from .features import LAYOUTS, Features, Layout
 from .groups import (
     classifier_start,
@@ -269,6 +269,11 @@ def _width(block: Residual | nn.Conv2d | nn.Linear | None, channels: int | None)
 def _refusal(layers: nn.Sequential, example: Tensor, index: int, h: Tensor, error: Exception) -> Exception:
     """What to say where child ``index`` does not take what it is handed."""
     child = layers[index]
+    if isinstance(child, Segment) and isinstance(error, CrossingError):
+        return ValueError(
+            f"the model cannot be cut after {child.first}: to run what follows, its forward needs more than what "
+            f"crosses this cut. {error}"
+        )
     shape = tuple(h.shape[1:])
     found = f"layers[{index}] ({type(child).__name__}) does not accept an input of shape {_batched(shape)}"
     leaf = next((part for part in child.modules() if has_parameters(part) and not list(part.children())), None)

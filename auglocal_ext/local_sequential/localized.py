@@ -246,7 +246,11 @@ def _refuse_lost(model: nn.Module, passage: Passage, segments: Sequence[Segment]
 
 def _nowhere(model: nn.Module, passage: Passage) -> str:
     reasons = "; ".join(f"after {each}: {each.refused}" for each in passage.refused[:3])
-    return f"{type(model).__name__} can be cut nowhere. {reasons or 'It calls no submodule before its last operators'}"
+    way = ""
+    if any(each.crossing for each in passage.refused):
+        way = '. skips="detach" allows some of these cuts, with no gradient through what crosses: name them by modules='
+    reasons = reasons or "It calls no submodule before its last operators"
+    return f"{type(model).__name__} can be cut nowhere. {reasons}{way}"
 
 
 def _layers(

@@ -35,12 +35,12 @@ def detached_chain(net, x, y):
             losses.append(scored.loss.detach())
             scored.loss.backward()
             flat[leaf] = flat[leaf].detach()
-            for crossing in boundary.crossing:
+            for crossing in (each for each in boundary.crossing if each.name):  # the input has no gradient
                 tree_flatten(returned[crossing.name, crossing.nth])[0][crossing.leaf].detach_()
             return tree_unflatten(flat, spec)
 
         handles.append(model.get_submodule(boundary.name).register_forward_hook(train))
-    for name in {crossing.name for boundary in boundaries for crossing in boundary.crossing}:
+    for name in {crossing.name for boundary in boundaries for crossing in boundary.crossing} - {""}:
         calls = itertools.count()
 
         def note(module, args, output, name=name, calls=calls):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -225,6 +226,16 @@ class ReadsValues(Functional):
     def forward(self, x):
         x = F.relu(self.one(x))
         if x.sum().item() > 1e9:
+            x = x * 0
+        return self.head(F.adaptive_avg_pool2d(self.three(F.relu(self.two(x))), 2).flatten(1))
+
+
+class ReadsRealValues(Functional):
+    """Its forward reads a value before a cut, which it does not do with fake tensors."""
+
+    def forward(self, x):
+        x = F.relu(self.one(x))
+        if type(x) is not FakeTensor and bool((x > 1e9).any()):
             x = x * 0
         return self.head(F.adaptive_avg_pool2d(self.three(F.relu(self.two(x))), 2).flatten(1))
 

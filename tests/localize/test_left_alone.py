@@ -47,3 +47,28 @@ def test_caches_of_eval_mode_do_not_stay_behind():
         localize(model, rule, 5, input_shape=SHAPE)
         for part in (each for each in model.modules() if isinstance(each, Cached)):
             assert part.cache == {} and part.calls == 0 and not hasattr(part, "found") and part.training
+
+
+class Captures(nn.Module):
+    """Adds a hook to its layer when it is first called, as models of Hugging Face do to capture hidden states."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = network()
+        self.seen = []
+
+    def forward(self, x):
+        if not hasattr(self, "captures"):
+            self.layers[1].register_forward_hook(lambda module, args, output: self.seen.append(1))
+            self.captures = True
+        return self.layers(x)
+
+
+def test_hooks_of_a_first_call_in_eval_mode_do_not_stay_behind():
+    model = Captures()
+    localize(model, Greedy(), 5, input_shape=SHAPE)
+    assert not model.layers[1]._forward_hooks and not hasattr(model, "captures")
+    model.seen = []
+    model(torch.randn(2, *SHAPE))
+    model(torch.randn(2, *SHAPE))
+    assert len(model.seen) == 2

@@ -82,6 +82,7 @@ REFUSED = {
     "skip": (odd.UNet, {"modules": ["middle"]}, "the output of .* which cat in the forward of the model uses later"),
     "batch is not first": (odd.SequenceFirst, {}, "does not have the batch as its first axis"),
     "reads values": (odd.ReadsValues, {}, "a dry run of ReadsValues on fake tensors"),
+    "reads values of real tensors": (odd.ReadsRealValues, {}, "cannot be cut after .*needs more than.*reads a value"),
     "noise in two places": (odd.NoiseAcross, {"modules": ["one"]}, "mul in the forward of the model uses later"),
     "buffer of the forward": (odd.Counting, {}, "changes calls before it"),
     "replaced buffer": (odd.Averaging, {}, "the model around it replaces its buffer mean"),
