@@ -14,32 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from auglocal_ext import AugLocal, Greedy, LocalStep, localize
-from auglocal_ext.tasks import Task
+from auglocal_ext.tasks import LanguageModelling
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3}
 VOCABULARY = 31
-
-
-class NextToken(Task):
-    """Cross-entropy at every position."""
-
-    dense = True
-
-    def check_form(self, target, samples):
-        assert target.dim() == 2 and len(target) == samples
-
-    def check_output(self, shape, whose):
-        assert len(shape) == 2 and shape[1] == self.outputs
-
-    def loss(self, output, target):
-        return F.cross_entropy(output.flatten(0, 1), target.flatten())
-
-    def example(self, samples, device=None):
-        return torch.zeros(samples, 8, dtype=torch.int64, device=device)
-
-    def readout(self, x, features, linear):
-        return linear(features.channels_first(x).movedim(1, -1))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +70,7 @@ def tokens(samples=4, length=8):
 
 
 def wrapped(model, rule, modules, x, predicts_tokens=True, **options):
-    what = {"task": NextToken(VOCABULARY)} if predicts_tokens else {"num_classes": 5}
+    what = {"task": LanguageModelling(VOCABULARY)} if predicts_tokens else {"num_classes": 5}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "local modules .* share a parameter")  # GPT-2's embedding and readout
         return localize(model, rule, modules=modules, example_input=x[:1], **{"output": "logits", **what, **options})
