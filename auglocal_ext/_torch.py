@@ -63,6 +63,7 @@ __all__ = [
     "MODULE_HOOKS",
     "RESETS",
     "backward_hooks",
+    "below_autograd",
     "call_hooks",
     "clear_cublas_workspaces",
     "constant_when_compiled",
@@ -99,6 +100,8 @@ __all__ = [
 
 #: Makes a tensor without memory, of a subclass whose ``__torch_dispatch__`` does the work.
 make_wrapper_subclass = Tensor._make_wrapper_subclass
+#: A context in which operators skip autograd's kernels, which for a custom op are Python.
+below_autograd = torch._C._AutoDispatchBelowAutograd
 #: What autograd runs for ``log_softmax``, for a loss that makes its gradient itself: (gradient, result, dim, dtype).
 log_softmax_backward = torch.ops.aten._log_softmax_backward_data
 #: As ``__torch_function__`` of a subclass: operators see it, functions of Python do not.

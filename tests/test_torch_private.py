@@ -155,6 +155,15 @@ def test_foreach_works_in_place_on_all_tensors():
     assert [name.removeprefix("aten::_foreach_") for name in writes.written] == ["mul_", "lerp_", "copy_", "zero_"]
 
 
+@canary("below_autograd")
+def test_below_autograd_nothing_is_recorded():
+    x = torch.ones(2, requires_grad=True)
+    with private.below_autograd(), Writes() as writes:
+        y = x * 2
+    assert writes.names == ["aten::mul"] and y.grad_fn is None and not y.requires_grad
+    assert (x * 2).requires_grad
+
+
 @canary("log_softmax_backward")
 def test_the_gradient_of_log_softmax_is_made_from_its_result():
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)

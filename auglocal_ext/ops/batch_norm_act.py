@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -58,6 +60,14 @@ def batch_norm_act(
     slope = slope_of(activation, negative_slope)
     if training:
         refuse_stand_in(NAME)
+    if training and not torch.compiler.is_compiling():
+        run = passes(x, provider)
+        if run.updates(x, running_mean, running_var, num_batches_tracked):
+            check_eps(eps, training)
+            count_as_written(running_mean, running_var, num_batches_tracked)
+            written = running_mean, running_var, num_batches_tracked
+            options = float(momentum), float(eps), slope
+            return registry.record(_node(run.forward_), x, *written, weight, bias, residual, *options)[0]
     mean, rstd = batch_norm_factors(
         x,
         running_mean,
@@ -68,7 +78,7 @@ def batch_norm_act(
         eps=eps,
         provider=provider,
     )
-    return registry.chosen(NAME, x, provider)(x, mean, rstd, weight, bias, residual, slope, training)
+    return registry.run(registry.chosen(NAME, x, provider), x, mean, rstd, weight, bias, residual, slope, training)
 
 
 def batch_norm_factors(
@@ -258,17 +268,47 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(provider: str, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 8
-    need_x, _, _, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
-    needs = need_x, need_weight or need_bias, need_residual and ctx.slope != 1
+    need_x, _, _, *needs = ctx.needs_input_grad[:6]
+    grad_x, *grads = _gradients_of(provider, ctx, grad, (need_x, *needs))
+    return grad_x, None, None, *grads, None, None
+
+
+def _gradients_of(provider: str, ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, bias and residual, those that are needed."""
+    need_x, need_weight, need_bias, need_residual = needs
+    wanted = need_x, need_weight or need_bias, need_residual and ctx.slope != 1
     backward = registry.overload("batch_norm_act_backward", provider)
-    grad_x, grad_residual, sum_g, sum_g_xhat = backward(grad, *ctx.saved_tensors, ctx.slope, ctx.training, *needs)
+    grad_x, grad_residual, sum_g, sum_g_xhat = backward(grad, *ctx.saved_tensors, ctx.slope, ctx.training, *wanted)
     return (
-        *(grad_x if need_x else None, None, None),
-        sum_g_xhat.to(ctx.dtypes[0]) if need_weight else None,
-        sum_g.to(ctx.dtypes[1]) if need_bias else None,
+        grad_x if need_x else None,
+        _in(ctx.dtypes[0], sum_g_xhat) if need_weight else None,
+        _in(ctx.dtypes[1], sum_g) if need_bias else None,
         None if not need_residual else grad if ctx.slope == 1 else grad_residual,
-        *(None, None),
     )
+
+
+def _in(dtype: torch.dtype, vector: Tensor) -> Tensor:
+    return vector if vector.dtype is dtype else vector.to(dtype)
+
+
+def _setup_context_(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, _, _, _, weight, bias, residual, _, _, slope = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    _setup_context(ctx, (x, *output[1:], weight, bias, residual, slope, True), output[0])
+
+
+def _backward_(provider: str, ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 10
+    need_x, _, _, _, *needs = ctx.needs_input_grad[:7]
+    grad_x, *grads = _gradients_of(provider, ctx, grad, (need_x, *needs))
+    return grad_x, None, None, None, *grads, None, None, None
+
+
+@lru_cache(maxsize=None)
+def _node(forward_: Any) -> registry.Node:
+    """The node of the op in training, whose forward pass is ``batch_norm_act_forward_``."""
+    return registry.Node(NAME, forward_._overloadname, forward_, _setup_context_, _backward_, _INSTEAD)
 
 
 TABLE = registry.table(NAME)
@@ -319,4 +359,4 @@ registry.composite(
     aten="backward",
 )
 registry.composite(TABLE, NAME, f"(Tensor x, {_FACTORS}, bool training) -> Tensor", _fake_forward, _forward)
-registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD)
+registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD, primitive="batch_norm_act_apply")

@@ -72,7 +72,7 @@ def batch_norm_act_max_pool(
         provider=provider,
     )
     op = registry.chosen(NAME, x, provider, beside=window)
-    return op(x, mean, rstd, weight, bias, slope, *window, training)[0]
+    return registry.run(op, x, mean, rstd, weight, bias, slope, *window, training)[0]
 
 
 def batch_norm_act_max_pool_apply(
@@ -281,4 +281,4 @@ registry.primitive(
 registry.composite(
     TABLE, NAME, f"({_FACTORS}, {_WINDOW}, bool training) -> (Tensor y, Tensor indices)", _fake_apply, _forward
 )
-registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD)
+registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD, primitive=f"{NAME}_apply")

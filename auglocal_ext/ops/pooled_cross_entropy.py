@@ -84,8 +84,8 @@ def pooled_cross_entropy(
     if torch.is_autocast_enabled(device):
         # The providers call matmul themselves, which autocast would send to its own dtype.
         with torch.autocast(device, enabled=False):
-            return PooledCrossEntropy(*op(*arguments)[:3])
-    return PooledCrossEntropy(*op(*arguments)[:3])
+            return PooledCrossEntropy(*registry.run(op, *arguments)[:3])
+    return PooledCrossEntropy(*registry.run(op, *arguments)[:3])
 
 
 def _check(

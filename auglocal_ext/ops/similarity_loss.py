@@ -69,8 +69,8 @@ def similarity_loss(
     if torch.is_autocast_enabled(device):
         # The providers call matmul themselves, which autocast would send to its own dtype.
         with torch.autocast(device, enabled=False):
-            return op(*arguments)[0]
-    return op(*arguments)[0]
+            return registry.run(op, *arguments)[0]
+    return registry.run(op, *arguments)[0]
 
 
 def channel_std(z: Tensor) -> Tensor:
