@@ -1,4 +1,4 @@
-"""The ops: each a function of one file, with its providers behind it."""
+"""The ops: each a function of one file, with the providers reference, aten, cpu, cuda and triton behind it."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def pooled_cross_entropy(
         ignore_index: label that counts nowhere.
         label_smoothing: in [0, 1], as in ``F.cross_entropy``.
         reduction: ``"mean"`` (over the labels that count) or ``"sum"``.
-        provider: None (automatic) or ``"reference"``, ``"cpu"``, ``"cuda"``, ``"triton"``.
+        provider: None (automatic) or ``"reference"``, ``"aten"``, ``"cpu"``, ``"cuda"``, ``"triton"``.
         check_labels: False if the labels have been checked already; one outside [0, K) is then treated as ignored.
 
     Returns:

@@ -31,7 +31,7 @@ def reconstruction_loss(
         image: ``(N, C, H, W)``, the network's normalised input, in any of these dtypes and with any strides.
         mean: ``(C,)``, in units of [0, 1].
         std: ``(C,)``, in units of [0, 1].
-        provider: None (automatic) or ``"reference"``, ``"cpu"``, ``"cuda"``, ``"triton"``.
+        provider: None (automatic) or ``"reference"``, ``"aten"``, ``"cpu"``, ``"cuda"``, ``"triton"``.
 
     Returns:
         The loss in float32 (float64 for double logits), in which sums are accumulated; the gradient has the dtype and

@@ -44,7 +44,7 @@ def similarity_loss(
         target: labels ``(N,)``, int64, below ``num_classes``.
         num_classes: K.
         ignore_index: label that counts nowhere.
-        provider: None (automatic) or ``"reference"``, ``"cpu"``, ``"cuda"``, ``"triton"``.
+        provider: None (automatic) or ``"reference"``, ``"aten"``, ``"cpu"``, ``"cuda"``, ``"triton"``.
         check_labels: False if the labels have been checked already; one outside [0, K) is then treated as ignored.
 
     Returns:

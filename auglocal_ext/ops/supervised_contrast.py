@@ -38,7 +38,7 @@ def supervised_contrast(
         target: labels ``(N,)``, int64, any numbers.
         temperature: t.
         ignore_index: label that counts nowhere.
-        provider: None (automatic) or ``"reference"``, ``"cpu"``, ``"cuda"``, ``"triton"``.
+        provider: None (automatic) or ``"reference"``, ``"aten"``, ``"cpu"``, ``"cuda"``, ``"triton"``.
 
     Returns:
         The loss, a scalar in float32 (float64 for double features), in which sums are accumulated; the gradient has the
