@@ -55,6 +55,24 @@ def measure(function: Callable[[], Any], device: str, seconds: float, *, graph: 
     return spread(times)
 
 
+def in_turn(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str, Spread]:
+    """Time functions on the CPU as :func:`measure` does, for about ``seconds`` each, one run of each after another.
+
+    What else the machine does meanwhile then slows all of them alike. Every other round goes backwards.
+    """
+    flush = torch.empty(_cache_bytes("cpu"), dtype=torch.int8)
+    for function in functions.values():
+        for _ in range(3):
+            function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    end, rounds = time.perf_counter() + seconds * len(functions), 0
+    while functions and (rounds < 10 or (time.perf_counter() < end and rounds < 1000)):
+        for name in [*functions][:: -1 if rounds % 2 else 1]:
+            times[name].append(_time_cpu(functions[name], flush))
+        rounds += 1
+    return {name: spread(found) for name, found in times.items()}
+
+
 def time_steps(step: Callable[[], Any], device: str, seconds: float, least: int = 3, most: int = 50) -> Spread:
     """Time of whole training steps in a row, after warm-up: as many as fit into ``seconds``, within bounds.
 

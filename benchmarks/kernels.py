@@ -5,10 +5,10 @@
     python benchmarks/kernels.py --op batch_norm_act --limit 500 --resume
 
 On CUDA no time contains Python: replays of a CUDA graph are timed, or, where one cannot be captured, runs that were
-launched while the device slept; each line says which. GB/s divides the bytes any implementation has to move (inputs
-read once, results written once) by the median time; "of copy" is its share of the bandwidth of a plain copy, measured
-in the same run. A line whose results differ from eager float32 is an error, not a time. Prints a table and writes a
-JSON file, line by line.
+launched while the device slept; each line says which. On the CPU the variants of a case take turns, run by run. GB/s
+divides the bytes any implementation has to move (inputs read once, results written once) by the median time; "of copy"
+is its share of the bandwidth of a plain copy, measured in the same run. A line whose results differ from eager float32
+is an error, not a time. Prints a table and writes a JSON file, line by line.
 
 Exit status: 0 when all lines are there, 1 if one is an error, 130 if --limit came before the end.
 """
@@ -30,7 +30,7 @@ from _device_timing import BrokenCaptureError
 from _environment import environment
 from _kernel_cases import OPS, Case, cases
 from _resume import INTERRUPTED, NEVER_ENDED, StartOverError, earlier, is_broken, start_over, write_json
-from _timing import Spread, copy_bandwidth, measure, peak_bytes
+from _timing import Spread, copy_bandwidth, in_turn, measure, peak_bytes
 from torch import Tensor
 
 from auglocal_ext.ops import providers
@@ -156,9 +156,38 @@ def measure_all(options: argparse.Namespace, report: Report, deadline: float) ->
             if time.monotonic() > deadline:
                 return False
             print(f"\n{case.op}, {case.shape}, {name}: {case.bytes / 1e6:.2f} MB to move", flush=True)
+            if options.device == "cpu":
+                measure_in_turn(case, name, missing, options, report)
+                continue
             for variant, function in missing.items():
                 measure_line(case, name, variant, function, options, report)
     return True
+
+
+def measure_in_turn(
+    case: Case,
+    dtype: str,
+    missing: dict[str, Callable[..., tuple[Tensor, ...]]],
+    options: argparse.Namespace,
+    report: Report,
+) -> None:
+    """The lines of a case on the CPU into the report; its variants run in turn."""
+    results, runs = {}, {}
+    for variant, function in missing.items():
+        result = Result(case.op, case.shape, dtype, variant, None, case.bytes, None)
+        report.begin(result)
+        run = partial(forward_backward, function, case.inputs, case.grad)
+        results[variant] = replace(result, error=_failure(run, case))
+        if not results[variant].error:
+            runs[variant] = run
+    report.leave()
+    for variant, spread in in_turn(runs, options.seconds).items():
+        # Bytes are counted by a mode under which compiled code would run eagerly.
+        peak = None if variant == "compile" else peak_bytes(runs[variant], "cpu")
+        results[variant] = replace(results[variant], time=spread, peak=peak)
+    for result in results.values():
+        report.add(result)
+        print(_line(result, report.bandwidth), flush=True)
 
 
 def measure_line(
@@ -229,21 +258,31 @@ def _measure(
     options: argparse.Namespace,
     graph: bool,
 ) -> Result:
-    def run() -> tuple[Tensor, ...]:
-        return forward_backward(function, case.inputs, case.grad)
-
+    run = partial(forward_backward, function, case.inputs, case.grad)
+    wrong = _failure(run, case)
+    if wrong:
+        return replace(result, error=wrong)
     try:
-        wrong = _difference(run(), _float32(case), TOLERANCE[case.dtype])
-        if wrong:
-            return replace(result, error=wrong)
         spread = measure(run, options.device, options.seconds, graph=graph)
-        # On the CPU bytes are counted by a mode under which compiled code would run eagerly.
-        counted = options.device == "cuda" or result.variant != "compile"
-        return replace(result, time=spread, peak=peak_bytes(run, options.device) if counted else None)
+        return replace(result, time=spread, peak=peak_bytes(run, options.device))
+    except BrokenCaptureError:
+        raise
+    except Exception as error:
+        return replace(result, error=_told(error))
+
+
+def _failure(run: Callable[[], tuple[Tensor, ...]], case: Case) -> str:
+    """Why a line has no time; empty where its results are right."""
+    try:
+        return _difference(run(), _float32(case), TOLERANCE[case.dtype])
     except BrokenCaptureError:
         raise
     except Exception as error:  # one line that fails, as a compiler missing for torch.compile, leaves the others
-        return replace(result, error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        return _told(error)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: float) -> str:

@@ -246,7 +246,11 @@ def quick(benchmark, monkeypatch):
         calls.append(graph)
         return benchmark.Spread(1e-3, 1e-3, 1e-3, 10)
 
+    def in_turn(runs, seconds):
+        return {name: measure(run, "cpu", seconds) for name, run in runs.items()}
+
     monkeypatch.setattr(benchmark, "measure", measure)
+    monkeypatch.setattr(benchmark, "in_turn", in_turn)
     monkeypatch.setattr(benchmark, "copy_bandwidth", lambda device, seconds: 1e10 + len(calls))
     benchmark.calls = calls
     return benchmark
@@ -289,6 +293,11 @@ def test_a_capture_that_broke_goes_on_in_a_new_process_without_a_graph(quick, tm
         assert script.endswith("kernels.py") and set(given) - set(arguments(tmp_path)) <= {"--resume"}
         raise Replaced
 
+    def line_by_line(case, dtype, missing, options, report):  # as on CUDA
+        for variant, function in missing.items():
+            quick.measure_line(case, dtype, variant, function, options, report)
+
+    monkeypatch.setattr(quick, "measure_in_turn", line_by_line)
     monkeypatch.setattr(quick, "measure", broken)
     monkeypatch.setattr(quick, "start_over", start_over)
     with pytest.raises(Replaced):
@@ -347,3 +356,13 @@ def test_every_line_has_a_time_on_a_gpu(benchmark, tmp_path):
     lines = json.loads((tmp_path / "kernels-cuda.json").read_text())["results"]
     assert {line["variant"] for line in lines} == {"eager", "cuda", "triton"}
     assert {line["time"]["way"] for line in lines if line["variant"] != "eager"} == {"graph replays"}
+
+
+def test_variants_take_turns_on_the_cpu(benchmark):
+    from _timing import in_turn
+
+    called = []
+    spreads = in_turn({name: lambda name=name: called.append(name) for name in "abc"}, 0)
+    assert {name: spread.runs for name, spread in spreads.items()} == dict.fromkeys("abc", 10)
+    assert "".join(called[9:]) == "abccba" * 5
+    assert in_turn({}, 1) == {}
