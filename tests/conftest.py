@@ -5,6 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+
+# Tensors of tests are so small that threads would mostly wait for each other, for minutes beside other programs. torch
+# reads this when it is imported, here and in processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType

@@ -68,7 +68,7 @@ def test_every_rule_has_a_row(benchmark):
 
     exported = [getattr(auglocal_ext, name) for name in auglocal_ext.__all__]
     rules = {c for c in exported if isinstance(c, type) and issubclass(c, auglocal_ext.Rule)}
-    classes = {c.__name__ for c in rules if c.name}  # heads have none
+    classes = {c.__name__ for c in rules if c.name} - {"SOLO"}  # heads have no name, and the networks are of images
     names = [row.name for row in benchmark.rule_rows()]
     assert len(set(names)) == len(names)
     for name in classes:

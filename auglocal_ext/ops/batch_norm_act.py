@@ -67,7 +67,7 @@ def batch_norm_act(
             count_as_written(running_mean, running_var, num_batches_tracked)
             written = running_mean, running_var, num_batches_tracked
             options = float(momentum), float(eps), slope
-            return registry.record(_node(run.forward_), x, *written, weight, bias, residual, *options)[0]
+            return registry.record(_node(run.provider), x, *written, weight, bias, residual, *options)[0]
     mean, rstd = batch_norm_factors(
         x,
         running_mean,
@@ -306,9 +306,10 @@ def _backward_(provider: str, ctx: Any, grad: Tensor | None, *_: None) -> tuple[
 
 
 @lru_cache(maxsize=None)
-def _node(forward_: Any) -> registry.Node:
+def _node(provider: str) -> registry.Node:
     """The node of the op in training, whose forward pass is ``batch_norm_act_forward_``."""
-    return registry.Node(NAME, forward_._overloadname, forward_, _setup_context_, _backward_, _INSTEAD)
+    forward_ = registry.overload("batch_norm_act_forward_", provider)
+    return registry.Node(NAME, provider, forward_, _setup_context_, _backward_, _INSTEAD)
 
 
 TABLE = registry.table(NAME)

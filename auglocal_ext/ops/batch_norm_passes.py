@@ -22,6 +22,7 @@ NAME = "batch_norm_act"
 class Passes(NamedTuple):
     """What runs on maps of one device and dtype: a provider's passes, as overloads, and whether autocast may cast."""
 
+    provider: str
     factors_: Any
     stats: Any
     apply: Any
@@ -138,6 +139,7 @@ def _of(provider: str, x: Tensor) -> Passes:
     # Of these two it is known; the compiler of torch 2.11 cannot ask.
     may_cast = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
     return Passes(
+        provider,
         op("batch_norm_factors_"),
         op("batch_norm_stats"),
         op("batch_norm_act_apply"),
