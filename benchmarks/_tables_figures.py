@@ -14,6 +14,7 @@ from _tables_results import (
     expect,
     fields,
     image_information,
+    kernel_median,
     kernel_span,
     memory_fields,
     network_rows,
@@ -60,7 +61,7 @@ def _of_scaling(over: str) -> Callable[[Sequence[str]], str]:
 
 def _kernels(words: Sequence[str]) -> str:
     op, what = expect([*words, "cpu"] if len(words) == 1 else words, "OP WHAT")
-    return kernel_span(op, what)
+    return kernel_median(what) if op == "median" else kernel_span(op, what)
 
 
 def _accuracy(words: Sequence[str]) -> str:

@@ -193,7 +193,7 @@ def _kernels(words: Sequence[str]) -> str:
 
 
 def _kernels_cpu() -> str:
-    columns = ["op", "cases", "`cpu`: time, × eager", "`torch.compile`: time, × eager", "`cpu`: memory, × eager"]
+    columns = ["op", "cases", "fused: time, × eager", "`torch.compile`: time, × eager", "fused: memory, × eager"]
     cases = {op: str(len(found)) for op, found in kernel_ratios("cpu").items()}
     lines = [[f"`{op}`", count, *(kernel_span(op, what) for what in KERNELS)] for op, count in cases.items()]
     return markdown(columns, lines)

@@ -8,7 +8,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -151,7 +153,8 @@ def _millions(value: int | None) -> float | None:
 def kernel_ratios(what: str) -> dict[str, list[float]]:
     """For each op, over all shapes and dtypes: time or peak memory beside eager PyTorch's.
 
-    ``what`` is "cpu" or "compile", the variant whose time it is, or "memory", the cpu provider's peak.
+    ``what`` is "cpu" or "compile", the variant whose time it is, or "memory", the cpu provider's peak. Of an op that has
+    no cpu provider it is that of ``aten``.
     """
     pick(dict.fromkeys(KERNELS), what, "comparison")
     variant, value = ("cpu", "peak") if what == "memory" else (what, "time")
@@ -163,8 +166,14 @@ def kernel_ratios(what: str) -> dict[str, list[float]]:
         lines.setdefault((line["op"], line["shape"], line["dtype"]), {})[line["variant"]] = found
     ratios: dict[str, list[float]] = {}
     for (op, *_), found in lines.items():
-        ratios.setdefault(op, []).append(found[variant] / found["eager"])
+        measured = found["aten"] if variant == "cpu" and "cpu" not in found else found[variant]
+        ratios.setdefault(op, []).append(measured / found["eager"])
     return ratios
+
+
+def kernel_median(what: str) -> str:
+    """The median of the ratios of all ops, as text."""
+    return f"{median(chain.from_iterable(kernel_ratios(what).values())):.2f}"
 
 
 def kernel_span(op: str, what: str) -> str:
