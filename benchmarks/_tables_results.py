@@ -153,8 +153,8 @@ def _millions(value: int | None) -> float | None:
 def kernel_ratios(what: str) -> dict[str, list[float]]:
     """For each op, over all shapes and dtypes: time or peak memory beside eager PyTorch's.
 
-    ``what`` is "cpu" or "compile", the variant whose time it is, or "memory", the cpu provider's peak. Of an op that has
-    no cpu provider it is that of ``aten``.
+    ``what`` is "cpu" or "compile", the variant whose time it is, or "memory", the cpu provider's peak. Of an op
+    that has no cpu provider it is that of ``aten``.
     """
     pick(dict.fromkeys(KERNELS), what, "comparison")
     variant, value = ("cpu", "peak") if what == "memory" else (what, "time")
