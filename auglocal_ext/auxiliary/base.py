@@ -91,9 +91,11 @@ class Auxiliary(Part, ABC):
 
     Attributes:
         follows_layers: whether it depends on other layers of the network, and not on the module's output alone.
+        follows_whole: whether it reads parameters that it follows as a whole, so that they cannot be sharded.
     """
 
     follows_layers: bool = False
+    follows_whole: bool = False
 
     @abstractmethod
     def loss(self, h: Tensor, context: LossContext) -> Scored:

@@ -57,13 +57,14 @@ class ScaledReadout(Auxiliary):
         super().__init__(settings)
         self._features = features
         self.norm = norm
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.ones(1))  # a single number could not be sharded
         self.own = readout if isinstance(readout, nn.Linear) else None
         self._followed = readout if isinstance(readout, Followed) else None
-        self.follows_layers = self._followed is not None
+        self.follows_layers = self.follows_whole = self._followed is not None
 
     def _read(self, h: Tensor) -> Tensor:
-        return self.scale * self.norm(h)
+        normed = self.norm(h)
+        return self.scale.to(normed.dtype) * normed
 
     @property
     def readout(self) -> nn.Linear:

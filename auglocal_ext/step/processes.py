@@ -35,6 +35,7 @@ from .pipeline import Boundaries, Pipeline, Queued, Sent, passing
 from .refusals import (
     check_delay,
     check_options,
+    refuse_followed_shards,
     refuse_nothing_to_gather,
     refuse_old_shards,
     refuse_other_devices,
@@ -156,6 +157,7 @@ class Processes:
             net.materialise(self._mesh.device_type)
             return
         refuse_shared_parameters(net, modules)
+        refuse_followed_shards(net)
         ours = {id(t) for m in modules for part in m.parts() for t in (*part.parameters(), *part.buffers())}
         parameters = [(name, p) for name, p in net.named_parameters() if id(p) in ours]
         buffers = [(name, b) for name, b in net.named_buffers() if id(b) in ours]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..auxiliary.base import parts_of
+from ..auxiliary.base import Auxiliary, parts_of
 from ..local_modules import LocalModule
 from ..local_sequential import LocalSequential
 from ..nn import eager_type, in_process_group
@@ -153,6 +153,15 @@ def refuse_shared_parameters(net: LocalSequential, modules: Sequence[LocalModule
                     "parameter is whole only while its module runs: choose modules= that keep them together, or leave "
                     "shard out"
                 )
+
+
+def refuse_followed_shards(net: LocalSequential) -> None:
+    """ValueError for shards of parameters that auxiliary networks read whole."""
+    if any(isinstance(part, Auxiliary) and part.follows_whole for part in parts_of(net.auxiliary)):
+        raise ValueError(
+            f"shard=True: auxiliary networks of {net.rule!r} read other layers' parameters, and a parameter is whole "
+            'only while its module runs: leave shard out, or let them have their own (of SOLO: readout="private")'
+        )
 
 
 def refuse(options: dict[str, Any], *names: str, what: str) -> None:

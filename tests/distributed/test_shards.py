@@ -7,10 +7,11 @@ import gc
 
 import pytest
 import torch
+from language import tokens
 from ranks import run
 from replicated import RULES, network, parts, sgd
 from replicated import mesh as replicas
-from test_edges import ReadoutRule
+from test_edges import ReadoutRule, language_model
 from test_replicas import Skipping
 from test_stages import mesh as grid
 from test_step_checkpoint import BATCHES, adamw, by_name, train
@@ -18,7 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from auglocal_ext import Greedy, LocalSequential, LocalStep, models
+from auglocal_ext import SOLO, Greedy, LocalSequential, LocalStep, models
 from auglocal_ext.distributed import DisagreementError, Shards
 from auglocal_ext.nn import deferred
 
@@ -60,6 +61,19 @@ def _alike(rank, names, world, options, exactly=True, make=network):
         assert all(isinstance(p, DTensor) for p in sharded.parameters())
 
 
+def _languages(rank):
+    """SOLO with a readout of its own."""
+    for readout in ("private", "random"):
+        states = []
+        for shard in (True, False):
+            net = language_model(SOLO(1, readout=readout))
+            step = LocalStep(net, sgd, mesh=replicas(2), shard=shard)
+            for u in range(3):
+                step(*tokens(seed=2 * u + rank))
+            states.append(net.state_dict())
+        assert_equal(*states, exactly=True)
+
+
 OPTIONS = {
     "global clip": {"clip_norm": 0.01, "clip": "global"},
     "module clip": {"clip_norm": 0.01},
@@ -77,7 +91,7 @@ def _two(rank):
 
 
 def _more(rank):
-    for work in (_plain_states, _chains, _overflow, _from_nothing, _disagreements):
+    for work in (_plain_states, _chains, _overflow, _from_nothing, _disagreements, _languages):
         torch.manual_seed(0)
         work(rank)
     _breaks_off(rank)

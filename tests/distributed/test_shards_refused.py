@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from language import wrapped
 from replicated import mesh as replicas
 from replicated import network, sgd
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
-from auglocal_ext import Greedy, LocalSequential, LocalStep, localize
+from auglocal_ext import SOLO, Greedy, LocalSequential, LocalStep, localize
 
 
 def _linears(*widths, rule=None):
@@ -50,6 +51,7 @@ def test_parameters_that_cannot_be_sharded_are_refused(lonely):
     net = _linears(6, 6, 6, 4)
     net.primary[1].weight = net.primary[0].weight
     refused(net, r"local modules 0 and 1 share primary\.0\.weight, and a parameter is whole only while")
+    refused(wrapped(SOLO(), 2), r"SOLO\(.*read other layers' parameters.*leave shard out, or let .*readout=\"private\"")
     net = _linears(6, 6, 4)
     net.primary[0].weight.register_hook(lambda g: g)
     refused(net, "primary.0.weight has a hook, which would not run")
