@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from texts import text
 
 from auglocal_ext.training import DataError, SettingsError, load_text
+from auglocal_ext.training.data import text_files
 from auglocal_ext.training.data.datasets import detect
 from auglocal_ext.training.data.order import Part
 from auglocal_ext.training.data.text import IGNORED, TextBatches
@@ -115,6 +117,24 @@ def test_texts_that_cannot_be_trained_on(tmp_path, content, said):
     with pytest.raises(DataError, match=said) as caught:
         load_text(path, 17, tmp_path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "tokens"])
+def test_a_text_is_read_block_by_block(tmp_path, monkeypatch, kind):
+    path, read, blocks = tmp_path / "a.txt", [], text_files._blocks
+    path.write_text("a line\n" * 100)
+
+    def noted(path):
+        for block in blocks(path):
+            read.append(block)
+            yield block
+
+    monkeypatch.setattr(text_files, "_BLOCK", 50)
+    monkeypatch.setattr(text_files, "_blocks", noted)
+    reader = SimpleNamespace(encode=lambda piece, add_special_tokens: SimpleNamespace(ids=[1] * len(piece)))
+    parts = text_files._bytes([str(path)]) if kind == "bytes" else text_files._ids([str(path)], reader)
+    assert [next(parts)[1] for _ in range(3)] == ([0, 50, 50] if kind == "bytes" else [0, 49, 49])
+    assert len(read) == 2
 
 
 def test_files_that_are_not_there(tmp_path):

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -184,21 +185,21 @@ def _blocks(path: str) -> Iterator[bytes]:
 def _bytes(files: list[str]) -> Iterator[tuple[np.ndarray[Any, Any], int]]:
     """Tokens, and how many bytes of the text they are."""
     for number, path in enumerate(files):
-        for block in (JOINT if number else b"", *_blocks(path)):
+        for block in chain((JOINT if number else b"",), _blocks(path)):
             yield np.frombuffer(block, np.uint8), len(block)
 
 
 def _ids(files: list[str], tokenizer: Any) -> Iterator[tuple[np.ndarray[Any, Any], int]]:
     """The same by a tokenizer, which is given pieces of about 1 MB, each up to the end of a line if it has one."""
     for number, path in enumerate(files):
-        for piece in (JOINT.decode() if number else "", *_pieces(path)):
+        for piece in chain((JOINT.decode() if number else "",), _pieces(path)):
             ids = tokenizer.encode(piece, add_special_tokens=False).ids
             yield np.array(ids, np.int64), len(piece.encode())
 
 
 def _pieces(path: str) -> Iterator[str]:
     decoder, rest, done = codecs.getincrementaldecoder("utf-8")(), "", 0
-    for block in (*_blocks(path), b""):
+    for block in chain(_blocks(path), (b"",)):
         pending = len(decoder.getstate()[0])
         try:
             text = rest + decoder.decode(block, final=not block)
