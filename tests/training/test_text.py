@@ -148,6 +148,25 @@ def test_files_that_are_not_there(tmp_path):
         load_text(tmp_path / "empty", 16, tmp_path)
 
 
+def test_what_is_said_of_tokens_is_of_these_after_a_crash(tmp_path, monkeypatch):
+    for name, content in (("a.txt", "one"), ("b.txt", "two")):
+        (tmp_path / name).write_text(content)
+    token_file(tmp_path, None, tmp_path / "run")
+    (tmp_path / "a.txt").write_text("ONE")
+    written = text_files._written
+
+    def crashes(path, blocks):
+        if path.name == text_files.ABOUT:
+            raise KeyboardInterrupt
+        written(path, blocks)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(text_files, "_written", crashes)
+        token_file(tmp_path, None, tmp_path / "run")
+    (tmp_path / "a.txt").write_text("one")
+    assert token_file(tmp_path, None, tmp_path / "run").mapped().tobytes() == b"one\n\ntwo"
+
+
 def test_tokens_that_cannot_be_written(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "b.txt").write_text("text")

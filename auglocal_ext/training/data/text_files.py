@@ -231,6 +231,7 @@ def _write(folder: Path, parts: Iterator[tuple[np.ndarray[Any, Any], int]], dtyp
     def packed() -> Iterator[bytes]:
         nonlocal count
         for tokens, size in parts:
+        (folder / ABOUT).unlink(missing_ok=True)  # of other tokens, if this ends between the two files
             count += len(tokens)
             bar.update(size)
             yield tokens.astype(dtype).tobytes()
