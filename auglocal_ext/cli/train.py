@@ -220,7 +220,7 @@ def _described(settings: dict[str, Any]) -> str:
     config = from_dict({"data": "", **settings})
     dataset, streamed = config.dataset, False
     if dataset == "auto" and config.data:
-        dataset = detect(user_path(config.data))
+        dataset = detect(user_path(config.data), text=config.on_text)
     elif dataset == "auto":
         if config.recipe == "auto":
             raise SettingsError("--config needs --data DIR or --dataset NAME: the recipe is the data set's own")

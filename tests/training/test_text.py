@@ -108,6 +108,7 @@ def test_the_bytes_of_one_file_are_not_copied(source, tmp_path):
     [
         (b"", "an empty file"),
         (b"\xfd7zXZ\x00 and more", "a xz archive, whose bytes are no text; unpack it"),
+        (b"x" * 19, "19 tokens are too few; expected at least 20"),
         (b"x" * 33, "33 tokens are too few: 32 of them are for training, and windows of --context 17 need 34"),
     ],
 )
@@ -135,6 +136,17 @@ def test_a_text_is_read_block_by_block(tmp_path, monkeypatch, kind):
     parts = text_files._bytes([str(path)]) if kind == "bytes" else text_files._ids([str(path)], reader)
     assert [next(parts)[1] for _ in range(3)] == ([0, 50, 50] if kind == "bytes" else [0, 49, 49])
     assert len(read) == 2
+
+
+def test_folders_of_texts(tmp_path):
+    folder = tmp_path / "books" / "author"
+    folder.mkdir(parents=True)
+    (folder / "one.txt").write_text("text")
+    assert detect(tmp_path / "books", text=True) == "text"
+    with pytest.raises(DataError, match="no data set recognised"):
+        detect(tmp_path / "books")
+    with pytest.raises(DataError, match="none.txt: no such file or folder"):
+        detect(tmp_path / "none.txt", text=True)
 
 
 def test_files_that_are_not_there(tmp_path):

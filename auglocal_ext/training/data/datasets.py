@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import DataError, SettingsError
 from ..paths import user_path
 from .folder import FileList, MixedSizes, check_headers, decode, few, list_folder, sampled_sizes
-from .image_file import readable
+from .image_file import files_below, readable
 from .mask_pairs import PairList, has_masks, list_pairs
 from .masks import classes_of
 from .text import NAME as TEXT
@@ -171,17 +171,20 @@ def _load(
     )
 
 
-def detect(root: Path) -> str:
-    """The data set's name by what lies in ``root``; DataError if that is nothing known, or more than one."""
+def detect(root: Path, *, text: bool = False) -> str:
+    """The data set's name by what lies in ``root``; DataError if that is nothing known, or more than one.
+
+    A folder of .txt files is a text; with ``text`` also one that has them in folders below it alone.
+    """
     with readable(root):
-        return _detected(root)
+        return _detected(root, text)
 
 
-def _detected(root: Path) -> str:
+def _detected(root: Path, text: bool) -> str:
     if root.is_file():
         return TEXT
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; {_expected()}")
+        raise DataError(f"{root}: no such {'file or folder' if text else 'folder'}; {_expected()}")
     found = [name for name, (mark, _) in MARKS.items() if (root / mark).exists()]
     if has_masks(root):
         found.insert(0, MASKS)
@@ -195,7 +198,7 @@ def _detected(root: Path) -> str:
     hints = [f"; unpack {root / archive}" for _, archive in MARKS.values() if archive and (root / archive).is_file()]
     hints += [f"; give its parent folder {root.parent}" for mark, _ in MARKS.values() if root.resolve().name == mark]
     there = sorted(entry.name for entry in os.scandir(root))
-    if not hints and any(name.lower().endswith(ENDING) for name in there):
+    if not hints and (any(name.lower().endswith(ENDING) for name in there) or text and files_below(root, (ENDING,))):
         return TEXT
     raise DataError(f"{root}: no data set recognised; {_expected()}; found {few(there)}" + "".join(hints))
 

@@ -45,6 +45,8 @@ class Text:
 
     def __post_init__(self) -> None:
         least = 2 * self.context
+        if self.file.tokens < VALIDATION:
+            raise DataError(f"{self.file.path}: {self.file.tokens} tokens are too few; expected at least {VALIDATION}")
         if self.train_tokens < least:
             raise DataError(
                 f"{self.file.path}: {self.file.tokens} tokens are too few: {self.train_tokens} of them are for "

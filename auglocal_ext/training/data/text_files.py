@@ -70,7 +70,7 @@ class TokenFile:
 
 
 def text_files(data: Path) -> list[str]:
-    """A text file by itself, or the .txt files in a folder and below it, sorted.
+    """A text file by itself, or the .txt files in a folder and below it, folder by folder, both sorted.
 
     Raises:
         DataError: if there is none, and for one that is empty, compressed or no file.
@@ -107,7 +107,8 @@ def token_file(data: str | Path, tokenizer: str | None, folder: Path, *, progres
     ``tokens.bin`` in ``folder`` first, unless they are there already, made of the same text and tokenizer.
 
     Args:
-        data: a text file, or a folder of .txt files, which are joined in the order of their paths by a blank line.
+        data: a text file, or a folder of .txt files, which are joined by blank lines in the order of
+            :func:`text_files`.
         tokenizer: a ``tokenizer.json`` of Hugging Face; None: bytes.
         folder: for the tokens.
         progress: show a bar where standard error is a terminal.
@@ -230,8 +231,8 @@ def _write(folder: Path, parts: Iterator[tuple[np.ndarray[Any, Any], int]], dtyp
 
     def packed() -> Iterator[bytes]:
         nonlocal count
-        for tokens, size in parts:
         (folder / ABOUT).unlink(missing_ok=True)  # of other tokens, if this ends between the two files
+        for tokens, size in parts:
             count += len(tokens)
             bar.update(size)
             yield tokens.astype(dtype).tobytes()

@@ -34,11 +34,13 @@ class TextRuns(Kind):
         if dataset != NAME:
             raise SettingsError(
                 f"--network {config.network} is a language model, but {config.data} holds images: give it a text file "
-                "or a folder of .txt files, or choose another network"
+                "or a folder of .txt files (with --dataset text if it has folders train and test), or choose another "
+                "network"
             )
 
     def load(self, config: TrainConfig, bars: bool, team: Alone) -> Text:
-        self.check(config, detect(user_path(config.data)) if config.dataset == "auto" else config.dataset)
+        unknown = config.dataset == "auto"
+        self.check(config, detect(user_path(config.data), text=True) if unknown else config.dataset)
         found: list[TokenFile] = []
 
         def read() -> None:
