@@ -199,7 +199,11 @@ def _unsaid(line: str) -> None:
 
 def _say(line: str) -> None:
     """At once, also into a file or a pipe: a run takes hours."""
-    print(line, flush=True)
+    try:
+        print(line, flush=True)
+    except UnicodeEncodeError:  # a sample of text may hold any character
+        encoding = sys.stdout.encoding
+        print(line.encode(encoding, "replace").decode(encoding), flush=True)
 
 
 def _curves(trainer: Trainer | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import subprocess
@@ -15,10 +16,14 @@ from runs import TIMES, interrupt_after, log, trainer
 from texts import settings
 
 from auglocal_ext.cli import main
+from auglocal_ext.cli.train import _say
 from auglocal_ext.training import Interrupted, SettingsError, TrainConfig, Trainer, load_run
 from auglocal_ext.training.config.schedule import rate_of_step
 from auglocal_ext.training.data.text import IGNORED
 from auglocal_ext.training.run.curves import read_curves
+from auglocal_ext.training.run.processes import Alone
+from auglocal_ext.training.run.text_samples import SAMPLES, TextSampler
+from auglocal_ext.training.run.trainer import _quoted
 
 TEXT_TIMES = {*TIMES, "tokens_per_second"}
 RULES = [
@@ -214,6 +219,32 @@ def test_a_tokenizer_measures_perplexity_and_bits_per_byte(tmp_path):
     again = trainer(config, None)
     again.resume()
     assert same(weights(run), weights(again))
+
+
+def test_samples_keep_their_line_ends_in_a_resumed_run(tmp_path):
+    sampler = TextSampler(9, 16, None, 1)
+    for epoch in (1, 2):
+        sampler.write(tmp_path, epoch, "a\r\nb\rc")
+    before = (tmp_path / SAMPLES).read_bytes()
+    sampler.open(tmp_path, 2)
+    assert (tmp_path / SAMPLES).read_bytes() == before
+    sampler.open(tmp_path, 1)
+    assert (tmp_path / SAMPLES).read_bytes() == before[: len(before) // 2]
+
+
+def test_a_sample_ends_when_the_run_is_asked_to_stop():
+    asked = iter([False, True])
+    sampler, team = TextSampler(50, 16, None, 1), Alone(torch.device("cpu"))
+    assert len(sampler.sample(lambda x: torch.zeros(1, 16, 256), 1, team, lambda: next(asked))) in (1, 2)
+
+
+def test_what_a_terminal_shows_of_a_sample(monkeypatch):
+    mark = "\N{REPLACEMENT CHARACTER}"
+    assert _quoted("a\tb\r\nc\x1b[2J\rd") == f"  | a       b\n  | c{mark}[2J{mark}d"
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="latin-1"))
+    _say(f"caf\xe9 {mark}")
+    assert shown.getvalue() == b"caf\xe9 ?\n"
 
 
 @pytest.mark.slow

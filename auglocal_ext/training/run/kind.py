@@ -88,11 +88,14 @@ class Sampler(ABC):
         """Go on with a run that has come to ``epoch``."""
 
     @abstractmethod
-    def sample(self, predict: Callable[[Tensor], Tensor | None], epoch: int, team: Alone) -> str:
+    def sample(
+        self, predict: Callable[[Tensor], Tensor | None], epoch: int, team: Alone, stop: Callable[[], bool]
+    ) -> str:
         """A sample, for the terminal; collective.
 
         Args:
             predict: the network's output, None in processes that do not have it.
+            stop: whether this process was asked to stop, which ends a sample early.
         """
 
     @abstractmethod

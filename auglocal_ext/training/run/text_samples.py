@@ -46,7 +46,7 @@ class TextSampler(Sampler):
         kept = ""
         if epoch and path.is_file():
             try:
-                text = path.read_text(encoding="utf-8")
+                text = path.read_bytes().decode()  # line ends as they were sampled
             except (OSError, UnicodeDecodeError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}; move it away to go on without it") from error
             later = next((found.start() for found in _HEADING.finditer(text) if int(found[1]) > epoch), len(text))
@@ -56,10 +56,12 @@ class TextSampler(Sampler):
 
     def write(self, output: Path, epoch: int, sample: str) -> None:
         path = output / SAMPLES
-        with to(path), path.open("a", encoding="utf-8") as file:
+        with to(path), path.open("a", encoding="utf-8", newline="") as file:
             file.write(f"=== epoch {epoch} ===\n{sample}\n\n")
 
-    def sample(self, predict: Callable[[Tensor], Tensor | None], epoch: int, team: Alone) -> str:
+    def sample(
+        self, predict: Callable[[Tensor], Tensor | None], epoch: int, team: Alone, stop: Callable[[], bool]
+    ) -> str:
         generator = torch.Generator().manual_seed(mixed_seed(self._seed, epoch, 1))
         tokens = self._encoded(_START) or [0]
         first = len(tokens)
@@ -72,7 +74,10 @@ class TextSampler(Sampler):
             if logits is not None:
                 shares = logits[0, len(window) - 1].double().softmax(0).cpu()
                 drawn = int(torch.multinomial(shares, 1, generator=generator))
-            tokens.append(next(each for each in team.everyone(drawn) if each is not None))
+            told = team.everyone((drawn, stop()))
+            tokens.append(next(token for token, _ in told if token is not None))
+            if any(asked for _, asked in told):
+                break
         return self._decoded(tokens[first:])[: self._length]
 
     def _encoded(self, text: str) -> list[int]:

@@ -229,7 +229,7 @@ class Trainer:
             return None
         self.network.eval()
         with torch.no_grad():
-            return self._sampler.sample(self._learner.predict, epoch, self.team)
+            return self._sampler.sample(self._learner.predict, epoch, self.team, lambda: self._interrupt.requested)
 
     def _own_loss(self, reading: Reading) -> float:
         """The network's own loss on training images, which the last module's loss is up to the rule's weight."""
@@ -472,5 +472,6 @@ class Trainer:
 
 def _quoted(sample: str) -> str:
     """A sample for the terminal, indented, with marks in place of what would move its cursor."""
-    shown = "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in sample)
+    lines = sample.replace("\r\n", "\n").expandtabs()
+    shown = "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in lines)
     return textwrap.indent(shown, "  | ", lambda line: True)
