@@ -247,6 +247,11 @@ def test_what_a_terminal_shows_of_a_sample(monkeypatch):
     assert shown.getvalue() == b"caf\xe9 ?\n"
 
 
+def test_a_diverged_run_names_options_that_it_has(tmp_path):
+    run = trainer(settings(tmp_path, amp="bf16"), None)
+    assert "lower --lr, lengthen --warmup-steps or turn off --amp" in str(run._diverged("it"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", ["stages", "replicas"])
 def test_two_processes_train_as_one_does(tmp_path, grid):

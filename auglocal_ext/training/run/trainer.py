@@ -308,9 +308,10 @@ class Trainer:
             raise self._diverged(f"{found} is not finite after {self._where()}")
 
     def _diverged(self, what: str) -> DivergedError:
-        ways = "lower --lr or lengthen --warmup"
+        warmup = "--warmup-steps" if self.config.on_text else "--warmup"
+        ways = f"lower --lr or lengthen {warmup}"
         if self.config.amp != "none":
-            ways = "lower --lr, lengthen --warmup or turn off --amp"
+            ways = f"lower --lr, lengthen {warmup} or turn off --amp"
         if self._saved is None:
             return DivergedError(f"{what}: {ways} (nothing was saved)")
         return DivergedError(f"{what}: train again with another --output and {ways} ({self._saved})")
