@@ -252,6 +252,15 @@ def test_a_diverged_run_names_options_that_it_has(tmp_path):
     assert "lower --lr, lengthen --warmup-steps or turn off --amp" in str(run._diverged("it"))
 
 
+def test_an_infinite_perplexity_is_no_damage(tmp_path):
+    config = settings(tmp_path, epochs=1)
+    run = trainer(config, None)
+    run.fit()
+    run._done.last_perplexity = math.inf  # of a loss above 709
+    run.save()
+    assert load_run(tmp_path / "run", device="cpu").epochs == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", ["stages", "replicas"])
 def test_two_processes_train_as_one_does(tmp_path, grid):

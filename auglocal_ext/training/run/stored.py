@@ -25,8 +25,9 @@ def _number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
 
-def _number_or_none(value: Any) -> bool:
-    return value is None or _number(value)
+def _measure(value: Any) -> bool:
+    """A perplexity may be infinite where its loss is not."""
+    return value is None or value == math.inf or _number(value)
 
 
 def _named(value: Any) -> bool:
@@ -73,7 +74,7 @@ def _states(value: Any) -> bool:
 _KINDS: dict[Callable[[Any], bool], str] = {
     _count: "a whole number",
     _number: "a number",
-    _number_or_none: "a number or none",
+    _measure: "a number or none",
     _named: "values by name",
     _settings: "settings",
     _names: "a list of names",
@@ -92,7 +93,7 @@ _PARTS: dict[str, Callable[[Any], bool]] = {
     "progress.best_epoch": _count,
     "progress.last_accuracy": _number,
     "progress.best_accuracy": _number,
-    **{f"progress.{which}_{form.column}": _number_or_none for form in FORMS[1:] for which in ("last", "best")},
+    **{f"progress.{which}_{form.column}": _measure for form in FORMS[1:] for which in ("last", "best")},
     "progress.train_seconds": _number,
     "progress.waiting_seconds": _number,
     "epoch_sums": _named,
