@@ -261,6 +261,13 @@ def test_an_infinite_perplexity_is_no_damage(tmp_path):
     assert load_run(tmp_path / "run", device="cpu").epochs == 1
 
 
+def test_an_empty_part_of_the_validation_text_counts_nothing(tmp_path):
+    """A replica's part of a test batch, where each has one window of a batch."""
+    learner = trainer(settings(tmp_path), None)._learner
+    empty = torch.zeros(0, 16, dtype=torch.int64)
+    assert learner.score(empty, empty).tally.tolist() == [0, 0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", ["stages", "replicas"])
 def test_two_processes_train_as_one_does(tmp_path, grid):
