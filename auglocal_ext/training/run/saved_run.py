@@ -69,6 +69,7 @@ class SavedRun:
         return replace(
             self.config,
             data=self.config.data if data is None else str(data),
+            output=str(self.path),  # the folder may have been moved
             train_images=own if train_images is None else train_images,
             seed=draw,
         )
@@ -82,6 +83,7 @@ class SavedRun:
     ) -> Data:
         """The data set of the run, read from ``data``, or from where it lay when the run was trained.
 
+        Tokens of a text that are no bytes of one file are taken from the run folder, or written there.
         ``train_images`` takes fewer training images than the run had, drawn among its own by ``seed``. Raises DataError
         or SettingsError, as :func:`load_data` does, and CheckpointError for images the network was not trained on.
         """
