@@ -159,6 +159,15 @@ def test_settings_of_images_and_of_text_are_told_apart(tmp_path, given, said):
         trainer(settings(tmp_path, **given), None)
 
 
+def test_a_network_that_cannot_be_is_refused_before_tokens_are_written(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "texts" / name).write_text(text(200))
+    with pytest.raises(SettingsError, match="heads must divide the width, got 3 heads and a width of 16"):
+        trainer(settings(tmp_path, data=str(tmp_path / "texts"), heads=3), None)
+    assert not (tmp_path / "run").exists()
+
+
 def test_networks_and_data_that_do_not_go_together(tmp_path, image_folder, config):
     with pytest.raises(SettingsError, match="--network gpt is a language model, but .* holds images"):
         Trainer(settings(tmp_path, data=str(image_folder())), bars=False)

@@ -37,6 +37,11 @@ class TextRuns(Kind):
                 "or a folder of .txt files (with --dataset text if it has folders train and test), or choose another "
                 "network"
             )
+        try:
+            with torch.device("meta"):
+                gpt(vocab_size=2, **network_options(vars(config)) | {"layers": 1})  # before tokens are written
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
 
     def load(self, config: TrainConfig, bars: bool, team: Alone) -> Text:
         unknown = config.dataset == "auto"
