@@ -26,9 +26,6 @@ DEFAULTS: dict[str, Any] = {
 
 NORMS, POSITIONS, MLPS = map(get_args, (Norm, Positions, MLPKind))
 
-SAMPLE = 200
-"""Characters that are sampled after an epoch, unless told otherwise."""
-
 #: Settings of runs on text alone.
 OF_TEXT = (*(name for name in DEFAULTS if name != "width"), "tokenizer", "sample", "warmup_steps", "clip_norm")
 
