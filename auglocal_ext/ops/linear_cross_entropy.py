@@ -44,7 +44,7 @@ def linear_cross_entropy(
     """``mean [cross_entropy(x W^T + b, target) + z logsumexp(x W^T + b)^2]``, its gradients made in the same pass.
 
     The mean is over the targets that count; without any the loss is 0 and so are its gradients. The logits are made for
-    some positions at a time, at least 128, and never all exist: those of one pass take about as many bytes as ``x``.
+    some positions at a time, at least 128, and are not kept: those of one pass take about as many bytes as ``x``.
     Backward only scales what the forward pass made, so the loss can be differentiated once. For backward the gradients
     are stored, and nothing else. No gradient is made or stored for an input that needs none: pass ``weight.detach()``
     to read a layer that another loss trains.
