@@ -230,8 +230,8 @@ class EndToEndLearner:
 
     def _scored(self, network: nn.Module, images: Tensor, labels: Tensor) -> Scored:
         """Loss and count of the network's output, which a language model in one process does not make."""
-        fuses = self._task.fuses_readout and isinstance(network, nn.Sequential)
-        if fuses and len(images):  # a replica's part of a test batch may be empty
+        # A replica's part of a test batch may be empty.
+        if self._task.fuses_readout and isinstance(network, nn.Sequential) and len(images):
             with autocast(self._amp, images.device):
                 return self._task.score_of(network, images, labels)
         with autocast(self._amp, images.device):
