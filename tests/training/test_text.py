@@ -147,6 +147,9 @@ def test_folders_of_texts(tmp_path):
         detect(tmp_path / "books")
     with pytest.raises(DataError, match="none.txt: no such file or folder"):
         detect(tmp_path / "none.txt", text=True)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe: neither a file nor a folder"):
+        detect(tmp_path / "pipe")
 
 
 def test_files_that_are_not_there(tmp_path):

@@ -184,7 +184,9 @@ def _detected(root: Path, text: bool) -> str:
     if root.is_file():
         return TEXT
     if not root.is_dir():
-        raise DataError(f"{root}: no such {'file or folder' if text else 'folder'}; {_expected()}")
+        missing = "no such file or folder" if text else "no such folder"
+        missing = "neither a file nor a folder" if root.exists() else missing
+        raise DataError(f"{root}: {missing}; {_expected()}")
     found = [name for name, (mark, _) in MARKS.items() if (root / mark).exists()]
     if has_masks(root):
         found.insert(0, MASKS)
