@@ -12,10 +12,12 @@ import platform
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -70,14 +72,15 @@ def write(decision: Decision, where: Environment) -> None:
     folder = _folder(where)
     if folder is None:
         return
-    path = folder / _file(decision.form)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    # Hosts that share the folder may have processes of one number.
+    partial = folder / f"{uuid4().hex}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps({**asdict(decision), "environment": where}, indent=2))
-        os.replace(partial, path)
+        os.replace(partial, folder / _file(decision.form))
     except OSError:  # a read-only home, or a full disk
-        return
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _read(path: Path, where: Environment, form: str | None = None) -> Decision | None:
@@ -86,13 +89,15 @@ def _read(path: Path, where: Environment, form: str | None = None) -> Decision |
         decision = Decision(*(found[name] for name in ("form", "provider", "seconds", "when")))
         if found["environment"] != where or form not in (None, decision.form):
             raise ValueError("it belongs to another form, device or version")
+        if not isinstance(decision.form, str) or not isinstance(decision.seconds, dict):
+            raise ValueError("expected the name of a form, and seconds by provider")
         if decision.provider not in decision.seconds or not all(
             isinstance(seconds, float) and seconds > 0 for seconds in decision.seconds.values()
         ):
             raise ValueError("expected seconds for each provider")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if not os.path.exists(path):  # nor where the folder may not be searched, or its name is too long
+            return None
         _warn_once(f"{path} is ignored: {type(error).__name__}: {error}. Delete it to measure again")
         return None
     return decision

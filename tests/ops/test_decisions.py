@@ -88,15 +88,19 @@ def test_a_new_provider_is_measured_too(races, monkeypatch):
     assert len(races) == 1
 
 
-@pytest.mark.parametrize("damage", ["", "[]", "{}", "foreign", "no seconds", "unreadable"])
+@pytest.mark.parametrize("damage", ["", "[]", "{}", "nested", "foreign", "no seconds", "a list", "unreadable"])
 def test_a_file_that_cannot_be_used_is_ignored_with_one_warning(races, tmp_path, damage):
     chosen(image())
     (path,) = tmp_path.rglob("*.json")
     stored = json.loads(path.read_text())
     if damage == "foreign":
         damage = json.dumps({**stored, "environment": {**stored["environment"], "device": "another"}})
+    elif damage == "nested":
+        damage = "[" * 99999
     elif damage == "no seconds":
         damage = json.dumps({**stored, "seconds": {"cpu": "fast"}})
+    elif damage == "a list":
+        damage = json.dumps({**stored, "provider": "cpu", "seconds": ["cpu"]})
     if damage == "unreadable":
         path.unlink()
         path.mkdir()
@@ -115,6 +119,40 @@ def test_without_a_place_on_disk_decisions_last_as_long_as_the_process(races, mo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert [chosen(image()), chosen(image())] == ["reference", "reference"] and len(races) == 1
+
+
+def test_a_folder_that_cannot_be_used_is_no_damaged_file(races, monkeypatch):
+    monkeypatch.setattr(decisions, "_cpu", lambda: "a processor of a long name" * 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(image()) == "reference" and len(races) == 1
+
+
+def test_info_leaves_out_a_file_without_a_form(races, tmp_path):
+    chosen(image())
+    (path,) = tmp_path.rglob("*.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "form": 5}))
+    with pytest.warns(UserWarning, match="is ignored"):
+        assert "nothing was measured yet" in info.decisions_as_text(info.decisions_here())
+
+
+def test_a_full_disk_keeps_no_half_written_file(races, monkeypatch, tmp_path):
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert chosen(image()) == "reference"
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_processes_of_one_number_write_beside_each_other(races, monkeypatch):
+    """As those of containers that share a folder."""
+    written = []
+    monkeypatch.setattr(os, "replace", lambda source, target: written.append(source))
+    chosen(image())
+    new_process()
+    chosen(image())
+    assert len(set(written)) == 2
 
 
 def test_a_checkpoint_decides_before_the_disk(races):
