@@ -96,6 +96,21 @@ def test_zero_is_the_fixed_order(races, monkeypatch):
     assert set(tuning.decided().values()) == {"cpu"}
 
 
+def test_zero_that_comes_later_leaves_a_form_as_it_was_decided(races, monkeypatch):
+    assert chosen(image()) == "reference"
+    monkeypatch.setenv("AUGLOCAL_TUNE", "0")
+    assert chosen(image(7, 3, 5, 7)) == chosen(image()) == "reference"
+    assert chosen(image(9, 4, 6, 6)) == "cpu" and len(races) == 1
+
+
+@pytest.mark.parametrize("value", ["false", "off", "2"])
+def test_a_switch_that_is_not_understood_is_refused(races, monkeypatch, value):
+    monkeypatch.setenv("AUGLOCAL_TUNE", value)
+    with pytest.raises(ValueError, match=f"AUGLOCAL_TUNE='{value}': expected 0, with which nothing is timed, or 1"):
+        norm(image())
+    assert not races and not tuning.decided()
+
+
 def test_one_provider_needs_no_measurement(races, monkeypatch):
     monkeypatch.setattr(providers, "rivals", lambda op, device, dtype: ["cpu"])
     assert chosen(image()) == "cpu" and not races
