@@ -182,9 +182,19 @@ def _agreed(form: str, found: str, rivals: Sequence[str], fixed: str) -> str:
         return found
     if torch.distributed.get_world_size() == 1:
         return found
+    store = default_store()
+    if store is None:  # MPI's processes have none
+        return fixed
     try:
-        agreed = str(default_store().compare_set(f"auglocal_ext: provider of {form}", "", found).decode())
+        agreed = str(store.compare_set(f"auglocal_ext: provider of {form}", "", found).decode())
     except NotImplementedError:  # a group without other processes behind it, as torch's "fake" one
+        return fixed
+    except torch.distributed.DistError as error:
+        warnings.warn(
+            f"the process that knows the provider of {form!r} cannot be reached ({error}); {fixed!r} is used here, "
+            "where others may use another, whose last bits may differ",
+            stacklevel=2,
+        )
         return fixed
     return agreed if agreed in rivals else fixed
 

@@ -200,6 +200,21 @@ def test_a_group_without_a_store_has_the_fixed_order(races, monkeypatch):
     assert chosen(image()) == "cpu"
 
 
+def test_a_group_of_mpi_has_the_fixed_order(races, monkeypatch):
+    Group(monkeypatch, None)
+    assert chosen(image()) == "cpu"
+
+
+def test_a_store_that_is_gone_ends_no_run(races, monkeypatch):
+    class Gone:
+        def compare_set(self, *_):
+            raise torch.distributed.DistNetworkError("Broken pipe")
+
+    Group(monkeypatch, Gone())
+    with pytest.warns(UserWarning, match="cannot be reached .Broken pipe.; 'cpu' is used here"):
+        assert chosen(image()) == "cpu"
+
+
 def test_joining_a_group_keeps_only_what_a_checkpoint_has_decided(races):
     chosen(image())
     tuning.adopt({"another form": "cpu"})
