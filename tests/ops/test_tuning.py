@@ -228,6 +228,13 @@ def test_a_batch_of_one_image_leaves_no_room_for_a_measurement(races):
     assert chosen(image(1, 4, 6, 6)) == "cpu" and not races
 
 
+def test_one_value_per_channel_of_what_is_timed_fails_no_provider(races):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        norm(image(4, 3))
+    assert [set(runs) for runs in races.runs] == [set(RIVALS)]
+
+
 def test_a_provider_that_fails_is_left_out(races, monkeypatch):
     trial = tuning.TRIALS[OP]
 
