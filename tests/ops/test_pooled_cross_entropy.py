@@ -219,11 +219,24 @@ def test_labels_out_of_range_are_ignored_when_unchecked(device: str, provider: s
 
 
 @column.cases
-def test_all_labels_ignored(device: str, provider: str, poison: None) -> None:
+def test_an_ignored_image_counts_nowhere_whatever_its_features(device: str, provider: str, poison: None) -> None:
+    x, weight, bias, target = inputs((6, 4, 2, 2), 5, torch.float32, device)
+    bias.requires_grad_()
+    options = {"label_smoothing": 0.1, "provider": provider}
+    expected = pooled_cross_entropy(x, weight, bias, target, **options).loss
+    x[target == IGNORE] = float("nan")
+    found = pooled_cross_entropy(x, weight, bias, target, **options).loss
+    assert torch.equal(found, expected) and bool(found.isfinite())
+    assert torch.equal(*(torch.autograd.grad(loss, bias)[0] for loss in (found, expected)))
+
+
+@column.cases
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_all_labels_ignored(device: str, provider: str, smoothing: float, poison: None) -> None:
     x, weight, bias, target = inputs((3, 4, 2, 2), 5, torch.float32, device)
     target.fill_(IGNORE)
     arguments = leaves(x, weight, bias)
-    out = pooled_cross_entropy(*arguments, target, provider=provider)
+    out = pooled_cross_entropy(*arguments, target, label_smoothing=smoothing, provider=provider)
     assert out.loss.isnan() and composition(x, weight, bias, target)[0].isnan() and int(out.correct) == 0
     assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(out.loss, arguments))
     assert float(pooled_cross_entropy(x, weight, bias, target, reduction="sum", provider=provider).loss) == 0

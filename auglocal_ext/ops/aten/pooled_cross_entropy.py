@@ -36,10 +36,10 @@ def forward(
     log_p = F.log_softmax(logits, dim=1)
     reduction = _MEAN if mean else _SUM
     loss, count = torch.ops.aten.nll_loss_forward(log_p, label, None, reduction, ignore_index)
-    correct = ((logits.argmax(1) == label) & (label != ignore_index)).sum()
+    ignored = label == ignore_index
+    correct = ((logits.argmax(1) == label) & ~ignored).sum()
     if label_smoothing:
-        counts = (label != ignore_index).unsqueeze(1)
-        smooth = log_p.mul(counts).sum().div_(-classes)
+        smooth = log_p.masked_fill(ignored.unsqueeze(1), 0).sum().div_(-classes)
         loss = loss.mul_(1 - label_smoothing).add_(smooth.div_(count) if mean else smooth, alpha=label_smoothing)
 
     nothing = logits.new_empty(0)
@@ -48,9 +48,10 @@ def forward(
     one = loss.new_full((), 1 - label_smoothing)
     dlog_p = torch.ops.aten.nll_loss_backward(one, log_p, label, None, reduction, ignore_index, count)
     if label_smoothing:
-        share = counts.to(accumulate).mul_(-label_smoothing / classes)
+        share = loss.new_full((), -label_smoothing / classes)
         dlog_p.add_(share.div_(count) if mean else share)
-    dlogits = log_softmax_backward(dlog_p, log_p, 1, accumulate)
+    # Their rows may hold NaN: of such logits, or divided by a count of 0.
+    dlogits = log_softmax_backward(dlog_p, log_p, 1, accumulate).masked_fill_(ignored.unsqueeze(1), 0)
     return (
         loss,
         logits,
