@@ -121,7 +121,8 @@ def test_without_a_place_on_disk_decisions_last_as_long_as_the_process(races, mo
         assert [chosen(image()), chosen(image())] == ["reference", "reference"] and len(races) == 1
 
 
-def test_a_folder_that_cannot_be_used_is_no_damaged_file(races, monkeypatch):
+def test_a_folder_that_cannot_be_used_is_no_damaged_file(races, monkeypatch, tmp_path):
+    (tmp_path / "auglocal_ext" / "providers").mkdir(parents=True)
     monkeypatch.setattr(decisions, "_cpu", lambda: "a processor of a long name" * 20)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
