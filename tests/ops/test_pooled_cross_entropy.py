@@ -230,6 +230,23 @@ def test_an_ignored_image_counts_nowhere_whatever_its_features(device: str, prov
     assert torch.equal(*(torch.autograd.grad(loss, bias)[0] for loss in (found, expected)))
 
 
+def test_ignored_images_leave_no_nan_in_gradients_of_aten() -> None:
+    """Whose cases of the tests here are slow."""
+    x, weight, bias, target = inputs((6, 4, 2, 2), 5, torch.float32, "cpu")
+    arguments = leaves(x, weight, bias)
+
+    def run(target: Tensor) -> tuple[Tensor, ...]:
+        loss = pooled_cross_entropy(*arguments, target, label_smoothing=0.1, provider="aten").loss
+        return loss.detach(), *torch.autograd.grad(loss, arguments)
+
+    loss, *gradients = run(torch.full_like(target, IGNORE))
+    assert loss.isnan() and not any(bool(gradient.any()) for gradient in gradients)
+    expected = run(target)
+    arguments[0].data[target == IGNORE] = float("nan")
+    for place in (0, 1, 3):  # what multiplies the image itself, the weight's gradient, cannot leave it out
+        assert torch.equal(run(target)[place], expected[place])
+
+
 @column.cases
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_all_labels_ignored(device: str, provider: str, smoothing: float, poison: None) -> None:
