@@ -1,8 +1,8 @@
 """Batch normalisation, residual and activation by torch's own kernels; see ``reference/batch_norm_act.py``.
 
 Torch's BatchNorm kernels run on CUDA, and on the CPU for 16-bit maps. For float32 and float64 on the CPU they are
-slower than reductions and pointwise kernels, and lose digits where the mean is large. On the CPU the last bits of
-16-bit maps may depend on the number of threads, and a constant channel becomes its bias only up to rounding.
+slower than reductions and pointwise kernels, and lose digits where the mean is large. On the CPU the last bits may
+depend on the number of threads, and a constant channel of a 16-bit map becomes its bias only up to rounding.
 
 Torch's kernels round each result to the dtype of the map. Where that would be more than one rounding, as of a 16-bit
 sum with a residual, the map is converted to float32 first.
