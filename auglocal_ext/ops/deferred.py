@@ -28,7 +28,11 @@ _lock = threading.Lock()
 
 
 def check_values(
-    values: Tensor, bad: Callable[[], Tensor], at_once: Callable[[Tensor], str], late: Callable[[int], str]
+    values: Tensor,
+    bad: Callable[[], Tensor],
+    at_once: Callable[[Tensor], str],
+    late: Callable[[int], str],
+    good: Callable[[], bool] | None = None,
 ) -> None:
     """Raise ValueError if any of ``values`` is bad.
 
@@ -40,6 +44,7 @@ def check_values(
         bad: makes the mask of bad values, on the device of ``values``.
         at_once: the message for that mask.
         late: the message for a count of them.
+        good: a cheaper question, asked where the host can see the values: True if none is bad, False if it cannot tell.
     """
     if torch.compiler.is_compiling() or isinstance(values, FakeTensor) or values.device.type == "meta":
         return
@@ -47,6 +52,8 @@ def check_values(
         if not torch.cuda.is_current_stream_capturing():
             raise_deferred_errors()
             _defer(values.device, bad, late)
+        return
+    if good is not None and good():
         return
     mask = bad()
     if bool(mask.any()):

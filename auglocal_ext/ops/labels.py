@@ -31,6 +31,7 @@ def check_labels(target: Tensor, num_classes: int, ignore_index: int = -100) -> 
         partial(bad_labels, target, num_classes, ignore_index),
         partial(first_bad, target, num_classes, ignore_index),
         partial(late, num_classes, ignore_index, of=target.numel()),
+        partial(_all_classes, target, num_classes),
     )
 
 
@@ -41,6 +42,14 @@ def check_form(target: Tensor) -> None:
         raise TypeError(f"expected labels of dtype torch.int64, got {target.dtype}; {hint}")
     if target.dim() != 1:
         raise ValueError(f"expected labels of shape (N,), got {tuple(target.shape)}; pass one class number per sample")
+
+
+def _all_classes(target: Tensor, num_classes: int) -> bool:
+    """Whether all labels are in [0, num_classes), in one pass over them; False without labels."""
+    if not target.numel():
+        return False
+    least, largest = target.aminmax()
+    return 0 <= int(least) and int(largest) < num_classes
 
 
 def bad_labels(target: Tensor, num_classes: int, ignore_index: int = -100) -> Tensor:
