@@ -7,7 +7,7 @@ processes of the group, the disk, a measurement.
 Nothing is measured where that would disturb or be recorded: under a dispatch mode (fake tensors, a ``MemoryMeter``),
 ``torch.compile``, ``torch.func``, tracing or CUDA graph capture, in deterministic mode, and in a DataLoader's workers.
 A measurement draws no random numbers, records nothing for autograd, and its tensors take no more memory than the call
-that it precedes and the call's backward pass.
+that it precedes and the call's backward pass, except for ``pooled_cross_entropy`` of 16-bit maps on a CPU.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Trial(NamedTuple):
         prepare: ``prepare(kernel, x, beside)`` returns a function that runs forward and backward pass once, and keeps
             nothing. ``kernel(name)`` is a kernel of the provider, ``x`` the first images of the call's feature map,
             ``beside`` what the op gives the choice besides.
-        share: the trial takes one of so many images. Its tensors must not need more memory than the op's result.
+        share: the trial takes one of so many images, for its tensors must not need more memory than the call and its
+            backward pass. Where a batch has fewer, nothing is timed.
     """
 
     prepare: Callable[[Callable[[str], Any], Tensor, tuple[Any, ...]], Callable[[], None]]
@@ -211,9 +212,7 @@ def _may_measure(x: Tensor) -> bool:
 
 def _images(x: Tensor, share: int) -> int:
     """How many images are timed; 0 where even one would take too much memory."""
-    if len(x) == 1 < share:
-        return 0
-    return max(min(len(x) // share, LARGEST[x.device.type] * len(x) // x.numel()), 1)
+    return min(len(x) // share, max(LARGEST[x.device.type] * len(x) // x.numel(), 1))
 
 
 def _measured(op: str, x: Tensor, rivals: Sequence[str], beside: tuple[Any, ...]) -> dict[str, float]:
