@@ -85,8 +85,8 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device):
         # The providers call matmul themselves, which autocast would send to its own dtype.
         with torch.autocast(device, enabled=False):
-            return LinearCrossEntropy(*op(*arguments)[:3])
-    return LinearCrossEntropy(*op(*arguments)[:3])
+            return LinearCrossEntropy(*registry.run(op, *arguments)[:3])
+    return LinearCrossEntropy(*registry.run(op, *arguments)[:3])
 
 
 def _product(x: Tensor) -> torch.dtype:
@@ -108,7 +108,8 @@ def _check(
             f"expected a target per position of x, {tuple(x.shape[:-1])}, got {tuple(target.shape)} for x "
             f"{tuple(x.shape)}"
         )
-    labels.check_form(target.reshape(-1))
+    if target.dtype != torch.int64:
+        labels.check_form(target.reshape(-1))
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
             f"expected weight of shape (V, {x.shape[-1]}) for x {tuple(x.shape)}, got {tuple(weight.shape)}"
@@ -119,11 +120,10 @@ def _check(
         raise ValueError(f"expected label_smoothing between 0 and 1, got {label_smoothing}")
     if not 0.0 <= z_loss < float("inf"):
         raise ValueError(f"expected z_loss of at least 0, got {z_loss}")
+    device = x.device
     for name, tensor in (("weight", weight), ("bias", bias), ("target", target)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(
-                f"expected {name} on {x.device} as x, got it on {tensor.device}; move it with .to(x.device)"
-            )
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"expected {name} on {device} as x, got it on {tensor.device}; move it with .to(x.device)")
     _check_dtypes(x, weight, bias)
 
 
