@@ -43,9 +43,9 @@ def check_eps(eps: float, training: bool) -> None:
 
 
 def check_tensors(x: Tensor, vectors: dict[str, Tensor | None], residual: Tensor | None) -> None:
-    check_map(x)
     if _fit(x, vectors, residual):
         return
+    check_map(x)
     for name, vector in vectors.items():
         if vector is None:
             continue
@@ -68,8 +68,10 @@ def check_tensors(x: Tensor, vectors: dict[str, Tensor | None], residual: Tensor
 
 def _fit(x: Tensor, vectors: dict[str, Tensor | None], residual: Tensor | None) -> bool:
     """Whether nothing is to be explained, which every call asks."""
-    shape, device, dtype, wide = x.shape, x.device, x.dtype, wide_dtype(x)
-    channels = shape[1:2]
+    shape, device, dtype = x.shape, x.device, x.dtype
+    if len(shape) < 2 or 0 in shape or dtype not in providers.ALL:
+        return False
+    channels, wide = shape[1:2], wide_dtype(x)
     for vector in vectors.values():
         if vector is not None:
             kind = vector.dtype

@@ -5,7 +5,6 @@ Modules that run several of them in one autograd node take them from here.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -119,9 +118,8 @@ def passes(x: Tensor, provider: str | None = None) -> Passes:
     """The passes over maps as x; the choice is made once for each form of maps and provider asked for."""
     if torch.compiler.is_compiling():
         return _of(providers.choose(NAME, x.device, x.dtype, provider), x)
-    key: tuple[Any, ...] = x.dtype, x.device, provider, os.environ.get(providers.ENVIRONMENT)
-    if type(x) in tuning.PLAIN:
-        key = x.shape, x.stride(), *key
+    form = (x.shape, x.stride()) if type(x) in tuning.PLAIN else None
+    key = form, x.dtype, x.device, provider, providers.asked()
     found = tuning.lookups.get(key)
     if found is None:
         picked, settled = tuning.pick(NAME, x, provider)

@@ -109,11 +109,10 @@ def _check(
         raise ValueError(f"expected reduction 'mean' or 'sum', got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"expected label_smoothing between 0 and 1, got {label_smoothing}")
+    device = x.device
     for name, tensor in (("weight", weight), ("bias", bias), ("target", target)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(
-                f"expected {name} on {x.device} as x, got it on {tensor.device}; move it with .to(x.device)"
-            )
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"expected {name} on {device} as x, got it on {tensor.device}; move it with .to(x.device)")
     _check_dtypes(x, weight, bias)
 
 

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -22,6 +23,8 @@ from .._torch import constant_when_compiled
 
 NAMES = ("reference", "aten", "cpu", "cuda", "triton")
 ENVIRONMENT = "AUGLOCAL_PROVIDER"
+
+_KEY = os.environ.encodekey(ENVIRONMENT)
 
 LOW = frozenset({torch.float16, torch.bfloat16})
 SINGLE = LOW | {torch.float32}
@@ -134,6 +137,17 @@ def by_name(op: str, device: torch.device, requested: str | None) -> tuple[str, 
     # a CPU tensor, it has no opinion.
     serves = any(p.name == preferred and p.serves(device.type) for p in TABLES[op].providers)
     return (preferred, f"{ENVIRONMENT}={preferred}") if serves else None
+
+
+def asked() -> Any:
+    """What ``AUGLOCAL_PROVIDER`` holds, to be compared with what it held before; asked at every call of an op.
+
+    ``os.environ.get`` raises and catches two exceptions where a variable is not set, as this one seldom is.
+    """
+    try:
+        return os.environ._data.get(_KEY)  # type: ignore[attr-defined]
+    except AttributeError:  # another mapping was put in place of os.environ
+        return os.environ.get(ENVIRONMENT)
 
 
 def rivals(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:

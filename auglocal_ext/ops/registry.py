@@ -7,7 +7,6 @@ when ``native`` loads their libraries.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -59,8 +58,7 @@ def chosen(op: str, x: Tensor, provider: str | None, name: str | None = None, be
     """The overload that runs ``op``, or its primitive ``name``, for the feature map x; see ``tuning.pick``."""
     if torch.compiler.is_compiling() or type(x) not in tuning.PLAIN:
         return overload(name or op, providers.choose(op, x.device, x.dtype, provider))
-    asked = os.environ.get(providers.ENVIRONMENT)
-    key = name or op, x.shape, x.stride(), x.dtype, x.device, provider, asked
+    key = name or op, x.shape, x.stride(), x.dtype, x.device, provider, providers.asked()
     found = tuning.lookups.get(key)
     if found is None:
         picked, settled = tuning.pick(op, x, provider, beside)
