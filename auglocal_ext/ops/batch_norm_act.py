@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -67,7 +66,7 @@ def batch_norm_act(
             count_as_written(running_mean, running_var, num_batches_tracked)
             written = running_mean, running_var, num_batches_tracked
             options = float(momentum), float(eps), slope
-            return registry.record(_node(run.provider), x, *written, weight, bias, residual, *options)[0]
+            return _IN_TRAINING[run.provider](x, *written, weight, bias, residual, *options)[0]
     mean, rstd = batch_norm_factors(
         x,
         running_mean,
@@ -277,7 +276,7 @@ def _gradients_of(provider: str, ctx: Any, grad: Tensor, needs: Sequence[bool]) 
     """Gradients of x, weight, bias and residual, those that are needed."""
     need_x, need_weight, need_bias, need_residual = needs
     wanted = need_x, need_weight or need_bias, need_residual and ctx.slope != 1
-    backward = registry.overload("batch_norm_act_backward", provider)
+    backward = registry.kernel("batch_norm_act_backward", provider)
     grad_x, grad_residual, sum_g, sum_g_xhat = backward(grad, *ctx.saved_tensors, ctx.slope, ctx.training, *wanted)
     return (
         grad_x if need_x else None,
@@ -293,23 +292,16 @@ def _in(dtype: torch.dtype, vector: Tensor) -> Tensor:
 
 def _setup_context_(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, _, _, _, weight, bias, residual, _, _, slope = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    _setup_context(ctx, (x, *output[1:], weight, bias, residual, slope, True), output[0])
+    y, mean, rstd = output
+    _setup_context(ctx, (x, mean, rstd, weight, bias, residual, slope, True), y)
 
 
-def _backward_(provider: str, ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward_(provider: str, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 10
     need_x, _, _, _, *needs = ctx.needs_input_grad[:7]
     grad_x, *grads = _gradients_of(provider, ctx, grad, (need_x, *needs))
     return grad_x, None, None, None, *grads, None, None, None
-
-
-@lru_cache(maxsize=None)
-def _node(provider: str) -> registry.Node:
-    """The node of the op in training, whose forward pass is ``batch_norm_act_forward_``."""
-    forward_ = registry.overload("batch_norm_act_forward_", provider)
-    return registry.Node(NAME, provider, forward_, _setup_context_, _backward_, _INSTEAD)
 
 
 TABLE = registry.table(NAME)
@@ -361,3 +353,17 @@ registry.composite(
 )
 registry.composite(TABLE, NAME, f"(Tensor x, {_FACTORS}, bool training) -> Tensor", _fake_forward, _forward)
 registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD, primitive="batch_norm_act_apply")
+
+#: The op in training, by provider; it returns y alone.
+_IN_TRAINING = {
+    row.name: registry.recorded(
+        NAME,
+        row.name,
+        registry.overload("batch_norm_act_forward_", row.name),
+        _setup_context_,
+        _backward_,
+        _INSTEAD,
+        results=1,
+    )
+    for row in TABLE.providers
+}

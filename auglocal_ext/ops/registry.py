@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +52,17 @@ def plain_table(op: str) -> providers.Table:
 def overload(name: str, provider: str) -> Any:
     """``torch.ops.auglocal_ext.<name>.<provider>``."""
     return getattr(getattr(torch.ops.auglocal_ext, name), provider)
+
+
+_overloads: dict[tuple[str, str], Any] = {}
+
+
+def kernel(name: str, provider: str) -> Any:
+    """:func:`overload` for code that runs at every step and that ``torch.compile`` does not read."""
+    found = _overloads.get((name, provider))
+    if found is None:
+        found = _overloads[name, provider] = overload(name, provider)
+    return found
 
 
 def chosen(op: str, x: Tensor, provider: str | None, name: str | None = None, beside: tuple[Any, ...] = ()) -> Any:
@@ -100,50 +111,47 @@ def composite(
         _implement(table, name, table.row("aten"), aten)
 
 
-class Node(NamedTuple):
-    """The autograd node of an op: what runs forward and, as :func:`autograd` takes them, what runs around it."""
+def recorded(
+    op: str,
+    provider: str,
+    forward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    instead: str,
+    results: int | None = None,
+) -> Callable[..., Any]:
+    """``forward`` with an autograd node of our own, around which run what :func:`autograd` takes.
 
-    op: str
-    provider: str
-    forward: Callable[..., Any]
-    setup_context: Callable[..., None]
-    backward: Callable[..., Any]
-    instead: str
+    Of several results the function returns the first ``results``. The others are there for ``setup_context``.
+    """
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            made = forward(*inputs)
+            setup_context(ctx, inputs, made)
+            return made if results is None else made[:results]
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+            refuse_create_graph(op, instead)
+            return backward(provider, ctx, *gradients)
+
+    return Recorded.apply
 
 
-class _Recorded(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        *inputs, node = arguments
-        output = node.forward(*inputs)
-        node.setup_context(ctx, inputs, output)
-        ctx.node = node
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        node = ctx.node
-        refuse_create_graph(node.op, node.instead)
-        return *node.backward(node.provider, ctx, *gradients), None
-
-
-_nodes: dict[Any, Node] = {}
+_recorded: dict[int, Callable[..., Any]] = {}  # by the overload's id, because its hash is a function of Python's
 
 
 def run(overload: Any, *inputs: Any) -> Any:
-    """``overload(*inputs)``, of an op that has gradients.
+    """``overload(*inputs)``, of an op that has gradients; of several results at least those that callers use.
 
     torch's own node for a custom op goes over the schema at every call, for tracers too. This one takes the host less
     than half as long. Compiled code has torch's.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return overload(*inputs)
-    return _Recorded.apply(*inputs, _nodes[overload])
-
-
-def record(node: Node, *inputs: Any) -> Any:
-    """``node.forward(*inputs)``, for backward too."""
-    return _Recorded.apply(*inputs, node)
+    return _recorded[id(overload)](*inputs)
 
 
 def autograd(
@@ -152,10 +160,12 @@ def autograd(
     setup_context: Callable[..., None],
     instead: str,
     primitive: str | None = None,
+    results: int | None = None,
 ) -> None:
     """Give the op its gradients, by ``backward(provider, ctx, *gradients)``; ``instead`` has second derivatives.
 
-    A composite whose forward pass is a ``primitive``, which does not take the last argument, names it.
+    A composite whose forward pass is a ``primitive``, which does not take the last argument, names it. Of an op with
+    several results callers use the first ``results``.
     """
 
     def once(provider: str, ctx: Any, *gradients: Tensor | None) -> Any:
@@ -173,7 +183,7 @@ def autograd(
         forward = (
             partial(_alone, op) if primitive is None else partial(_but_the_last, overload(primitive, provider.name))
         )
-        _nodes[op] = Node(table.op, provider.name, forward, setup_context, backward, instead)
+        _recorded[id(op)] = recorded(table.op, provider.name, forward, setup_context, backward, instead, results)
 
 
 def _alone(op: Any, *arguments: Any) -> Any:

@@ -14,6 +14,7 @@ from .reference.similarity_loss import Outputs, statistics
 from .transforms import refuse_transforms
 
 NAME = "similarity_loss"
+_INPUT_GRAD = f"{NAME}_input_grad"
 _INSTEAD = "the formula in its docstring, in torch's own functions"
 
 
@@ -94,7 +95,7 @@ class _ChannelStd(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         z, mean, std = ctx.saved_tensors
         factor = torch.where(std > 0, grad / (std * (z.shape[2:].numel() - 1)), 0)
-        input_grad = registry.chosen(NAME, z, None, f"{NAME}_input_grad")
+        input_grad = registry.chosen(NAME, z, None, _INPUT_GRAD)
         return input_grad(z, mean, factor, factor.new_ones(()))
 
 
@@ -153,7 +154,7 @@ def _backward(provider: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tu
     *saved, factor = ctx.saved_tensors
     # Scaled before it is rounded: in float16 the gradient of one position alone would underflow.
     if saved:
-        grads[0] = registry.overload(f"{NAME}_input_grad", provider)(*saved, factor, grad_loss)
+        grads[0] = registry.kernel(_INPUT_GRAD, provider)(*saved, factor, grad_loss)
     else:
         grads[0] = (grad_loss * factor).to(ctx.dtype)
     return tuple(grads)
@@ -176,10 +177,10 @@ registry.primitive(
 )
 registry.primitive(
     TABLE,
-    f"{NAME}_input_grad",
+    _INPUT_GRAD,
     "(Tensor z, Tensor mean, Tensor factor, Tensor grad_loss) -> Tensor",
     _fake_input_grad,
     "input_grad",
 )
-registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD)
+registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD, results=1)
 registry.flops(TABLE, _flops)

@@ -101,7 +101,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.made = inputs[4]
 
 
-def _backward(provider: str, ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(provider: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_loss is None or not ctx.needs_input_grad[0]:
         return (None,) * 5
     if not ctx.made:
@@ -126,5 +126,5 @@ registry.primitive(
     _fake,
     "forward",
 )
-registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD)
+registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD, results=1)
 registry.flops(TABLE, _flops)
