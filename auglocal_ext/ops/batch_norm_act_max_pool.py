@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,14 +11,15 @@ from torch import Tensor
 
 from . import registry
 from .batch_norm_act import batch_norm_factors
-from .batch_norm_checks import check_tensors, slope_of
-from .batch_norm_passes import refuse_stand_in
+from .batch_norm_checks import check_eps, check_tensors, slope_of
+from .batch_norm_passes import count_as_written, passes, refuse_stand_in
 from .deferred import check_values
 from .layout import empty_like
 from .reference.batch_norm_act_max_pool import Window, empty_pooled, first_inside, outside, pooled_size
 from .transforms import refuse_transforms
 
 NAME = "batch_norm_act_max_pool"
+_APPLY, _REDUCE, _INPUT_GRAD = (f"{NAME}_{name}" for name in ("apply", "reduce", "input_grad"))
 _INSTEAD = "F.batch_norm and F.max_pool2d"
 
 
@@ -61,6 +63,14 @@ def batch_norm_act_max_pool(
     slope = slope_of(activation, negative_slope)
     if training:
         refuse_stand_in(NAME)
+    if training and not torch.compiler.is_compiling():
+        run, written = passes(x, provider), (running_mean, running_var, num_batches_tracked)
+        if run.updates(x, *written):
+            check_eps(eps, training)
+            count_as_written(*written)
+            statistics = run.factors_, *written, float(momentum), float(eps)
+            op = registry.chosen(NAME, x, provider, _APPLY, beside=window)
+            return _IN_TRAINING[id(op)](x, weight, bias, statistics, slope, window)[0]
     mean, rstd = batch_norm_factors(
         x.detach(),
         running_mean,
@@ -94,7 +104,7 @@ def batch_norm_act_max_pool_apply(
     Both channels-last where x is. Not differentiable, as the two functions below.
     """
     window, slope = _window(x, kernel_size, stride, padding), slope_of(activation, negative_slope)
-    return registry.chosen(NAME, x, provider, f"{NAME}_apply")(x, mean, rstd, weight, bias, slope, *window)
+    return registry.chosen(NAME, x, provider, _APPLY)(x, mean, rstd, weight, bias, slope, *window)
 
 
 def batch_norm_act_max_pool_reduce(
@@ -123,9 +133,7 @@ def batch_norm_act_max_pool_reduce(
     """
     window, slope = _window(x, kernel_size, stride, padding), slope_of(activation, negative_slope)
     grad, indices = _checked_pooled(grad, indices, x, window)
-    return registry.chosen(NAME, x, provider, f"{NAME}_reduce")(
-        grad, indices, x, mean, rstd, weight, bias, slope, *window
-    )
+    return registry.chosen(NAME, x, provider, _REDUCE)(grad, indices, x, mean, rstd, weight, bias, slope, *window)
 
 
 def batch_norm_act_max_pool_input_grad(
@@ -155,10 +163,12 @@ def batch_norm_act_max_pool_input_grad(
     grad, indices = _checked_pooled(grad, indices, x, window)
     sums = (sum_g, sum_g_xhat) if training else (None, None)
     arguments = (grad, indices, x, mean, rstd, weight, bias, slope, *sums, *window)
-    return registry.chosen(NAME, x, provider, f"{NAME}_input_grad")(*arguments)
+    return registry.chosen(NAME, x, provider, _INPUT_GRAD)(*arguments)
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    if type(value) is int and value >= least:
+        return value, value
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or min(pair) < least:
         raise ValueError(f"expected {name} of at least {least}, one number or (height, width), got {value!r}")
@@ -224,7 +234,7 @@ def _fake_input_grad(grad: Tensor, indices: Tensor, x: Tensor, *_: Any) -> Tenso
 
 
 def _forward(provider: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return registry.overload(f"{NAME}_apply", provider)(*arguments[:-1])
+    return registry.overload(_APPLY, provider)(*arguments[:-1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -238,21 +248,53 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(provider: str, ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 13
     if grad is None:
-        return tuple(grads)
-    need_x, _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
+        return (None,) * 13
+    need_x, _, _, *needs = ctx.needs_input_grad[:5]
+    grad_x, *grads = _gradients(provider, ctx, grad, (need_x, *needs))
+    return grad_x, None, None, *grads, *(None,) * 8
+
+
+def _gradients(provider: str, ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight and bias, those that are needed."""
+    need_x, need_weight, need_bias = needs
     arguments = (grad, *ctx.saved_tensors, ctx.slope)
     sums: tuple[Any, Any] = (None, None)
     if (need_x and ctx.training) or need_weight or need_bias:
-        sums = registry.overload(f"{NAME}_reduce", provider)(*arguments, *ctx.window)
-        grads[3] = sums[1].to(ctx.dtypes[0]) if need_weight else None
-        grads[4] = sums[0].to(ctx.dtypes[1]) if need_bias else None
-    if need_x:
-        kept = sums if ctx.training else (None, None)
-        input_grad = registry.overload(f"{NAME}_input_grad", provider)
-        grads[0] = input_grad(*arguments, *kept, *ctx.window)
-    return tuple(grads)
+        sums = registry.kernel(_REDUCE, provider)(*arguments, *ctx.window)
+    kept = sums if ctx.training else (None, None)
+    return (
+        registry.kernel(_INPUT_GRAD, provider)(*arguments, *kept, *ctx.window) if need_x else None,
+        sums[1].to(ctx.dtypes[0]) if need_weight else None,
+        sums[0].to(ctx.dtypes[1]) if need_bias else None,
+    )
+
+
+def _forward_(
+    apply: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: tuple[Any, ...],
+    slope: float,
+    window: Window,
+) -> tuple[Tensor, ...]:
+    """y and, for backward, indices, mean and rstd: the op in training, with the statistics it makes."""
+    factors_, *arguments = statistics
+    mean, rstd = factors_(x, *arguments)
+    return *apply(x, mean, rstd, weight, bias, slope, *window), mean, rstd
+
+
+def _setup_context_(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _, slope, window = inputs
+    y, indices, mean, rstd = output
+    _setup_context(ctx, (x, mean, rstd, weight, bias, slope, *window, True), (y, indices))
+
+
+def _backward_(provider: str, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    return *_gradients(provider, ctx, grad, ctx.needs_input_grad[:3]), None, None, None
 
 
 # On CUDA torch adds the gradients of max pooling with atomics.
@@ -261,19 +303,17 @@ TABLE = registry.table(NAME, aten=("cpu",))
 _FACTORS = "Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, float slope"
 _WINDOW = "int kernel_h, int kernel_w, int stride_h, int stride_w, int padding_h, int padding_w"
 
-registry.primitive(
-    TABLE, f"{NAME}_apply", f"({_FACTORS}, {_WINDOW}) -> (Tensor y, Tensor indices)", _fake_apply, "apply"
-)
+registry.primitive(TABLE, _APPLY, f"({_FACTORS}, {_WINDOW}) -> (Tensor y, Tensor indices)", _fake_apply, "apply")
 registry.primitive(
     TABLE,
-    f"{NAME}_reduce",
+    _REDUCE,
     f"(Tensor grad, Tensor indices, {_FACTORS}, {_WINDOW}) -> (Tensor sum_g, Tensor sum_g_xhat)",
     _fake_reduce,
     "reduce",
 )
 registry.primitive(
     TABLE,
-    f"{NAME}_input_grad",
+    _INPUT_GRAD,
     f"(Tensor grad, Tensor indices, {_FACTORS}, Tensor? sum_g, Tensor? sum_g_xhat, {_WINDOW}) -> Tensor",
     _fake_input_grad,
     "input_grad",
@@ -281,4 +321,13 @@ registry.primitive(
 registry.composite(
     TABLE, NAME, f"({_FACTORS}, {_WINDOW}, bool training) -> (Tensor y, Tensor indices)", _fake_apply, _forward
 )
-registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD, primitive=f"{NAME}_apply")
+registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD, primitive=_APPLY)
+
+#: The op in training, by the id of the kernel that runs forward; it returns y alone.
+_IN_TRAINING = {
+    id(apply): registry.recorded(
+        NAME, row.name, partial(_forward_, apply), _setup_context_, _backward_, _INSTEAD, results=1
+    )
+    for row in TABLE.providers
+    for apply in [registry.overload(_APPLY, row.name)]
+}

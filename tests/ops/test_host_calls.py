@@ -1,18 +1,30 @@
-"""What a call of an op costs the host: crossings into ops, and Python that torch runs for custom ops, which is none."""
+"""What a call of an op costs the host: operators that run, and Python that torch runs for custom ops, which is none."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections import Counter
+from typing import Any
 
 import pytest
+import test_kept_bytes
 import torch
-from test_kept_bytes import CALLS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from auglocal_ext.ops import registry
+from auglocal_ext import ops
+from auglocal_ext.ops import registry, transforms
+
+
+def _tokens(dtype: torch.dtype, provider: str) -> Tensor:
+    x = torch.randn(4, 6, dtype=dtype).requires_grad_()
+    target = torch.tensor([0, 1, 0, 2])
+    return ops.linear_cross_entropy(x, torch.ones(3, 6, dtype=dtype), None, target, provider=provider).loss
+
+
+CALLS = {**test_kept_bytes.CALLS, "linear_cross_entropy": _tokens}
 
 #: Crossings into ops of this package, forward and backward.
 CROSSINGS = {
@@ -25,19 +37,30 @@ CROSSINGS = {
     "reconstruction_loss": ["reconstruction_loss"],
     "similarity_loss": ["similarity_loss", "similarity_loss_input_grad"],
     "supervised_contrast": ["supervised_contrast"],
+    "linear_cross_entropy": ["linear_cross_entropy"],
+}
+
+#: What checks good labels.
+LABELS = ["aminmax", "_local_scalar_dense", "_local_scalar_dense"]
+#: Operators of torch that run beside them in the forward pass.
+OTHERS = {
+    "pooled_cross_entropy": LABELS,
+    "similarity_loss": LABELS,
+    "linear_cross_entropy": ["view", "view", *LABELS],
 }
 
 
 class Crossings(TorchDispatchMode):
-    """Counts the ops of this package that run, by name."""
+    """Counts the operators that run, by name: those of this package and those of torch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
+        self.others: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "auglocal_ext":
-            self.found[str(function).split(".")[1]] += 1
+        counter = self.found if function.namespace == "auglocal_ext" else self.others
+        counter[str(function).split(".")[1]] += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -52,6 +75,25 @@ def test_crossings_into_ops(op: str) -> None:
     with Crossings() as crossings:
         _step(op)
     assert crossings.found == Counter(CROSSINGS[op])
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_operators_of_torch_around_an_op(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[Crossings] = []
+    refuse = transforms.refuse_transforms
+
+    def entering(*arguments: Any) -> None:  # the first thing that a call does, after its tensors have been made
+        refuse(*arguments)
+        if not entered:
+            entered.append(Crossings())
+            entered[0].__enter__()
+
+    monkeypatch.setattr(importlib.import_module(f"auglocal_ext.ops.{op}"), "refuse_transforms", entering)
+    try:
+        CALLS[op](torch.float32, "aten")
+    finally:
+        entered[0].__exit__(None, None, None)
+    assert entered[0].others == Counter(OTHERS.get(op, []))
 
 
 @pytest.mark.parametrize("op", CALLS)
@@ -78,5 +120,6 @@ def test_torch_runs_no_python_for_the_autograd_of_a_custom_op(op: str, monkeypat
     monkeypatch.setattr(registry, "run", lambda overload, *inputs: overload(*inputs))
     some, theirs = counted()
     assert torch.equal(mine, theirs)
-    # In the forward pass: backward may run in a thread of its own, which is not counted.
-    assert none == 0 and (op == "batch_norm_act" or some > 0)
+    # In the forward pass: backward may run in a thread of its own, which is not counted. The two ops with running
+    # statistics do not go through registry.run in training.
+    assert none == 0 and (op in ("batch_norm_act", "batch_norm_act_max_pool") or some > 0)
