@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -23,8 +22,6 @@ from .._torch import constant_when_compiled
 
 NAMES = ("reference", "aten", "cpu", "cuda", "triton")
 ENVIRONMENT = "AUGLOCAL_PROVIDER"
-
-_KEY = os.environ.encodekey(ENVIRONMENT)
 
 LOW = frozenset({torch.float16, torch.bfloat16})
 SINGLE = LOW | {torch.float32}
@@ -139,15 +136,9 @@ def by_name(op: str, device: torch.device, requested: str | None) -> tuple[str, 
     return (preferred, f"{ENVIRONMENT}={preferred}") if serves else None
 
 
-def asked() -> Any:
-    """What ``AUGLOCAL_PROVIDER`` holds, to be compared with what it held before; asked at every call of an op.
-
-    ``os.environ.get`` raises and catches two exceptions where a variable is not set, as this one seldom is.
-    """
-    try:
-        return os.environ._data.get(_KEY)  # type: ignore[attr-defined]
-    except AttributeError:  # another mapping was put in place of os.environ
-        return os.environ.get(ENVIRONMENT)
+def asked() -> str | None:
+    """What ``AUGLOCAL_PROVIDER`` holds, to be compared with what it held before; asked at every call of an op."""
+    return os.environ.get(ENVIRONMENT)
 
 
 def rivals(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
