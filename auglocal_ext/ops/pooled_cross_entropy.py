@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import labels, providers, registry
+from . import labels, registry
+from .linear_checks import check_layer
 from .reference.pooled_cross_entropy import Outputs
 from .transforms import refuse_transforms
 
@@ -97,38 +98,11 @@ def _check(
             f"expected x of shape (N, C) or (N, C, *positions) with at least one image, channel and position, "
             f"got {tuple(x.shape)}"
         )
-    if weight.dim() != 2 or weight.shape[1] != x.shape[1] or weight.shape[0] == 0:
-        raise ValueError(
-            f"expected weight of shape (K, {x.shape[1]}) for x {tuple(x.shape)}, got {tuple(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"expected bias of shape ({weight.shape[0]},) or None, got {tuple(bias.shape)}")
     if target.shape[0] != x.shape[0]:
         raise ValueError(f"expected {x.shape[0]} labels, one per image of x, got {target.shape[0]}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"expected reduction 'mean' or 'sum', got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"expected label_smoothing between 0 and 1, got {label_smoothing}")
-    device = x.device
-    for name, tensor in (("weight", weight), ("bias", bias), ("target", target)):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"expected {name} on {device} as x, got it on {tensor.device}; move it with .to(x.device)")
-    _check_dtypes(x, weight, bias)
-
-
-def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if x.dtype not in providers.ALL:
-        raise TypeError(f"expected x in float16, bfloat16, float32 or float64, got {x.dtype}")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        allowed = providers.SINGLE
-    else:
-        allowed = frozenset({x.dtype})
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in allowed:
-            raise TypeError(
-                f"expected {name} in {x.dtype} as x, got {tensor.dtype}; convert one of them, or run under "
-                "torch.autocast, which lets float16, bfloat16 and float32 meet"
-            )
+    check_layer(x, x.shape[1], weight, bias, target, label_smoothing, "K")
 
 
 def _fake(

@@ -72,7 +72,8 @@ def crossings(net: LocalSequential, cuts: Sequence[int]) -> list[Crossing]:
                 if owner.setdefault(id(tensor), stage) != stage:
                     raise ValueError(
                         f"local module {module.index} shares a {what} of shape {tuple(tensor.shape)} with one of "
-                        f"another stage, {names[id(tensor)]}: choose stage_cuts that keep them together"
+                        f"another stage, {names[id(tensor)]}: choose stage_cuts that keep them together, or give each "
+                        "module one of its own"
                     )
     found: dict[tuple[Any, ...], Crossing] = {}
     for module, part in followers(modules):
