@@ -19,6 +19,7 @@ from .batch_norm_act_max_pool import (
 )
 from .deferred import raise_deferred_errors
 from .labels import check_labels
+from .layer_norm import layer_norm
 from .linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from .pooled_cross_entropy import PooledCrossEntropy, pooled_cross_entropy
 from .reconstruction_loss import reconstruction_loss
@@ -39,6 +40,7 @@ __all__ = [
     "batch_norm_factors",
     "batch_norm_stats",
     "check_labels",
+    "layer_norm",
     "linear_cross_entropy",
     "pooled_cross_entropy",
     "raise_deferred_errors",
