@@ -98,7 +98,9 @@ def check_tensors(
 
 def rows(x: Tensor) -> Tensor:
     """x as contiguous rows (R, C)."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    return x if x.is_contiguous() else x.contiguous()
 
 
 def _fake_forward(
@@ -180,6 +182,7 @@ TABLE = providers.register(
     providers.Table(
         NAME,
         (
+            providers.Provider("triton", ("cuda", "cpu") if providers.interpreted() else ("cuda",), providers.SINGLE),
             providers.Provider("aten", ("cpu", "cuda"), providers.ALL),
             providers.Provider("reference", None, providers.ALL),
         ),
@@ -208,4 +211,4 @@ registry.primitive(
     "backward",
 )
 registry.composite(TABLE, NAME, _FORWARD, _fake_forward, _forward)
-registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD, results=2)
+registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD, results=2, composed=_forward)

@@ -161,11 +161,13 @@ def autograd(
     instead: str,
     primitive: str | None = None,
     results: int | None = None,
+    composed: Callable[..., Any] | None = None,
 ) -> None:
     """Give the op its gradients, by ``backward(provider, ctx, *gradients)``; ``instead`` has second derivatives.
 
-    A composite whose forward pass is a ``primitive``, which does not take the last argument, names it. Of an op with
-    several results callers use the first ``results``.
+    A composite whose forward pass is a ``primitive``, which does not take the last argument, names it; or it gives the
+    function of which it is ``composed``, to be called without the op around it. Of an op with several results callers
+    use the first ``results``.
     """
 
     def once(provider: str, ctx: Any, *gradients: Tensor | None) -> Any:
@@ -180,9 +182,10 @@ def autograd(
             lib=_library,
         )
         op = overload(table.op, provider.name)
-        forward = (
-            partial(_alone, op) if primitive is None else partial(_but_the_last, overload(primitive, provider.name))
-        )
+        if primitive is not None:
+            forward = partial(_but_the_last, overload(primitive, provider.name))
+        else:
+            forward = partial(_alone, op if composed is None else partial(composed, provider.name))
         _recorded[id(op)] = recorded(table.op, provider.name, forward, setup_context, backward, instead, results)
 
 

@@ -211,6 +211,49 @@ KERNELS += [
     )
 ]
 
+QUICK = ("_forward_kernel", "_input_grad_kernel")
+OF_ROWS = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "channels": "i32"}
+for dtype, vector, flag, rms, blocks in (
+    ("fp32", "fp32", True, False, {"BLOCK_R": 2, "BLOCK_C": 1024}),
+    ("bf16", "fp32", False, True, {"BLOCK_R": 1, "BLOCK_C": 8192}),
+    ("fp16", "fp16", True, False, {"BLOCK_R": 2048, "BLOCK_C": 1}),
+):
+    quick = dtype == "fp32"
+    maps = dict.fromkeys(("X_ptr", "R_ptr", "Y_ptr", "T_ptr"), f"*{dtype}")
+    gradients = dict.fromkeys(("G_ptr", "GT_ptr", "X_ptr", "DX_ptr"), f"*{dtype}")
+    weight, bias, sizes = {"W_ptr": f"*{vector}"}, {"B_ptr": f"*{vector}"}, {"rows": "i32", "eps": "fp32"}
+    options = {"HAS_RESIDUAL": flag, "HAS_WEIGHT": flag, "HAS_BIAS": flag and not rms, "RMS": rms, **blocks}
+    backward = {"HAS_TOTAL": flag, "HAS_WEIGHT": flag, "RMS": rms}
+    long = {"BLOCK_C": blocks["BLOCK_C"]}
+    needs = {"NEED_WEIGHT": flag, "NEED_BIAS": flag}
+    KERNELS += [
+        # Two stand for all in a quick run: kernels of one file, which share their functions.
+        pytest.param("layer_norm", name, types, constants, marks=[] if quick and name in QUICK else pytest.mark.slow)
+        for name, types, constants in (
+            ("_forward_kernel", {**maps, **weight, **bias, **OF_ROWS, **sizes}, options),
+            ("_apply_kernel", {**maps, **weight, **bias, **OF_ROWS, "rows": "i32"}, options),
+            (
+                "_statistics_kernel",
+                {"X_ptr": f"*{dtype}", "R_ptr": f"*{dtype}", **OF_ROWS, "eps": "fp32"},
+                {"HAS_RESIDUAL": flag, "RMS": rms, **long},
+            ),
+            *(
+                (
+                    "_backward_kernel",
+                    {**gradients, **weight, **OF_ROWS, "S_ptr": "*fp32", "rows": "i32", "chunk": "i32"},
+                    {**backward, **needs, **blocks, "NEED_X": need},
+                )
+                for need in (True, False)
+            ),
+            ("_input_grad_kernel", {**gradients, **weight, **OF_ROWS}, {**backward, **long}),
+            (
+                "_finish_kernel",
+                {**dict.fromkeys(("S_ptr", "DW_ptr", "DB_ptr"), "*fp32"), "channels": "i32", "programs": "i32"},
+                {"NEED_WEIGHT": flag, "NEED_BIAS": True, "BLOCK_C": 32, "BLOCK_S": 32},
+            ),
+        )
+    ]
+
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # Triton 3.9 announces a default of 3.10
 @pytest.mark.parametrize(("module", "kernel", "types", "constants"), KERNELS)
