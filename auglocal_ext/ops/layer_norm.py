@@ -140,7 +140,11 @@ def _forward(
     forward = registry.kernel("layer_norm_forward", provider)
     added = None if residual is None else rows(residual)
     y, total, mean, rstd = forward(rows(x), added, _contiguous(weight), _contiguous(bias), eps, rms)
-    return y.view(x.shape), total if residual is None else total.view(x.shape), mean, rstd
+    if x.dim() != 2:  # in place, for what is a view may not be changed where autograd's node is our own
+        y.resize_(x.shape)
+        if residual is not None:
+            total.resize_(x.shape)
+    return y, total, mean, rstd
 
 
 def _contiguous(vector: Tensor | None) -> Tensor | None:

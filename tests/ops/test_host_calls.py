@@ -33,6 +33,7 @@ CROSSINGS = {
         "batch_norm_factors_",
         *(f"batch_norm_act_max_pool_{name}" for name in ("apply", "reduce", "input_grad")),
     ],
+    "layer_norm": ["layer_norm_forward", "layer_norm_backward"],
     "pooled_cross_entropy": ["pooled_cross_entropy"],
     "reconstruction_loss": ["reconstruction_loss"],
     "similarity_loss": ["similarity_loss", "similarity_loss_input_grad"],
@@ -44,6 +45,13 @@ CROSSINGS = {
 LABELS = ["aminmax", "_local_scalar_dense", "_local_scalar_dense"]
 #: Operators of torch that run beside them in the forward pass.
 OTHERS = {
+    "layer_norm": [
+        "reshape",
+        "reshape",
+        "resize_",
+        "resize_",
+        "detach",
+    ],  # the last of the sum, which is kept and returned
     "pooled_cross_entropy": LABELS,
     "similarity_loss": LABELS,
     "linear_cross_entropy": ["view", "view", *LABELS],

@@ -22,6 +22,7 @@ _BRANCH = (_ONES, None, None, None, True, 0.1, 1e-5)
 OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "batch_norm_act": lambda x: ops.batch_norm_act(x, _ONES, None, None, None, training=True),
     "batch_norm_act_max_pool": lambda x: ops.batch_norm_act_max_pool(x, _ONES, None, None, None, training=True),
+    "layer_norm": lambda x: ops.layer_norm(x, torch.ones(5)),
     "linear_cross_entropy": lambda x: ops.linear_cross_entropy(x[..., 0, 0], torch.eye(3), None, _LABELS).loss,
     "pooled_cross_entropy": lambda x: ops.pooled_cross_entropy(x, torch.eye(3), None, _LABELS).loss,
     "reconstruction_loss": lambda x: ops.reconstruction_loss(x, torch.zeros_like(x), 0 * _ONES, _ONES),

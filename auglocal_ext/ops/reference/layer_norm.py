@@ -81,9 +81,8 @@ def backward(
     """
     wide = grad.to(_wide(x))
     xhat = _normalised(x, mean, rstd, rms)
-    nothing = wide.new_empty(0)
-    grad_weight = (wide * xhat).sum(0) if need_weight else nothing
-    grad_bias = wide.sum(0) if need_bias else nothing
+    grad_weight = (wide * xhat).sum(0) if need_weight else wide.new_empty(0)
+    grad_bias = wide.sum(0) if need_bias else wide.new_empty(0)
     if not need_x:
         return x.new_empty(0), grad_weight, grad_bias
     g = wide if weight is None else wide * weight.to(wide.dtype)

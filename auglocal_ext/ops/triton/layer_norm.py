@@ -128,17 +128,22 @@ def _statistics_kernel(
             sums += tl.where(o_c < channels, x - origin, 0.0)
             first += BLOCK_C
         mean = tl.sum(origin, axis=0) + tl.sum(sums, axis=0) / channels
+    sums = tl.zeros((BLOCK_C,), dtype=tl.float32)
     squares = tl.zeros((BLOCK_C,), dtype=tl.float32)
     first = 0
     while first < channels:
         o_c = first + tl.arange(0, BLOCK_C)
         x = _total(X_ptr, R_ptr, start + o_c, o_c < channels, HAS_RESIDUAL)
         difference = tl.where(o_c < channels, x - mean, 0.0)
+        sums += difference
         squares += difference * difference
         first += BLOCK_C
+    var = tl.sum(squares, axis=0) / channels
     if not RMS:
+        correction = tl.sum(sums, axis=0) / channels  # of a mean that has been rounded
+        var = tl.maximum(var - correction * correction, 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(mean_ptr + i_r, mean)
-    tl.store(rstd_ptr + i_r, 1 / tl.sqrt_rn(tl.sum(squares, axis=0) / channels + eps))
+    tl.store(rstd_ptr + i_r, 1 / tl.sqrt_rn(var + eps))
 
 
 @triton.jit
