@@ -14,6 +14,7 @@ from torch import Tensor
 from auglocal_ext.ops import (
     batch_norm_act,
     batch_norm_act_max_pool,
+    layer_norm,
     linear_cross_entropy,
     pooled_cross_entropy,
     reconstruction_loss,
@@ -116,6 +117,42 @@ def _fused_read_out(x: Tensor, weight: Tensor, target: Tensor, provider: str) ->
     return out.loss, out.correct
 
 
+# tokens, features: between the layers of vision transformers and of small language models. On a CPU torch adds the
+# gradients of weight and bias up in bf16, so that of many tokens they would be no reference.
+_TOKENS = {"cuda": [(50432, 768), (16384, 1024), (16384, 4096)], "cpu": [(512, 384), (512, 1024)]}
+
+
+def _layer_norm(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    for (rows, width), rms in product(_TOKENS[device], (False, True)):
+        x, residual = (torch.randn(rows, width, device=device).to(dtype).requires_grad_() for _ in range(2))
+        weight, bias = (factor.to(dtype).requires_grad_() for factor in _factors(width, device))
+        yield Case(
+            op="layer_norm",
+            shape=f"{rows}x{width}, {'RMS' if rms else 'layer'}, residual",
+            inputs=(x, residual, weight, None if rms else bias),
+            composition=_normalise_rows,
+            fused=_fused_normalise_rows,
+            # x, residual, the sum and y; then the sum, the gradient of y and that of x
+            bytes=7 * x.numel() * x.element_size(),
+            dtype=dtype,
+            grad=torch.randn(rows, width, device=device).to(dtype),
+        )
+
+
+def _normalise_rows(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    total = x + residual
+    if bias is None:
+        return F.rms_norm(total, weight.shape, weight, 1e-5), total
+    return F.layer_norm(total, weight.shape, weight, bias, 1e-5), total
+
+
+def _fused_normalise_rows(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, provider: str
+) -> tuple[Tensor, ...]:
+    y, total = layer_norm(x, weight, bias, residual=residual, rms=bias is None, provider=provider)
+    return y, total
+
+
 # (batch, channels, height, width): inside the stages of the CIFAR ResNets, stage 1 and the stem of the ImageNet ones
 _NORMALISED = {
     "cuda": [
@@ -131,7 +168,7 @@ _NORMALISED = {
 
 
 def _factors(channels: int, device: str) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a BatchNorm, the weight off zero: it would make equal values, whose maximum is a tie."""
+    """Weight and bias of a norm, the weight off zero: BatchNorm would make equal values, whose maximum is a tie."""
     return torch.rand(channels, device=device) + 0.5, torch.randn(channels, device=device)
 
 
@@ -333,6 +370,7 @@ def _fused_contrast(features: Tensor, target: Tensor, provider: str) -> tuple[Te
 _CASES = {
     "batch_norm_act": _batch_norm_act,
     "batch_norm_act_max_pool": _batch_norm_act_max_pool,
+    "layer_norm": _layer_norm,
     "linear_cross_entropy": _linear_cross_entropy,
     "pooled_cross_entropy": _pooled_cross_entropy,
     "reconstruction_loss": _reconstruction_loss,

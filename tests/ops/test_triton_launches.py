@@ -125,6 +125,35 @@ def test_batch_norm_act(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("channels", [768, 16384], ids=["whole rows", "long rows"])
+def test_layer_norm(launched: Launched, dtype: torch.dtype, channels: int) -> None:  # noqa: F811
+    """Maps are read and written by 16 bytes; what is smaller are numbers of a row, which threads share."""
+    from auglocal_ext.ops.triton import layer_norm as op
+
+    x, (weight, bias), (mean, rstd) = torch.empty(4096, channels, dtype=dtype), vectors(channels, 2), vectors(4096, 2)
+    found = launched(90, op.forward, x, x, weight, bias, 1e-5, False)
+    found += launched(90, op.backward, x, x, x, mean, rstd, weight, False, True, True, True)
+    of_a_map = dtype.itemsize  # accesses of a thread, for 16 elements
+    maps = {  # that are read in a loop at least, and those written
+        "_forward_kernel": (2, 2),
+        "_statistics_kernel": (2, 0),
+        "_apply_kernel": (2, 2),
+        "_input_grad_kernel": (2, 1),
+        "_backward_kernel": (3, 1) if channels == 768 else (2, 0),
+    }
+    names = [launch.name for launch in found]
+    assert names[-1] == "_finish_kernel" and len(names) == (3 if channels == 768 else 5)
+    for launch in found[:-1]:
+        reads, writes = maps[launch.name]
+        *_, loop = launch.loops
+        assert loop.count(LOAD) >= reads * of_a_map and loop.count(STORE) == writes * of_a_map, launch
+        assert all(access.bytes >= 4 for access in loop)
+        assert launch.spilled <= MOST_SPILLED, f"{launch.name} spills {launch.spilled} bytes"
+    assert_wide(found[-1], LOAD)
+
+
+@pytest.mark.slow
 @layouts
 @configurations
 def test_similarity_loss(
