@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from ..models import NAMES
-from ..training.config.language_models import LANGUAGE_MODELS, check_network
+from ..training.config.language_models import DEFAULTS, LANGUAGE_MODELS, check_network
 from ..training.config.rule_options import OPTIONS, help_of
 from ..training.config.settings import SETTINGS
 from ..training.config.values import reader
@@ -34,7 +34,7 @@ def add_network_options(group: Any, rules: Sequence[str]) -> None:
         "--width",
         type=whole,
         metavar="N",
-        help="width of a CIFAR ResNet's first stage (default 16), or of gpt (default 512)",
+        help=f"width of a CIFAR ResNet's first stage (default 16), or of gpt (default {DEFAULTS['width']})",
     )
     add(
         "--rule",

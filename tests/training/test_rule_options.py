@@ -193,7 +193,15 @@ def test_a_run_that_stored_its_head_as_text_goes_on(config):
         ({"rule": "infopro", "weights": (1.0, 2.0)}, "four numbers"),
         ({"rule": "infopro", "weights": (1.0, 2.0, -1.0, 0.0)}, "neither negative"),
         ({"rule": "infopro", "loss": "hinge"}, "loss is one of softmax, contrast, contrast_batch; got 'hinge'"),
-        ({"rule": "man", "average_momentum": 2.0}, r"momentum \(m in .*\) is a number within 0 .. 1; got 2"),
+        ({"rule": "man", "average_momentum": 2.0}, r"^average_momentum \(m in .*\) is a number within 0 .. 1; got 2"),
+        (
+            {"rule": "solo", "solo_blocks": -1},
+            r"^solo_blocks \(fresh blocks .*\) is a whole number of at least 0; got -1",
+        ),
+        (
+            {"rule": "solo", "readout": "private", "readout_every": 2},
+            "^readout_every=2 and readout_lag=0 are of a shared readout; readout='private' has neither",
+        ),
         ({"rule": "auglocal", "sampling": "random"}, "sampling is one of uniform"),
     ],
 )

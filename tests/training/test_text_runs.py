@@ -31,6 +31,8 @@ RULES = [
     pytest.param({"rule": "auglocal", "depth": 2, "modules": 2}, id="auglocal"),
 ]
 
+OF_RESNET = {"network": "resnet8", **dict.fromkeys(("layers", "heads", "width", "context_length", "sample"))}
+
 
 def rows(config):
     return [{name: value for name, value in row.items() if name not in TEXT_TIMES} for row in log(config)]
@@ -145,10 +147,9 @@ def test_a_language_model_out_of_its_run(tmp_path):
         ({"channels_last": True}, "--channels-last belongs to a run on images"),
         ({"train_images": 5}, "--train-images belongs to a run on images"),
         ({"schedule": "short"}, "--schedule belongs to a run on images"),
-        (
-            {"network": "resnet8", "layers": None, "heads": None, "width": None},
-            "--context-length belongs to a run on text",
-        ),
+        ({"warmup": 3}, "--warmup belongs to a run on images, .*: take --warmup-steps"),
+        ({**OF_RESNET, "warmup_steps": 3}, "--warmup-steps belongs to a run on text, .*: take --warmup"),
+        ({**OF_RESNET, "context_length": 16}, "--context-length belongs to a run on text, .*: leave it out"),
         ({"norm": "batch"}, "--norm is one of rms, layer"),
         ({"recipe": "cifar10"}, "the recipe cifar10 is for images"),
         ({"heads": 3}, "heads"),

@@ -77,7 +77,7 @@ from auglocal_ext.training.errors import RecipeError
         ('[rule]\nrule = "dgl"\nhead = "conv"\n', r"line 3, \[rule\]: head is refused: unknown auxiliary head 'conv'"),
         (
             '[rule]\nrule = "man"\naverage_momentum = 2\n',
-            r"line 3, \[rule\]: average_momentum is refused: momentum \(.*; got 2",
+            r"line 3, \[rule\]: average_momentum \(.*; got 2",
         ),
         (
             '[rule]\nrule = "man"\n[rule.head]\nrule = "auglocal"\n\ndepth = 0\n',

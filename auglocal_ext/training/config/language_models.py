@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from ...models import check_name
+from ...models import check_name, gpt
 from ...models.gpt import MLPKind, Norm, Positions
 from ..errors import SettingsError
 
 #: Networks that are trained on text.
 LANGUAGE_MODELS = ("gpt",)
 
+# Settings of the network, and what gpt calls them.
+_ARGUMENTS = {name: name for name in ("layers", "width", "heads", "norm", "positions", "mlp", "tied")} | {
+    "context_length": "context"
+}
+
 #: Of the network, where they are not given.
 DEFAULTS: dict[str, Any] = {
-    "layers": 12,
-    "width": 512,
-    "heads": 8,
-    "context_length": 256,
-    "norm": "rms",
-    "positions": "rotary",
-    "mlp": "swiglu",
-    "tied": False,
+    name: inspect.signature(gpt).parameters[argument].default for name, argument in _ARGUMENTS.items()
 }
 
 NORMS, POSITIONS, MLPS = map(get_args, (Norm, Positions, MLPKind))
@@ -46,6 +45,9 @@ OF_IMAGES: dict[str, Any] = dict.fromkeys(
         *("padding", "padding_mode", "flip", "mean", "std"),
     )
 ) | {"channels_last": False, "sync_batch_norm": False}
+
+# Settings of one that the other has under another name, as it counts something else.
+_INSTEAD = {"warmup": "warmup_steps", "warmup_steps": "warmup"}
 
 
 def is_language_model(network: str) -> bool:
@@ -72,11 +74,16 @@ def check_kind(settings: Mapping[str, Any]) -> None:
         wrong = [name for name in OF_TEXT if settings[name] is not None]
         what = f"a run on text, with --network {' or '.join(LANGUAGE_MODELS)}"
     if wrong:
-        flag = "--" + wrong[0].replace("_", "-")
-        raise SettingsError(f"{flag} belongs to {what}, not to one with --network {network}: leave it out")
+        way = f"take {_flag(_INSTEAD[wrong[0]])}" if wrong[0] in _INSTEAD else "leave it out"
+        raise SettingsError(f"{_flag(wrong[0])} belongs to {what}, not to one with --network {network}: {way}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def network_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Those of :func:`auglocal_ext.models.gpt` but the vocabulary."""
-    found = {name: default if settings[name] is None else settings[name] for name, default in DEFAULTS.items()}
-    return found | {"context": found.pop("context_length")}
+    return {
+        argument: DEFAULTS[name] if settings[name] is None else settings[name] for name, argument in _ARGUMENTS.items()
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -231,7 +232,15 @@ def make(
             values, [m / 255 for m in mean or (0.0, 0.0, 0.0)], [s / 255 for s in std or (255.0, 255.0, 255.0)]
         )
     except (TypeError, ValueError) as error:
-        raise SettingsError(str(error)) from error
+        raise SettingsError(_as_settings(rule, str(error))) from error
+
+
+def _as_settings(rule: str, message: str) -> str:
+    """A rule's message about its fields with the names that its options have in settings."""
+    for each in RULES[rule].options():
+        if each.field and each.field != each.name:
+            message = re.sub(rf"(?<![\w.(]){each.field}(?==| \()", each.name, message)
+    return message
 
 
 def check_table(rule: str | None, table: Mapping[str, Any], place: str = "rule") -> None:

@@ -13,7 +13,7 @@ from ...local_modules import RECOMPUTE, Recompute
 from ..data.datasets import DATASETS
 from ..errors import SettingsError
 from . import single_values
-from .language_models import MLPS, NORMS, POSITIONS
+from .language_models import DEFAULTS, MLPS, NORMS, POSITIONS
 from .rule_options import OPTIONS, RULE_OPTIONS
 from .schedule import SCHEDULES
 from .values import kinds_of, said
@@ -127,14 +127,18 @@ class Settings(_RuleSettings):
         "FILE",
     )
     width: int | None = _setting(None, "network", least=1)
-    layers: int | None = _setting(None, "network", "of gpt: blocks (default 12)", "N", least=1)
-    heads: int | None = _setting(None, "network", "of gpt: of its attention (default 8)", "N", least=1)
+    layers: int | None = _setting(None, "network", f"of gpt: blocks (default {DEFAULTS['layers']})", "N", least=1)
+    heads: int | None = _setting(None, "network", f"of gpt: in attention (default {DEFAULTS['heads']})", "N", least=1)
     context_length: int | None = _setting(
-        None, "network", "of gpt: tokens in a window (default 256); --context N is the same", "N", least=2
+        None,
+        "network",
+        f"of gpt: tokens in a window (default {DEFAULTS['context_length']}); --context N is the same",
+        "N",
+        least=2,
     )
-    norm: str | None = _setting(None, "network", "of gpt (default rms)", choices=NORMS)
-    positions: str | None = _setting(None, "network", "of gpt (default rotary)", choices=POSITIONS)
-    mlp: str | None = _setting(None, "network", "of gpt (default swiglu)", choices=MLPS)
+    norm: str | None = _setting(None, "network", f"of gpt (default {DEFAULTS['norm']})", choices=NORMS)
+    positions: str | None = _setting(None, "network", f"of gpt (default {DEFAULTS['positions']})", choices=POSITIONS)
+    mlp: str | None = _setting(None, "network", f"of gpt (default {DEFAULTS['mlp']})", choices=MLPS)
     tied: bool | None = _setting(None, "network", "of gpt: readout and token embedding are one parameter")
     rule: str = _setting("auglocal", "rule", choices=tuple(RULE_OPTIONS))
     fused: bool = _setting(True, "step")
