@@ -17,7 +17,7 @@ from texts import settings, text
 
 from auglocal_ext.cli import main
 from auglocal_ext.cli.train import _say
-from auglocal_ext.training import Interrupted, SettingsError, TrainConfig, Trainer, load_run
+from auglocal_ext.training import Interrupted, SettingsError, TrainConfig, Trainer, TrainingError, load_run
 from auglocal_ext.training.config.schedule import rate_of_step
 from auglocal_ext.training.data.text import IGNORED
 from auglocal_ext.training.run.curves import read_curves
@@ -160,13 +160,24 @@ def test_settings_of_images_and_of_text_are_told_apart(tmp_path, given, said):
         trainer(settings(tmp_path, **given), None)
 
 
-def test_a_network_that_cannot_be_is_refused_before_tokens_are_written(tmp_path):
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"heads": 3}, "heads must divide the width, got 3 heads and a width of 16"),
+        ({"rule": "greedy", "modules": 9}, "modules=9: the network has 3 layers"),
+        ({"rule": "predsim"}, "PredSim's similarity loss compares samples by class"),
+        ({"recipe": "cifar10"}, "the recipe cifar10 is for images"),
+        ({"rule": "greedy", "graph": "on"}, "--graph on needs a CUDA device"),
+        ({"context_length": 400}, "tokens are too few: .* windows of --context 400 need 800"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_tokens_are_written(tmp_path, given, said):
     (tmp_path / "texts").mkdir()
     for name in ("a.txt", "b.txt"):
-        (tmp_path / "texts" / name).write_text(text(200))
-    with pytest.raises(SettingsError, match="heads must divide the width, got 3 heads and a width of 16"):
-        trainer(settings(tmp_path, data=str(tmp_path / "texts"), heads=3), None)
-    assert not (tmp_path / "run").exists()
+        (tmp_path / "texts" / name).write_text(text(100))
+    with pytest.raises(TrainingError, match=said):
+        trainer(settings(tmp_path, data=str(tmp_path / "texts"), **given), None)
+    assert not list(tmp_path.glob("run/*"))
 
 
 def test_networks_and_data_that_do_not_go_together(tmp_path, image_folder, config):

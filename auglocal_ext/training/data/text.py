@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, SettingsError
+from ..paths import user_path
 from .order import WHOLE, Part, epoch_order, mixed_seed
 from .text_files import TokenFile, token_file
 
@@ -44,15 +45,7 @@ class Text:
     context: int
 
     def __post_init__(self) -> None:
-        least = 2 * self.context
-        if self.file.tokens < VALIDATION:
-            raise DataError(f"{self.file.path}: {self.file.tokens} tokens are too few; expected at least {VALIDATION}")
-        if self.train_tokens < least:
-            raise DataError(
-                f"{self.file.path}: {self.file.tokens} tokens are too few: {self.train_tokens} of them are for "
-                f"training, and windows of --context {self.context} need {least} there; take a longer text or a "
-                "shorter context"
-            )
+        check_length(self.file.path, self.file.tokens, self.context)
 
     @property
     def name(self) -> str:
@@ -65,7 +58,7 @@ class Text:
 
     @property
     def train_tokens(self) -> int:
-        return self.file.tokens - self.test_tokens
+        return train_tokens(self.file.tokens)
 
     @property
     def input_shape(self) -> tuple[int]:
@@ -87,6 +80,23 @@ class Text:
         return self.file.source_bytes / self.file.tokens
 
 
+def train_tokens(tokens: int) -> int:
+    """Those of so many that are for training."""
+    return tokens - tokens // VALIDATION
+
+
+def check_length(path: str, tokens: int, context: int) -> None:
+    """DataError for a text of too few tokens."""
+    if tokens < VALIDATION:
+        raise DataError(f"{path}: {tokens} tokens are too few; expected at least {VALIDATION}")
+    found, least = train_tokens(tokens), 2 * context
+    if found < least:
+        raise DataError(
+            f"{path}: {tokens} tokens are too few: {found} of them are for training, and windows of --context "
+            f"{context} need {least} there; take a longer text or a shorter context"
+        )
+
+
 def load_text(
     data: str | Path, context: int, folder: Path, *, tokenizer: str | None = None, progress: bool = False
 ) -> Text:
@@ -95,7 +105,11 @@ def load_text(
     See :func:`auglocal_ext.training.data.text_files.token_file`. Raises DataError for a text that cannot be read or is
     too short.
     """
-    return Text(token_file(data, tokenizer, folder, progress=progress), context)
+
+    def check(tokens: int) -> None:
+        check_length(str(user_path(data)), tokens, context)
+
+    return Text(token_file(data, tokenizer, folder, check=check, progress=progress), context)
 
 
 class TextBatches:

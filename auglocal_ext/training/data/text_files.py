@@ -6,7 +6,7 @@ import codecs
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -100,7 +100,14 @@ def _check(path: str) -> None:
         raise DataError(f"{path}: a {packed} archive, whose bytes are no text; unpack it and give what is in it")
 
 
-def token_file(data: str | Path, tokenizer: str | None, folder: Path, *, progress: bool = False) -> TokenFile:
+def token_file(
+    data: str | Path,
+    tokenizer: str | None,
+    folder: Path,
+    *,
+    check: Callable[[int], None] | None = None,
+    progress: bool = False,
+) -> TokenFile:
     """The tokens of a text.
 
     The bytes of a single file are read from it. Those of a folder, and the ids of a tokenizer, are written to
@@ -111,6 +118,7 @@ def token_file(data: str | Path, tokenizer: str | None, folder: Path, *, progres
             :func:`text_files`.
         tokenizer: a ``tokenizer.json`` of Hugging Face; None: bytes.
         folder: for the tokens.
+        check: called with their number before ``tokens.bin`` is there; what it raises leaves none.
         progress: show a bar where standard error is a terminal.
 
     Raises:
@@ -120,7 +128,7 @@ def token_file(data: str | Path, tokenizer: str | None, folder: Path, *, progres
     files = text_files(user_path(data))
     reader = None if tokenizer is None else open_tokenizer(tokenizer)
     source_bytes, checksum = _checksum(files, tokenizer, progress)
-    vocabulary = BYTES if reader is None else 1 + max(reader.get_vocab(with_added_tokens=True).values())
+    vocabulary = BYTES if reader is None else _vocabulary(reader)
     path = None if tokenizer is None else str(user_path(tokenizer).resolve())
     if reader is None and len(files) == 1:
         return TokenFile(files[0], "uint8", source_bytes, vocabulary, source_bytes, checksum, None)
@@ -131,10 +139,26 @@ def token_file(data: str | Path, tokenizer: str | None, folder: Path, *, progres
         return TokenFile(there, dtype, known.tokens, vocabulary, source_bytes, checksum, path)
     parts = _bytes(files) if reader is None else _ids(files, reader)
     with progress_bar(source_bytes, "reading the text", "B", progress) as bar:
-        count = _write(folder, parts, dtype, bar)
+        count = _write(folder, parts, dtype, bar, check)
         made = TokenFile(there, dtype, count, vocabulary, source_bytes, checksum, path)
         _written(about, [json.dumps(asdict(made), indent=2).encode()])
     return made
+
+
+def vocabulary_to_write(data: str | Path, tokenizer: str | None) -> int | None:
+    """Vocabulary of tokens for which :func:`token_file` writes a file; None where it reads the text's own.
+
+    Raises:
+        DataError: as :func:`token_file`, for what shows without reading the text.
+    """
+    files = text_files(user_path(data))
+    if tokenizer is not None:
+        return _vocabulary(open_tokenizer(tokenizer))
+    return None if len(files) == 1 else BYTES
+
+
+def _vocabulary(tokenizer: Any) -> int:
+    return 1 + int(max(tokenizer.get_vocab(with_added_tokens=True).values()))
 
 
 def open_tokenizer(path: str) -> Any:
@@ -226,7 +250,13 @@ def _known(about: Path) -> TokenFile | None:
         return None
 
 
-def _write(folder: Path, parts: Iterator[tuple[np.ndarray[Any, Any], int]], dtype: str, bar: Any) -> int:
+def _write(
+    folder: Path,
+    parts: Iterator[tuple[np.ndarray[Any, Any], int]],
+    dtype: str,
+    bar: Any,
+    check: Callable[[int], None] | None,
+) -> int:
     count = 0
 
     def packed() -> Iterator[bytes]:
@@ -236,6 +266,8 @@ def _write(folder: Path, parts: Iterator[tuple[np.ndarray[Any, Any], int]], dtyp
             count += len(tokens)
             bar.update(size)
             yield tokens.astype(dtype).tobytes()
+        if check is not None:
+            check(count)
 
     _written(folder / TOKENS, packed())
     return count

@@ -39,6 +39,13 @@ class Kind(ABC):
     def check(self, config: TrainConfig, dataset: str) -> None:
         """SettingsError unless the network of ``config`` learns what the data set holds."""
 
+    def foreseen(self, config: TrainConfig) -> Mapping[str, Any] | None:
+        """The facts that a network is made by, where loading the data writes files: what is refused comes first.
+
+        Raises DataError or SettingsError as ``load`` does.
+        """
+        return None
+
     @abstractmethod
     def load(self, config: TrainConfig, bars: bool, team: Alone) -> Data:
         """The data that ``config`` names; collective. Raises DataError or SettingsError."""

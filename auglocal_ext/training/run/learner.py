@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -121,6 +122,13 @@ def make_network(config: TrainConfig, input_shape: tuple[int, ...], task: RunTas
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
     return network
+
+
+def try_network(config: TrainConfig, input_shape: tuple[int, ...], task: RunTask) -> None:
+    """SettingsError for a resolved ``config`` whose network cannot be made or cut; it is made without values."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come when it is made
+        make_network(config, input_shape, task, torch.device("meta"))
 
 
 def _said(error: BaseException) -> str:

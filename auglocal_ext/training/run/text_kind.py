@@ -15,8 +15,8 @@ from ..config.train_config import TrainConfig
 from ..data.batches import Batches
 from ..data.datasets import detect
 from ..data.order import Part
-from ..data.text import IGNORED, NAME, Text, TextBatches
-from ..data.text_files import BYTES, TokenFile, token_file
+from ..data.text import IGNORED, NAME, Text, TextBatches, check_length
+from ..data.text_files import BYTES, TokenFile, token_file, vocabulary_to_write
 from ..errors import SettingsError
 from ..paths import user_path
 from .kind import Data, Kind, RunTask, Sampler
@@ -37,23 +37,30 @@ class TextRuns(Kind):
                 "or a folder of .txt files (with --dataset text if it has folders train and test), or choose another "
                 "network"
             )
-        try:
-            with torch.device("meta"):
-                gpt(vocab_size=2, **network_options(vars(config)) | {"layers": 1})  # before tokens are written
-        except ValueError as error:
-            raise SettingsError(str(error)) from error
 
-    def load(self, config: TrainConfig, bars: bool, team: Alone) -> Text:
+    def foreseen(self, config: TrainConfig) -> Mapping[str, Any] | None:
+        self._check_data(config)
+        vocabulary = vocabulary_to_write(config.data, config.tokenizer)
+        return None if vocabulary is None else {"vocabulary": vocabulary, "input_shape": [_context(config)]}
+
+    def _check_data(self, config: TrainConfig) -> None:
         unknown = config.dataset == "auto"
         self.check(config, detect(user_path(config.data), text=True) if unknown else config.dataset)
-        found: list[TokenFile] = []
+
+    def load(self, config: TrainConfig, bars: bool, team: Alone) -> Text:
+        self._check_data(config)
+        context, found = _context(config), list[TokenFile]()
+        data, output = user_path(config.data), user_path(config.output)
+
+        def check(tokens: int) -> None:
+            check_length(str(data), tokens, context)
 
         def read() -> None:
-            found.append(token_file(config.data, config.tokenizer, user_path(config.output), progress=bars))
+            found.append(token_file(data, config.tokenizer, output, check=check, progress=bars))
 
         team.on_first(read)
         file = team.everyone(found[0] if found else None)[0]
-        return Text(cast("TokenFile", file), config.context_length or DEFAULTS["context_length"])
+        return Text(cast("TokenFile", file), context)
 
     def facts(self, data: Data) -> dict[str, Any]:
         text = cast("Text", data)
@@ -98,3 +105,7 @@ class TextRuns(Kind):
             return None
         text = cast("Text", data)
         return TextSampler(config.sample, text.context, text.file.tokenizer, config.seed)
+
+
+def _context(config: TrainConfig) -> int:
+    return config.context_length or int(DEFAULTS["context_length"])

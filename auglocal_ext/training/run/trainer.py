@@ -20,6 +20,7 @@ from ..data.batches import Batches
 from ..data.datasets import ImageArrays
 from ..data.order import Part, mixed_seed
 from ..data.prefetch import Batch, make_feed
+from ..data.text import NAME as TEXT
 from ..errors import CheckpointError, DivergedError, Interrupted, OutputError, SettingsError, WorkerError
 from ..interrupt import InterruptRequest
 from ..paths import user_path
@@ -27,7 +28,7 @@ from . import resuming, saving, stored
 from .curves import draw_run, read_curves
 from .kind import Data
 from .kinds import kind_of
-from .learner import make_learner
+from .learner import make_learner, try_network
 from .logs import EpochRow, EpochTable, columns, measured, peak_bytes, rates
 from .metrics import EpochSums, Reading, StepResult
 from .processes import Alone
@@ -81,7 +82,7 @@ class Trainer:
         self._bars, self._say = bars and team.first, say if team.first else lambda line: None
         self.device = team.device
         self._kind = kind_of(config.network)
-        self.data = self._kind.load(config, self._bars, team) if data is None else data
+        self.data = self._load(config) if data is None else data
         self._kind.check(config, self.data.name)
         self.config = resolve(config, self.data.name, not isinstance(self.data, ImageArrays))
         self._left_open = {name for name in resuming.LAID_OUT if getattr(config, name) is None}
@@ -111,6 +112,12 @@ class Trainer:
         self._saved: str | None = None  # what the checkpoint holds
         self._epoch_seconds: float | None = None  # of the last whole epoch in this process
         self._drawn = -math.inf
+
+    def _load(self, config: TrainConfig) -> Data:
+        """The data, after a network that cannot be has been refused, if loading writes files."""
+        if (facts := self._kind.foreseen(config)) is not None:
+            try_network(resolve(config, TEXT, streamed=True), tuple(facts["input_shape"]), self._kind.task(facts))
+        return self._kind.load(config, self._bars, self.team)
 
     @property
     def steps(self) -> int:
