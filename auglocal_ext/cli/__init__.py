@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
 
 from .._version import __version__
 
@@ -55,4 +58,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         subparsers.choices[parsed.command].error(f"unrecognized arguments: {' '.join(unknown)}")
-    return commands[parsed.command].run(parsed)
+    with _own_warnings_in_a_line():
+        return int(commands[parsed.command].run(parsed))
+
+
+@contextmanager
+def _own_warnings_in_a_line() -> Iterator[None]:
+    """What the package itself warns of is a line on standard error, without the place in its source."""
+    package, show = Path(__file__).resolve().parents[1], warnings.showwarning
+
+    def shown(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        if category is UserWarning and Path(filename).resolve().is_relative_to(package):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            show(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = shown
+        yield

@@ -214,6 +214,15 @@ def test_the_command(tmp_path, capsys):
     )
 
 
+def test_what_a_tied_readout_warns_of_is_a_line(tmp_path, capsys):
+    options = "--network gpt --layers 2 --width 16 --heads 2 --context 16 --rule greedy --modules 2 --tied --epochs 1"
+    data, run = settings(tmp_path).data, str(tmp_path / "out")
+    assert main(["train", "--data", data, *options.split(), "--sample", "0", "--output", run, "--device", "cpu"]) == 0
+    assert capsys.readouterr().err == (
+        "warning: local modules 0 and 1 share a parameter of shape (256, 16): both local losses train it\n"
+    )
+
+
 def test_the_recipe_of_a_text(tmp_path, capsys):
     made = settings(tmp_path)
     assert main(["train", "--data", made.data, "--network", "gpt", "--context", "16", "--config"]) == 0
