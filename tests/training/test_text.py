@@ -91,6 +91,9 @@ def test_a_folder_is_its_files_joined_by_blank_lines(tmp_path):
     (folder / "b" / "a.TXT").write_bytes(b"sec\xffond")
     (folder / "a.txt").write_bytes(b"first")
     (folder / "notes.md").write_bytes(b"no")
+    (folder / ".git").mkdir()
+    for hidden in (".a.txt", ".git/b.txt"):
+        (folder / hidden).write_bytes(b"no")
     made = token_file(folder, None, tmp_path / "run")
     assert made.mapped().tobytes() == b"first\n\nthird\n\nsec\xffond" == (tmp_path / "run" / "tokens.bin").read_bytes()
     assert (made.tokens, made.source_bytes, made.vocabulary) == (21, 21, 256)
@@ -108,6 +111,7 @@ def test_the_bytes_of_one_file_are_not_copied(source, tmp_path):
     [
         (b"", "an empty file"),
         (b"\xfd7zXZ\x00 and more", "a xz archive, whose bytes are no text; unpack it"),
+        (b"x", "1 token is too few"),
         (b"x" * 19, "19 tokens are too few; expected at least 20"),
         (b"x" * 33, "33 tokens are too few: 32 of them are for training, and windows of --context 17 need 34"),
     ],
@@ -233,11 +237,23 @@ def test_texts_and_tokenizers_that_do_not_go_together(tokenizer, tmp_path):
     with pytest.raises(DataError, match=r"text.txt: byte 120 is no UTF-8 .* leave out --tokenizer"):
         token_file(data, str(tokenizer), tmp_path / "run")
     assert not list((tmp_path / "run").glob("tokens*"))
+    with pytest.raises(DataError, match="a folder; expected a tokenizer.json"):
+        token_file(data, str(tmp_path), tmp_path)
     with pytest.raises(DataError, match="no such file; expected a tokenizer.json"):
         token_file(data, str(tmp_path / "none.json"), tmp_path)
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(DataError, match="no tokenizer.json of Hugging Face can be read"):
         token_file(data, str(tmp_path / "other.json"), tmp_path)
+
+
+def test_a_text_that_the_tokenizer_cannot_encode(tmp_path):
+    library = pytest.importorskip("tokenizers")
+    made = library.Tokenizer(library.models.WordLevel({"the": 0, "of": 1}, unk_token="<unk>"))  # which it does not have
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("in\n")
+    with pytest.raises(DataError, match="a.txt: --tokenizer cannot encode this text: .*UNK"):
+        token_file(tmp_path / "a.txt", str(tmp_path / "tokenizer.json"), tmp_path / "run")
+    assert not list((tmp_path / "run").glob("tokens*"))
 
 
 def test_without_the_package_one_line_says_so(tmp_path, monkeypatch):

@@ -88,7 +88,8 @@ def train_tokens(tokens: int) -> int:
 def check_length(path: str, tokens: int, context: int) -> None:
     """DataError for a text of too few tokens."""
     if tokens < VALIDATION:
-        raise DataError(f"{path}: {tokens} tokens are too few; expected at least {VALIDATION}")
+        counted = "1 token is" if tokens == 1 else f"{tokens} tokens are"
+        raise DataError(f"{path}: {counted} too few; expected at least {VALIDATION}")
     found, least = train_tokens(tokens), 2 * context
     if found < least:
         raise DataError(

@@ -72,12 +72,14 @@ class TokenFile:
 def text_files(data: Path) -> list[str]:
     """A text file by itself, or the .txt files in a folder and below it, folder by folder, both sorted.
 
+    Files and folders whose names begin with a dot are left out: systems and editors keep copies of their own there.
+
     Raises:
         DataError: if there is none, and for one that is empty, compressed or no file.
     """
     with readable(data):
         if data.is_dir():
-            found = files_below(data, (ENDING,))
+            found = [path for path in files_below(data, (ENDING,)) if not _hidden(Path(path).relative_to(data))]
             if not found:
                 raise DataError(f"{data}: holds no {ENDING} files; expected a text file, or a folder of them")
         else:
@@ -85,6 +87,10 @@ def text_files(data: Path) -> list[str]:
     for path in found:
         _check(path)
     return found
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _check(path: str) -> None:
@@ -169,7 +175,8 @@ def open_tokenizer(path: str) -> Any:
         raise DataError(f"--tokenizer needs the package tokenizers ({error}): pip install tokenizers") from error
     file = user_path(path)
     if not file.is_file():
-        raise DataError(f"--tokenizer {file}: no such file; expected a tokenizer.json of Hugging Face")
+        what = "a folder" if file.is_dir() else "no such file"
+        raise DataError(f"--tokenizer {file}: {what}; expected a tokenizer.json of Hugging Face")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises no other class
@@ -218,7 +225,10 @@ def _ids(files: list[str], tokenizer: Any) -> Iterator[tuple[np.ndarray[Any, Any
     """The same by a tokenizer, which is given pieces of about 1 MB, each up to the end of a line if it has one."""
     for number, path in enumerate(files):
         for piece in chain((JOINT.decode() if number else "",), _pieces(path)):
-            ids = tokenizer.encode(piece, add_special_tokens=False).ids
+            try:
+                ids = tokenizer.encode(piece, add_special_tokens=False).ids
+            except Exception as error:  # the library raises no other class
+                raise DataError(f"{path}: --tokenizer cannot encode this text: {error}") from error
             yield np.array(ids, np.int64), len(piece.encode())
 
 
