@@ -50,6 +50,14 @@ class Row:
     recompute: str = "none"
     paper: str = ""
 
+    def fits(self, network: str) -> bool:
+        """Whether the row is one of this network's."""
+        return True
+
+    def build_step(self, network: str, batch: int, dtype: str) -> tuple[Callable[..., None], Sequence[Any]]:
+        """``(step, tracked)``, as :func:`auglocal_ext.memory.estimate_step` takes them."""
+        return build_step(self, network, batch, dtype)
+
 
 def compiled_backpropagation(network: str) -> tuple[nn.Module, Loss]:
     net = build(network)

@@ -10,9 +10,10 @@ from typing import Any
 from _memory_rows import Row
 
 from auglocal_ext.memory import MemoryReport
-from auglocal_ext.memory.meter import Mark
+from auglocal_ext.memory.meter import ACTIVATIONS, GRADIENTS, Mark
 
 GB = 1e9
+ADDED = (GRADIENTS, ACTIVATIONS)  # all else stays in memory between steps
 
 
 @dataclass
@@ -40,11 +41,20 @@ class Result:
     def peak_bytes(self) -> int | None:
         return self.report.peak_bytes if self.report else None
 
+    @property
+    def step_bytes(self) -> int | None:
+        """Of the predicted peak, what does not stay in memory between steps: activations and gradients.
+
+        Gradients of the step before, which a plain loop keeps until it begins, are not counted as staying.
+        """
+        found = self.predicted and self.predicted.categories
+        return sum(found[category] for category in ADDED) if found else None
+
 
 def columns(result: Result, base: Result | None) -> dict[str, str]:
     """The cells of one line by their headings; GB of 1e9 bytes, costs relative to the BP row."""
     predicted, measured = result.predicted, result.measured
-    cells = {"method": result.row.name, "BatchNorm": "fused" if result.row.fused else "eager"}
+    cells = {"method": result.row.name, "layers": "fused" if result.row.fused else "eager"}
     cells["dtype"] = result.dtype
     cells["recompute"] = "" if result.row.recompute == "none" else result.row.recompute
     if result.cuda:
@@ -54,6 +64,7 @@ def columns(result: Result, base: Result | None) -> dict[str, str]:
     else:
         cells["peak GB"] = gigabytes(predicted and predicted.peak_bytes)
     cells["vs BP"] = ratio(result.peak_bytes, base and base.peak_bytes)
+    cells["step adds GB"] = gigabytes(result.step_bytes)
     cells["paper GB"] = "" if result.paper_gb is None else f"{result.paper_gb:.2f}"
     cells["trained M"] = f"{result.parameters / 1e6:.2f}"
     cells["deployed M"] = f"{result.deployed / 1e6:.2f}"

@@ -5,6 +5,7 @@
     python benchmarks/memory.py --network torchvision:mobilenet_v2 --rows BP AugLocal
     python benchmarks/memory.py --rules                      # a row for each learning rule, with its arithmetic
     python benchmarks/memory.py --localized --network torchvision:vit_b_16 --batch 256    # a network as it comes
+    python benchmarks/memory.py --network vit-b16 gpt-24x1024    # transformers, bf16, with rows of their own
     python benchmarks/memory.py --limit 500 --resume         # goes on where --limit, or a kill, ended the last command
 
 Without a GPU the peaks are predicted: tensor bytes under fake tensors, no library workspace. With one they
@@ -30,11 +31,14 @@ import torch
 from _backbones import BACKBONES
 from _environment import environment
 from _localized_rows import localized_rows
-from _memory_rows import PAPER, PAPER_BATCH, Row, build_step, rows
+from _memory_rows import PAPER, PAPER_BATCH, Row, rows
 from _memory_table import GB, Result, as_json, from_json, table
 from _networks import compiling, input_shape
 from _resume import BEGUN, INTERRUPTED, NEVER_ENDED, StartOverError, earlier, is_broken, start_over, write_text
 from _rule_rows import rule_rows
+from _token_networks import NAMES as TRANSFORMERS
+from _token_networks import is_transformer, transformer
+from _token_rows import OPTIMIZER, token_rows
 from torch import nn
 from tqdm import tqdm
 
@@ -44,7 +48,9 @@ from auglocal_ext.cost import count_macs, count_parameters, count_training_macs
 from auglocal_ext.memory import PlotRow, estimate_step, measure_step, plot_memory
 
 NETWORKS = ("resnet32", "resnet110")
+BATCH = 1024
 RIVALS = ("BP", "checkpointing", "compile")
+DRAWN = ("AugLocal d=3", "Greedy K=4 recompute peak")  # through one step, the first that there is
 COLORS = {
     "BP": "#8a94a0",
     "checkpointing": "#e3a857",
@@ -56,6 +62,7 @@ COLORS = {
     "PredSim": "#9a6fb0",
     "InfoPro": "#c77d3b",
     "MAN": "#5c6bc0",
+    "SOLO": "#2b7a78",
     "combination": "#3f4a56",
 }
 
@@ -67,7 +74,7 @@ def run_row(row: Row, network: str, batch: int, dtype: str, cuda: bool, macs: bo
         result.paper_gb = PAPER.get(network, {}).get(row.paper)
 
     def build() -> tuple[Callable[..., None], Sequence[Any]]:
-        step, tracked = build_step(row, network, batch, dtype)
+        step, tracked = row.build_step(network, batch, dtype)
         if not result.parameters:
             result.parameters = count_parameters(tracked[0])
             result.deployed = count_parameters(tracked[0], inference=True)
@@ -95,12 +102,13 @@ def count_arithmetic(result: Result, net: nn.Module, shape: Sequence[int]) -> No
         result.training_macs = count_training_macs(net, shape)
 
 
-def draw(path: Path, results: dict[str, list[Result]], batch: int, dtype: str, cuda: bool) -> Path | None:
+def draw(path: Path, results: dict[str, list[Result]], settings: dict[str, str | int], cuda: bool) -> Path | None:
     """Bars of every row that gave a figure; through one step: BP, checkpointing and one local rule."""
     panels = []
     for network, found in results.items():
         local = [result.row.name for result in found if result.predicted and result.row.family not in RIVALS]
-        shown = {"BP", "BP checkpointing", "AugLocal d=3" if "AugLocal d=3" in local else "".join(local[:1])}
+        chosen = next((name for name in DRAWN if name in local), "".join(local[:1]))
+        shown = {"BP", "BP checkpointing", chosen}
         drawn = [plot_row(result, result.row.name in shown) for result in found]
         if any(drawn):
             panels.append((network, [row for row in drawn if row]))
@@ -111,7 +119,7 @@ def draw(path: Path, results: dict[str, list[Result]], batch: int, dtype: str, c
         panels,
         path,
         title="Memory of one training step",
-        subtitle=f"batch {batch}, {dtype}, SGD with momentum, one step at the end; {source} "
+        subtitle=f"batch {settings['batch']}, {settings['dtype']}, {settings['optimizer']}; {source} "
         "(tensor bytes under fake tensors, no library workspace)",
         other_label="AugLocal paper's reading, workspaces included",
     )
@@ -179,12 +187,20 @@ def make_parser() -> argparse.ArgumentParser:
         "--network",
         nargs="+",
         default=NETWORKS,
-        type=network_name,
+        type=lambda name: name if is_transformer(name) else network_name(name),
         metavar="NAME",
-        help=f"{', '.join(models.NAMES)}, torchvision:NAME or timm:NAME; MACs are counted of {', '.join(BACKBONES)}",
+        help=f"{', '.join(models.NAMES)}, torchvision:NAME or timm:NAME; MACs are counted of {', '.join(BACKBONES)}. "
+        f"With rows of their own: {TRANSFORMERS}",
     )
-    parser.add_argument("--batch", type=int, default=1024, help="images per step (default 1024)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
+    parser.add_argument(
+        "--batch", type=int, help=f"images or texts per step (default {BATCH}; of transformers 256 images, 8 texts)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "pure-bf16"),
+        help="bf16: autocast, the default of transformers (else fp32); pure-bf16: parameters and optimizer state too, "
+        "transformers alone",
+    )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="cpu: predict, also beside a GPU"
     )
@@ -220,13 +236,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for network in filter(models.is_segmentation, options.network):
         parser.error(f"--network {network}: the rows train classifiers")
-    if options.batch < 2:
+    tokens = any(map(is_transformer, options.network))
+    if tokens and not all(map(is_transformer, options.network)):
+        parser.error(f"--network: transformers have rows of their own, in a command of their own: {TRANSFORMERS}")
+    if tokens and (options.localized or options.rules):
+        parser.error(f"--{'rules' if options.rules else 'localized'}: transformers have rows of their own")
+    options.dtype = options.dtype or ("bf16" if tokens else "fp32")
+    if options.dtype == "pure-bf16" and not tokens:
+        parser.error(f"--dtype pure-bf16: for transformers alone, {TRANSFORMERS}")
+    if options.batch is not None and options.batch < 2:
         parser.error(f"--batch is at least 2 (BatchNorm), got {options.batch}")
+    if not tokens:
+        options.batch = options.batch or BATCH
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device; leave it out to predict")
     cuda = options.device != "cpu" and torch.cuda.is_available()
     wanted = [text.lower() for text in options.rows or [""]]
-    known = localized_rows() if options.localized else rule_rows() if options.rules else rows(cuda)
+    known: Sequence[Row] = rows(cuda)
+    if tokens:
+        known = token_rows(cuda)
+    elif options.localized or options.rules:
+        known = localized_rows() if options.localized else rule_rows()
     possible = [row for row in known if options.compile or not row.compiled]
     chosen = [row for row in possible if any(text in row.name.lower() for text in wanted)]
     if not chosen:
@@ -242,14 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "benchmark": "memory",
         "kind": kind,
         "note": note,
-        "settings": {
-            "batch": options.batch,
-            "dtype": options.dtype,
-            "optimizer": "SGD momentum 0.9 foreach, one step at the end",
-        },
+        "settings": settings_of(options, tokens),
         **environment(),
     }
-    what = "localized" if options.localized else "rules" if options.rules else "memory"
+    what = "tokens" if tokens else "localized" if options.localized else "rules" if options.rules else "memory"
     stem = options.output / f"{what}-{kind}"
     report = Report(stem.with_suffix(".json"), head, known, cuda, options.rules, options.resume)
     try:
@@ -261,29 +287,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report.forget_begun()
         raise
 
-    print(f"Memory of one training step, batch {options.batch}, {options.dtype}, SGD with momentum; {note}")
+    settings = head["settings"]
+    print(f"Memory of one training step, batch {settings['batch']}, {options.dtype}, {settings['optimizer']}; {note}")
+    if tokens and not cuda:
+        print("Rows of torch.compile and its memory budget are left out: nothing of compiled code can be predicted.")
     for network, found in report.networks.items():
         print("\n" + table(network, found))
-    picture = draw(stem.with_suffix(".png"), report.networks, options.batch, options.dtype, cuda)
+    picture = draw(stem.with_suffix(".png"), report.networks, settings, cuda)
     print("\nwritten: " + ", ".join(str(path) for path in [report.path, picture] if path))
     return 0 if finished else INTERRUPTED
 
 
+def settings_of(options: argparse.Namespace, tokens: bool) -> dict[str, str | int]:
+    batch, optimizer = options.batch, "SGD momentum 0.9 foreach, one step at the end"
+    if tokens:
+        batches = {network: batch_of(options, network) for network in options.network}
+        batch = ", ".join(f"{count} for {network}" for network, count in batches.items())
+        optimizer = OPTIMIZER
+    return {"batch": batch, "dtype": options.dtype, "optimizer": optimizer}
+
+
+def batch_of(options: argparse.Namespace, network: str) -> int:
+    return transformer(network).batch if options.batch is None else options.batch
+
+
 def run(options: argparse.Namespace, chosen: Sequence[Row], cuda: bool, report: Report, deadline: float) -> bool:
     """The rows that are not there yet; whether the time was enough."""
-    with tqdm(total=len(options.network) * len(chosen), file=sys.stderr, leave=False, disable=None) as bar:
-        for network in options.network:
-            for row in chosen:
-                bar.set_description(f"{network}, {row.name}")
-                if not report.has(network, row):
-                    if time.monotonic() > deadline:
-                        return False
-                    report.add(network, Result(row, cuda, options.dtype, error=BEGUN))
-                    macs = options.rules or network in BACKBONES
-                    report.add(network, run_row(row, network, options.batch, options.dtype, cuda, macs))
-                    if is_broken():
-                        raise StartOverError(f"CUDA answers no more after {network}, {row.name}")
-                bar.update()
+    todo = [(network, row) for network in options.network for row in chosen if row.fits(network)]
+    with tqdm(total=len(todo), file=sys.stderr, leave=False, disable=None) as bar:
+        for network, row in todo:
+            bar.set_description(f"{network}, {row.name}")
+            if not report.has(network, row):
+                if time.monotonic() > deadline:
+                    return False
+                report.add(network, Result(row, cuda, options.dtype, error=BEGUN))
+                macs = options.rules or network in BACKBONES
+                report.add(network, run_row(row, network, batch_of(options, network), options.dtype, cuda, macs))
+                if is_broken():
+                    raise StartOverError(f"CUDA answers no more after {network}, {row.name}")
+            bar.update()
     return True
 
 

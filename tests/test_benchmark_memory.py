@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+ADDED = ("gradients", "activations and other")
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "memory.py"
 
 
@@ -68,7 +69,7 @@ def test_every_rule_has_a_row(benchmark):
 
     exported = [getattr(auglocal_ext, name) for name in auglocal_ext.__all__]
     rules = {c for c in exported if isinstance(c, type) and issubclass(c, auglocal_ext.Rule)}
-    classes = {c.__name__ for c in rules if c.name} - {"SOLO"}  # heads have no name, and the networks are of images
+    classes = {c.__name__ for c in rules if c.name} - {"SOLO"}  # heads have no name; SOLO's rows are of transformers
     names = [row.name for row in benchmark.rule_rows()]
     assert len(set(names)) == len(names)
     for name in classes:
@@ -101,6 +102,76 @@ def test_a_network_as_it_comes(benchmark, tmp_path):
     assert rows["Greedy K=4"]["parameters_trained"] > rows["BP"]["parameters_trained"]
     assert rows["Greedy K=4"]["parameters_deployed"] == rows["BP"]["parameters_deployed"]
     assert {row.family for row in benchmark.localized_rows()} <= set(benchmark.COLORS)
+
+
+def test_transformers_have_rows_of_their_own(benchmark, tmp_path, capsys):
+    arguments = ["--network", "vit-1x64", "gpt-1x64", "--batch", "4", "--device", "cpu", "--output", str(tmp_path)]
+    assert benchmark.main([*arguments, "--rows", "BP checkpointing"]) == 0
+    printed = capsys.readouterr().out
+    assert "batch 4 for vit-1x64, 4 for gpt-1x64, bf16, AdamW" in printed and "torch.compile" in printed
+    record = json.loads((tmp_path / "tokens-predicted.json").read_text())
+    assert (tmp_path / "tokens-predicted.png").is_file()
+    rows = {network: {row["name"]: row for row in found} for network, found in record["networks"].items()}
+    assert not [row["error"] for found in rows.values() for row in found.values() if row["error"]]
+    plain = "BP checkpointing plain logits"
+    assert set(rows["gpt-1x64"]) - set(rows["vit-1x64"]) == {plain}
+    found = rows["gpt-1x64"]
+    logits = 4 * 2048 * 32_000 * 4
+    chunked = found["BP checkpointing"]["predicted"]["peak_bytes"]
+    assert found[plain]["predicted"]["peak_bytes"] > chunked + logits > logits
+    late = found["BP checkpointing fused"]["predicted"]["categories"]
+    early = found["BP checkpointing fused, update in backward"]["predicted"]["categories"]
+    assert early["gradients"] + early["activations and other"] < late["gradients"] + late["activations and other"]
+    assert early["optimizer state"] == pytest.approx(late["optimizer state"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_every_row_of_transformers(benchmark, tmp_path):
+    arguments = ["--network", "vit-4x64", "gpt-4x64", "--batch", "4", "--device", "cpu", "--output", str(tmp_path)]
+    assert benchmark.main(arguments) == 0
+    record = json.loads((tmp_path / "tokens-predicted.json").read_text())
+    for network, lines in record["networks"].items():
+        assert not [row["error"] for row in lines if row["error"]]
+        rows = {row["name"]: row["predicted"] for row in lines}
+        peaks = {name: found["peak_bytes"] for name, found in rows.items()}
+        assert peaks["BP checkpointing"] < peaks["BP"] and rows["BP checkpointing"]["flops"] > rows["BP"]["flops"]
+        for local in ("Greedy K=2", "Greedy K=4", "Greedy K=L", "AugLocal d=2 K=4", "SOLO K=2", "SOLO K=4"):
+            plain, lean, planned = (peaks[local + what] for what in ("", " recompute", " recompute peak"))
+            assert lean < plain and planned <= lean, (network, local)
+        added = {name: sum(found["categories"][key] for key in ADDED) for name, found in rows.items()}
+        assert added["Greedy K=4 eager recompute"] < added["BP checkpointing"]
+        assert added["Greedy K=4 recompute"] < added["Greedy K=4 recompute, update at the end"]
+        assert rows["SOLO K=2"]["categories"]["parameters"] > rows["BP"]["categories"]["parameters"]
+    assert {row.family for row in benchmark.token_rows(cuda=True)} <= set(benchmark.COLORS)
+
+
+def test_rows_of_transformers_train_alike(benchmark, monkeypatch):
+    """Chunked or plain, checkpointed or not, updated late or in the backward pass: one step, the same weights."""
+    networks = sys.modules["_token_networks"]
+    monkeypatch.setattr(networks, "VOCABULARY", 11)
+    monkeypatch.setattr(networks, "CONTEXT", 6)
+    weights = {}
+    for row in benchmark.token_rows(cuda=False):
+        if row.family in ("BP", "checkpointing"):
+            torch.manual_seed(0)
+            step, (net, *_) = row.build_step("gpt-2x64", 3, "fp32")
+            before = net[-1].weight.detach().clone()
+            step(lambda label: None)
+            assert not torch.equal(net[-1].weight, before)
+            weights[row.name] = torch.cat([p.detach().flatten() for p in net.parameters()])
+    assert len(weights) == 7
+    for name, found in weights.items():
+        # AdamW's first step is the sign of the gradient, where it is not near zero
+        assert ((found - weights["BP"]).abs() > 1e-5).float().mean() < 1e-3, name
+
+
+def test_pure_bf16_halves_what_stays(benchmark):
+    row = next(row for row in benchmark.token_rows(cuda=False) if row.name == "BP")
+    found = {d: benchmark.run_row(row, "vit-1x64", 4, d, cuda=False) for d in ("bf16", "pure-bf16")}
+    for category in ("parameters", "optimizer state", "inputs"):
+        half, whole = (found[d].predicted.categories[category] for d in ("pure-bf16", "bf16"))
+        assert 0.5 * whole <= half < 0.55 * whole, category
+    assert found["bf16"].step_bytes < found["bf16"].peak_bytes
 
 
 def test_half_precision_rows_need_less(benchmark):
@@ -149,7 +220,14 @@ def test_a_stopped_command_goes_on(benchmark, tmp_path, monkeypatch, capsys):
     assert json.loads(file.read_text())["networks"]["resnet8"][0]["error"] == benchmark.NEVER_ENDED
 
 
-@pytest.mark.parametrize("arguments", [["--batch", "1"], ["--rows", "nothing"], ["--network", "lenet"]])
+TRANSFORMERS = [  # which have rows of their own
+    ["--network", "vit-b16", "resnet8"],
+    ["--rules", "--network", "vit-b16"],
+    ["--dtype", "pure-bf16"],
+]
+
+
+@pytest.mark.parametrize("arguments", [["--batch", "1"], ["--rows", "nothing"], ["--network", "lenet"], *TRANSFORMERS])
 def test_wrong_options_end_with_a_message(benchmark, arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.main(arguments)

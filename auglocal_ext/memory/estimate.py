@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from auglocal_ext._torch import FakeTensorMode
 from auglocal_ext.cost import count_flops
+from auglocal_ext.memory.cuda_forms import cuda_forms
 from auglocal_ext.memory.device import read_device_memory, release_device_memory
 from auglocal_ext.memory.meter import Mark, MemoryMeter
 
@@ -97,8 +98,9 @@ def estimate_step(build_step: BuildStep, *, flops: bool = False) -> MemoryReport
     optimizer's state, which the first step makes, is there, as in the peak of a real run after its warm-up.
 
     Counted is every storage that operators make and return, rounded up to 512 bytes; not counted are library
-    workspaces (cuDNN), fragmentation and the CUDA context. An optimizer chooses ``foreach`` by the device:
-    pass ``foreach=True`` to predict a GPU's step, whose temporaries can be as large as all gradients.
+    workspaces (cuDNN), fragmentation and the CUDA context. RMSNorm is counted in the form that it has on CUDA.
+    An optimizer chooses ``foreach`` by the device: pass ``foreach=True`` to predict a GPU's step, whose
+    temporaries can be as large as all gradients.
 
     Args:
         build_step: makes the training step, as above; data-dependent Python (``.item()``) cannot run in it.
@@ -108,14 +110,15 @@ def estimate_step(build_step: BuildStep, *, flops: bool = False) -> MemoryReport
         with _DeepCopies():
             step, tracked = build_step()
         count = None
-        if flops:
-            count = count_flops(lambda: step(_unmarked))
-        else:
-            step(_unmarked)
-        with MemoryMeter() as meter:
-            meter.track(*tracked)
-            before = meter.live_bytes
-            step(meter.mark)
+        with cuda_forms():
+            if flops:
+                count = count_flops(lambda: step(_unmarked))
+            else:
+                step(_unmarked)
+            with MemoryMeter() as meter:
+                meter.track(*tracked)
+                before = meter.live_bytes
+                step(meter.mark)
     return MemoryReport(
         kind=PREDICTED,
         peak_bytes=meter.peak_bytes,

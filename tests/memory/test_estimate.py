@@ -129,3 +129,46 @@ def test_networks_that_copy_their_parts_are_predicted():
 
     found, expected = estimate_step(lambda: build(True)), estimate_step(lambda: build(False))
     assert found.peak_bytes == expected.peak_bytes and found.categories == expected.categories
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight", "half", "kept"),
+    [
+        (torch.float32, torch.float32, False, 4),
+        (torch.bfloat16, torch.bfloat16, False, 2),
+        (torch.bfloat16, torch.float32, True, 4 + 4),  # autocast makes a float32 copy of the input
+    ],
+)
+def test_rms_norm_is_counted_as_on_cuda(dtype, weight, half, kept):
+    """One kernel, which keeps its input and a number per row; on a CPU more is kept."""
+    rows, width = 128, 1024
+
+    def build():
+        x = torch.randn(rows, width, dtype=dtype).requires_grad_()
+        norm, outs = nn.RMSNorm(width, dtype=weight), []
+
+        def step(mark):
+            outs.clear()
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                outs.append(norm(x))
+
+        return step, (norm, x)
+
+    report = estimate_step(build)
+    assert report.peak_bytes - report.live_before == kept * rows * width + 4 * rows
+
+
+def test_the_gradients_of_rms_norm_are_counted():
+    def build():
+        norm = nn.RMSNorm(1024)
+        x = torch.randn(128, 1024).requires_grad_()
+
+        def step(mark):
+            norm.zero_grad()
+            x.grad = None
+            norm(x).sum().backward()
+
+        return step, (norm, x)
+
+    report = estimate_step(build)
+    assert report.live_after == 2 * 4 * 1024 + 2 * 4 * 128 * 1024  # weight, input, and a gradient of each
