@@ -232,6 +232,11 @@ def test_wrong_input_is_one_message_and_status_1(tmp_path, capsys, arguments, sa
         (["fly"], "argument COMMAND: invalid choice: 'fly'"),
         (["train", "--depth", "few"], "argument --depth: expected a whole number, got 'few'"),
         (["train", "--modules", "two"], "argument --modules: expected a number"),
+        (
+            ["train", "--recompute", "0"],
+            "argument --recompute: expected one of none, auxiliary, all, peak, or a number",
+        ),
+        (["plan", "--batch-size", "8", "--recompute", "1,,2"], "argument --recompute: expected one of none"),
         (["train", "--weights", "1,x"], "argument --weights: expected numbers"),
         (["train", "--dept", "2", "--colour", "red"], "unrecognized arguments: --colour red"),
         (["plan"], "the following arguments are required: --batch-size"),

@@ -26,6 +26,22 @@ def test_a_table_for_each_way(capsys):
     assert sizes[None] == sizes["none"] >= sizes["all"] >= sizes["peak"]
 
 
+def test_numbers_of_layers(capsys):
+    sizes = {}
+    for way in ("none", "1", "1,1,all"):
+        assert main([*SMALL, "--recompute", way]) == 0
+        said = capsys.readouterr().out
+        sizes[way] = predicted(said)
+        assert ("first layer" in said) == ("adds 0.0%" not in said) == ("1" in way)
+    assert sizes["none"] >= sizes["1"] >= sizes["1,1,all"]
+    for way, message in (
+        ("3", "--recompute 3 names the first 3 layers of local module 0, which has 1"),
+        ("1,all", "got (1, 'all')"),
+    ):
+        assert main([*SMALL, "--recompute", way]) == 1
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_options_reach_the_step(capsys):
     def size(*options):
@@ -92,7 +108,7 @@ def test_stages(capsys):
     assert main([*SMALL, "--stages", "2"]) == 0
     said = capsys.readouterr().out
     assert "2 stages: predicted bytes per process" in said and "at most 1." in said
-    assert main([*SMALL, "--stages", "2", "--replicas", "2", "--shard", "--amp", "bf16", "--recompute", "all"]) == 0
+    assert main([*SMALL, "--stages", "2", "--replicas", "2", "--shard", "--amp", "bf16", "--recompute", "1,all,1"]) == 0
     assert "2 stages of 2 replicas, sharded: predicted" in capsys.readouterr().out
     for options, message in (
         (["--stages", "9"], "9 stages need as many local modules"),

@@ -31,6 +31,7 @@ OPTIONS = {
         ('by recompute="peak" and overlap=True, of', "by --recompute peak and --overlap on, of"),
         ("memory_budget takes no recompute='all' beside it", "--memory-budget takes no --recompute all beside it"),
         ("such as stage_cuts=(4, 9), or", "such as --stage-cuts 4,9, or"),
+        ("got recompute=(2, 'all'), which", "got --recompute 2,all, which"),
         ("leave modules= out", "leave --modules out"),
         ("fused=False runs", "--eager runs"),
         ("in a head infopro:loss=contrast,depth=3", "in a head infopro:loss=contrast,depth=3"),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from auglocal_ext import AugLocal, ContSup, LocalSequential, models
+from auglocal_ext import AugLocal, ContSup, LocalSequential, localize, models
 from auglocal_ext.memory import MemoryMeter
 from auglocal_ext.memory.meter import ACTIVATIONS
 from auglocal_ext.nn import recomputed
@@ -54,6 +54,44 @@ def test_per_module():
     _, state = train(copy.deepcopy(net))
     for key, value in state.items():
         assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize(("modules", "recompute"), [(1, 4), (3, [2, 1, "all"]), (3, [3, 2, 1])])
+def test_first_layers_equal_to_the_bit(rule, modules, recompute):
+    _, expected = train(wrap(rule, "none", modules=modules), 2)
+    _, state = train(wrap(rule, recompute, modules=modules), 2)
+    for key, value in state.items():
+        assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_number_is_that_of_the_first_layers_with_context_but_not_of_the_head(fused):
+    net = wrap(ContSup("R1E"), [2, 1, 2], modules=3, fused=fused)
+    assert net.recompute == (2, 1, 2) and [len(module.groups) for module in net.local_modules] == [3, 2, 2]
+    runs = []
+    for name, part in [*net.primary.named_children(), ("context", net.context["1"]), ("head", net.auxiliary[1])]:
+        if name not in ("pool", "flatten"):
+            next(part.modules()).register_forward_pre_hook(lambda *_, name=name: runs.append(name))
+    net(torch.randn(4, 3, 16, 16), torch.randint(0, 10, (4,))).loss.backward()
+    children = [[name for name, _ in net.primary.named_children()][layer.start] for layer in net.network.layers]
+    again = {name for name in runs if runs.count(name) > 1}
+    assert again >= {children[i] for i in (0, 1, 3, 5, 6)} | {"context"}
+    assert not again & {children[2], children[4], "head"}
+
+
+def test_numbers_in_parts_of_a_model():
+    def gradients(recompute):
+        torch.manual_seed(5)
+        net = localize(models.resnet_cifar(8, width=4), AugLocal(2), 10, 2, input_shape=(3, 16, 16))
+        net.recompute = recompute
+        torch.manual_seed(9)
+        net(torch.randn(6, 3, 16, 16), torch.randint(0, 10, (6,))).loss.backward()
+        return {name: tensor.grad for name, tensor in net.named_parameters()} | dict(net.named_buffers())
+
+    expected = gradients("none")
+    for name, value in gradients([1, 1]).items():
+        assert torch.equal(value, expected[name]), name
 
 
 def test_dropout_repeats():
@@ -117,9 +155,12 @@ def test_it_saves_memory():
     assert everything < 0.5 * none
 
 
-@pytest.mark.parametrize("wrong", ["some", ["all"], ["all", "none", "some"], 3])
+@pytest.mark.parametrize("wrong", ["some", ["all"], ["all", "none", "some"], 0, -1, True, 1.5, None, [1, 1, True], 5])
 def test_wrong_choices(wrong):
-    with pytest.raises((ValueError, TypeError), match="recompute is one of none, auxiliary, all|not iterable"):
+    with pytest.raises(
+        (ValueError, TypeError),
+        match="recompute is one of none, auxiliary, all, or a number n|names the first 5 layers of local module 0",
+    ):
         wrap(ContSup("R0"), wrong, modules=3)
 
 

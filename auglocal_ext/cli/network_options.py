@@ -9,6 +9,7 @@ from typing import Any
 
 from ..models import NAMES
 from ..training.config.language_models import DEFAULTS, LANGUAGE_MODELS, check_network
+from ..training.config.recomputation import ALLOWED, problem_of_recompute
 from ..training.config.rule_options import OPTIONS, help_of
 from ..training.config.settings import SETTINGS
 from ..training.config.values import reader
@@ -78,8 +79,15 @@ def _cuts(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"expected numbers joined by commas, got {text!r}") from None
 
 
+def recomputation(text: str) -> str:
+    """What is recomputed, as argparse reads it."""
+    if problem_of_recompute(text) is not None:
+        raise argparse.ArgumentTypeError(f"expected {ALLOWED}, got {text!r}")
+    return text
+
+
 _READ_KIND: dict[Any, Callable[[str], Any]] = {int: whole, float: float, tuple[int, ...]: _cuts}
-_READ: dict[str, Callable[[str], Any]] = {"memory_budget": size, "seed": seed}
+_READ: dict[str, Callable[[str], Any]] = {"memory_budget": size, "recompute": recomputation, "seed": seed}
 
 
 def network_name(text: str) -> str:

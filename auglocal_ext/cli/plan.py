@@ -19,13 +19,14 @@ from ..step import MemoryPlan
 from ..tasks import LanguageModelling, Task
 from ..training import SettingsError, TrainConfig
 from ..training.config.language_models import network_options
+from ..training.config.recomputation import read_recompute
 from ..training.config.rule_options import RULE_OPTIONS
-from ..training.config.settings import AMP, RECOMPUTE_CHOICES
+from ..training.config.settings import AMP, RECOMPUTE_HELP
 from ..training.config.train_config import make_rule
 from ..training.data.text_files import BYTES
 from ..training.run.networks import cut, task_of
 from ..training.run.optimizers import BETAS, parameter_groups
-from .network_options import add_network_options, add_settings, window_as_context
+from .network_options import add_network_options, add_settings, recomputation, window_as_context
 from .opening import rule_text
 from .show import show
 from .spelling import as_options, size, too_large, whole
@@ -65,8 +66,9 @@ def add_parser(subparsers: Any) -> None:
     add("--channels-last", action="store_const", const=True, help="store images and activations channels last")
     add(
         "--recompute",
-        choices=RECOMPUTE_CHOICES,
-        help="what runs a second time (default none); peak: only what lowers the peak of the step",
+        type=recomputation,
+        metavar="WHAT",
+        help=RECOMPUTE_HELP,
     )
     add(
         "--memory-budget",
@@ -113,14 +115,15 @@ def _plan(arguments: argparse.Namespace) -> str:
     }
     config = TrainConfig(data="", output="", **window_as_context(given))
     rule = make_rule(config)
-    recomputes = arguments.recompute not in (None, "none") or arguments.memory_budget is not None
+    recompute = read_recompute(arguments.recompute or "none")
+    recomputes = recompute != "none" or arguments.memory_budget is not None
     if rule is None and (recomputes or arguments.overlap == "on"):
         raise SettingsError("--recompute, --memory-budget and --overlap belong to the local rules, not to bp")
     many = arguments.stages is not None or arguments.replicas is not None or arguments.shard
     if many:
         if rule is None:
             raise SettingsError("--stages, --replicas and --shard belong to the local rules, not to bp")
-        if arguments.recompute == "peak" or arguments.memory_budget is not None or arguments.overlap == "on":
+        if recompute == "peak" or arguments.memory_budget is not None or arguments.overlap == "on":
             raise SettingsError(
                 "--recompute peak, --memory-budget and --overlap are for one process: leave them out with --stages, "
                 "--replicas and --shard"
@@ -171,7 +174,7 @@ def _planned(
             replicas=replicas,
             shard=arguments.shard,
             autocast=AMP[config.amp],
-            recompute=arguments.recompute or "none",
+            recompute=read_recompute(arguments.recompute or "none"),
         )
     return plan_memory(
         net,
@@ -180,7 +183,7 @@ def _planned(
         params=parameter_groups(config, net),
         clip_norm=1.0 if config.on_text else None,
         autocast=AMP[config.amp],
-        recompute=arguments.recompute or (None if budgeted else "none"),
+        recompute=None if budgeted and arguments.recompute is None else read_recompute(arguments.recompute or "none"),
         memory_budget=arguments.memory_budget,
         overlap="auto" if arguments.overlap == "auto" else arguments.overlap == "on",
     )

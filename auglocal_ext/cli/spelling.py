@@ -85,7 +85,7 @@ def as_options(message: str, options: Collection[str], on_off: Collection[str] =
                 return f"--{flag} {'on' if value == 'True' else 'off'}"
             return f"--{flag}" if value == "True" else f"--no-{flag}"
         if value is not None and not re.fullmatch(_CALL, value):
-            value = value.strip("\"'()[]").replace(", ", ",")
+            value = re.sub("[\"'()\\[\\]]", "", value).replace(", ", ",")
         return f"--{flag} {value or ''}".rstrip()
 
     names = sorted(options, key=len, reverse=True)

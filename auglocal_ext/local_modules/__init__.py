@@ -1,6 +1,14 @@
 """A local module, and the training pass over local modules."""
 
-from .local_module import RECOMPUTE, LocalModule, PassModule, Recompute, Relay, run_forward
+from .local_module import (
+    RECOMPUTE,
+    LocalModule,
+    PassModule,
+    Recompute,
+    Relay,
+    recomputes_auxiliary,
+    run_forward,
+)
 from .local_pass import LocalOutput, OneStream, Take, local_pass
 
 __all__ = [
@@ -13,5 +21,6 @@ __all__ = [
     "Relay",
     "Take",
     "local_pass",
+    "recomputes_auxiliary",
     "run_forward",
 ]

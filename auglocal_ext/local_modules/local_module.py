@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -17,8 +17,14 @@ from ..nn import FusedSequential, recomputed, run_chain
 from ..segments import Carrying, Segment, carried, carry, detached
 from ..tasks import Scored, Task
 
-Recompute = Literal["none", "auxiliary", "all"]
-RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
+#: What recomputes in a local module: nothing, the blocks of its auxiliary network, its first n layers, or everything.
+Recompute = Literal["none", "auxiliary", "all"] | int
+RECOMPUTE: tuple[Literal["none", "auxiliary", "all"], ...] = ("none", "auxiliary", "all")
+
+
+def recomputes_auxiliary(recompute: Recompute) -> bool:
+    """Whether the blocks of the auxiliary network run again for their backward."""
+    return recompute in ("auxiliary", "all")
 
 
 class PassModule(Protocol):
@@ -67,11 +73,13 @@ class LocalModule:
         kept: indices of module inputs that later modules need.
         task: what the network learns.
         weight: of the last module's loss.
-        recompute: what keeps only its input and runs again for its backward: ``"none"``, the blocks of the
-            ``"auxiliary"`` network (whose settings say so too), or ``"all"``: also the layers and the context encoders.
+        recompute: what keeps only its input and runs again for its backward: ``"none"``; the blocks of the
+            ``"auxiliary"`` network, whose settings say so too; a number n: the first n layers and the context encoders;
+            or ``"all"``.
         fused: run the layers as one chain (:func:`auglocal_ext.nn.run_chain`), as :func:`auglocal_ext.fuse` does.
         followed: parameters of other layers that the auxiliary network reads.
-        segment: runs all layers at once, where they are segments of a model; recomputation runs them one by one.
+        segment: runs all layers at once, where they are segments of a model; with recomputed layers they run one by
+            one.
     """
 
     index: int
@@ -91,6 +99,13 @@ class LocalModule:
         """The children of the primary network that form the module, in order."""
         return tuple(child for group in self.groups for child in group)
 
+    @property
+    def recomputed_layers(self) -> int:
+        """How many layers recompute; they are the first ones."""
+        if self.recompute == "all":
+            return len(self.groups)
+        return self.recompute if isinstance(self.recompute, int) else 0
+
     def forward(self, h: Tensor, history: list[Tensor | None] | None = None) -> Tensor:
         """Output of the module's layers, ``(N, *shape)``; of the last module that of the network.
 
@@ -100,20 +115,20 @@ class LocalModule:
                 no later module needs. Required only if the rule supplies context.
         """
         h = self.supply(h, history)
-        if self.recompute == "all":
-            container = FusedSequential if self.fused else nn.Sequential
-            for group in self.groups:
-                if self.segment is None:
-                    h = recomputed(container(*group), h)
-                else:
-                    out, *beside = recomputed(Carrying(container(*group)), h, *carried(h))
-                    h = carry(out, beside)
-            return h
-        if self.segment is not None:
+        again = self.recomputed_layers
+        if self.segment is not None and not again:
             return self.segment(h)
+        container = FusedSequential if self.fused else nn.Sequential
+        for group in self.groups[:again]:
+            if self.segment is None:
+                h = recomputed(container(*group), h)
+            else:
+                out, *beside = recomputed(Carrying(container(*group)), h, *carried(h))
+                h = carry(out, beside)
+        kept = tuple(child for group in self.groups[again:] for child in group)
         if self.fused:
-            return run_chain(self.layers, h)
-        for layer in self.layers:
+            return run_chain(kept, h)
+        for layer in kept:
             h = layer(h)
         return h
 
@@ -154,7 +169,7 @@ class LocalModule:
                 )
             # The history is copied: entries are released before a recomputation reads them.
             beside = carried(h)
-            h = recomputed(self.context, h, tuple(history)) if self.recompute == "all" else self.context(h, history)
+            h = recomputed(self.context, h, tuple(history)) if self.recomputed_layers else self.context(h, history)
             h = carry(h, beside)
         if history is not None:
             history.append(h.detach())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -109,11 +109,30 @@ def ends_of_modules(
         raise ValueError(f"{error}{hint}") from error
 
 
-def recompute_per_module(recompute: Recompute | Sequence[Recompute], modules: int) -> tuple[Recompute, ...]:
-    chosen = (recompute,) * modules if isinstance(recompute, str) else tuple(recompute)
-    if len(chosen) != modules or any(choice not in RECOMPUTE for choice in chosen):
+def recompute_per_module(recompute: Recompute | Sequence[Recompute], layers: Sequence[int]) -> tuple[Recompute, ...]:
+    """What each local module recomputes; ``layers`` is how many layers each has.
+
+    Raises:
+        ValueError: for what is no choice, and for more layers than a module has.
+    """
+    modules = len(layers)
+    one = isinstance(recompute, (str, int)) or not isinstance(recompute, Iterable)
+    chosen: tuple[Any, ...] = (recompute,) * modules if one else tuple(cast("Sequence[Recompute]", recompute))
+    if len(chosen) != modules or not all(map(_is_recompute, chosen)):
         raise ValueError(
-            f"recompute is one of {', '.join(RECOMPUTE)}, or a sequence with one of these for each of the {modules} "
-            f"local modules; got {recompute!r}"
+            f"recompute is one of {', '.join(RECOMPUTE)}, or a number n of at least 1, for the first n layers of a "
+            f"local module, or a sequence with one of these for each of the {modules} local modules; got {recompute!r}"
         )
+    for k, (choice, most) in enumerate(zip(chosen, layers, strict=True)):
+        if not isinstance(choice, str) and choice > most:
+            raise ValueError(
+                f"recompute={recompute!r} names the first {choice} layers of local module {k}, which has {most}: give "
+                f'it a number of at most {most}, or "all"'
+            )
     return chosen
+
+
+def _is_recompute(choice: Any) -> bool:
+    if isinstance(choice, str):
+        return choice in RECOMPUTE
+    return isinstance(choice, int) and not isinstance(choice, bool) and choice >= 1

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -15,7 +16,16 @@ from .._torch import FakeTensor, is_replica
 from ..auxiliary.base import Auxiliary, can_recompute, followed_by, parts_of, set_recompute
 from ..auxiliary.context import ContextSupply
 from ..layers import Described, LayoutChoice, describe, group_children, probe_input
-from ..local_modules import RECOMPUTE, LocalModule, LocalOutput, Recompute, Relay, local_pass, run_forward
+from ..local_modules import (
+    RECOMPUTE,
+    LocalModule,
+    LocalOutput,
+    Recompute,
+    Relay,
+    local_pass,
+    recomputes_auxiliary,
+    run_forward,
+)
 from ..nn import Deferred, FusedSequential, fuse, refuse_sharding, unfuse, unsync_batch_norm
 from ..partition import Balanced
 from ..rules.base import Network, Rule, made_like
@@ -68,9 +78,9 @@ class LocalSequential(CheckedBatches):
             (maps stay). One for all layers, or one (or None) for each. None: inferred from the types of the layers.
         label_smoothing: of every local cross-entropy, in [0, 1].
         ignore_index: label that counts nowhere.
-        recompute: what keeps only its input and runs a second time for its backward: ``"none"``, the blocks of the
-            ``"auxiliary"`` networks, or ``"all"`` (also layers and context encoders); or one of these per module. The
-            results are the same, to the bit on the CPU.
+        recompute: what keeps only its input and runs a second time for its backward: ``"none"``; the blocks of the
+            ``"auxiliary"`` networks; a number n, for the first n layers of every module, and its context encoders; or
+            ``"all"``; or one of these per module. The results are the same, to the bit on the CPU.
         fused: run BatchNorm with its activation and convolution by ops that keep one tensor per convolution
             (:func:`auglocal_ext.fuse`): of ``layers``, whose parts change class but nothing else, of auxiliary
             networks and of context encoders. False runs all of them as torch does.
@@ -156,9 +166,10 @@ class LocalSequential(CheckedBatches):
         )
         ends = ends_of_modules(network, rule, example, modules)
         unfuse(primary)
-        chosen = recompute_per_module(recompute, len(ends))
+        self.network = replace(network, ends=ends)
+        chosen = recompute_per_module(recompute, self._layer_counts)
         self.rule = rule
-        self.network = replace(network, ends=ends, recompute=tuple(choice != "none" for choice in chosen))
+        self.network = replace(self.network, recompute=tuple(map(recomputes_auxiliary, chosen)))
         self.primary = primary
         self._recompute = chosen
         last = self.network.num_modules - 1
@@ -201,6 +212,11 @@ class LocalSequential(CheckedBatches):
 
     def _infer(self, x: Tensor) -> Tensor:
         return cast("Tensor", self.primary(x))
+
+    @property
+    def _layer_counts(self) -> list[int]:
+        """How many layers each local module has."""
+        return [end - begin for begin, end in pairwise((-1, *self.network.ends))]
 
     @property
     def num_modules(self) -> int:
@@ -356,22 +372,33 @@ class LocalSequential(CheckedBatches):
 
     @property
     def recompute(self) -> tuple[Recompute, ...]:
-        """What each local module recomputes in backward; may be set to one choice, or to one per module."""
+        """What each local module recomputes in backward; may be set to one choice, or to one per module.
+
+        ``"none"``, ``"auxiliary"``, ``"all"``, or a number of layers, from the module's first on.
+        """
         return self._recompute
 
     @recompute.setter
     def recompute(self, recompute: Recompute | Sequence[Recompute]) -> None:
-        chosen = recompute_per_module(recompute, self.num_modules)
-        pairs = zip(self.auxiliary, chosen, strict=False)  # the last module has no auxiliary network
-        set_recompute([(part, choice != "none") for auxiliary, choice in pairs for part in parts_of(auxiliary)])
+        chosen = recompute_per_module(recompute, self._layer_counts)
+        again = tuple(map(recomputes_auxiliary, chosen))
+        pairs = zip(self.auxiliary, again, strict=False)  # the last module has no auxiliary network
+        set_recompute([(part, choice) for auxiliary, choice in pairs for part in parts_of(auxiliary)])
         self._recompute = chosen
-        self.network = replace(self.network, recompute=tuple(choice != "none" for choice in chosen))
+        self.network = replace(self.network, recompute=again)
 
     @property
     def recompute_ways(self) -> tuple[tuple[Recompute, ...], ...]:
-        """Allowed values of :attr:`recompute` for each local module: only ``"none"`` if a part cannot recompute."""
+        """Allowed values of :attr:`recompute` for each local module, the numbers of layers last.
+
+        Where a part of the auxiliary network cannot recompute, ``"auxiliary"`` and ``"all"`` are missing. The last
+        module has none, so its ``"all"`` is the number of all its layers.
+        """
         able = [can_recompute(auxiliary) for auxiliary in self.auxiliary]
-        return tuple(RECOMPUTE if each else ("none",) for each in (*able, True))
+        ways: list[tuple[Recompute, ...]] = [RECOMPUTE if each else ("none",) for each in (*able, True)]
+        numbers = [range(1, count + 1) for count in self._layer_counts]
+        numbers[-1] = numbers[-1][:-1]
+        return tuple((*way, *number) for way, number in zip(ways, numbers, strict=True))
 
     def extra_repr(self) -> str:
         return f"rule={self.rule!r}, modules={self.num_modules}, module_ends={self.network.ends}"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ..local_modules import Recompute
 from ..memory.meter import ROUNDING
-from .estimate import StepCost
+from .estimate import ModuleCost
 
 _STREAMS = (0, 1)  # even and odd modules
 
@@ -29,12 +29,12 @@ class Choice:
 
 
 class Costs:
-    """Bytes and FLOPs of every choice, from those of the uniform ones: local modules do not change each other's.
+    """Bytes and FLOPs of every choice, from those of each module: local modules do not change each other's.
 
     Args:
-        uniform: the step's cost with each way of recomputation for all modules that can take it, the one that
-            recomputes nothing first.
-        possible: the ways each module can take; that one among them.
+        modules: for each module its cost by way of recomputation, ``"none"`` first.
+        base: bytes live between steps.
+        end: peak after the last module.
         history: whether modules are supplied with inputs of earlier ones.
 
     Attributes:
@@ -43,20 +43,15 @@ class Costs:
         module_flops: for each module and way, FLOPs of forward, backward and recomputation.
     """
 
-    def __init__(
-        self, uniform: Mapping[Recompute, StepCost], possible: Sequence[Sequence[Recompute]], history: bool
-    ) -> None:
-        plain = next(iter(uniform.values()))
-        self._plain = next(iter(uniform))
-        self._end = max(cost.end for cost in uniform.values())
-        self.base = max(cost.base for cost in uniform.values())
-        modules = [{way: uniform[way].modules[k] for way in ways} for k, ways in enumerate(possible)]
+    def __init__(self, modules: Sequence[Mapping[Recompute, ModuleCost]], base: int, end: int, history: bool) -> None:
+        self._end, self.base = end, base
+        plain = [module["none"] for module in modules]
         self.peaks = tuple({way: cost.peak for way, cost in module.items()} for module in modules)
         self.module_flops = tuple({way: cost.flops for way, cost in module.items()} for module in modules)
         # What the pass keeps from module to module: losses, counts (the last module's too), context, all gradients if
         # they are clipped together.
-        self._kept = max(module.before - self.base - module.input for module in plain.modules) + 2 * ROUNDING
-        inputs = [module.input for module in plain.modules]
+        self._kept = max(module.before - self.base - module.input for module in plain) + 2 * ROUNDING
+        inputs = [module.input for module in plain]
         if history:  # two modules longer than without overlap
             self._kept += 2 * max(inputs)
         # A module's stream holds what it makes, and the input of the one before, which was made on this stream and is
@@ -77,7 +72,7 @@ class Costs:
     def recomputed(self, choice: Choice) -> int:
         """FLOPs of what runs a second time in a step."""
         flops = zip(self.module_flops, choice.recompute, strict=True)
-        return sum(each[way] - each[self._plain] for each, way in flops)
+        return sum(each[way] - each["none"] for each, way in flops)
 
     def _cheapest(self, module: int, sizes: Mapping[Recompute, int], limit: int) -> Recompute | None:
         """The way with the fewest FLOPs whose size is within the limit; of equals the first."""

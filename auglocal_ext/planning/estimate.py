@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,7 +25,7 @@ from ..step.optimizers import ModuleOptimizers, OptimizerFactory
 from ..step.parameter_lists import held
 from ..step.updates import Clip, Updates, updating_pass
 from .planned_stage import PlannedStage
-from .stand_in import StandIn, StandIns, likeness_of
+from .stand_in import StandIn, StandIns, likeness_of, likenesses_of_layers
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,21 @@ class StepEstimate:
                 model = self._call(alike, watch).model
             return watch.cost(base, model)
 
-    def check(self, recompute: Recompute | Sequence[Recompute]) -> None:
-        """ValueError for a recomputation that a part of the network cannot honour."""
+    def likenesses_of_layers(self) -> list[list[Hashable]]:
+        """For each local module and layer, what equals that of layers that do the same work on inputs of its shape."""
+        network = self._net.network
+        shapes = [network.input_shape, *(layer.shape for layer in network.layers)]
+        begins = [0, *(end + 1 for end in network.ends)]
+        found: list[list[Hashable]] = []
+        for module in self.local_modules:
+            likenesses = likenesses_of_layers(module, self._optimizers)
+            found.append(list(zip(likenesses, shapes[begins[module.index] :], strict=False)))
+        return found
+
+    def checked(self, recompute: Recompute | Sequence[Recompute]) -> tuple[Recompute, ...]:
+        """The recomputation of each module; ValueError for one that the network or a part of it cannot honour."""
         self._net.recompute = recompute
+        return self._net.recompute
 
     def _first_call(self) -> None:
         try:

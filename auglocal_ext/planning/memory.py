@@ -1,8 +1,9 @@
 """Which local modules recompute, and whether two overlap, so that a step's memory is least or fits a budget.
 
 The plan runs the step itself, optimizer included, on a copy of the network without data (``memory/copies.py``), once
-for each way of recomputation. Three runs are enough for every mixture, because local modules are isolated: the bytes
-that one module adds do not depend on how others recompute. ``choice.py`` then chooses exactly.
+for each way of recomputation. That is enough for every mixture, because local modules are isolated: the bytes that one
+module adds do not depend on how others recompute. ``ways.py`` keeps the runs few where modules have many layers, and
+``choice.py`` chooses exactly.
 
 Not included: library workspaces, a captured step's copy of the batch, and the loss scaler. The optimizer runs as
 torch's for-loop, which has temporaries of one parameter, and autocast casts what it casts on a CPU. On real CPU
@@ -12,8 +13,8 @@ tensors the meter reads the predicted figure to the byte.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, cast
 
 import torch
 
@@ -26,6 +27,7 @@ from ..step.parameter_lists import listed
 from ..step.updates import Clip
 from .choice import Choice, Costs, cheapest_within, lowest_peak
 from .estimate import StepEstimate
+from .ways import MeasuredWays
 
 #: How a step recomputes: one way for all modules, or ``"peak"``: only where it lowers the step's peak.
 StepRecompute = Recompute | Literal["peak"]
@@ -59,7 +61,7 @@ def plan_memory(
     clip_norm: float | None = None,
     clip: Clip = "module",
     accumulate: int = 1,
-    recompute: StepRecompute | None = None,
+    recompute: StepRecompute | Sequence[Recompute] | None = None,
     memory_budget: MemoryBudget | None = None,
     overlap: bool | Literal["auto"] = "auto",
 ) -> MemoryPlan:
@@ -74,11 +76,15 @@ def plan_memory(
         print(plan)
         step = LocalStep(net, sgd, plan=plan)
 
-    Local modules are isolated, so three steps on fake tensors measure the peak of each module for each choice. From
-    them the peak of every mixture follows exactly. The figure counts every tensor storage of a step after the first,
-    rounded up to 512 bytes. It does not count library workspaces, the CUDA context, a captured step's copy of the
-    batch, and the two scalars of an fp16 loss scaler. The estimate steps optimizers by torch's for-loop, which has
-    temporaries of one parameter; fused optimizers have none. ``net``, its device and the random state are not touched.
+    Local modules are isolated. A step on fake tensors therefore measures what each module needs for one choice, and the
+    peak of every mixture follows exactly. A plan runs such a step for ``"none"``, ``"auxiliary"`` and ``"all"``, and,
+    unless everything fits without recomputation, for each number of layers; of numbers between layers that are alike a
+    few are enough (:mod:`auglocal_ext.planning.ways`).
+
+    The figure counts every tensor storage of a step after the first, rounded up to 512 bytes. It does not count library
+    workspaces, the CUDA context, a captured step's copy of the batch, and the two scalars of an fp16 loss scaler. The
+    estimate steps optimizers by torch's for-loop, which has temporaries of one parameter; fused optimizers have none.
+    ``net``, its device and the random state are not touched.
 
     With overlap, neither of the two streams can reuse memory of the other. The figure is then the sum of the largest
     even module, the largest odd one, and what is alive outside of modules.
@@ -89,7 +95,7 @@ def plan_memory(
             are.
         optimizer, params, autocast, clip_norm, clip, accumulate: those of the :class:`auglocal_ext.LocalStep`.
         recompute: ``"peak"``: the lowest peak there is, and of all choices with this peak the least recomputation;
-            one of ``"none"``, ``"auxiliary"``, ``"all"`` for all modules; None: as ``net.recompute`` says.
+            or what ``net.recompute`` can be set to, such as ``"all"``; None: as ``net.recompute`` says.
         memory_budget: bytes, or a string such as ``"400MB"`` (1e6 bytes) or ``"0.4GiB"`` (2**30): the least
             recomputation (in FLOPs of convolutions and matrix products) that fits. Leave ``recompute`` at None.
         overlap: whether the step overlaps modules. ``"auto"``: if a budget is given and it costs no more recomputation.
@@ -102,8 +108,11 @@ def plan_memory(
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size is the number of images of a call, at least 1; got {batch_size!r}")
-    if recompute not in (None, "peak", *RECOMPUTE):
-        raise ValueError(f'recompute must be one of {", ".join(RECOMPUTE)}, "peak" or None, got {recompute!r}')
+    if isinstance(recompute, str) and recompute not in ("peak", *RECOMPUTE):
+        raise ValueError(
+            f"recompute must be one of {', '.join(RECOMPUTE)}, a number of layers, one of these for each local module, "
+            f'"peak" or None, got {recompute!r}'
+        )
     if overlap not in (True, False, "auto"):
         raise ValueError(f'overlap must be True, False or "auto", got {overlap!r}')
     if budget is not None and recompute is not None:
@@ -119,20 +128,22 @@ def plan_memory(
     }
     params = list(net.parameters()) if params is None else listed(params)
     estimate = StepEstimate(net, batch_size, optimizer, params=params, **settings)
-    possible = net.recompute_ways
-    uniform = {
-        way: estimate.cost([way if way in ways else "none" for ways in possible])
-        for way in dict.fromkeys(sum(possible, ()))
-    }
-    costs = Costs(uniform, possible, history=len(net.context) > 0 or any(map(crossed, net.local_modules)))
-    if budget is not None:
-        chosen = _within(costs, budget, overlap, batch_size)
-    elif recompute == "peak":
-        chosen = lowest_peak(costs, overlap is True)
-    else:
-        fixed = net.recompute if recompute is None else (recompute,) * net.num_modules
-        estimate.check(fixed)
+    fixed = None
+    if budget is None and recompute != "peak":
+        fixed = estimate.checked(net.recompute if recompute is None else cast("Recompute", recompute))
+    measured = MeasuredWays(estimate, net.recompute_ways)
+    if fixed is not None:
+        if any(way not in known for way, known in zip(fixed, measured.modules, strict=True)):
+            measured.run(fixed)
+    elif budget is None or not _fits_plain(_costs(net, measured), budget, overlap):
+        measured.run_numbers()
+    costs = _costs(net, measured)
+    if fixed is not None:
         chosen = Choice(fixed, overlap is True)
+    elif budget is not None:
+        chosen = _within(costs, budget, overlap, batch_size)
+    else:
+        chosen = lowest_peak(costs, overlap is True)
     return MemoryPlan(
         recompute=chosen.recompute,
         overlap=chosen.overlap,
@@ -165,6 +176,17 @@ def parse_bytes(text: MemoryBudget) -> int:
             f'"400MB" (1 MB = 1e6 bytes) or "0.4GiB" (1 GiB = 2**30 bytes); got {text!r}'
         )
     return size
+
+
+def _costs(net: LocalSequential, measured: MeasuredWays) -> Costs:
+    history = len(net.context) > 0 or any(map(crossed, net.local_modules))
+    return Costs(measured.modules, measured.base, measured.end, history)
+
+
+def _fits_plain(costs: Costs, budget: int, overlap: bool | Literal["auto"]) -> bool:
+    """Whether nothing has to be recomputed, with overlap where it may be."""
+    plain = Choice(("none",) * len(costs.peaks), overlap is not False)
+    return costs.bytes(plain) <= budget
 
 
 def _within(costs: Costs, budget: int, overlap: bool | Literal["auto"], batch_size: int) -> Choice:

@@ -134,7 +134,7 @@ def plan_stages(
     stage_cuts: Sequence[int] | None = None,
     params: Iterable[Any] | None = None,
     autocast: torch.dtype | None = None,
-    recompute: Recompute | None = None,
+    recompute: Recompute | Sequence[Recompute] | None = None,
 ) -> StagePlan:
     """What the processes of ``LocalStep(mesh=...)`` would compute, hold and send, without a process group or a GPU.
 

@@ -7,7 +7,7 @@ a shallow one. Modules with context all run, because their histories differ.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -128,6 +128,26 @@ def likeness_of(module: LocalModule, optimizers: ModuleOptimizers) -> Hashable:
         return None
     if module.segment is not None:  # what a model's forward does beside its submodules is not compared
         return None
+    of = _likeness(module, optimizers)
+    return (
+        of(module.groups),
+        of(module.auxiliary),
+        module.kept,
+        module.weight,
+        module.recompute,
+        module.fused,
+    )
+
+
+def likenesses_of_layers(module: LocalModule, optimizers: ModuleOptimizers) -> list[Hashable]:
+    """For each layer of a module what :func:`likeness_of` is for modules; segments of a model are like no other."""
+    if module.segment is not None:
+        return [object() for _ in module.groups]
+    return [_likeness(module, optimizers)(group) for group in module.groups]
+
+
+def _likeness(module: LocalModule, optimizers: ModuleOptimizers) -> Callable[[Any], Hashable]:
+    """What makes something comparable that ``module`` holds."""
     groups = {id(p): index for index, group in enumerate(optimizers.whole.param_groups) for p in group["params"]}
     mine = {id(p) for group in optimizers.view(module.index).param_groups for p in group["params"]}
 
@@ -155,14 +175,7 @@ def likeness_of(module: LocalModule, optimizers: ModuleOptimizers) -> Hashable:
             return type(value), value
         return id(value)
 
-    return (
-        of(module.groups),
-        of(module.auxiliary),
-        module.kept,
-        module.weight,
-        module.recompute,
-        module.fused,
-    )
+    return of
 
 
 class TensorLikeness(NamedTuple):

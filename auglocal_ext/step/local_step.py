@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, Literal, cast
@@ -136,7 +136,7 @@ class LocalStep:
         clip_norm: float | None = None,
         clip: Clip = "module",
         accumulate: int = 1,
-        recompute: Recompute | None = None,
+        recompute: Recompute | Sequence[Recompute] | None = None,
         plan: MemoryPlan | None = None,
         memory_budget: None = None,
         batch_size: None = None,

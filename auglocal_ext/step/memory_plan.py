@@ -31,7 +31,7 @@ class MemoryPlan:
         predicted_bytes: peak of a step. With overlap what both streams need, which the allocator reserves.
         base_bytes: live between steps: parameters, buffers, optimizer state, the batch, kept gradients.
         module_peaks: for each module and way of recomputation the live bytes at its peak without overlap. Ways that a
-            part of the module cannot honour are left out.
+            part of the module cannot honour are left out, and numbers of layers of which none had to be chosen.
         module_flops: for each module and way FLOPs of its part of a step, 2 per multiply-accumulate, of convolutions
             and matrix products alone.
         batch_size: images per call, at most.
@@ -87,15 +87,15 @@ class MemoryPlan:
         return "\n".join([*self._table(), self._summary()])
 
     def _table(self) -> list[str]:
-        """A line for each run of modules that look alike; in the bracketed column is what was chosen."""
+        """A line for each run of modules that look alike."""
         rows = []
         for k, (peaks, flops, chosen) in enumerate(
             zip(self.module_peaks, self.module_flops, self.recompute, strict=True)
         ):
             cells = [f"{peaks[way] / 1e6:,.1f}" if way in peaks else "-" for way in RECOMPUTE]
             extra = 100 * (flops[chosen] - flops["none"]) / flops["none"] if flops["none"] else 0.0
-            rows.append((k, (*cells, chosen, f"{extra:.1f} %")))
-        table = [("modules", *RECOMPUTE, "chosen", "FLOPs added")]
+            rows.append((k, (*cells, _said(chosen), f"{peaks[chosen] / 1e6:,.1f}", f"{extra:.1f} %")))
+        table = [("modules", *RECOMPUTE, "chosen", "its peak", "FLOPs added")]
         for cells, run in groupby(rows, key=lambda row: row[1]):
             indices = [k for k, _ in run]
             name = str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
@@ -161,6 +161,12 @@ def _group(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> str:
 
 def _is_on(value: Any) -> bool:
     return isinstance(value, Tensor) or bool(value)
+
+
+def _said(recompute: Recompute) -> str:
+    if isinstance(recompute, str):
+        return recompute
+    return "first layer" if recompute == 1 else f"first {recompute} layers"
 
 
 def amount(size: int) -> str:

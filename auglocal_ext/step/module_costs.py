@@ -28,7 +28,9 @@ from .updates import Clip, Updates, updating_pass
 WARMUP, ROUNDS = 2, 5
 
 
-def module_flops(net: LocalSequential, optimizer: OptimizerFactory, recompute: Recompute | None = None) -> list[int]:
+def module_flops(
+    net: LocalSequential, optimizer: OptimizerFactory, recompute: Recompute | Sequence[Recompute] | None = None
+) -> list[int]:
     """FLOPs of each local module in a training step, optimizer included, counted on fake tensors for two samples.
 
     Fake tensors have no values. An optimizer that reads some back is counted as SGD.
@@ -59,7 +61,7 @@ def costs_of_stages(
     optimizer: OptimizerFactory,
     balanced: Balanced,
     *,
-    recompute: Recompute | None,
+    recompute: Recompute | Sequence[Recompute] | None,
     options: dict[str, Any],
 ) -> Sequence[float]:
     """FLOPs of each local module, or its seconds; ``options`` are those of the step, ``params`` among them by name."""
@@ -70,7 +72,9 @@ def costs_of_stages(
     return module_times(net, balanced.batch_size, optimizer, recompute=recompute, **options)
 
 
-def _flops(net: LocalSequential, optimizer: OptimizerFactory, recompute: Recompute | None) -> list[int]:
+def _flops(
+    net: LocalSequential, optimizer: OptimizerFactory, recompute: Recompute | Sequence[Recompute] | None
+) -> list[int]:
     with fake_mode_of(net):
         copied = FakeCopy(net).net
         if recompute is not None:
@@ -96,7 +100,7 @@ def module_times(
     clip_norm: float | None,
     clip: Clip,
     accumulate: int,
-    recompute: Recompute | None,
+    recompute: Recompute | Sequence[Recompute] | None,
 ) -> list[float]:
     """Seconds per batch of each local module in a training step, the medians of five steps after two.
 

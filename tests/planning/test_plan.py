@@ -302,7 +302,7 @@ def test_the_table():
     plan = plan_memory(wrap(AugLocal(2), depth=14), BATCH, sgd, recompute="peak")
     text = str(plan)
     _, header, *rows, peak, between = text.splitlines()
-    assert header.split() == ["modules", *WAYS, "chosen", "FLOPs", "added"]
+    assert header.split() == ["modules", *WAYS, "chosen", "its", "peak", "FLOPs", "added"]
     assert any("-" in row.split()[0] for row in rows)  # modules that look alike share a line
     first, last = rows[0].split()[0].split("-")[0], rows[-1].split()[0].split("-")[-1]
     assert (first, int(last)) == ("0", len(plan.recompute) - 1)

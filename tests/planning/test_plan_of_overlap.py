@@ -16,7 +16,7 @@ from auglocal_ext.local_modules import OneStream
 from auglocal_ext.memory.meter import rounded
 from auglocal_ext.planning import plan_memory
 from auglocal_ext.planning.choice import Choice, Costs, cheapest_within, lowest_peak
-from auglocal_ext.planning.estimate import ModuleCost, StepCost
+from auglocal_ext.planning.estimate import ModuleCost
 from auglocal_ext.step import LocalStep
 from auglocal_ext.step.updates import updating_pass
 
@@ -93,17 +93,16 @@ def test_the_choice_is_the_best_of_all(modules, overlap):
 
     def random_cost(rank):
         size = torch.randint(10, 100, (modules, 3), generator=generator).tolist()
-        return StepCost(
-            base=1000,
-            modules=tuple(
-                ModuleCost(before=1000 + 7 * k, added=added, input=7 * k % 5, flops=100 + rank * flops)
-                for k, (added, flops, _) in enumerate(size)
-            ),
-            end=1040,
-        )
+        return [
+            ModuleCost(before=1000 + 7 * k, added=added, input=7 * k % 5, flops=100 + rank * flops)
+            for k, (added, flops, _) in enumerate(size)
+        ]
 
-    costs = Costs({way: random_cost(rank) for rank, way in enumerate(WAYS)}, [WAYS] * modules, history=False)
-    every = [Choice(ways, overlap) for ways in itertools.product(WAYS, repeat=modules)]
+    ways = (*WAYS, 1)
+    by_way = [random_cost(rank) for rank in range(len(ways))]
+    by_module = [dict(zip(ways, costs, strict=True)) for costs in zip(*by_way, strict=True)]
+    costs = Costs(by_module, base=1000, end=1040, history=False)
+    every = [Choice(chosen, overlap) for chosen in itertools.product(ways, repeat=modules)]
     sizes = sorted({costs.bytes(choice) for choice in every})
     assert costs.bytes(lowest_peak(costs, overlap)) == sizes[0]
     for budget in sizes:

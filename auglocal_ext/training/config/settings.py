@@ -9,11 +9,11 @@ from typing import Any, Literal, get_origin, get_type_hints
 
 import torch
 
-from ...local_modules import RECOMPUTE, Recompute
 from ..data.datasets import DATASETS
 from ..errors import SettingsError
 from . import single_values
 from .language_models import DEFAULTS, MLPS, NORMS, POSITIONS
+from .recomputation import problem_of_recompute
 from .rule_options import OPTIONS, RULE_OPTIONS
 from .schedule import SCHEDULES
 from .values import kinds_of, said
@@ -22,7 +22,10 @@ AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 GRAPH: dict[str, Literal[True, False, "auto"]] = {"auto": "auto", "on": True, "off": False}
 
-RECOMPUTE_CHOICES = (*RECOMPUTE, "peak")
+RECOMPUTE_HELP = (
+    "what runs a second time to save memory: none (default); auxiliary, the auxiliary networks; N, the first N layers "
+    "of every local module; all; these for each module, such as 3,3,all; peak: what gives the lowest peak"
+)
 
 
 @dataclass(frozen=True)
@@ -142,11 +145,12 @@ class Settings(_RuleSettings):
     tied: bool | None = _setting(None, "network", "of gpt: readout and token embedding are one parameter")
     rule: str = _setting("auglocal", "rule", choices=tuple(RULE_OPTIONS))
     fused: bool = _setting(True, "step")
-    recompute: Recompute | Literal["peak"] = _setting(
+    recompute: str = _setting(
         "none",
         "step",
-        "what runs a second time to save memory (default none); peak: only in the modules that need the most",
-        choices=RECOMPUTE_CHOICES,
+        RECOMPUTE_HELP,
+        "WHAT",
+        wrong=problem_of_recompute,
     )
     memory_budget: str | None = _setting(
         None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from ...planning import plan_memory
 from ...planning.estimate import StepEstimate
 from ...step import GraphCaptureError, LocalStep, MemoryPlan
 from ...tasks import Classification, Scored
+from ..config.recomputation import read_recompute
 from ..config.settings import AMP, GRAPH
 from ..config.train_config import TrainConfig, make_rule
 from ..errors import CheckpointError, SettingsError
@@ -317,7 +318,7 @@ class LocalLearner:
                 graph=GRAPH[config.graph],
                 overlap="auto" if config.overlap is None else config.overlap,
                 autocast=AMP[config.amp],
-                recompute=None if self.memory_plan is not None else cast("Recompute", config.recompute),
+                recompute=None if self.memory_plan is not None else self._recompute(),
                 plan=self.memory_plan,
                 mesh=mesh,
                 sync_batch_norm=config.sync_batch_norm and config.replicas > 1,
@@ -366,7 +367,7 @@ class LocalLearner:
     def _plan(self) -> MemoryPlan | None:
         """What ``recompute="peak"`` or ``memory_budget`` asks for."""
         config, budget = self._config, self._config.memory_budget
-        if config.recompute != "peak" and budget is None:
+        if read_recompute(config.recompute) != "peak" and budget is None:
             return None
         if not self._alone:
             raise SettingsError(
@@ -387,6 +388,9 @@ class LocalLearner:
             memory_budget=budget,
             overlap=overlap,
         )
+
+    def _recompute(self) -> Recompute | Sequence[Recompute]:
+        return cast("Recompute | tuple[Recompute, ...]", read_recompute(self._config.recompute))
 
     @property
     def classifier_weight(self) -> float:
