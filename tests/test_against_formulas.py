@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -266,9 +267,23 @@ def rules(draw, kind, target):
 
 
 # The same draws in every run: rounding, which normalisations of nearly equal numbers amplify, has no bound.
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+draws = partial(settings, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+
+@draws(max_examples=30)
 @given(st.data())
 def test_losses_and_gradients_are_those_of_the_formulas(data):
+    check_losses_and_gradients(data)
+
+
+@pytest.mark.slow
+@draws(max_examples=150)
+@given(st.data())
+def test_losses_and_gradients_of_more_draws(data):
+    check_losses_and_gradients(data)
+
+
+def check_losses_and_gradients(data):
     kind, parts, shape, layout, outputs = data.draw(networks())
     target, task = data.draw(tasks(outputs))
     rule = data.draw(rules(kind, target))

@@ -113,10 +113,10 @@ def test_train(images, tmp_path, capsys, rule):
 
 def test_output_is_named_after_network_and_rule(images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "--data", "images", "--epochs", "1", *SMALL, "--depth", "2", "--batch-size", "64"]) == 0
+    assert main(["train", "--data", "images", "--epochs", "1", *SMALL, "--rule", "bp", "--batch-size", "64"]) == 0
     assert "each of 1 step, batch size 64" in capsys.readouterr().out
-    assert (tmp_path / "runs" / "resnet8-auglocal" / "checkpoint.pt").exists()
-    assert main(["train", "--resume", "--network", "resnet8"]) == 0
+    assert (tmp_path / "runs" / "resnet8-bp" / "checkpoint.pt").exists()
+    assert main(["train", "--resume", "--network", "resnet8", "--rule", "bp"]) == 0
 
 
 def test_cut_points(images, tmp_path, capsys):

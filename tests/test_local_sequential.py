@@ -374,7 +374,8 @@ def test_import_is_silent_and_light():
     import sys
 
     heavy = ("torchvision", "matplotlib", "tensorboard", "torch._dynamo")
-    code = f"import sys, auglocal_ext; print([m for m in {heavy} if m in sys.modules])"
+    code = "import sys, auglocal_ext, auglocal_ext.ops, auglocal_ext.nn; "
+    code += f"print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-W", "default", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]" and done.stderr == ""
     assert auglocal_ext.__version__

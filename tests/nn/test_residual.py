@@ -289,7 +289,7 @@ def test_torchvision_blocks(name):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=str)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_fifty_steps_of_training_are_those_of_the_eager_network(seed, dtype, tolerance):
     """Plain SGD: with momentum single runs part by a few 1e-4, as those of eager networks in two layouts do."""
     torch.manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -255,8 +256,17 @@ for dtype, vector, flag, rms, blocks in (
     ]
 
 
+def cases() -> Iterator[Any]:
+    """The first of each kernel, and the others in the slow run."""
+    seen = set()
+    for module, kernel, types, constants in KERNELS:
+        marks = [pytest.mark.slow] * ((module, kernel) in seen)
+        seen.add((module, kernel))
+        yield pytest.param(module, kernel, types, constants, marks=marks)
+
+
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # Triton 3.9 announces a default of 3.10
-@pytest.mark.parametrize(("module", "kernel", "types", "constants"), KERNELS)
+@pytest.mark.parametrize(("module", "kernel", "types", "constants"), cases())
 def test_kernel_compiles(
     module: str,
     kernel: str,

@@ -54,19 +54,15 @@ def assert_wide(launch: Launch, *kinds: Access) -> None:
     assert launch.spilled <= MOST_SPILLED, f"{launch.name} spills {launch.spilled} bytes"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "shape", "layout", "bytes_an_access"),
     [
         (torch.bfloat16, (64, 16, 14, 14), "contiguous", 8),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                (torch.bfloat16, (64, 16, 7, 7), "contiguous", 2),
-                (torch.float32, (64, 16, 14, 14), "contiguous", 16),
-                (torch.bfloat16, (64, 24, 7, 7), "channels-last", 16),
-                (torch.bfloat16, (64, 10, 8, 8), "channels-last", 4),
-            )
-        ),
+        (torch.bfloat16, (64, 16, 7, 7), "contiguous", 2),
+        (torch.float32, (64, 16, 14, 14), "contiguous", 16),
+        (torch.bfloat16, (64, 24, 7, 7), "channels-last", 16),
+        (torch.bfloat16, (64, 10, 8, 8), "channels-last", 4),
     ],
     ids=str,
 )

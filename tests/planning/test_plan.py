@@ -71,7 +71,7 @@ def metered(step, batch=BATCH, calls=1, x=None):
     ids=str,
 )
 def test_the_meters_reading_on_real_tensors(name, autocast):
-    net = wrap(RULES[name])
+    net = wrap(RULES[name], depth=14)
     plan = plan_memory(net, BATCH, sgd, autocast=autocast, recompute="peak")
     step = LocalStep(net, sgd, autocast=autocast, plan=plan)
     assert metered(step) == step.plan.predicted_bytes
@@ -149,8 +149,9 @@ def test_modules_that_differ_in_anything_run_each():
         net = wrap(AugLocal(2), depth=14)
         change(net)
         planned = estimate(net)
-        assert planned.cost("none") == planned.cost("none", alike=False)
-        return [module.added for module in planned.cost("none").modules[1:3]]  # alike but for the change
+        cost = planned.cost("none")
+        assert cost == planned.cost("none", alike=False)
+        return [module.added for module in cost.modules[1:3]]  # alike but for the change
 
     same = own(lambda net: None)
     assert same[0] == same[1]
@@ -242,8 +243,7 @@ def test_budget():
     assert shares[0] == 0 and shares == sorted(shares) and shares[-1] == lowest.recomputed_share
     with pytest.raises(MemoryBudgetError, match=f'{lowest.predicted_bytes:,} bytes.*recompute="peak"') as refused:
         plan_memory(net, BATCH, sgd, memory_budget=lowest.predicted_bytes - 1)
-    assert refused.value.least_bytes == lowest.predicted_bytes
-    assert plan_memory(net, BATCH, sgd, memory_budget=refused.value.least_bytes) is not None
+    assert refused.value.least_bytes == lowest.predicted_bytes  # with which a plan was made above
 
 
 @pytest.mark.slow

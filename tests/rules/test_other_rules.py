@@ -234,7 +234,7 @@ COMBINATIONS = {
 
 
 @pytest.mark.parametrize("rule", [*COMBINATIONS.values(), Greedy(), DGL(), PredSim(), MAN()], ids=repr)
-@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize("recompute", ["none", pytest.param("all", marks=pytest.mark.slow)])
 def test_every_rule_trains(rule, recompute):
     net = small(rule, recompute=recompute)
     step = LocalStep(net, lambda params: torch.optim.SGD(params, lr=0.02, momentum=0.9))

@@ -27,12 +27,12 @@ def no_decay_groups(net):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("options", [{}, {"fused": False}, {"modules": 1}, {"recompute": "all"}], ids=str)
-def test_twenty_steps_are_the_plain_loops_to_the_bit(rule, options):
+def test_steps_are_the_plain_loops_to_the_bit(rule, options):
     net, other = twins(rule, **options)
     plain = torch.optim.SGD(other.parameters(), lr=0.1)
     step = LocalStep(net, lambda params: torch.optim.SGD(params, lr=0.1))
     before = copy.deepcopy(net.state_dict())
-    for x, y in batches(20):
+    for x, y in batches(8):
         theirs = plain_step(other, plain, x, y)
         ours = step(x, y)
         for name, value in ours._asdict().items():

@@ -97,7 +97,9 @@ def test_shares_follow_the_beta_distribution():
     assert np.var(shares) == pytest.approx(1 / (4 * 2), abs=0.01)  # of Beta(a, a): 1 / (4 (2 a + 1))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", [r if r.id == "auglocal" else pytest.param(*r.values, id=r.id, marks=pytest.mark.slow) for r in RULES]
+)
 def test_a_run_learns_and_resumes_in_the_middle_of_an_epoch(config, separable, tmp_path, rule):
     mixes = {"mixup": 0.2, "cutmix": 0.5, "epochs": 10, "lr": 0.1, "recipe": "stl10"}
     straight = config(output=str(tmp_path / "straight"), **mixes, **rule)

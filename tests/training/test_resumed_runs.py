@@ -14,7 +14,14 @@ from auglocal_ext.training import CheckpointError, Interrupted
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("after", [8, 11, 9], ids=["end of epoch 2", "within epoch 3", "first step of epoch 3"])
+@pytest.mark.parametrize(
+    "after",
+    [
+        pytest.param(11, id="within epoch 3"),
+        pytest.param(8, id="end of epoch 2", marks=pytest.mark.slow),
+        pytest.param(9, id="first step of epoch 3", marks=pytest.mark.slow),
+    ],
+)
 def test_resume_is_bit_exact(config, separable, tmp_path, rule, after):
     straight = config(output=str(tmp_path / "straight"), **rule)
     whole = trainer(straight, separable)
