@@ -9,6 +9,7 @@ from typing import cast
 from torch import nn
 
 from ..nn.fusable import replaced_call
+from ..nn.fuse import eager_type
 from .groups import is_sequence
 
 
@@ -27,8 +28,8 @@ def split_readout(layers: Sequence[nn.Module]) -> tuple[tuple[nn.Module, ...], n
     *before, last = layers
     if replaced_call(last) is not None:
         return None
-    if type(last) is nn.Linear:
-        return tuple(before), last
+    if eager_type(last) is nn.Linear:
+        return tuple(before), cast("nn.Linear", last)
     if not is_sequence(last):
         return None
     inside = split_readout(list(cast("nn.Sequential", last)))

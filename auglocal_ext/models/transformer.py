@@ -6,11 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..nn.lean_attention import split_heads
 
-def rotary(x: Tensor, base: float = 10_000.0) -> Tensor:
+
+def rotary(x: Tensor, base: float = 10_000.0, back: bool = False) -> Tensor:
     """``x`` with each pair of features ``(i, i + D/2)`` rotated by the angle ``t base^(-2i/D)`` at position t.
 
-    ``(N, heads, T, D) -> (N, heads, T, D)``, D even. The angles are computed in fp32, for fp64 inputs in fp64.
+    ``(N, heads, T, D) -> (N, heads, T, D)``, D even. The angles are computed in fp32, for fp64 inputs in fp64. With
+    ``back`` it is rotated by the opposite angles.
 
     Source: Su et al., RoFormer, 2021, with the pairs of GPT-NeoX and Llama.
     """
@@ -19,6 +22,8 @@ def rotary(x: Tensor, base: float = 10_000.0) -> Tensor:
     exponents = torch.arange(0, size, 2, device=x.device, dtype=dtype) / size
     angles = torch.outer(torch.arange(length, device=x.device, dtype=dtype), base**-exponents)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    if back:
+        sin = -sin
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
@@ -60,13 +65,15 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # (N, T, 3 width) -> three of (N, heads, T, D)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-        if self.rotary_positions:
-            q, k = rotary(q), rotary(k)
+        q, k, v = self.heads_of(x)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.causal)
         return self.out(y.transpose(1, 2).flatten(2))
+
+    def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of each head, ``(N, heads, T, D)``."""
+        q, k, v = split_heads(self.qkv(x), self.heads)
+        return (rotary(q), rotary(k), v) if self.rotary_positions else (q, k, v)
 
     def extra_repr(self) -> str:
         positions = ", rotary" if self.rotary_positions else ""

@@ -1,14 +1,14 @@
-"""``fuse``: the same network with its normalisations run by the fused ops, and the way back.
+"""``fuse``: the same network with its normalisations and activations run by the fused ops, and the way back.
 
 ``fuse`` changes classes and nothing else. ``FusedBasicBlock`` is a ``BasicBlock`` with another forward, and
 ``FusedSequential`` an ``nn.Sequential`` with another forward; both can be imported by name. So state dicts, hooks,
 deepcopy and pickle need no special handling, and ``unfuse`` has only the class to restore. ``models/fused.py``
-registers the blocks of this package; those of torchvision are registered when ``fuse`` meets one.
+registers the blocks of this package; those of other libraries are registered when ``fuse`` meets one. Transformers keep
+their blocks' forward; the classes of their parts change (``lean.py``).
 """
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,13 +16,14 @@ from torch import nn
 from .._torch import NormBase
 from .chain import FusedSequential, is_container, units
 from .fusable import conv_hindrance, norm_hindrance, pool_hindrance
+from .lean import EAGER, know_library, make_lean
 from .residual import block_hindrance
 
-_NORMS = (NormBase, nn.GroupNorm, nn.LayerNorm)
+_NORMS = (NormBase, nn.GroupNorm)
 #: Classes whose forward is replaced, each with the subclass that replaces it: what differs is the class alone, so
 #: parameters, buffers, hooks, copies and pickles of a module are as before.
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {nn.Sequential: FusedSequential}
-_EAGER: dict[type[nn.Module], type[nn.Module]] = {FusedSequential: nn.Sequential}
+EAGER[FusedSequential] = nn.Sequential
 
 
 @dataclass(frozen=True)
@@ -45,44 +46,47 @@ class FusionReport:
 def register(eager: type[nn.Module], fused: type[nn.Module]) -> None:
     """Let :func:`fuse` turn modules whose class is ``eager`` into ``fused``, a subclass with another forward."""
     _FUSED[eager] = fused
-    _EAGER[fused] = eager
+    EAGER[fused] = eager
 
 
 def eager_type(module: nn.Module) -> type[nn.Module]:
     """The class of ``module`` before :func:`fuse`."""
-    return _EAGER.get(type(module), type(module))
+    return EAGER.get(type(module), type(module))
 
 
 def fuse(module: nn.Module) -> FusionReport:
-    """Run the module's BatchNorm layers, with what is around them, by ops that keep one tensor per convolution.
+    """Run the module's normalisations and activations by nodes that keep one tensor per convolution or linear layer.
 
-    It changes, in place, BasicBlocks and Bottlenecks (of :mod:`auglocal_ext.models` and torchvision) and every
-    ``nn.Sequential`` with an ``nn.BatchNorm2d``, which becomes one unit with the ReLU or LeakyReLU and the convolution
-    or max pooling that follow. Only how they run changes: parameters, buffers, state dict, hooks on the
-    changed modules, copies, pickles and, up to rounding, results are as before. Between forward and backward a
-    convolution's raw output is kept. Its normalised and rectified versions are made again in backward.
+    Of a convolutional network it changes, in place, BasicBlocks and Bottlenecks (of :mod:`auglocal_ext.models` and
+    torchvision) and every ``nn.Sequential`` with an ``nn.BatchNorm2d``, which becomes one unit with the ReLU or
+    LeakyReLU and the convolution or max pooling that follow. Between forward and backward a convolution's raw output is
+    kept. Its normalised and rectified versions are made again in backward.
 
-    Every call inspects the parts again: one that was given hooks, or was replaced, runs eagerly, as do
-    ``torch.compile``, ``torch.export`` and ``torch.func`` transforms. Gradients are differentiable once.
+    Of a transformer it changes ``nn.LayerNorm``, ``nn.RMSNorm``, ``nn.GELU``, the gate of SwiGLU, ``nn.Dropout``,
+    ``nn.Linear`` and ``nn.MultiheadAttention``, in any block, and their like in Hugging Face's Llama and GPT-2 and in
+    timm. A linear layer makes its input again in backward from what the layer before keeps anyway. So a block keeps its
+    input, q, k, v, the attention's output and statistics, and one raw product before each nonlinearity. Dropout draws
+    its mask again from the random state at its call; in a captured CUDA graph it keeps the mask. Networks without such
+    a normalisation or activation stay as they are.
+
+    Only how the parts run changes: parameters, buffers, state dict, hooks on the changed modules, copies, pickles and,
+    up to rounding, results are as before. Every call inspects the parts again: one that was given hooks, or was
+    replaced, runs eagerly, as do ``torch.compile``, ``torch.export`` and ``torch.func`` transforms. Gradients are
+    differentiable once.
 
     :func:`unfuse` reverts it.
     """
     walk = _Walk({id(part): name for name, part in reversed(list(module.named_modules()))})
     walk.visit(module)
-    return FusionReport(tuple(walk.fused), tuple(walk.left))
+    fused, left = make_lean(module, walk.path)
+    return FusionReport((*walk.fused, *fused), (*walk.left, *left))
 
 
 def unfuse(module: nn.Module) -> None:
     """Take :func:`fuse` back, in place: every part has the class it had."""
     for part in module.modules():
-        if type(part) in _EAGER:
+        if type(part) in EAGER:
             part.__class__ = eager_type(part)
-
-
-def _know_torchvision(kind: type[nn.Module]) -> None:
-    """torchvision is only imported where a module is already one of its own."""
-    if kind.__module__ == "torchvision.models.resnet" and kind not in _FUSED:
-        importlib.import_module(".torchvision_blocks", __package__)
 
 
 class _Walk:
@@ -98,7 +102,7 @@ class _Walk:
         if id(module) in self._seen:
             return
         self._seen.add(id(module))
-        _know_torchvision(type(module))
+        know_library(type(module))
         eager = eager_type(module)
         if (
             issubclass(eager, nn.Sequential)
@@ -110,7 +114,7 @@ class _Walk:
             self._block(module, eager)
         elif isinstance(module, _NORMS):
             reason = norm_hindrance(module) or "is not in an nn.Sequential or a known residual block"
-            self.left.append((self._path(module), reason))
+            self.left.append((self.path(module), reason))
         else:
             for child in module.children():
                 self.visit(child)
@@ -118,10 +122,10 @@ class _Walk:
     def _block(self, block: nn.Module, eager: type[nn.Module]) -> None:
         reason = "has a forward of its own" if "forward" in block.__dict__ else block_hindrance(block)
         if reason is not None:
-            self.left.append((self._path(block), reason))
+            self.left.append((self.path(block), reason))
             return
         block.__class__ = _FUSED[eager]
-        self.fused.append(f"{self._path(block)} ({eager.__name__})")
+        self.fused.append(f"{self.path(block)} ({eager.__name__})")
         downsample = getattr(block, "downsample", None)
         if downsample is not None:
             self._shortcut(downsample)
@@ -137,12 +141,12 @@ class _Walk:
         found = after_norm = False
         for unit in units(root.children()):
             if unit.call is None:
-                self.fused.append(", ".join(map(self._path, unit.parts)))
+                self.fused.append(", ".join(map(self.path, unit.parts)))
                 found = True
             else:
                 for kind, hindrance in ((nn.Conv2d, conv_hindrance), (nn.MaxPool2d, pool_hindrance)):
                     if after_norm and isinstance(unit.call, kind):
-                        self.left.append((self._path(unit.call), hindrance(unit.call) or "stays eager"))
+                        self.left.append((self.path(unit.call), hindrance(unit.call) or "stays eager"))
                 self.visit(unit.call)
             after_norm = unit.call is None and unit.conv is None and unit.pool is None
         if found:
@@ -158,5 +162,5 @@ class _Walk:
             if is_container(child):
                 self._swap(child)
 
-    def _path(self, module: nn.Module) -> str:
+    def path(self, module: nn.Module) -> str:
         return self.names.get(id(module)) or eager_type(module).__name__

@@ -1,0 +1,170 @@
+"""LayerNorm and RMSNorm whose output the linear layers after it make again in backward."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import providers, registry, tuning
+from ..ops.layer_norm import NAME
+from .norm_act import PLAIN
+from .remade import Source, recordable
+
+
+class NormPasses(NamedTuple):
+    """The passes of ``layer_norm`` by the provider that was chosen for these rows."""
+
+    forward: Any
+    apply: Any
+    backward: Any
+
+
+def norm_passes(rows: Tensor) -> NormPasses:
+    """The passes over rows as these; the choice is made once for each form."""
+    form = rows.shape if type(rows) in tuning.PLAIN else None
+    key = "norm_passes", form, rows.dtype, rows.device, providers.asked()
+    found = tuning.lookups.get(key)
+    if found is None:
+        picked, settled = tuning.pick(NAME, rows, None)
+        found = NormPasses(*(registry.overload(f"{NAME}_{name}", picked) for name in ("forward", "apply", "backward")))
+        if settled:
+            tuning.remember(key, found)
+    return found
+
+
+def lean_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool, dtype: torch.dtype
+) -> Tensor:
+    """``ops.layer_norm`` of ``x``, converted to ``dtype``, with a source; x (..., C) that is recordable."""
+    source = Source(partial(_again, rms=rms, dtype=dtype), (None,))
+    y: Tensor = _LeanNorm.apply(x, weight, bias, (eps, rms, dtype, source))
+    y = y.view(x.shape)  # a view of torch's own, which may be written to
+    return source.note(y) if y.requires_grad else y
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
+
+
+def _again(tensors: Sequence[Any], rms: bool, dtype: torch.dtype) -> Tensor:
+    x, mean, rstd, weight, bias = tensors
+    rows = _rows(x, dtype)
+    y: Tensor = norm_passes(rows).apply(rows, mean, rstd, weight, bias, rms)
+    return y.view(x.shape)
+
+
+class _LeanNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        options: tuple[float, bool, torch.dtype, Source],
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        eps, rms, dtype, source = options
+        rows = _rows(x, dtype)
+        y: Tensor
+        y, _, mean, rstd = norm_passes(rows).forward(rows, None, weight, bias, eps, rms)
+        source.tensors = x, mean, rstd, weight, bias
+        ctx.source = weakref.ref(source)  # whose tensors live no longer than the output and what is saved
+        ctx.once = source.once
+        ctx.options = rms, dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(x, mean, rstd, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            registry.refuse_create_graph("a fused LayerNorm or RMSNorm", PLAIN)
+        ctx.once.drop()
+        if (source := ctx.source()) is not None:
+            source.tensors = ()
+        if grad is None:
+            return (None,) * 4
+        rms, dtype, bias_dtype = ctx.options
+        x, mean, rstd, weight = ctx.saved_tensors
+        rows = _rows(x, dtype)
+        grad_x, grad_weight, grad_bias = norm_passes(rows).backward(
+            _rows(grad, dtype), None, rows, mean, rstd, weight, rms, *ctx.needs_input_grad[:3]
+        )
+        return (
+            grad_x.view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None,
+            grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
+            grad_bias.to(bias_dtype) if ctx.needs_input_grad[2] else None,
+            None,
+        )
+
+
+_dtypes: dict[tuple[Any, ...], torch.dtype | None] = {}
+
+
+def result_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool) -> torch.dtype | None:
+    """The dtype of what torch's layer returns for ``x`` here, autocast included; None where it refuses the dtypes."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) if torch.amp.is_autocast_available(device) else False
+    vectors = tuple(None if vector is None else vector.dtype for vector in (weight, bias))
+    if not autocast and all(dtype in (None, x.dtype) for dtype in vectors):
+        return x.dtype
+    key = x.dtype, *vectors, x.device, autocast and torch.get_autocast_dtype(device), rms
+    if key not in _dtypes:
+        _dtypes[key] = _tried(x, vectors, rms)
+    return _dtypes[key]
+
+
+def _tried(x: Tensor, vectors: Sequence[torch.dtype | None], rms: bool) -> torch.dtype | None:
+    """Asked of torch itself: autocast's lists differ between devices and versions."""
+    row = torch.zeros(1, 8, dtype=x.dtype, device=x.device)
+    weight, bias = (None if dtype is None else row.new_zeros(8, dtype=dtype) for dtype in vectors)
+    try:
+        with torch.no_grad():
+            return (F.rms_norm(row, (8,), weight) if rms else F.layer_norm(row, (8,), weight, bias)).dtype
+    except RuntimeError:
+        return None
+
+
+def lean_layer_norm(norm: Any, x: Tensor, rms: bool = False) -> Tensor | None:
+    """What the layer makes of ``x`` with a node of our own; None where it must run as it is."""
+    weight, bias = norm.weight, None if rms else norm.bias
+    if not recordable(x, weight, bias) or tuple(norm.normalized_shape) != tuple(x.shape[-1:]):
+        return None
+    eps = norm.eps
+    if eps is None and x.dtype in (torch.float32, torch.float64):  # of narrower ones versions of torch differ
+        eps = torch.finfo(x.dtype).eps
+    if eps is None or not eps > 0 or x.dtype not in providers.ALL:
+        return None
+    if not (x.requires_grad or any(v is not None and v.requires_grad for v in (weight, bias))):
+        return None
+    dtype = result_dtype(x, weight, bias, rms)
+    if dtype is None or (weight is not None and weight.device != x.device):
+        return None
+    return lean_norm(x, weight, bias, float(eps), rms, dtype)
+
+
+def norm_refusal(norm: nn.Module) -> str | None:
+    """Why a LayerNorm or RMSNorm stays eager."""
+    axes = len(norm.normalized_shape)  # type: ignore[arg-type]
+    return None if axes == 1 else f"normalises over {axes} axes"
+
+
+class FusedLayerNorm(nn.LayerNorm):
+    """An ``nn.LayerNorm`` that :func:`auglocal_ext.fuse` has changed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = lean_layer_norm(self, x) if type(self) is FusedLayerNorm else None
+        return super().forward(x) if y is None else y
+
+
+class FusedRMSNorm(nn.RMSNorm):
+    """An ``nn.RMSNorm`` that :func:`auglocal_ext.fuse` has changed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = lean_layer_norm(self, x, rms=True) if type(self) is FusedRMSNorm else None
+        return super().forward(x) if y is None else y

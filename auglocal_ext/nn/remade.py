@@ -1,0 +1,106 @@
+"""Tensors that backward can make again from tensors that are kept anyway.
+
+A layer that makes such an output notes a :class:`Source` beside it: what it was made from, and how. The linear layer
+that reads the output saves the source's tensors in place of it. They stand in a table beside the tensor, not on it, so
+the tensor's class, copies and pickles are torch's.
+
+A source holds for the very tensor that was noted, as long as neither it nor what it was made from is written to. A
+view, what a hook returns in its place, and a tensor that was changed in place have none: then the tensor itself is
+saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .._torch import FakeTensor, version
+from .fusable import must_be_eager
+
+#: Makes the output from the tensors of its source, in their order.
+Remake = Callable[[Sequence[Any]], Tensor]
+_PLAIN = Tensor, torch.nn.Parameter, FakeTensor
+_sources: Any = WeakIdKeyDictionary()
+
+
+class Once:
+    """The output made again, which all its readers share in one backward pass: made by the first, dropped by the last.
+
+    Where only some of them run, a normalisation's own backward, which comes after theirs, drops it.
+    """
+
+    def __init__(self) -> None:
+        self.readers = 0
+        self._left = 0
+        self._made: Tensor | None = None
+
+    def take(self, remake: Remake, tensors: Sequence[Any]) -> Tensor:
+        """For one of the readers."""
+        made = self._made
+        if made is None:
+            made = remake(tensors)
+            self._left = self.readers
+        self._left -= 1
+        self._made = made if self._left > 0 else None
+        return made
+
+    def drop(self) -> None:
+        self._made = None
+
+
+class Source:
+    """What an output was made from, and how it is made again.
+
+    Attributes:
+        remake: makes it from ``tensors``; holds no tensors itself.
+        tensors: what it was made from; empty once the layer's backward has run, and what is read is saved as it is.
+        once: what its readers share.
+    """
+
+    __slots__ = ("__weakref__", "_versions", "once", "remake", "tensors")
+
+    def __init__(self, remake: Remake, tensors: Sequence[Tensor | None]) -> None:
+        self.remake = remake
+        self.tensors = tuple(tensors)
+        self.once = Once()
+        self._versions: tuple[int, ...] = ()
+
+    def note(self, made: Tensor) -> Tensor:
+        """``made``, from now on with this source."""
+        self._versions = self._count(made)
+        _sources[made] = self
+        return made
+
+    def holds(self, made: Tensor) -> bool:
+        return bool(self.tensors) and self._count(made) == self._versions
+
+    def _count(self, made: Tensor) -> tuple[int, ...]:
+        return tuple(version(tensor) for tensor in (made, *self.tensors) if tensor is not None)
+
+
+def source_of(y: Tensor) -> Source | None:
+    """The source of ``y``, if it has one that holds."""
+    source: Source | None = _sources.get(y)
+    return source if source is not None and source.holds(y) else None
+
+
+def recordable(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether a node of our own may stand for a layer's call on ``x``, which is recorded for backward.
+
+    Subclasses of tensors, such as DTensor and quantised weights, have operators of their own.
+    """
+    if must_be_eager(x) or not torch.is_grad_enabled() or type(x) not in _PLAIN or x.is_inference():
+        return False
+    return all(tensor is None or type(tensor) in _PLAIN for tensor in parameters)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes a linear layer compute ``x`` in; None where it is off or leaves ``x`` alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
