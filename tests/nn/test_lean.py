@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from saved import saved_bytes
+from kept import saved_bytes
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -74,7 +74,7 @@ def assert_same(ours, theirs, x, tolerance=1e-12, **options):
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
-def kept(module, x, call=lambda module, x: module(x)):
+def widths(module, x, call=lambda module, x: module(x)):
     """What ``call(module, x)`` keeps beside parameters and x, in tensors as x."""
     x = x.detach().requires_grad_()
     return (saved_bytes(lambda: call(module, x), module) - x.untyped_storage().nbytes()) / (
@@ -107,7 +107,7 @@ def test_norms(norm):
     ours, theirs = pair(lambda: Reads(NORMS[norm]()))
     assert_same(ours, theirs, tokens())
     # mean and rstd, one number each in a row; eagerly the normalised rows too
-    assert kept(ours, tokens()) - 3 <= 2 / WIDTH < kept(theirs, tokens()) - 3
+    assert widths(ours, tokens()) - 3 <= 2 / WIDTH < widths(theirs, tokens()) - 3
     assert_same(ours, theirs, tokens().transpose(0, 1))  # not contiguous
     assert_same(ours, theirs, tokens()[0])
     assert_same(ours, theirs, tokens()[0, 0])
@@ -125,8 +125,8 @@ def test_what_stands_between(between):
 def test_nothing_is_kept_of_activations_and_masks(chain):
     ours, theirs = pair(lambda: Reads(nn.LayerNorm(WIDTH), BETWEEN[chain](), readers=1))
     # the sine's input; what a norm's output is turned into is made again from that output, or from the norm's input
-    assert kept(ours, tokens()) == pytest.approx(1 + ("gelu" in chain) + 2 / WIDTH)
-    assert kept(theirs, tokens()) > kept(ours, tokens()) + 0.9
+    assert widths(ours, tokens()) == pytest.approx(1 + ("gelu" in chain) + 2 / WIDTH)
+    assert widths(theirs, tokens()) > widths(ours, tokens()) + 0.9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -303,7 +303,7 @@ def test_checkpoints(how):
     ours, theirs = pair(lambda: Reads(nn.LayerNorm(WIDTH), [nn.GELU(), nn.Dropout(0.3)], readers=1))
     assert_same(ours, theirs, tokens(), call=call)
     if how in ("checkpoint", "recomputed"):
-        assert kept(ours, tokens(), call) < 0.01
+        assert widths(ours, tokens(), call) < 0.01
 
 
 def test_saved_tensors_may_be_kept_elsewhere():
