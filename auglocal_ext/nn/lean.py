@@ -57,6 +57,8 @@ _LIBRARIES = {
 #: Parts of known blocks that keep nothing which ``fuse`` could save, by name where they are another library's.
 _KEEP_LITTLE = (nn.Identity, nn.ReLU, nn.ReLU6, nn.Linear, nn.Dropout)
 _KEEP_LITTLE_NAMES = {"DropPath", "LayerScale", "StochasticDepth"}
+#: Where a configuration of Hugging Face names its attention; there is no public name.
+_IMPLEMENTATION = "_attn_implementation"
 
 
 def register_lean(
@@ -135,7 +137,7 @@ def _gate_of_fused(module: nn.Module) -> bool:
 
 def _weights_kept(module: nn.Module) -> str | None:
     """Why an attention keeps its (T, T) weights; None where it is not known to."""
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    implementation = getattr(getattr(module, "config", None), _IMPLEMENTATION, None)
     if type(module).__name__.endswith("Attention"):
         if implementation == "eager":
             return "keeps the attention's weights: its attn_implementation is 'eager', not 'sdpa'"

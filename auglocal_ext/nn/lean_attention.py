@@ -55,7 +55,7 @@ class _Rotated(torch.autograd.Function):
 
 def attention_refusal(module: nn.Module) -> str | None:
     """Why an ``nn.MultiheadAttention`` stays eager."""
-    if not module._qkv_same_embed_dim:
+    if module.in_proj_weight is None:
         return "has keys or values of another width"
     if not module.batch_first:
         return "takes the batch second"

@@ -117,7 +117,8 @@ def of_width_16(*layers):
     first = nn.Conv2d(3, 8, 1) if isinstance(layers[0], nn.Conv2d) else nn.Linear(3, 8)
     tail = [nn.AdaptiveAvgPool2d(1), nn.Flatten()] if isinstance(first, nn.Conv2d) else []
     shape = (3, 8, 8) if tail else (3,)
-    net = LocalSequential(nn.Sequential(first, *layers, *tail, nn.Linear(8, 4), nn.Softplus()), Greedy(), 4, shape)
+    network = nn.Sequential(first, *layers, *tail, nn.Linear(8, 4), nn.Softplus())
+    net = LocalSequential(network, Greedy(), 4, shape, fused=False)  # as a rule sees it
     layer = net.network.layers[1]
     block = make_block(layer, net.network.children_of(layer), 8, 1, width=16)
     x = torch.randn(2, 8, *shape[1:])

@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from auglocal_ext import MAN, AugLocal, ContSup, InfoPro, LocalSequential, PredSim, models
-from auglocal_ext.nn import deferred
+from auglocal_ext.nn import deferred, eager_type
 
 Y = torch.tensor([0, 1, 2, 3])
 
@@ -274,7 +274,7 @@ def test_models_of_timm(name):
 def test_stochastic_depth_and_dropout_are_kept():
     for make, kind in ((convnext, "StochasticDepth"), (vit, "Dropout")):
         auxiliary = local(make(), modules=[0], layout=layout("ViT") if make is vit else None).auxiliary
-        assert {part.p for part in auxiliary.modules() if type(part).__name__ == kind} == {0.1}
+        assert {part.p for part in auxiliary.modules() if eager_type(part).__name__ == kind} == {0.1}
 
 
 def test_recomputed_copies_train_as_others():

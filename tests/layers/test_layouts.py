@@ -9,6 +9,7 @@ from torch import nn
 
 from auglocal_ext import AugLocal, Greedy, LocalSequential
 from auglocal_ext.layers import Features, describe, observe, probe_input, vectors
+from auglocal_ext.nn import eager_type
 
 
 def test_axes_of_features():
@@ -188,7 +189,7 @@ def test_auxiliary_blocks_of_tokens():
     net = LocalSequential(pooled, AugLocal(2, joint_tail=False), 3, (3, 8, 8))
     assert net.auxiliary[0].blocks[0](torch.randn(2, 5, 8)).shape == (2, 8)  # the last layer works on a vector
     net = LocalSequential(vit(), AugLocal(2, joint_tail=False), 3, (3, 8, 8), layout="class_token")
-    assert [type(part) for part in net.auxiliary[0].blocks[0]] == [Block, nn.LayerNorm]  # a copy of the last layer
+    assert [eager_type(part) for part in net.auxiliary[0].blocks[0]] == [Block, nn.LayerNorm]  # a copy of the last one
     seen = []
 
     def factory(fan_in, fan_out, stride, layer):

@@ -25,6 +25,7 @@ from auglocal_ext import (
     Segmentation,
 )
 from auglocal_ext.cost import count_macs, count_training_macs
+from auglocal_ext.nn import eager_type
 from auglocal_ext.planning import plan_memory
 from auglocal_ext.rules import LinearHead
 
@@ -309,13 +310,13 @@ def test_a_copy_that_needs_another_number_of_positions_is_refused():
 
 def test_heads_are_the_networks_readout_made_anew():
     rms = wrapped(Greedy(), 2).auxiliary[0].head
-    assert type(rms.norm) is nn.RMSNorm and rms.linear.bias is None
+    assert eager_type(rms.norm) is nn.RMSNorm and rms.linear.bias is None
     layer = wrapped(Greedy(), 2, decoder(norm=nn.LayerNorm, bias=True)).auxiliary[0].head
-    assert type(layer.norm) is nn.LayerNorm and layer.linear.bias is not None
+    assert eager_type(layer.norm) is nn.LayerNorm and layer.linear.bias is not None
     copied = wrapped(AugLocal(depth=2), [1]).auxiliary[0]
-    assert copied.head.norm is None and type(list(copied.blocks.modules())[-1]) is nn.RMSNorm
+    assert copied.head.norm is None and eager_type(list(copied.blocks.modules())[-1]) is nn.RMSNorm
     repeated = wrapped(AugLocal(depth=2, sampling="sequential"), [1]).auxiliary[0]
-    assert type(repeated.head.norm) is nn.RMSNorm
+    assert eager_type(repeated.head.norm) is nn.RMSNorm
 
 
 @pytest.mark.parametrize("tied", [False, True])
