@@ -112,12 +112,6 @@ struct LaneFactors {
   Real at(size_t k, int lane) const { return values[k][kMany ? lane : 0]; }
 };
 
-// What the factors of `Channels`, the first three, are for a lane.
-template <typename Factors>
-auto channel_of(const Factors& factors, int lane) {
-  return Channel<decltype(factors.at(0, 0))>{factors.at(0, lane), factors.at(1, lane), factors.at(2, lane)};
-}
-
 }  // namespace AUGLOCAL_LEVEL
 }  // namespace
 }  // namespace auglocal

@@ -6,20 +6,27 @@ namespace auglocal {
 namespace {
 namespace AUGLOCAL_LEVEL {
 
+// The sum of kCount numbers, the two halves of which are added.
+template <int kCount>
+double halves_sum(const double* all) {
+  if constexpr (kCount == 1) {
+    return all[0];
+  } else {
+    double half[kCount / 2];
+    for (int i = 0; i < kCount / 2; ++i) half[i] = all[i] + all[i + kCount / 2];
+    return halves_sum<kCount / 2>(half);
+  }
+}
+
 // The sum over all lanes of each.
 template <typename Real>
 SumPair across_lanes(const Real* first, const Real* second) {
-  double firsts[kLanes / 2], seconds[kLanes / 2];
-  for (int lane = 0; lane < kLanes / 2; ++lane) {
-    firsts[lane] = static_cast<double>(first[lane]) + first[lane + kLanes / 2];
-    seconds[lane] = static_cast<double>(second[lane]) + second[lane + kLanes / 2];
+  double firsts[kLanes], seconds[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    firsts[lane] = first[lane];
+    seconds[lane] = second[lane];
   }
-  for (int half = kLanes / 4; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) {
-      firsts[lane] += firsts[lane + half];
-      seconds[lane] += seconds[lane + half];
-    }
-  return {firsts[0], seconds[0]};
+  return {halves_sum<kLanes>(firsts), halves_sum<kLanes>(seconds)};
 }
 
 // The sums over elements [begin, end) of a row: add(i, n, first, second) adds those of the n elements from i
