@@ -35,6 +35,7 @@ SOURCES = {
     "cuda": [
         "csrc/cuda/batch_norm_act.cu",
         "csrc/cuda/batch_norm_act_max_pool.cu",
+        "csrc/cuda/layer_norm.cu",
         "csrc/cuda/pooled_cross_entropy.cu",
         "csrc/cuda/reconstruction_loss.cu",
         "csrc/cuda/similarity_loss.cu",

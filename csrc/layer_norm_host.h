@@ -46,7 +46,7 @@ struct NormInputs {
 
 inline NormInputs norm_inputs(const Tensor& x, const std::optional<Tensor>& weight,
                               const std::optional<Tensor>& bias) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, "expected rows x (R, C) with elements");
+  STD_TORCH_CHECK(x.dim() == 2 && x.numel() > 0, "expected rows x (R, C) with elements");
   STD_TORCH_CHECK(weight || !bias, "expected no bias without weight");
   const auto parameter = [&](const std::optional<Tensor>& given) {
     if (!given) return Tensor();
