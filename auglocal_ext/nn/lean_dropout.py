@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .._torch import FakeTensor
 from ..ops.registry import refuse_create_graph
 from .norm_act import PLAIN
-from .remade import Source, recordable, source_of
+from .remade import Remake, Source, recordable, source_of
 
 _masked = torch.ops.aten.native_dropout_backward.default
 
@@ -26,26 +26,57 @@ def lean_dropout(x: Tensor, p: float) -> Tensor:
     mask is kept.
     """
     before = source_of(x)
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if _capturing(x):
         y, mask = torch.native_dropout(x, p, True)
         if before is not None:
             Source(partial(_masked_again, remake=before.remake, scale=1 / (1 - p)), (mask, *before.tensors)).note(y)
         return y
-    state = _random_state(x)
-    y = _LeanDropout.apply(x, p, state)
+    drawn = Drawn(x, p)
+    y = _LeanDropout.apply(x, drawn)
     if before is not None:
-        Source(partial(_drawn_again, remake=before.remake, p=p, state=state), before.tensors).note(y)
+        Source(partial(_dropped_again, remake=before.remake, drawn=drawn), before.tensors).note(y)
     return y
 
 
-def _masked_again(tensors: Sequence[Any], remake: Any, scale: float) -> Tensor:
+def _masked_again(tensors: Sequence[Any], remake: Remake, scale: float) -> Tensor:
     mask, *rest = tensors
     made: Tensor = _masked(remake(rest), mask, scale)
     return made
 
 
-def _drawn_again(tensors: Sequence[Any], remake: Any, p: float, state: Tensor | None) -> Tensor:
-    return _dropped(remake(tensors), p, state)
+def _dropped_again(tensors: Sequence[Any], remake: Remake, drawn: Drawn) -> Tensor:
+    return drawn.applied(remake(tensors), again=True)
+
+
+class Drawn:
+    """The random numbers of one call of dropout, which can be drawn again.
+
+    torch draws them in an order that depends on the device and on shape, dtype and layout of x.
+    """
+
+    def __init__(self, x: Tensor, p: float) -> None:
+        self._form, self._dtype, self._device, self.p = x.shape, x.dtype, x.device, p
+        self._state = _random_state(x)
+        self._mask: Tensor | None = None
+
+    def applied(self, x: Tensor, again: bool) -> Tensor:
+        """Dropout of x; ``again``: the mask is kept, as it will be needed once more soon, in dropout's own backward."""
+        mask = self._draw() if self._mask is None else self._mask
+        self._mask = mask if again else None
+        made: Tensor = _masked(x, mask, 1 / (1 - self.p)) if mask.dtype == torch.bool else x * mask
+        return made
+
+    def _draw(self) -> Tensor:
+        """Of CUDA's kernel the mask; elsewhere what torch multiplies by, the mask divided by 1 - p in x's dtype."""
+        like = torch.empty(self._form, dtype=self._dtype, device=self._device)
+        with _random_state_of(like, self._state):
+            if like.is_cuda:
+                return torch.native_dropout(like, self.p, True)[1]
+            return like.bernoulli_(1 - self.p).div_(1 - self.p)
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and not isinstance(x, FakeTensor) and torch.cuda.is_current_stream_capturing()
 
 
 def _random_state(x: Tensor) -> Tensor | None:
@@ -59,7 +90,7 @@ def _random_state(x: Tensor) -> Tensor | None:
 
 def _generator(x: Tensor) -> tuple[Any, tuple[torch.device, ...]]:
     """What has ``get_rng_state`` and ``set_rng_state`` for x's device, and what they take beside the state."""
-    return (torch, ()) if x.device.type == "cpu" else (torch.get_device_module(x.device), (x.device,))
+    return (torch.cuda, (x.device,)) if x.is_cuda else (torch, ())
 
 
 @contextmanager
@@ -77,33 +108,23 @@ def _random_state_of(x: Tensor, state: Tensor | None) -> Iterator[None]:
         module.set_rng_state(now, *where)
 
 
-def _dropped(x: Tensor, p: float, state: Tensor | None) -> Tensor:
-    """Dropout with the mask that was drawn from ``state``; x as it was then in shape, dtype and layout."""
-    x = x.contiguous()
-    if not aligned(x):
-        x = x.clone()
-    with _random_state_of(x, state):
-        return F.dropout(x, p, True)
-
-
-def aligned(x: Tensor) -> bool:
+def _aligned(x: Tensor) -> bool:
     """Whether x begins where a vectorised kernel can; which element gets which random number depends on it."""
     return bool(x.storage_offset() * x.element_size() % 16 == 0)
 
 
 class _LeanDropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, state: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, drawn: Drawn) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.drawn = p, state
-        return F.dropout(x, p, True)
+        ctx.drawn = drawn
+        return F.dropout(x, drawn.p, True)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             refuse_create_graph("a fused dropout", PLAIN)
-        # The mask times the gradient is the gradient with elements dropped.
-        return None if grad is None else _dropped(grad, *ctx.drawn), None, None
+        return None if grad is None else ctx.drawn.applied(grad, again=False), None
 
 
 class FusedDropout(nn.Dropout):
@@ -116,8 +137,9 @@ class FusedDropout(nn.Dropout):
             and not self.inplace
             and recordable(x)
             and x.requires_grad
+            and x.device.type in ("cpu", "cuda", "meta")  # of others the random state is read otherwise, or not at all
             and x.is_contiguous()
-            and aligned(x)
+            and _aligned(x)
         ):
             return lean_dropout(x, self.p)
         return super().forward(x)

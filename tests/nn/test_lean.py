@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 from auglocal_ext import fuse, unfuse
-from auglocal_ext.nn import lean_norm, recomputed
+from auglocal_ext.nn import lean_dropout, lean_norm, recomputed
 from auglocal_ext.nn.lean_act import gated
 from auglocal_ext.nn.lean_linear import FusedLinear
 from auglocal_ext.nn.lean_norm import FusedLayerNorm
@@ -270,9 +270,10 @@ def test_hooks_see_what_eager_ones_see():
             torch.testing.assert_close(values, seen[False, name])
 
 
-def test_masks_are_those_of_torch_and_the_random_state_goes_on():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_masks_are_those_of_torch_and_the_random_state_goes_on(dtype):
     for shape in ((3, 4, WIDTH), (5, 7)):
-        x = tokens(torch.float32, shape).requires_grad_()
+        x = tokens(dtype, shape).requires_grad_()
         plain, ours = nn.Dropout(0.4), nn.Sequential(nn.GELU(), nn.Dropout(0.4))
         fuse(ours)
         torch.manual_seed(5)
@@ -281,11 +282,26 @@ def test_masks_are_those_of_torch_and_the_random_state_goes_on():
         found, also = ours(x), torch.rand(3)
         assert torch.equal(found, expected) and torch.equal(then, also)
         state = torch.get_rng_state()
-        grad = torch.randn(shape[::-1]).permute(*range(len(shape))[::-1])  # strided as a gradient may be
+        torch.testing.assert_close(source_of(found).remake(source_of(found).tensors), expected, atol=0, rtol=0)
+        grad = torch.randn(shape[::-1], dtype=dtype).permute(*range(len(shape))[::-1])  # strided as a gradient may be
         torch.set_rng_state(state)
         (found,) = torch.autograd.grad(found, x, grad, retain_graph=True)
         assert torch.equal(torch.get_rng_state(), state)
         assert torch.equal(found, torch.autograd.grad(expected, x, grad)[0])
+
+
+def test_masks_are_kept_while_a_graph_is_captured(monkeypatch):
+    ours, theirs = pair(
+        lambda: Reads(nn.LayerNorm(WIDTH), [nn.GELU(), nn.Dropout(0.3), nn.Dropout(0.5)]), torch.float32
+    )
+    free = widths(ours, tokens(torch.float32))
+    monkeypatch.setattr(lean_dropout, "_capturing", lambda x: True)
+    monkeypatch.setattr(torch, "get_rng_state", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.random, "get_rng_state", None)
+        assert_same(ours, theirs, tokens(torch.float32), 1e-4)
+    # two masks, a byte an element
+    assert widths(ours, tokens(torch.float32)) == pytest.approx(free + 2 * 1 / 4)
 
 
 @pytest.mark.parametrize("how", ["checkpoint", "reentrant", "recomputed", "inside"])
