@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.registry import refuse_create_graph
 from .norm_act import PLAIN
-from .remade import Once, Remake, Source, autocast_dtype, recordable, source_of
+from .remade import Once, Remake, Source, autocast_dtype, autocasts, recordable, source_of
 
 
 def readable(y: Tensor, weight: Tensor, bias: Tensor | None) -> Source | None:
@@ -68,7 +69,9 @@ class _LeanLinear(torch.autograd.Function):
         need_y, need_weight, need_bias = ctx.needs_input_grad[:3]
         shape, y_dtype, bias_dtype = ctx.described
         dtype = grad.dtype if autocast is None else autocast
-        with torch.autocast(grad.device.type, enabled=False):
+        device = grad.device.type
+        # The dtypes are those of the forward pass, whatever autocast is around the call of backward.
+        with torch.autocast(device, enabled=False) if autocasts(device) else nullcontext():
             grad_y = grad_weight = grad_bias = None
             if need_weight:
                 y = once.take(remake, made_from)
@@ -78,9 +81,8 @@ class _LeanLinear(torch.autograd.Function):
             if need_bias:
                 grad_bias = grad.sum(0).to(bias_dtype)
             if need_y:
-                wide = weight.to(dtype)
-                grad_y = (grad @ (wide.t() if transposed else wide)).to(y_dtype)
-                grad_y = grad_y.view(shape)
+                cast = weight.to(dtype)
+                grad_y = (grad @ (cast.t() if transposed else cast)).to(y_dtype).view(shape)
         return grad_y, grad_weight, grad_bias, None, None
 
 

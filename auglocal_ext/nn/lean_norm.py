@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..ops import providers, registry, tuning
 from ..ops.layer_norm import NAME
 from .norm_act import PLAIN
-from .remade import Source, recordable
+from .remade import Source, autocasts, recordable
 
 
 class NormPasses(NamedTuple):
@@ -49,7 +49,8 @@ def lean_norm(
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
+    rows = x.reshape(-1, x.shape[-1])
+    return rows.contiguous() if rows.dtype is dtype else rows.to(dtype).contiguous()
 
 
 def _again(tensors: Sequence[Any], rms: bool, dtype: torch.dtype) -> Tensor:
@@ -109,7 +110,7 @@ _dtypes: dict[tuple[Any, ...], torch.dtype | None] = {}
 def result_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool) -> torch.dtype | None:
     """The dtype of what torch's layer returns for ``x`` here, autocast included; None where it refuses the dtypes."""
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device) if torch.amp.is_autocast_available(device) else False
+    autocast = autocasts(device)
     vectors = tuple(None if vector is None else vector.dtype for vector in (weight, bias))
     if not autocast and all(dtype in (None, x.dtype) for dtype in vectors):
         return x.dtype

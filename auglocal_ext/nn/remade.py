@@ -98,9 +98,13 @@ def recordable(x: Tensor, *parameters: Tensor | None) -> bool:
     return all(tensor is None or type(tensor) in _PLAIN for tensor in parameters)
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for this type of device."""
+    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast makes a linear layer compute ``x`` in; None where it is off or leaves ``x`` alone."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return None
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.get_autocast_dtype(device) if autocasts(device) and x.dtype is not torch.float64 else None

@@ -163,7 +163,7 @@ RULES = {"AugLocal": AugLocal(2), "SOLO": SOLO(), "Greedy": Greedy()}
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("kind", [{}, GPT2], ids=["llama", "gpt-2"])
+@pytest.mark.parametrize("kind", [{}, pytest.param(GPT2, marks=pytest.mark.slow)], ids=["llama", "gpt-2"])
 def test_local_modules_and_their_auxiliary_networks(rule, kind):
     losses, grads, kept = [], [], []
     x = torch.randint(0, 11, (3, 7), generator=torch.Generator().manual_seed(1))
