@@ -126,23 +126,27 @@ def test_transformers_have_rows_of_their_own(benchmark, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_every_row_of_transformers(benchmark, tmp_path):
-    arguments = ["--network", "vit-4x64", "gpt-4x64", "--batch", "4", "--device", "cpu", "--output", str(tmp_path)]
-    assert benchmark.main(arguments) == 0
-    record = json.loads((tmp_path / "tokens-predicted.json").read_text())
-    for network, lines in record["networks"].items():
-        assert not [row["error"] for row in lines if row["error"]]
-        rows = {row["name"]: row["predicted"] for row in lines}
-        peaks = {name: found["peak_bytes"] for name, found in rows.items()}
-        assert peaks["BP checkpointing"] < peaks["BP"] and rows["BP checkpointing"]["flops"] > rows["BP"]["flops"]
-        for local in ("Greedy K=2", "Greedy K=4", "Greedy K=L", "AugLocal d=2 K=4", "SOLO K=2", "SOLO K=4"):
-            plain, lean, planned = (peaks[local + what] for what in ("", " recompute", " recompute peak"))
-            assert lean < plain and planned <= lean, (network, local)
-        added = {name: sum(found["categories"][key] for key in ADDED) for name, found in rows.items()}
-        assert added["Greedy K=4 eager recompute"] < added["BP checkpointing"]
-        assert added["Greedy K=4 recompute"] < added["Greedy K=4 recompute, update at the end"]
-        assert rows["SOLO K=2"]["categories"]["parameters"] > rows["BP"]["categories"]["parameters"]
-    assert {row.family for row in benchmark.token_rows(cuda=True)} <= set(benchmark.COLORS)
+def test_memory_of_transformers_by_row(benchmark):
+    rows = {row.name: row for row in benchmark.token_rows(cuda=True)}
+    assert {row.family for row in rows.values()} <= set(benchmark.COLORS)
+
+    def run(network, *names):
+        found = [benchmark.run_row(rows[name], network, 4, "bf16", cuda=False) for name in names]
+        assert not [result.error for result in found if result.error]
+        return found
+
+    late = "Greedy K=4 recompute, update at the end"
+    local = ("Greedy K=4", "Greedy K=4 recompute", "Greedy K=4 recompute peak", "Greedy K=4 eager recompute")
+    bp, checkpointed, plain, lean, planned, eager, late = run("vit-4x64", "BP", "BP checkpointing", *local, late)
+    assert checkpointed.peak_bytes < bp.peak_bytes and checkpointed.predicted.flops > bp.predicted.flops
+    assert planned.peak_bytes <= lean.peak_bytes < plain.peak_bytes
+    assert lean.step_bytes <= eager.step_bytes < checkpointed.step_bytes
+    assert lean.step_bytes < late.step_bytes  # which keeps all gradients
+    for network in ("vit-2x64", "gpt-2x64"):
+        solo, auglocal = run(network, "SOLO K=2 recompute peak", "AugLocal d=2 K=L recompute peak")
+        assert min(solo.parameters, auglocal.parameters) > solo.deployed == auglocal.deployed
+    refused = benchmark.run_row(rows["Greedy K=2"], "vit-3x64", 4, "bf16", cuda=False)
+    assert "cannot have equal numbers of 3 blocks" in refused.error
 
 
 def test_rows_of_transformers_train_alike(benchmark, monkeypatch):
