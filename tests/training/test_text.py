@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -244,6 +245,20 @@ def test_texts_and_tokenizers_that_do_not_go_together(tokenizer, tmp_path):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(DataError, match="no tokenizer.json of Hugging Face can be read"):
         token_file(data, str(tmp_path / "other.json"), tmp_path)
+
+
+def test_a_tokenizer_that_knows_little_of_a_text(tmp_path):
+    library = pytest.importorskip("tokenizers")
+    made = library.Tokenizer(library.models.WordLevel({"<unk>": 0, "the": 1}, unk_token="<unk>"))
+    made.pre_tokenizer = library.pre_tokenizers.WhitespaceSplit()
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("the of in the\n" * 10)
+    with pytest.warns(UserWarning, match="50% of the text's tokens are <unk>"):
+        token_file(tmp_path / "a.txt", str(tmp_path / "tokenizer.json"), tmp_path / "run")
+    (tmp_path / "a.txt").write_text("the the\n" * 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        token_file(tmp_path / "a.txt", str(tmp_path / "tokenizer.json"), tmp_path / "run")
 
 
 def test_a_text_that_the_tokenizer_cannot_encode(tmp_path):

@@ -233,6 +233,7 @@ def test_the_recipe_of_a_text(tmp_path, capsys):
     assert (config.clip_norm, config.warmup_steps, config.weight_decay, config.lr) == (1.0, 100, 0.1, 1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:.* of the text's tokens are <unk>")
 def test_a_tokenizer_measures_perplexity_and_bits_per_byte(tmp_path):
     library = pytest.importorskip("tokenizers")
     made = library.Tokenizer(library.models.WordLevel({"<unk>": 0, "the": 1, "of": 2, "and": 3}, unk_token="<unk>"))

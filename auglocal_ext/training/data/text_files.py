@@ -6,6 +6,7 @@ import codecs
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -31,6 +32,7 @@ JOINT = b"\n\n"
 TOKENS, ABOUT = "tokens.bin", "tokens.json"
 
 _BLOCK = 2**20
+_UNKNOWN = 0.05  # share of unknown tokens, above which a tokenizer is taken to be made for other texts
 
 _PACKED = {
     b"\x1f\x8b": "gzip",
@@ -148,7 +150,25 @@ def token_file(
         count = _write(folder, parts, dtype, bar, check)
         made = TokenFile(there, dtype, count, vocabulary, source_bytes, checksum, path)
         _written(about, [json.dumps(asdict(made), indent=2).encode()])
+    if reader is not None:
+        _warn_of_unknown(made, reader)
     return made
+
+
+def _warn_of_unknown(file: TokenFile, tokenizer: Any) -> None:
+    """Warn where the tokenizer does not know much of the text, which is then easily predicted."""
+    name = getattr(tokenizer.model, "unk_token", None)
+    unknown = None if name is None else tokenizer.token_to_id(name)
+    if unknown is None:
+        return
+    tokens = file.mapped()
+    found = sum(int((tokens[i : i + _BLOCK] == unknown).sum()) for i in range(0, file.tokens, _BLOCK))
+    if found > _UNKNOWN * file.tokens:
+        warnings.warn(
+            f"{found / file.tokens:.0%} of the text's tokens are {name}: the tokenizer does not know what is there, "
+            "and losses say little about such a text",
+            stacklevel=2,
+        )
 
 
 def vocabulary_to_write(data: str | Path, tokenizer: str | None) -> int | None:
