@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..ops import batch_norm_act_max_pool
+from ..ops.batch_norm_act_max_pool import batch_norm_act_max_pool
 from ..ops.batch_norm_passes import passes, stand_in
 from .fusable import (
     NOTHING,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import registry
 from .batch_norm_checks import check_eps, check_map, check_tensors, slope_of, wide_dtype
-from .batch_norm_passes import NAME, count_as_written, passes, refuse_stand_in
+from .batch_norm_passes import NAME, count_as_written, passes, refuse_stand_in, updates
 from .layout import empty_like
 from .transforms import refuse_transforms
 
@@ -60,13 +60,12 @@ def batch_norm_act(
     if training:
         refuse_stand_in(NAME)
     if training and not torch.compiler.is_compiling():
-        run = passes(x, provider)
-        if run.updates(x, running_mean, running_var, num_batches_tracked):
+        written = running_mean, running_var, num_batches_tracked
+        if updates(x, *written):
             check_eps(eps, training)
-            count_as_written(running_mean, running_var, num_batches_tracked)
-            written = running_mean, running_var, num_batches_tracked
+            count_as_written(*written)
             options = float(momentum), float(eps), slope
-            return _IN_TRAINING[run.provider](x, *written, weight, bias, residual, *options)[0]
+            return _IN_TRAINING[passes(x, provider).provider](x, *written, weight, bias, residual, *options)[0]
     mean, rstd = batch_norm_factors(
         x,
         running_mean,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from . import registry
 from .batch_norm_act import batch_norm_factors
-from .batch_norm_checks import check_eps, check_tensors, slope_of
-from .batch_norm_passes import count_as_written, passes, refuse_stand_in
+from .batch_norm_checks import check_eps, check_tensors, slope_of, wide_dtype
+from .batch_norm_passes import count_as_written, refuse_stand_in, updates
 from .deferred import check_values
 from .layout import empty_like
 from .reference.batch_norm_act_max_pool import Window, empty_pooled, first_inside, outside, pooled_size
@@ -20,6 +19,7 @@ from .transforms import refuse_transforms
 
 NAME = "batch_norm_act_max_pool"
 _APPLY, _REDUCE, _INPUT_GRAD = (f"{NAME}_{name}" for name in ("apply", "reduce", "input_grad"))
+_FORWARD_, _BACKWARD = f"{NAME}_forward_", f"{NAME}_backward"
 _INSTEAD = "F.batch_norm and F.max_pool2d"
 
 
@@ -64,13 +64,12 @@ def batch_norm_act_max_pool(
     if training:
         refuse_stand_in(NAME)
     if training and not torch.compiler.is_compiling():
-        run, written = passes(x, provider), (running_mean, running_var, num_batches_tracked)
-        if run.updates(x, *written):
+        written = running_mean, running_var, num_batches_tracked
+        if updates(x, *written):
             check_eps(eps, training)
             count_as_written(*written)
-            statistics = run.factors_, *written, float(momentum), float(eps)
-            op = registry.chosen(NAME, x, provider, _APPLY, beside=window)
-            return _IN_TRAINING[id(op)](x, weight, bias, statistics, slope, window)[0]
+            op = registry.chosen(NAME, x, provider, _FORWARD_, beside=window)
+            return _IN_TRAINING[id(op)](x, *written, weight, bias, float(momentum), float(eps), slope, *window)[0]
     mean, rstd = batch_norm_factors(
         x.detach(),
         running_mean,
@@ -258,43 +257,63 @@ def _backward(provider: str, ctx: Any, grad: Tensor | None, _: None) -> tuple[Te
 def _gradients(provider: str, ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight and bias, those that are needed."""
     need_x, need_weight, need_bias = needs
-    arguments = (grad, *ctx.saved_tensors, ctx.slope)
-    sums: tuple[Any, Any] = (None, None)
-    if (need_x and ctx.training) or need_weight or need_bias:
-        sums = registry.kernel(_REDUCE, provider)(*arguments, *ctx.window)
-    kept = sums if ctx.training else (None, None)
+    grad_x, sum_g, sum_g_xhat = registry.kernel(_BACKWARD, provider)(
+        grad, *ctx.saved_tensors, ctx.slope, *ctx.window, ctx.training, need_x, need_weight or need_bias
+    )
     return (
-        registry.kernel(_INPUT_GRAD, provider)(*arguments, *kept, *ctx.window) if need_x else None,
-        sums[1].to(ctx.dtypes[0]) if need_weight else None,
-        sums[0].to(ctx.dtypes[1]) if need_bias else None,
+        grad_x if need_x else None,
+        sum_g_xhat.to(ctx.dtypes[0]) if need_weight else None,
+        sum_g.to(ctx.dtypes[1]) if need_bias else None,
     )
 
 
-def _forward_(
-    apply: Any,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: tuple[Any, ...],
-    slope: float,
-    window: Window,
-) -> tuple[Tensor, ...]:
-    """y and, for backward, indices, mean and rstd: the op in training, with the statistics it makes."""
-    factors_, *arguments = statistics
-    mean, rstd = factors_(x, *arguments)
-    return *apply(x, mean, rstd, weight, bias, slope, *window), mean, rstd
+def _fake_forward_(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    mean = x.new_empty(x.shape[1], dtype=wide_dtype(x))
+    return *_fake_apply(x, mean, mean, None, None, 0.0, *arguments[-6:]), mean, torch.empty_like(mean)
+
+
+def _forward_(provider: str, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *written, weight, bias, momentum, eps, slope = arguments[:-6]
+    mean, rstd = registry.overload("batch_norm_factors_", provider)(x, *written, momentum, eps)
+    apply = registry.overload(_APPLY, provider)
+    return *apply(x, mean, rstd, weight, bias, slope, *arguments[-6:]), mean, rstd
 
 
 def _setup_context_(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, _, slope, window = inputs
+    x, _, _, _, weight, bias, _, _, slope, *window = inputs
     y, indices, mean, rstd = output
     _setup_context(ctx, (x, mean, rstd, weight, bias, slope, *window, True), (y, indices))
 
 
 def _backward_(provider: str, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 6
-    return *_gradients(provider, ctx, grad, ctx.needs_input_grad[:3]), None, None, None
+        return (None,) * 15
+    need_x, _, _, _, *needs = ctx.needs_input_grad[:6]
+    grad_x, *grads = _gradients(provider, ctx, grad, (need_x, *needs))
+    return grad_x, None, None, None, *grads, *(None,) * 9
+
+
+def _fake_backward(grad: Tensor, indices: Tensor, x: Tensor, mean: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *_, training, need_x, need_vectors = others
+    sums = _fake_reduce(grad, indices, x, mean) if need_vectors or (training and need_x) else _no_sums(mean)
+    return empty_like(x) if need_x else x.new_empty(0), *sums
+
+
+def _no_sums(mean: Tensor) -> tuple[Tensor, Tensor]:
+    return mean.new_empty(0), mean.new_empty(0)
+
+
+def _passes_backward(provider: str, *arguments: Any) -> tuple[Tensor, ...]:
+    *tensors, training, need_x, need_vectors = arguments
+    tensors, window = tensors[:-6], tensors[-6:]
+    x, mean = tensors[2:4]
+    sums, through_statistics = _no_sums(mean), training and need_x
+    if through_statistics or need_vectors:
+        sums = registry.overload(_REDUCE, provider)(*tensors, *window)
+    if not need_x:
+        return x.new_empty(0), *sums
+    kept = sums if through_statistics else (None, None)
+    return registry.overload(_INPUT_GRAD, provider)(*tensors, *kept, *window), *sums
 
 
 # On CUDA torch adds the gradients of max pooling with atomics.
@@ -319,15 +338,30 @@ registry.primitive(
     "input_grad",
 )
 registry.composite(
+    TABLE,
+    _FORWARD_,
+    "(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor? weight, "
+    f"Tensor? bias, float momentum, float eps, float slope, {_WINDOW}) "
+    "-> (Tensor y, Tensor indices, Tensor mean, Tensor rstd)",
+    _fake_forward_,
+    _forward_,
+)
+registry.composite(
+    TABLE,
+    _BACKWARD,
+    f"(Tensor grad, Tensor indices, {_FACTORS}, {_WINDOW}, bool training, bool need_x, bool need_vectors) "
+    "-> (Tensor grad_x, Tensor sum_g, Tensor sum_g_xhat)",
+    _fake_backward,
+    _passes_backward,
+)
+registry.composite(
     TABLE, NAME, f"({_FACTORS}, {_WINDOW}, bool training) -> (Tensor y, Tensor indices)", _fake_apply, _forward
 )
 registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD, primitive=_APPLY)
 
 #: The op in training, by the id of the kernel that runs forward; it returns y alone.
 _IN_TRAINING = {
-    id(apply): registry.recorded(
-        NAME, row.name, partial(_forward_, apply), _setup_context_, _backward_, _INSTEAD, results=1
-    )
+    id(forward): registry.recorded(NAME, row.name, forward, _setup_context_, _backward_, _INSTEAD, results=1)
     for row in TABLE.providers
-    for apply in [registry.overload(_APPLY, row.name)]
+    for forward in [registry.overload(_FORWARD_, row.name)]
 }

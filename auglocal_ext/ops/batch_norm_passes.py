@@ -68,22 +68,24 @@ class Passes(NamedTuple):
             batches.add_(1)
         return mean, var.add_(eps).rsqrt_()
 
-    def updates(
-        self, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None
-    ) -> bool:
-        """Whether ``factors_`` and ``forward_`` can write to these, for an x of more than one value per channel."""
-        for running in (running_mean, running_var):
-            if running is not None and not (running.dtype is self.wide and running.is_contiguous()):
-                return False
-        if num_batches_tracked is not None:
-            if num_batches_tracked.dtype is not torch.int64 or num_batches_tracked.device != x.device:
-                return False
-        return x.numel() > x.shape[1]
-
     def autocast_dtype(self) -> torch.dtype | None:
         """The dtype autocast makes ``F.conv2d`` compute in; None where it is off or, as for float64, leaves x alone."""
         device = self.autocasts
         return torch.get_autocast_dtype(device) if device and torch.is_autocast_enabled(device) else None
+
+
+def updates(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None
+) -> bool:
+    """Whether the ops that make statistics can write to these, and x has more than one value per channel."""
+    wide = wide_dtype(x)
+    for running in (running_mean, running_var):
+        if running is not None and not (running.dtype is wide and running.is_contiguous()):
+            return False
+    if num_batches_tracked is not None:
+        if num_batches_tracked.dtype is not torch.int64 or num_batches_tracked.device != x.device:
+            return False
+    return x.numel() > x.shape[1]
 
 
 _stand_in: Callable[[Passes], Passes] | None = None

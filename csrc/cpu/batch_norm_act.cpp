@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../batch_norm_act_host.h"
+#include "batch_norm_factors.h"
 #include "channels.h"
 #include "convert.h"
 #include "grid.h"
@@ -59,6 +60,8 @@ TwoTensors batch_norm_stats(const Tensor& x) {
   return {mean, var};
 }
 
+}  // namespace
+
 TwoTensors batch_norm_factors_(const Tensor& x, const OptionalTensor& running_mean,
                                const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
                                double momentum, double eps) {
@@ -84,6 +87,8 @@ TwoTensors batch_norm_factors_(const Tensor& x, const OptionalTensor& running_me
   if (batches) ++*batches;
   return {mean, rstd};
 }
+
+namespace {
 
 Tensor batch_norm_act_apply(const Tensor& x, const Tensor& mean, const Tensor& rstd,
                             const OptionalTensor& weight, const OptionalTensor& bias,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import column
 import pytest
 import torch
@@ -38,10 +40,44 @@ def test_opcheck(device: str, provider: str, layout: str) -> None:
     torch.library.opcheck(column.op(f"{OP}_input_grad", provider), (grad, indices, *factors, 0.2, mean, var, *window))
     bare = (x, mean, var, None, None)
     torch.library.opcheck(column.op(f"{OP}_input_grad", provider), (grad, indices, *bare, 1.0, None, None, *window))
+    written = mean.clone(), var.clone(), torch.tensor(3, device=device)
+    for others in ((*written, weight, bias, 0.1, 1e-5, 0.2), (None,) * 5 + (0.1, 1e-5, 1.0)):
+        torch.library.opcheck(column.op(f"{OP}_forward_", provider), (x, *others, *window))
+    for needs in itertools.product((True, False), repeat=3):
+        arguments = (grad, indices, *factors, 0.2, *window, *needs)
+        torch.library.opcheck(column.op(f"{OP}_backward", provider), arguments, test_utils="test_faketensor")
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
     for slope, training in ((0.0, True), (1.0, False)):
         arguments = (leaves[0], mean, var, *leaves[1:], slope, *window, training)
         torch.library.opcheck(column.op(OP, provider), arguments)
+
+
+@column.cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+def test_ops_of_several_passes_are_their_passes(
+    device: str, provider: str, dtype: torch.dtype, layout: str, poison: None
+) -> None:
+    """To the bit, and what is not needed has no elements."""
+    x, weight, bias, *running = (t.float() for t in inputs((5, 6, 7, 4), dtype, device))
+    x, window = column.LAYOUTS[layout](x).to(dtype), (3, 3, 2, 2, 1, 1)
+    batches = torch.tensor(3, device=device)
+    whole, apart = ([tensor.clone() for tensor in (*running, batches)] for _ in range(2))
+    names = ("apply", "forward_", "reduce", "input_grad", "backward")
+    apply, forward_, reduce, input_grad, backward = (column.op(f"{OP}_{name}", provider) for name in names)
+    y, indices, mean, rstd = forward_(x, *whole, weight, bias, 0.1, 1e-5, 0.1, *window)
+    expected = column.op("batch_norm_factors_", provider)(x, *apart, 0.1, 1e-5)
+    factors = (x, mean, rstd, weight, bias, 0.1)
+    wanted = (*apply(*factors, *window), *expected, *apart)
+    assert all(map(torch.equal, (y, indices, mean, rstd, *whole), wanted))
+    rest = (torch.randn_like(y), indices, *factors)
+    sums = reduce(*rest, *window)
+    for training, need_x, need_vectors in itertools.product((True, False), repeat=3):
+        found, through = backward(*rest, *window, training, need_x, need_vectors), training and need_x
+        grad_x = input_grad(*rest, *(sums if through else (None, None)), *window) if need_x else x.new_empty(0)
+        made = sums if through or need_vectors else [mean.new_empty(0)] * 2
+        assert found[0].dtype == x.dtype and found[0].stride() == grad_x.stride()
+        assert all(map(torch.equal, found, (grad_x, *made)))
 
 
 @column.cases

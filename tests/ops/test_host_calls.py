@@ -29,10 +29,7 @@ CALLS = {**test_kept_bytes.CALLS, "linear_cross_entropy": _tokens}
 #: Crossings into ops of this package, forward and backward.
 CROSSINGS = {
     "batch_norm_act": ["batch_norm_act_forward_", "batch_norm_act_backward"],
-    "batch_norm_act_max_pool": [
-        "batch_norm_factors_",
-        *(f"batch_norm_act_max_pool_{name}" for name in ("apply", "reduce", "input_grad")),
-    ],
+    "batch_norm_act_max_pool": ["batch_norm_act_max_pool_forward_", "batch_norm_act_max_pool_backward"],
     "layer_norm": ["layer_norm_forward", "layer_norm_backward"],
     "pooled_cross_entropy": ["pooled_cross_entropy"],
     "reconstruction_loss": ["reconstruction_loss"],
