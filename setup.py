@@ -27,6 +27,7 @@ SOURCES = {
         "csrc/cpu/batch_norm_act.cpp",
         "csrc/cpu/batch_norm_act_max_pool.cpp",
         "csrc/cpu/layer_norm.cpp",
+        "csrc/cpu/linear_cross_entropy.cpp",
         "csrc/cpu/pooled_cross_entropy.cpp",
         "csrc/cpu/reconstruction_loss.cpp",
         "csrc/cpu/similarity_loss.cpp",

@@ -75,6 +75,7 @@ __all__ = [
     "foreach_mul_",
     "foreach_zero_",
     "functorch_active",
+    "graph_is_kept",
     "give_back_pool",
     "group_timeout",
     "has_global_hooks",
@@ -102,6 +103,8 @@ __all__ = [
 make_wrapper_subclass = Tensor._make_wrapper_subclass
 #: A context in which operators skip autograd's kernels, which for a custom op are Python.
 below_autograd = torch._C._AutoDispatchBelowAutograd
+#: Whether the backward pass that runs now keeps its graph for another; true outside of one.
+graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 #: What autograd runs for ``log_softmax``, for a loss that makes its gradient itself: (gradient, result, dim, dtype).
 log_softmax_backward = torch.ops.aten._log_softmax_backward_data
 #: As ``__torch_function__`` of a subclass: operators see it, functions of Python do not.

@@ -75,6 +75,26 @@ def test_trees_come_back_as_they_were():
     assert private.tree_flatten([1])[1] != private.tree_flatten((1,))[1]
 
 
+@canary("graph_is_kept")
+def test_a_backward_pass_says_whether_it_keeps_its_graph():
+    found = []
+
+    class Asks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            found.append(private.graph_is_kept())
+            return grad
+
+    y = Asks.apply(torch.ones(2, requires_grad=True)).sum()
+    y.backward(retain_graph=True)
+    y.backward()
+    assert found == [True, False] and private.graph_is_kept()
+
+
 @canary("storage_id")
 def test_a_storage_has_one_identity():
     for device in ("cpu", "meta"):

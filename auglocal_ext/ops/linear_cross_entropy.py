@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._torch import constant_when_compiled
 from . import labels, registry
 from .linear_checks import check_layer
 from .reference.linear_cross_entropy import Outputs, kept
@@ -50,8 +52,9 @@ def linear_cross_entropy(
     are stored, and nothing else. No gradient is made or stored for an input that needs none: pass ``weight.detach()``
     to read a layer that another loss trains.
 
-    The factors of matrix products have the dtype of ``x``, on CUDA under autocast that of autocast, and else on other
-    devices float32; sums and all else are float32, or float64 for a double ``x``.
+    The factors of matrix products have the dtype of ``x``, on CUDA under autocast that of autocast. On other devices
+    they are float32, but on CPUs that multiply bfloat16 (AVX512-BF16) those of a bfloat16 ``x`` and ``weight`` stay
+    so. Sums and all else are float32, or float64 for a double ``x``.
 
     Args:
         x: hidden states ``(..., C)`` in float16, bfloat16, float32 or float64, any strides.
@@ -61,7 +64,8 @@ def linear_cross_entropy(
         ignore_index: label that counts nowhere.
         label_smoothing: in [0, 1], as in ``F.cross_entropy``.
         z_loss: z, the weight of the squared logarithm of the softmax's denominator; at least 0.
-        provider: None (automatic), ``"aten"`` (torch's kernels, in chunks) or ``"reference"`` (all logits at once).
+        provider: None (automatic), ``"cpu"``, ``"aten"`` (torch's kernels alone, in chunks) or ``"reference"`` (all
+            logits at once).
         check_labels: False if the labels have been checked already; one outside [0, V) is then treated as ignored.
 
     Raises:
@@ -79,7 +83,7 @@ def linear_cross_entropy(
     op = registry.chosen(NAME, x, provider)
     grad = torch.is_grad_enabled()
     arguments = (
-        *(rows, weight, bias, flat, ignore_index, float(label_smoothing), float(z_loss), _product(x)),
+        *(rows, weight, bias, flat, ignore_index, float(label_smoothing), float(z_loss), _product(x, weight)),
         *(grad and tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)),
     )
     device = x.device.type
@@ -90,13 +94,24 @@ def linear_cross_entropy(
     return LinearCrossEntropy(*registry.run(op, *arguments)[:3])
 
 
-def _product(x: Tensor) -> torch.dtype:
+def _product(x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype of the factors of matrix products: a low one where products of low factors are summed in float32."""
     if x.dtype == torch.float64:
+        return x.dtype
+    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16 and _multiplies_bfloat16():
         return x.dtype
     if x.device.type != "cuda" or torch.version.hip is not None:
         return torch.float32
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+
+
+@constant_when_compiled
+@lru_cache(maxsize=None)
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has an instruction for it, which torch is not told to leave out."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu.get_capabilities().get(
+        "avx512_bf16", False
+    )
 
 
 def _check(
@@ -158,7 +173,7 @@ def _backward(provider: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tu
         if not ctx.made[index]:
             raise RuntimeError(f"{NAME}: the gradient of input {index} was not made; set the need_* argument for it")
         # Scaled before it is rounded, so that a loss scale keeps a float16 gradient from underflowing.
-        grads[index] = (grad_loss * grad).to(dtype)
+        grads[index] = registry.scaled(grad, grad_loss).to(dtype)
     return tuple(grads)
 
 
@@ -188,6 +203,18 @@ registry.primitive(
     "-> (Tensor loss, Tensor correct, Tensor nll, Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     _fake,
     "forward",
+)
+registry.steered(
+    TABLE,
+    NAME,
+    "forward",
+    {
+        "linear_cross_entropy_rows_": (
+            "(Tensor(a!) logits, Tensor? bias, Tensor target, int ignore_index, float label_smoothing, float z_loss, "
+            "float scale, bool gradient, Tensor(b!)? rounded, Tensor(c!)? grad_bias, Tensor(d!) totals) -> ()"
+        ),
+        "linear_cross_entropy_logits_": "(Tensor(a!) logits, Tensor x, Tensor weight) -> bool",
+    },
 )
 registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD, results=3)
 registry.flops(TABLE, _flops)

@@ -152,7 +152,7 @@ def _backward(provider: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tu
         if not ctx.made[index]:
             raise RuntimeError(f"{NAME}: the gradient of input {index} was not made; set the need_* argument for it")
         # Scaled before it is rounded: in float16 the gradient of one position alone would underflow.
-        grads[index] = (grad_loss * grad).to(dtype)
+        grads[index] = registry.scaled(grad, grad_loss).to(dtype)
     if grads[0] is not None:
         grads[0] = grads[0].reshape(*ctx.shape[:2], *(1,) * (len(ctx.shape) - 2)).expand(ctx.shape)
     return tuple(grads)

@@ -2,7 +2,8 @@
 
 The implementations of ``reference``, ``aten`` and ``triton`` are functions of ``reference/<op>.py``, ``aten/<op>.py``
 and ``triton/<op>.py``, the last two imported when they first run. Those of ``cpu`` and ``cuda`` register themselves
-when ``native`` loads their libraries.
+when ``native`` loads their libraries. An op that calls several kernels of its library from Python has a
+``cpu/<op>.py`` as well.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._torch import below_autograd
+from .._torch import below_autograd, current_dispatch_mode, graph_is_kept
 from . import providers, tuning
 
 _library = torch.library.Library("auglocal_ext", "FRAGMENT")
@@ -44,9 +45,9 @@ def table(op: str, aten: tuple[str, ...] = ("cpu", "cuda")) -> providers.Table:
 
 
 def plain_table(op: str) -> providers.Table:
-    """The provider table of an op whose work is matrix products: torch's own kernels on every device."""
+    """The provider table of an op whose work is matrix products: torch's own kernels on every device but a CPU."""
     rows = (providers.Provider(name, None, providers.ALL) for name in ("aten", "reference"))
-    return providers.register(providers.Table(op, tuple(rows)))
+    return providers.register(providers.Table(op, (providers.Provider("cpu", ("cpu",), providers.ALL), *rows)))
 
 
 def overload(name: str, provider: str) -> Any:
@@ -109,6 +110,16 @@ def composite(
         _library.impl(overload_name, partial(forward, provider.name), "CompositeExplicitAutograd")
     if aten is not None:
         _implement(table, name, table.row("aten"), aten)
+
+
+def steered(table: providers.Table, name: str, function: str, kernels: dict[str, str]) -> None:
+    """Give ``name`` of the provider ``cpu`` an implementation in Python, ``function`` of ``cpu/<op>.py``.
+
+    ``kernels``: what it calls, functions of the compiled library that write to their arguments, with their signatures.
+    """
+    _implement(table, name, table.row("cpu"), function)
+    for kernel_name, signature in kernels.items():
+        _library.define(f"{kernel_name}.cpu{signature}")
 
 
 def recorded(
@@ -197,6 +208,19 @@ def _alone(op: Any, *arguments: Any) -> Any:
 
 def _but_the_last(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments[:-1])
+
+
+def scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """``factor * grad``, for a backward pass whose graph keeps ``grad``.
+
+    ``grad`` itself, without a pass over it, where the host sees that the factor is 1 and no second backward pass will
+    read what callers may write to.
+    """
+    if type(factor) is Tensor and factor.device.type == "cpu" and not graph_is_kept():
+        # Whatever records or counts operators is not to see one that depends on a value.
+        if current_dispatch_mode() is None and factor.item() == 1:
+            return grad
+    return factor * grad
 
 
 def refuse_create_graph(name: str, instead: str) -> None:

@@ -15,8 +15,8 @@ from ..reference.linear_cross_entropy import Outputs, kept
 LEAST_ROWS = 128
 
 
-def chunk_rows(rows: int, width: int, classes: int, itemsize: int) -> int:
-    """How many rows' float32 logits take as many bytes as all hidden states; at least ``LEAST_ROWS``.
+def chunk_rows(rows: int, width: int, classes: int, itemsize: int, least: int = 0) -> int:
+    """How many rows' float32 logits take as many bytes as all hidden states; at least ``LEAST_ROWS`` and ``least``.
 
     Args:
         rows: R.
@@ -25,7 +25,7 @@ def chunk_rows(rows: int, width: int, classes: int, itemsize: int) -> int:
         itemsize: bytes of an element of the hidden states.
     """
     fitting = rows * width * itemsize // (4 * classes)
-    return min(rows, max(LEAST_ROWS, fitting))
+    return min(rows, max(LEAST_ROWS, least, fitting))
 
 
 def forward(
