@@ -24,7 +24,8 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 struct PooledProblem {
   FeatureMap map;
-  Tensor weight;  // (K, C) in the accumulation dtype
+  ScalarType accumulate;
+  Tensor weight;  // (K, C) in the accumulation dtype, or as it came
   Tensor bias;    // (K,) in the accumulation dtype, or undefined
   Tensor target;  // (N,) int64, contiguous
   int64_t classes, ignore_index;
@@ -34,13 +35,13 @@ struct PooledProblem {
   bool need_any() const { return need_x || need_weight || need_bias; }
 
   Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef size) const {
-    return memory::new_empty(weight, size);
+    return memory::new_empty(weight, size, accumulate);
   }
 };
 
 inline PooledProblem make_problem(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                   const Tensor& target, int64_t ignore_index, double smoothing, bool mean,
-                                  bool need_x, bool need_weight, bool need_bias) {
+                                  bool need_x, bool need_weight, bool need_bias, bool widen = true) {
   const bool wide = x.scalar_type() == ScalarType::Double;
   const ScalarType accumulate = wide ? ScalarType::Double : ScalarType::Float;
   FeatureMap map = feature_map(x);
@@ -53,7 +54,8 @@ inline PooledProblem make_problem(const Tensor& x, const Tensor& weight, const s
       target.dim() == 1 && target.size(0) == map.images && target.scalar_type() == ScalarType::Long,
       "expected target (N,) in int64 for ", map.images, " images");
   return {map,
-          memory::packed(weight, accumulate),
+          accumulate,
+          memory::packed(weight, widen ? accumulate : weight.scalar_type()),
           bias ? memory::packed(*bias, accumulate) : Tensor(),
           memory::packed(target, ScalarType::Long),
           weight.size(0),

@@ -26,17 +26,17 @@
 namespace auglocal {
 namespace {
 
-template <typename T>
-Outputs run(const PooledProblem& problem) {
+// W: the type of the weight's elements, T or the one that sums are in.
+template <typename T, typename W>
+Outputs run(const PooledProblem& problem, bool own) {
   using Real = Accumulate<T>;
   const int64_t images = problem.map.images, channels = problem.map.channels, classes = problem.classes,
                 positions = problem.map.positions;
-  const bool own = images * channels * classes <= kOwnProduct;
   Tensor sums = problem.empty({images, channels});
   AUGLOCAL_AT_LEVEL(pool<T>(problem.map, sums.mutable_data_ptr<Real>()));
 
   const MatrixView<const Real> pooled(sums.const_data_ptr<Real>(), images, channels);
-  const MatrixView<const Real> weight(problem.weight.const_data_ptr<Real>(), classes, channels);
+  const MatrixView<const W> weight(problem.weight.const_data_ptr<W>(), classes, channels);
   // The product of two matrices, which are in memory as well as in tensors.
   const auto product = [&](const auto& a, const auto& b, const Tensor& left, const Tensor& right) {
     if (!own) return torch::stable::matmul(left, right);
@@ -107,14 +107,21 @@ Tensor widened_parameter(const Tensor& parameter) {
 
 Outputs forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor target, int64_t ignore_index,
                 double smoothing, bool mean, bool need_x, bool need_weight, bool need_bias) {
+  const int64_t images = x.dim() > 0 ? x.size(0) : 0;
+  const bool own = images <= kFewImages || images * weight.numel() <= kOwnProduct;
+  const bool as_it_is = own && weight.scalar_type() == x.scalar_type();
   if (x.scalar_type() != ScalarType::Double) {
-    weight = widened_parameter(weight);
+    if (!as_it_is) weight = widened_parameter(weight);
     if (bias) bias = widened_parameter(*bias);
   }
-  const PooledProblem problem =
-      make_problem(x, weight, bias, target, ignore_index, smoothing, mean, need_x, need_weight, need_bias);
+  const PooledProblem problem = make_problem(x, weight, bias, target, ignore_index, smoothing, mean, need_x,
+                                             need_weight, need_bias, !as_it_is);
   Outputs outputs;
-  THO_DISPATCH_V2(x.scalar_type(), "pooled_cross_entropy", AT_WRAP([&] { outputs = run<scalar_t>(problem); }),
+  const auto dispatched = [&](auto element) {
+    using T = decltype(element);
+    outputs = as_it_is ? run<T, T>(problem, own) : run<T, Accumulate<T>>(problem, own);
+  };
+  THO_DISPATCH_V2(x.scalar_type(), "pooled_cross_entropy", AT_WRAP([&] { dispatched(scalar_t()); }),
                   ScalarType::Double, ScalarType::Float, ScalarType::Half, ScalarType::BFloat16);
   return outputs;
 }

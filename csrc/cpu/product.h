@@ -10,6 +10,10 @@ namespace auglocal {
 // Multiplications up to which a product is made here; larger ones are left to the library's matmul.
 constexpr int64_t kOwnProduct = int64_t(1) << 20;
 
+// Images up to which a product with a classifier's weight is made here however large that is: reading it
+// takes most of the time, and the library would read a copy in float32.
+constexpr int64_t kFewImages = 32;
+
 // Elements that lie at any strides.
 template <typename Real>
 struct MatrixView {

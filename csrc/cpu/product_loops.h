@@ -1,7 +1,8 @@
 // The product of two matrices. For `each_level.h`.
 //
 // Blocks of columns of the second matrix are copied to panels as wide as some vectors; a tile of sums, some
-// rows high, stays in registers over the depth of a panel.
+// rows high, stays in registers over the depth of a panel. Elements of half precision are converted block by
+// block, so that neither matrix is ever copied as a whole.
 namespace auglocal {
 namespace {
 namespace AUGLOCAL_LEVEL {
@@ -45,19 +46,19 @@ AUGLOCAL_NOT_INLINE void add_tile(bool first, int64_t depth, const Real* a, int6
 }
 
 // `count` of the columns of `b`, `depth` elements of each, to panels side by side.
-template <typename Real>
-void pack(const MatrixView<const Real>& b, int64_t first, int64_t depth, int64_t column, int64_t count,
+template <typename T, typename Real>
+void pack(const MatrixView<const T>& b, int64_t first, int64_t depth, int64_t column, int64_t count,
           Real* panels) {
   constexpr int64_t kPanel = Lanes<Real>::kPanel;
   for (int64_t begin = 0; begin < count; begin += kPanel, panels += depth * kPanel) {
-    const Real* from = b.data + first * b.row + (column + begin) * b.column;
+    const T* from = b.data + first * b.row + (column + begin) * b.column;
     const int64_t width = std::min(kPanel, count - begin);
     if (width < kPanel) std::fill(panels, panels + depth * kPanel, Real(0));
     if (b.column == 1) {
-      for (int64_t k = 0; k < depth; ++k) std::copy_n(from + k * b.row, width, panels + k * kPanel);
+      for (int64_t k = 0; k < depth; ++k) load(from + k * b.row, 1, width, panels + k * kPanel);
     } else {
       for (int64_t j = 0; j < width; ++j)
-        for (int64_t k = 0; k < depth; ++k) panels[k * kPanel + j] = from[k * b.row + j * b.column];
+        for (int64_t k = 0; k < depth; ++k) panels[k * kPanel + j] = widened(from[k * b.row + j * b.column]);
     }
   }
 }
@@ -76,9 +77,26 @@ void add_part(bool first, int64_t depth, const Real* a, int64_t row, int64_t col
     for (int64_t j = 0; j < width; ++j) out[i * out_row + j * out_column] = sums[i * kPanel + j];
 }
 
+// Some rows and columns of a matrix as numbers: in `block`, unless they are so already.
+template <typename T, typename Real>
+MatrixView<const Real> numbers_of(const MatrixView<const T>& matrix, int64_t row, int64_t rows,
+                                  int64_t column, int64_t columns, Real* block) {
+  const T* from = matrix.data + row * matrix.row + column * matrix.column;
+  if constexpr (std::is_same_v<T, Real>) {
+    MatrixView<const Real> view(from, rows, columns);
+    view.row = matrix.row;
+    view.column = matrix.column;
+    return view;
+  } else {
+    for (int64_t i = 0; i < rows; ++i)
+      load(from + i * matrix.row, matrix.column, columns, block + i * columns);
+    return MatrixView<const Real>(block, rows, columns);
+  }
+}
+
 // out = a b
-template <typename Real>
-void multiply(const MatrixView<const Real>& a, const MatrixView<const Real>& b, const MatrixView<Real>& out) {
+template <typename A, typename B, typename Real>
+void multiply(const MatrixView<const A>& a, const MatrixView<const B>& b, const MatrixView<Real>& out) {
   // Columns that lie apart are copied one by one: better fewer of them.
   if (b.column != 1 && a.rows < b.columns && a.column == 1)
     return multiply(b.transposed(), a.transposed(), out.transposed());
@@ -88,6 +106,7 @@ void multiply(const MatrixView<const Real>& a, const MatrixView<const Real>& b, 
   const int64_t work = std::min(kBlockRows, a.rows) * std::min(kBlockColumns, b.columns) * a.columns;
   const auto run = [&](int64_t begin, int64_t end) {
     std::vector<Real> panels(std::min(kDepth, a.columns) * kBlockColumns);
+    std::vector<Real> block(std::is_same_v<A, Real> ? 0 : kBlockRows * kDepth);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first_row = task / across * kBlockRows, first = task % across * kBlockColumns;
       const int64_t rows = std::min(a.rows, first_row + kBlockRows);
@@ -95,15 +114,16 @@ void multiply(const MatrixView<const Real>& a, const MatrixView<const Real>& b, 
       for (int64_t k = 0; k < a.columns; k += kDepth) {
         const int64_t depth = std::min(kDepth, a.columns - k);
         pack(b, k, depth, first, count, panels.data());
+        const MatrixView<const Real> own = numbers_of(a, first_row, rows - first_row, k, depth, block.data());
         const auto add = [&](auto tall, int64_t row) {
-          const Real* from = a.data + row * a.row + k * a.column;
+          const Real* from = own.data + (row - first_row) * own.row;
           for (int64_t j = 0; j < count; j += kPanel) {
             const Real* panel = panels.data() + j * depth;
             Real* to = out.data + row * out.row + (first + j) * out.column;
             if (out.column == 1 && j + kPanel <= count)
-              add_tile<tall>(k == 0, depth, from, a.row, a.column, panel, to, out.row);
+              add_tile<tall>(k == 0, depth, from, own.row, own.column, panel, to, out.row);
             else
-              add_part<tall>(k == 0, depth, from, a.row, a.column, panel, std::min(kPanel, count - j), to,
+              add_part<tall>(k == 0, depth, from, own.row, own.column, panel, std::min(kPanel, count - j), to,
                              out.row, out.column);
           }
         };
