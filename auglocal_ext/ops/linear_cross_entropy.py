@@ -53,8 +53,8 @@ def linear_cross_entropy(
     to read a layer that another loss trains.
 
     The factors of matrix products have the dtype of ``x``, on CUDA under autocast that of autocast. On other devices
-    they are float32, but on CPUs that multiply bfloat16 (AVX512-BF16) those of a bfloat16 ``x`` and ``weight`` stay
-    so. Sums and all else are float32, or float64 for a double ``x``.
+    they are float32; the provider ``"cpu"`` leaves those of a bfloat16 ``x`` and ``weight`` as they are on processors
+    that multiply them (AVX512-BF16). Sums and all else are float32, or float64 for a double ``x``.
 
     Args:
         x: hidden states ``(..., C)`` in float16, bfloat16, float32 or float64, any strides.
@@ -83,7 +83,7 @@ def linear_cross_entropy(
     op = registry.chosen(NAME, x, provider)
     grad = torch.is_grad_enabled()
     arguments = (
-        *(rows, weight, bias, flat, ignore_index, float(label_smoothing), float(z_loss), _product(x, weight)),
+        *(rows, weight, bias, flat, ignore_index, float(label_smoothing), float(z_loss), _product(x, weight, op)),
         *(grad and tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)),
     )
     device = x.device.type
@@ -94,11 +94,11 @@ def linear_cross_entropy(
     return LinearCrossEntropy(*registry.run(op, *arguments)[:3])
 
 
-def _product(x: Tensor, weight: Tensor) -> torch.dtype:
+def _product(x: Tensor, weight: Tensor, op: Any) -> torch.dtype:
     """The dtype of the factors of matrix products: a low one where products of low factors are summed in float32."""
     if x.dtype == torch.float64:
         return x.dtype
-    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16 and _multiplies_bfloat16():
+    if op is _ON_CPU and x.dtype == weight.dtype == torch.bfloat16 and _multiplies_bfloat16():
         return x.dtype
     if x.device.type != "cuda" or torch.version.hip is not None:
         return torch.float32
@@ -218,3 +218,5 @@ registry.steered(
 )
 registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD, results=3)
 registry.flops(TABLE, _flops)
+
+_ON_CPU = registry.overload(NAME, "cpu")

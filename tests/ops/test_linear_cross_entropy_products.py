@@ -1,0 +1,64 @@
+"""linear_cross_entropy: bfloat16 products on a CPU, and gradients that backward hands on as they were made."""
+
+from __future__ import annotations
+
+import column
+import pytest
+import torch
+from test_linear_cross_entropy import OP, cases, inputs, leaves
+from torch import Tensor
+
+from auglocal_ext.memory import MemoryMeter
+from auglocal_ext.ops import linear_cross_entropy, registry
+
+
+@pytest.mark.parametrize("provider", ["cpu"])
+@pytest.mark.parametrize("rows, width, classes", [(1, 1, 1), (7, 33, 50), (40, 64, 17), (64, 31, 48), (35, 6, 33)])
+def test_logits_of_bfloat16_factors_are_float32(provider: str, rows: int, width: int, classes: int) -> None:
+    x, weight = torch.randn(rows, width).bfloat16(), torch.randn(classes, width).bfloat16()
+    exact, found, threads = x.double() @ weight.double().t(), [], torch.get_num_threads()
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        found.append(torch.full((rows, classes), float("nan")))
+        made = column.op(f"{OP}_logits_", provider)(found[-1], x, weight)
+    torch.set_num_threads(threads)
+    if not made:
+        pytest.skip("this processor does not multiply bfloat16")
+    assert all(torch.equal(logits, found[0]) for logits in found)
+    assert float((found[0] - exact).abs().max()) <= 1e-6 * width**0.5 * float(exact.abs().max())
+
+
+@cases
+def test_gradients_that_are_handed_on_as_they_were_made(device: str, provider: str) -> None:
+    """With an upstream gradient of 1, unless the graph is kept: then callers may add to them, or backward run again."""
+    x, weight, bias, target = inputs((4, 6), 5, torch.float32, device)
+    arguments = leaves(x, weight, bias)
+    loss = linear_cross_entropy(*arguments, target, provider=provider).loss
+    twice = torch.autograd.grad(loss * 2, arguments, retain_graph=True)
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    loss.backward()
+    assert all(torch.equal(leaf.grad, 2 * grad) for leaf, grad in zip(arguments, twice, strict=True))
+
+
+def test_a_factor_is_left_out_where_it_is_one_and_nothing_can_tell() -> None:
+    made, found = torch.randn(3), []
+
+    class Scales(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, factor: Tensor) -> Tensor:
+            found.append(registry.scaled(made, factor))
+            return found[-1]
+
+    loss = Scales.apply(torch.randn(3, requires_grad=True))
+    loss.backward(retain_graph=True)
+    (loss * 2).backward(retain_graph=True)
+    loss.backward()
+    with MemoryMeter():
+        Scales.apply(torch.randn(3, requires_grad=True)).backward()
+    assert [grad is made for grad in found] == [False, False, True, False]
+    assert torch.equal(found[0], made) and torch.equal(found[1], 2 * made)
