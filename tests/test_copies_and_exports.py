@@ -76,7 +76,13 @@ def test_function_transforms_of_inference():
     assert torch.func.grad(loss)(dict(net.named_parameters()))["primary.0.weight"].isfinite().all()
 
 
-@pytest.mark.parametrize("rule", [AugLocal(2), ContSup("R1E")], ids=["auglocal", "contsup"])
+# Without context a network is exported as its own layers.
+exported_rules = pytest.mark.parametrize(
+    "rule", [pytest.param(AugLocal(2), marks=pytest.mark.slow), ContSup("R1E")], ids=["auglocal", "contsup"]
+)
+
+
+@exported_rules
 def test_torch_export(rule):
     exported = small(rule).export()
     x, _ = batch()
@@ -84,7 +90,7 @@ def test_torch_export(rule):
     torch.testing.assert_close(program.module()(x), exported(x))
 
 
-@pytest.mark.parametrize("rule", [AugLocal(2), ContSup("R1E")], ids=["auglocal", "contsup"])
+@exported_rules
 def test_onnx_export(rule, tmp_path):
     pytest.importorskip("onnxscript")
     onnx = pytest.importorskip("onnx")

@@ -111,8 +111,18 @@ def test_a_captured_step_is_the_eager_one(name, monkeypatch):
     assert_same_state(net, other)
 
 
-@pytest.mark.parametrize("name", ["augLocal", "context", "tokens"])
-@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize(
+    ("name", "recompute"),
+    [
+        ("augLocal", "all"),
+        ("context", "none"),
+        ("tokens", "all"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("augLocal", "none"), ("context", "all"), ("tokens", "none"))
+        ),
+    ],
+)
 def test_the_predicted_peak_is_the_meters_on_real_tensors(name, recompute):
     net = build(name, recompute=recompute)
     plan = plan_memory(net, 16, sgd)

@@ -112,7 +112,7 @@ def test_every_module_learns_the_task(name, rule):
 @pytest.mark.parametrize("name", TASKS)
 def test_a_step_trains_and_is_planned(name):
     task, targets, _ = TASKS[name]
-    net = network(task, ContSup("R0"))
+    net = network(task, ContSup("R0"), modules=2)
     plan = plan_memory(net, 6, lambda p: torch.optim.SGD(p, lr=0.1))
     assert plan.predicted_bytes > 0
     step = LocalStep(net, lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9))
