@@ -118,7 +118,7 @@ def test_balanced_modules_touch_no_weight_and_flatten_the_peak():
         assert torch.equal(value, before[key]), key
 
 
-@pytest.mark.parametrize("rule", [ContSup("R1E"), PredSim()], ids=repr)
+@pytest.mark.parametrize("rule", [pytest.param(ContSup("R1E"), marks=pytest.mark.slow), PredSim()], ids=repr)
 def test_balanced_flops_are_those_of_a_training_step(rule):
     """No other cuts have a costliest module that computes less, by the count of the step itself."""
 
