@@ -197,8 +197,8 @@ def test_sampling_strategies():
     for sampling in ("uniform", "sequential", "repeated", "conv1x1", "conv3x3"):
         for downsampling in (True, False):
             rule = AugLocal(3, pyramid=0.0, sampling=sampling, downsampling=downsampling)
-            net = wrap("resnet32", rule)
-            blocks = net.auxiliary[2].blocks  # after the second residual block
+            net = wrap("resnet32", rule, modules=(2,))
+            blocks = net.auxiliary[0].blocks  # after the second residual block
             convs = [[m for m in block.modules() if isinstance(m, nn.Conv2d)][0] for block in blocks]
             plans[sampling, downsampling] = [(c.out_channels, c.stride[0], c.kernel_size[0]) for c in convs]
     uniform = [(32, 2, 3), (64, 2, 3)]  # layers round(2 + 13/2) = 8 and 15
@@ -214,7 +214,7 @@ def test_sampling_strategies():
 
 
 @pytest.mark.parametrize("sampling", ["repeated", "conv1x1", "sequential"])
-@pytest.mark.parametrize("downsampling", [None, True, False])
+@pytest.mark.parametrize("downsampling", [pytest.param(None, marks=pytest.mark.slow), True, False])
 @pytest.mark.parametrize("name", ["resnet50", "vgg13"])
 def test_sampling_strategies_on_other_networks(name, sampling, downsampling):
     with torch.device("meta"):
