@@ -182,16 +182,7 @@ def _backward(provider: str, ctx: Any, grad: Tensor | None, grad_total: Tensor |
     )
 
 
-TABLE = providers.register(
-    providers.Table(
-        NAME,
-        (
-            providers.Provider("triton", ("cuda", "cpu") if providers.interpreted() else ("cuda",), providers.SINGLE),
-            providers.Provider("aten", ("cpu", "cuda"), providers.ALL),
-            providers.Provider("reference", None, providers.ALL),
-        ),
-    )
-)
+TABLE = registry.table(NAME)
 
 _FORWARD = (
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms) "

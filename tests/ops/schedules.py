@@ -16,6 +16,7 @@ from torch import Tensor
 from auglocal_ext.ops import (
     batch_norm_act,
     batch_norm_act_max_pool,
+    layer_norm,
     pooled_cross_entropy,
     reconstruction_loss,
     similarity_loss,
@@ -53,6 +54,15 @@ def norm_pool(x: Tensor) -> list[Tensor]:
     return [y.detach(), mean, var, *torch.autograd.grad(y, (x, weight, bias), y.detach().roll(1, 0))]
 
 
+def rows(x: Tensor) -> list[Tensor]:
+    rows = x.flatten(2).mT  # those of the channels-last layout lie together
+    weight, bias = torch.rand(2, rows.shape[-1], requires_grad=True).unbind()
+    residual = rows.detach().roll(1, 0).requires_grad_()
+    found = layer_norm(rows, weight, bias, residual=residual, provider="cuda")
+    grads = torch.autograd.grad(found, (x, weight, bias, residual), [tensor.detach().roll(1, 0) for tensor in found])
+    return [*(tensor.detach() for tensor in found), *grads]
+
+
 def pooled(x: Tensor) -> list[Tensor]:
     weight, bias = (torch.randn(size).to(x.dtype).requires_grad_() for size in ((40, x.shape[1]), (40,)))
     found = pooled_cross_entropy(x, weight, bias, target(len(x), 40), label_smoothing=0.1, provider="cuda")
@@ -77,6 +87,7 @@ def contrast(x: Tensor) -> list[Tensor]:
 OPS: dict[str, tuple[Callable[[Tensor], list[Tensor]], tuple[int, ...]]] = {
     "batch_norm_act": (norm, (80, 8, 6, 5)),
     "batch_norm_act_max_pool": (norm_pool, (24, 8, 9, 8)),
+    "layer_norm": (rows, (4, 136, 3, 4)),
     "pooled_cross_entropy": (pooled, (20, 40, 3, 4)),
     "reconstruction_loss": (reconstruction, (20, 3, 9, 8)),
     "similarity_loss": (similarity, (20, 40, 3, 4)),

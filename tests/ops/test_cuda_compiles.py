@@ -17,6 +17,7 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90")
 OPS = (
     "batch_norm_act",
     "batch_norm_act_max_pool",
+    "layer_norm",
     "pooled_cross_entropy",
     "reconstruction_loss",
     "similarity_loss",
@@ -75,6 +76,8 @@ def test_machine_code(op: str, architecture: str, cubins: ModuleType, tmp_path: 
                 wrong.append(f"{kernel}: {narrow} of {kernel.code.count('STG')} stores are not of 16 bytes")
     if op == "batch_norm_act":
         wrong += main_loops(kernels)
+    if op == "layer_norm":
+        wrong += rows(kernels)
     assert not wrong, "\n".join(wrong)
 
 
@@ -96,6 +99,22 @@ def main_loops(kernels: list[Any]) -> list[str]:
                 wrong.append(f"{kernel}: {len(loop) / elements:.1f} instructions per element, at most {limit}")
             if kernel.registers > 80:
                 wrong.append(f"{kernel}: {kernel.registers} registers, at most 80")
+    return wrong
+
+
+def rows(kernels: list[Any]) -> list[str]:
+    """What is wrong with the kernels of layer_norm that read vectors."""
+    wrong = []
+    for kernel in kernels:
+        if kernel.name not in ("rows_kernel", "backward_kernel") or kernel.arguments[2] == "1":
+            continue
+        narrow = [kernel.code.count(access) - kernel.code.wide(access) for access in ("LDG", "STG")]
+        # Mean and rstd, read or written; a block's sums are written column by column.
+        most = [2, 2 + 2 * 8 * 4] if kernel.arguments[-1] == "1" and kernel.name == "backward_kernel" else [2, 2]
+        if narrow[0] > most[0] or narrow[1] > most[1] or not kernel.code.wide("STG"):
+            wrong.append(f"{kernel}: {narrow[0]} loads and {narrow[1]} stores are not of 16 bytes")
+        if kernel.registers > 128:
+            wrong.append(f"{kernel}: {kernel.registers} registers, at most 128")
     return wrong
 
 

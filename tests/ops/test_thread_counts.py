@@ -70,3 +70,18 @@ def test_small_products_do_not_depend_on_the_number_of_threads(loss: str, provid
     torch.set_num_threads(threads)
     assert found[0].abs().sum() > 0
     assert all(torch.equal(gradient, found[0]) for gradient in found)
+
+
+@pytest.mark.parametrize("provider", ["cpu"])
+def test_sums_over_rows_do_not_depend_on_the_number_of_threads(provider: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, grad = (torch.randn(1100, 70, generator=generator, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.rand(70, generator=generator).requires_grad_() for _ in range(2))
+    found, threads = [], torch.get_num_threads()
+    for number in (1, 2, 3, 4):
+        torch.set_num_threads(number)
+        y = ops.layer_norm(x, weight, bias, provider=provider)
+        found.append([y.detach(), *torch.autograd.grad(y, (x, weight, bias), grad.detach())])
+    torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))

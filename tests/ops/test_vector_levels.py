@@ -41,6 +41,7 @@ def results(maps: list[list[Tensor]]) -> Iterator[Tensor]:
         mean, deviation = factors[:2]
         yield from column.op("reconstruction_loss", "cpu")(x, residual, mean, deviation, True)
         yield from losses(x, residual, deviation)
+        yield from rows(x, residual, grad)
         if x.shape[2] > 2:
             for window, slope in zip(WINDOWS, (0.0, 0.1, 1.0, 0.0), strict=True):
                 y, places = column.op("batch_norm_act_max_pool_apply", "cpu")(x, *factors, slope, *window)
@@ -50,6 +51,22 @@ def results(maps: list[list[Tensor]]) -> Iterator[Tensor]:
                 sums = column.op("batch_norm_act_max_pool_reduce", "cpu")(*rest, *window)
                 yield from sums
                 yield column.op("batch_norm_act_max_pool_input_grad", "cpu")(*rest, *sums, *window)
+
+
+def rows(*maps: Tensor) -> Iterator[Tensor]:
+    """Those over rows of the last dimension, some of which are longer than a run of sums."""
+    for width in (maps[0].shape[-1], maps[0].numel() // 2):
+        count = maps[0].numel() // width
+        x, residual, grad = (tensor.flatten()[: count * width].view(count, width) for tensor in maps)
+        weight, bias = residual[0], grad[0].float()
+        for rms in (False, True):
+            y, total, mean, rstd = column.op("layer_norm_forward", "cpu")(
+                x, residual, weight, None if rms else bias, 1e-5, rms
+            )
+            yield from (y, total, mean, rstd)
+            rest = (total, mean, rstd, weight)
+            yield column.op("layer_norm_apply", "cpu")(*rest, None, rms)
+            yield from column.op("layer_norm_backward", "cpu")(grad, x, *rest, rms, True, True, True)
 
 
 def losses(x: Tensor, other: Tensor, grad: Tensor) -> Iterator[Tensor]:
