@@ -155,6 +155,19 @@ def test_it_saves_memory():
     assert everything < 0.5 * none
 
 
+def test_what_a_recomputed_layers_output_was_made_from_is_not_kept():
+    def peak(fused, recompute):
+        with FakeTensorMode():
+            layers = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(5)), nn.Linear(64, 10))
+            net = LocalSequential(layers, ContSup("R0"), 10, (64,), 1, recompute=recompute, fused=fused)
+            with MemoryMeter() as meter:
+                net(torch.randn(512, 64), torch.randint(0, 10, (512,))).loss.backward()
+        return meter.peak_bytes
+
+    assert peak(True, 4) <= peak(False, 4) < peak(False, "none")
+    assert peak(True, "all") <= peak(False, "all")
+
+
 @pytest.mark.parametrize("wrong", ["some", ["all"], ["all", "none", "some"], 0, -1, True, 1.5, None, [1, 1, True], 5])
 def test_wrong_choices(wrong):
     with pytest.raises(

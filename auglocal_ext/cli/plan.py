@@ -6,11 +6,12 @@ import argparse
 import sys
 from dataclasses import fields
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from ..local_modules import Recompute
 from ..local_sequential import LocalSequential
 from ..models import default_input_shape, gpt, network_by_name
 from ..planning import StagePlan, plan_memory, plan_stages
@@ -174,7 +175,7 @@ def _planned(
             replicas=replicas,
             shard=arguments.shard,
             autocast=AMP[config.amp],
-            recompute=read_recompute(arguments.recompute or "none"),
+            recompute=cast("Recompute | tuple[Recompute, ...]", read_recompute(arguments.recompute or "none")),
         )
     return plan_memory(
         net,

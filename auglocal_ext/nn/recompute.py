@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from .._torch import version
+from .remade import forget
 
 
 def recomputed(module: nn.Module, *inputs: Any) -> Any:
@@ -45,7 +46,12 @@ def recomputed(module: nn.Module, *inputs: Any) -> Any:
         copies = {name: buffer.clone() for name, buffer in module.named_buffers()}
         return functional_call(module, copies, inputs)
 
-    return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=not _capturing(inputs))
+    out = checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=not _capturing(inputs))
+    if not torch.compiler.is_compiling():
+        for tensor in out if isinstance(out, tuple) else (out,):
+            if isinstance(tensor, Tensor):
+                forget(tensor)
+    return out
 
 
 def _versions(inputs: Any) -> list[int]:

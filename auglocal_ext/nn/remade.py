@@ -88,6 +88,11 @@ def source_of(y: Tensor) -> Source | None:
     return source if source is not None and source.holds(y) else None
 
 
+def forget(y: Tensor) -> None:
+    """``y`` has no source any more, so what it was made from is not kept for it: a recomputed layer keeps its input."""
+    _sources.pop(y, None)
+
+
 def recordable(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether a node of our own may stand for a layer's call on ``x``, which is recorded for backward.
 

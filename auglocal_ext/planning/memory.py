@@ -185,8 +185,8 @@ def _costs(net: LocalSequential, measured: MeasuredWays) -> Costs:
 
 def _fits_plain(costs: Costs, budget: int, overlap: bool | Literal["auto"]) -> bool:
     """Whether nothing has to be recomputed, with overlap where it may be."""
-    plain = Choice(("none",) * len(costs.peaks), overlap is not False)
-    return costs.bytes(plain) <= budget
+    nothing: Recompute = "none"
+    return costs.bytes(Choice((nothing,) * len(costs.peaks), overlap is not False)) <= budget
 
 
 def _within(costs: Costs, budget: int, overlap: bool | Literal["auto"], batch_size: int) -> Choice:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Literal
 
 from ...local_modules import RECOMPUTE, Recompute
 
@@ -26,7 +26,7 @@ def read_recompute(text: str) -> Recompute | Literal["peak"] | tuple[Recompute, 
     words = [word.strip() for word in text.removesuffix(",").split(",")]
     if not all(word in RECOMPUTE or (word.isascii() and word.isdecimal() and 0 < int(word) < 2**31) for word in words):
         raise ValueError(f"expected {ALLOWED}; got {text!r}")
-    choices = tuple(cast("Recompute", word if word in RECOMPUTE else int(word)) for word in words)
+    choices = tuple(word if word in RECOMPUTE else int(word) for word in words)
     return choices if "," in text else choices[0]
 
 
