@@ -212,14 +212,12 @@ KERNELS += [
     )
 ]
 
-QUICK = ("_forward_kernel", "_input_grad_kernel")
 OF_ROWS = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "channels": "i32"}
 for dtype, vector, flag, rms, blocks in (
     ("fp32", "fp32", True, False, {"BLOCK_R": 2, "BLOCK_C": 1024}),
     ("bf16", "fp32", False, True, {"BLOCK_R": 1, "BLOCK_C": 8192}),
     ("fp16", "fp16", True, False, {"BLOCK_R": 2048, "BLOCK_C": 1}),
 ):
-    quick = dtype == "fp32"
     maps = dict.fromkeys(("X_ptr", "R_ptr", "Y_ptr", "T_ptr"), f"*{dtype}")
     gradients = dict.fromkeys(("G_ptr", "GT_ptr", "X_ptr", "DX_ptr"), f"*{dtype}")
     weight, bias, sizes = {"W_ptr": f"*{vector}"}, {"B_ptr": f"*{vector}"}, {"rows": "i32", "eps": "fp32"}
@@ -228,8 +226,7 @@ for dtype, vector, flag, rms, blocks in (
     long = {"BLOCK_C": blocks["BLOCK_C"]}
     needs = {"NEED_WEIGHT": flag, "NEED_BIAS": flag}
     KERNELS += [
-        # Two stand for all in a quick run: kernels of one file, which share their functions.
-        pytest.param("layer_norm", name, types, constants, marks=[] if quick and name in QUICK else pytest.mark.slow)
+        ("layer_norm", name, types, constants)
         for name, types, constants in (
             ("_forward_kernel", {**maps, **weight, **bias, **OF_ROWS, **sizes}, options),
             ("_apply_kernel", {**maps, **weight, **bias, **OF_ROWS, "rows": "i32"}, options),
