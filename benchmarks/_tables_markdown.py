@@ -224,6 +224,11 @@ def _shards(words: Sequence[str]) -> str:
     return first_table("shards/shards.md")
 
 
+def _language(words: Sequence[str]) -> str:
+    expect(words, "")
+    return first_table("text/language.md")
+
+
 def _label(name: str) -> str:
     return LABELS.get(name, name.replace("d=", "d = ").replace("K=", "K = "))
 
@@ -242,4 +247,5 @@ TABLES: dict[str, Callable[[Sequence[str]], str]] = {
     "analysis": _analysis,
     "scale": _scale,
     "shards": _shards,
+    "language": _language,
 }

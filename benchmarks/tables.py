@@ -25,6 +25,7 @@ A name is words, quoted where one has a space. Tables::
     analysis cka, probes, information   five runs, a row for each layer
     scale, scale measured             the first table of benchmarks/scale.py, and of it with --measure
     shards                            the table of benchmarks/shards.py
+    language                          the table of benchmarks/language.py
 
 Figures, with the names of rows, runs and layers that the result files have::
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "text"
 HEADER = "epoch,test_loss,test_bits_per_byte\n"
 
 
@@ -67,6 +68,18 @@ def test_the_picture_and_the_samples(runs, report, tmp_path):
     assert report.draw(tmp_path / "language.png", runs).stat().st_size > 10_000
     text = report.samples(runs)
     assert text.count("```") == 8 and "of '''\nline\n```" in text and "no\n" not in text and "Greedy" not in text
+
+
+def test_what_is_committed_is_what_the_report_writes(benchmark, report, tmp_path):
+    found = json.loads((RESULTS / "language.json").read_text())
+    assert found["rows"] == json.loads(json.dumps(report.rows_of(found["runs"])))
+    assert (RESULTS / "language.md").read_text() == (
+        f"# Language models\n\n{report.describe(found['rows'], found['runs'])}\n"
+    )
+    assert (RESULTS / "samples.md").read_text(encoding="utf-8") == report.samples(found["runs"])
+    page = (RESULTS.parents[2] / "docs" / "language.md").read_text(encoding="utf-8")
+    (shown,) = [run["sample"] for run in found["runs"] if run["row"] == "SOLO shared" and run["seed"] == 1]
+    assert f"```text\n{shown}\n```" in page
 
 
 @pytest.mark.parametrize(

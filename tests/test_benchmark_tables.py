@@ -148,6 +148,7 @@ def test_every_table_has_as_many_cells_in_each_line(tables):
         "rules resnet32",
         "rules resnet110",
         *("step", "depth", "batch", "kernels cpu", "kernels static", "accuracy", "scale", "scale measured", "shards"),
+        "language",
         *(f"analysis {which}" for which in ("cka", "probes", "information")),
     ]
     assert {name.split()[0] for name in names} == set(sys.modules["_tables_markdown"].TABLES)
