@@ -14,6 +14,7 @@ from _gpu_slices import Task
 BENCHMARKS = Path(__file__).resolve().parent
 MARGIN = 12.0  # seconds before its end at which a command begins nothing more
 CIFAR, IMAGENET = ("resnet32", "resnet110"), ("resnet34", "resnet101", "vgg13")
+TRANSFORMERS = ("vit-b16", "gpt-24x1024")
 EAGER = ("eager", "cuda", "triton")
 
 
@@ -60,6 +61,7 @@ def tasks(place: Place) -> list[Task]:
         memory(place, "memory-bf16", "the same in bf16", CIFAR + IMAGENET, "--no-compile", "--dtype", "bf16"),
         memory(place, "memory-imagenet", "the same at 224 px", IMAGENET, "--no-compile"),
         memory(place, "memory-compile", "torch.compile and its budget", CIFAR + IMAGENET, "--rows", "compile"),
+        memory(place, "memory-tokens", "transformers, with torch.compile and its budgets", TRANSFORMERS),
         tests(place, "slow", "400 steps, 10 000 replays", 500, test_seconds=480),
         tests(place, "large", "feature maps above 2^31 elements", 500, test_seconds=480),
         tests(place, "host", "the tests without a GPU, where one is", 500),
@@ -170,8 +172,9 @@ def scaling(place: Place) -> Task:
 def memory(place: Place, name: str, wanted: str, networks: Sequence[str], *more: str) -> Task:
     arguments = ["--network", *networks, *more, "--resume"]
     if place.dry:
-        arguments += ["--device", "cpu", "--network", "resnet8", "--batch", "8", "--rows", "BP fused"]
-    stem = "rules" if "--rules" in more else "memory"
+        tiny = "vit-1x64" if networks == TRANSFORMERS else "resnet8"
+        arguments += ["--device", "cpu", "--network", tiny, "--batch", "8", "--rows", "BP fused"]
+    stem = "rules" if "--rules" in more else "tokens" if networks == TRANSFORMERS else "memory"
     results = {f"{stem}-*.json": f"{name}.json", f"{stem}-*.png": f"{name}.png"}
     return Task(name, wanted, gradual("memory.py", *arguments), 500, results=results, resumes=True)
 
