@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import tuning
 from .batch_norm_checks import wide_dtype
+from .layer_norm import rows
 
 _Kernel = Callable[[str], Any]
 _Run = Callable[[], None]
@@ -48,6 +49,17 @@ def _batch_norm_act_max_pool(kernel: _Kernel, x: Tensor, beside: tuple[Any, ...]
         pooled = apply(x, *factors, *window)
         sums = reduce(*pooled, x, *factors, *window)
         input_grad(*pooled, x, *factors, *sums, *window)
+
+    return run
+
+
+def _layer_norm(kernel: _Kernel, x: Tensor, beside: tuple[Any, ...]) -> _Run:
+    forward, backward, x = kernel("layer_norm_forward"), kernel("layer_norm_backward"), rows(x)
+    weight, bias = _vectors(x, 1, 0)
+
+    def run() -> None:
+        y, _, *statistics = forward(x, None, weight, bias, 1e-5, False)
+        backward(y, None, x, *statistics, weight, False, True, True, True)
 
     return run
 
@@ -89,6 +101,7 @@ def _dropped(results: Any) -> None:
 tuning.TRIALS |= {
     "batch_norm_act": tuning.Trial(_batch_norm_act, 4),
     "batch_norm_act_max_pool": tuning.Trial(_batch_norm_act_max_pool, 8),
+    "layer_norm": tuning.Trial(_layer_norm, 5),
     "pooled_cross_entropy": tuning.Trial(_pooled_cross_entropy, 4),
     "reconstruction_loss": tuning.Trial(_reconstruction_loss, 2),
     "similarity_loss": tuning.Trial(_similarity_loss, 8),

@@ -11,13 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from auglocal_ext.ops import layer_norm, providers
+from auglocal_ext.ops import layer_norm
 
 OP = "layer_norm"
-ROWS = {row.name for row in providers.TABLES[OP].providers}
-CASES = [case for case in column.CASES if case.values[1] in ROWS]
-cases = pytest.mark.parametrize(("device", "provider"), CASES)
-gpu_cases = pytest.mark.parametrize(("device", "provider"), [case for case in CASES if case.values[0] == "cuda"])
 
 #: What is given beside x, and the options.
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -113,7 +109,7 @@ def compare(tensors: Tensors, provider: str, options: dict[str, Any]) -> None:
         column.assert_close(name, ours[name], same[name], exact)
 
 
-@cases
+@column.cases
 @column.dtypes
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 @forms
@@ -124,7 +120,7 @@ def test_shapes(
     compare(inputs(form, shape, dtype, device), provider, {**FORMS[form][1], **alone})
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(2, 8193), (1, 2, 12290)], ids=str)
 @pytest.mark.parametrize("form", ["layer-residual", "no-vectors", "rms"])
@@ -134,7 +130,7 @@ def test_rows_longer_than_a_block_holds(
     compare(inputs(form, shape, dtype, device), provider, FORMS[form][1])
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("shape", [(3000, 20), (601, 97), (9001, 1)], ids=str)
 @pytest.mark.parametrize("form", ["layer", "layer-residual"])
@@ -155,7 +151,7 @@ STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("form", ["layer-residual", "rms-residual"])
 def test_strides(device: str, provider: str, stride: str, form: str, poison: None) -> None:
@@ -180,7 +176,7 @@ def _as(stride: str, tensors: Tensors, name: str) -> Tensors:
     return {other: tensors[other].transpose(0, 1).contiguous()} if stride == "transposed" else {}
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16, torch.float32], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("vectors", column.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("form", ["layer", "rms"])
@@ -205,7 +201,7 @@ def test_vectors_of_another_dtype(
         column.assert_close("result", mine, wanted.to(mine.dtype), wanted)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("used", ["y", "total"])
 def test_one_result_alone_is_used(device: str, provider: str, used: str) -> None:
     form = "layer-residual"
@@ -220,7 +216,7 @@ def test_one_result_alone_is_used(device: str, provider: str, used: str) -> None
             column.assert_close(name, tensor.grad, exact[name].grad.float(), exact[name].grad)
 
 
-@cases
+@column.cases
 @column.dtypes
 @pytest.mark.parametrize("shape", [(6, 33), (2, 8200), (5, 1)], ids=str)
 @forms
@@ -240,7 +236,7 @@ def test_y_is_made_again_to_the_bit(
     assert mean.dtype == rstd.dtype == wide and (total.shape == shape) == (tensors["residual"] is not None)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("channels", [24, 3000, 9000])
 def test_rows_far_from_zero_keep_their_digits(device: str, provider: str, channels: int) -> None:
     x = torch.randn(4, channels, device=device) + torch.tensor([[1e4], [-3e5], [0.0], [1.0]], device=device)
@@ -254,7 +250,7 @@ def test_rows_far_from_zero_keep_their_digits(device: str, provider: str, channe
     )
 
 
-@cases
+@column.cases
 def test_a_constant_row_becomes_the_bias(device: str, provider: str) -> None:
     x = torch.tensor([0.1, -7.3, 3e4, 0.0], device=device)[:, None].repeat(1, 41)
     weight, bias = torch.randn(2, 41, device=device)
@@ -262,7 +258,7 @@ def test_a_constant_row_becomes_the_bias(device: str, provider: str) -> None:
     torch.testing.assert_close(y, bias.expand_as(y), rtol=1e-5, atol=1e-5)
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("form", ["layer-residual", "rms-residual"])
 def test_nan_stays_in_its_row(device: str, provider: str, form: str) -> None:
     tensors = inputs(form, (5, 11), torch.float32, device)
@@ -275,7 +271,7 @@ def test_nan_stays_in_its_row(device: str, provider: str, form: str) -> None:
     assert int(total.isnan().sum()) == 1
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("form", ["layer-residual", "rms-residual"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_bitwise_repeatable(device: str, provider: str, dtype: torch.dtype, form: str) -> None:
@@ -290,7 +286,7 @@ def test_bitwise_repeatable(device: str, provider: str, dtype: torch.dtype, form
     assert all(torch.equal(first, again) for first, again in zip(once(), once(), strict=True))
 
 
-@gpu_cases
+@column.gpu_cases
 def test_side_stream(device: str, provider: str) -> None:
     tensors = inputs("layer-residual", (4096, 1024), torch.float32, device)
 
@@ -302,7 +298,7 @@ def test_side_stream(device: str, provider: str) -> None:
     column.assert_follows_the_stream(run, tensors["x"])
 
 
-@gpu_cases
+@column.gpu_cases
 def test_graph_capture(device: str, provider: str) -> None:
     given = leaves(inputs("layer-residual", (256, 768), torch.bfloat16, device))
 
@@ -313,7 +309,7 @@ def test_graph_capture(device: str, provider: str) -> None:
     column.assert_replays(step, given["x"])
 
 
-@gpu_cases
+@column.gpu_cases
 def test_second_device(device: str, provider: str) -> None:
     column.assert_runs_beside_the_current_device(
         lambda other: compare(inputs("layer", (5, 96), torch.float32, other), provider, {})
@@ -321,7 +317,7 @@ def test_second_device(device: str, provider: str) -> None:
 
 
 @pytest.mark.large
-@gpu_cases
+@column.gpu_cases
 def test_more_than_two_billion_elements(device: str, provider: str) -> None:
     x = torch.randn(2**17 + 3, 2**14 + 8, device=device, dtype=torch.float16)
     assert x.numel() > 2**31

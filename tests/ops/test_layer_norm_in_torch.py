@@ -6,7 +6,7 @@ import column
 import pytest
 import torch
 import torch.nn.functional as F
-from test_layer_norm import FORMS, both, cases, composition, forms, inputs, leaves
+from test_layer_norm import FORMS, both, composition, forms, inputs, leaves
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +29,7 @@ class Needs(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("name", ["x", "residual", "weight", "bias"])
 def test_each_gradient_alone(device: str, provider: str, name: str, poison: None) -> None:
     tensors = inputs("layer-residual", (3, 5, 12), torch.float32, device)
@@ -47,7 +47,7 @@ def test_each_gradient_alone(device: str, provider: str, name: str, poison: None
     assert torch.equal(results[1], results[4])
 
 
-@cases
+@column.cases
 @forms
 def test_without_gradients(device: str, provider: str, form: str, poison: None) -> None:
     tensors, options = inputs(form, (4, 6), torch.float32, device), FORMS[form][1]
@@ -63,7 +63,7 @@ def test_without_gradients(device: str, provider: str, form: str, poison: None) 
     assert [each.numel() for each in made] == [0, 0, 0]
 
 
-@cases
+@column.cases
 @forms
 def test_rows_and_statistics_alone_are_kept(device: str, provider: str, form: str) -> None:
     given = leaves(inputs(form, (3, 4, 10), torch.bfloat16, device))
@@ -77,7 +77,7 @@ def test_rows_and_statistics_alone_are_kept(device: str, provider: str, form: st
     assert [(tuple(t.shape), t.dtype) for t in ours] == [(size, torch.float32) for size in sizes]
 
 
-@cases
+@column.cases
 def test_results_may_be_changed_in_place(device: str, provider: str) -> None:
     """As torch's: they are views for nobody."""
     tensors = inputs("layer", (2, 3, 8), torch.float32, device)
@@ -87,7 +87,7 @@ def test_results_may_be_changed_in_place(device: str, provider: str) -> None:
     assert torch.equal(given["x"].grad, other["x"].grad)
 
 
-@pytest.mark.parametrize("provider", ["reference", "aten"])
+@pytest.mark.parametrize("provider", ["reference", "aten", "cpu"])
 @pytest.mark.parametrize("form", ["layer-residual", "rms-residual"])
 def test_gradcheck(provider: str, form: str) -> None:
     given = leaves(inputs(form, (2, 2, 5), torch.float64, "cpu"))
@@ -100,7 +100,7 @@ def test_gradcheck(provider: str, form: str) -> None:
     torch.autograd.gradcheck(results, [given[name] for name in names])
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("form", ["layer-residual", pytest.param("rms", marks=pytest.mark.slow)])
 def test_opcheck(device: str, provider: str, form: str) -> None:
     x, residual, weight, bias = leaves(inputs(form, (2, 3, 6), torch.float32, device)).values()
@@ -108,7 +108,7 @@ def test_opcheck(device: str, provider: str, form: str) -> None:
     torch.library.opcheck(column.op(OP, provider), (*strided, weight, bias, 1e-5, form == "rms"))
 
 
-@cases
+@column.cases
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["layer-residual", "rms"])
 def test_opcheck_of_the_passes(device: str, provider: str, form: str) -> None:
@@ -122,7 +122,7 @@ def test_opcheck_of_the_passes(device: str, provider: str, form: str) -> None:
         torch.library.opcheck(column.op(f"{OP}_backward", provider), backward)
 
 
-@cases
+@column.cases
 @pytest.mark.slow
 @forms
 def test_compiles_as_one_graph(device: str, provider: str, form: str) -> None:
@@ -147,7 +147,7 @@ def test_automatic_choice_compiles() -> None:
     torch.testing.assert_close(compiled(x, weight, rms=True), F.rms_norm(x, (6,), weight, 1e-5))
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("form", ["layer-residual", "rms"])
 def test_fake_tensors(device: str, provider: str, form: str) -> None:
     with FakeTensorMode():
@@ -162,7 +162,7 @@ def test_fake_tensors(device: str, provider: str, form: str) -> None:
     assert [(g.shape, g.dtype) for g in grads] == [(t.shape, t.dtype) for t in leaves_]
 
 
-@cases
+@column.cases
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("form", ["layer-residual", "rms"])
 def test_autocast_changes_nothing(device: str, provider: str, low: torch.dtype, form: str) -> None:
@@ -179,7 +179,7 @@ def test_autocast_changes_nothing(device: str, provider: str, low: torch.dtype, 
             assert tensor is None or torch.equal(given[name].grad, tensor.grad)
 
 
-@cases
+@column.cases
 def test_scaled_loss_does_not_underflow(device: str, provider: str) -> None:
     tensors = inputs("layer", (40, 96), torch.float16, device)
     given, exact = leaves(tensors), leaves(tensors, torch.float64)
@@ -191,7 +191,7 @@ def test_scaled_loss_does_not_underflow(device: str, provider: str) -> None:
         assert error <= 4e-3 * exact[name].grad.abs().max(), name
 
 
-@cases
+@column.cases
 def test_differentiable_once(device: str, provider: str) -> None:
     given = leaves(inputs("layer", (4, 6), torch.float32, device))
     wanted = [tensor for tensor in given.values() if tensor is not None]

@@ -23,6 +23,7 @@ from auglocal_ext.ops import (
     batch_norm_act,
     batch_norm_act_max_pool,
     decisions,
+    layer_norm,
     pooled_cross_entropy,
     providers,
     reconstruction_loss,
@@ -134,6 +135,7 @@ def test_the_reference_and_an_interpreter_are_no_rivals(monkeypatch):
 CALLS = {
     "batch_norm_act": lambda x: norm(x),
     "batch_norm_act_max_pool": lambda x: batch_norm_act_max_pool(x, None, None, None, None, training=True),
+    "layer_norm": lambda x: layer_norm(x, x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1])),
     "pooled_cross_entropy": lambda x: pooled_cross_entropy(
         x, torch.ones(5, x.shape[1], dtype=x.dtype, requires_grad=True), None, torch.arange(len(x)) % 5
     ),
