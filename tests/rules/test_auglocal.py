@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from auglocal_ext import AugLocal, LocalSequential, models
+from auglocal_ext.nn import eager_type
 from auglocal_ext.rules import Network
 
 IMAGENET = {"joint_tail": False, "single_layer_norm": False}
@@ -193,8 +194,8 @@ def mlp():
 
 def test_linear_layers():
     net = LocalSequential(mlp(), AugLocal(3, joint_tail=False), 3, (6,))
-    assert [type(m).__name__ for m in net.auxiliary[0].blocks[0]] == ["Linear", "BatchNorm1d", "Tanh"]
-    assert [type(m).__name__ for m in net.auxiliary[0].blocks[1]] == ["Linear", "GELU"]
+    assert [eager_type(m).__name__ for m in net.auxiliary[0].blocks[0]] == ["Linear", "BatchNorm1d", "Tanh"]
+    assert [eager_type(m).__name__ for m in net.auxiliary[0].blocks[1]] == ["Linear", "GELU"]
     net(torch.randn(4, 6), torch.tensor([0, 1, 2, 0])).loss.backward()
 
 
