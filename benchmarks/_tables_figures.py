@@ -94,6 +94,8 @@ FIGURES: dict[str, Callable[[Sequence[str]], str]] = {
     "memory": _memory,
     "localized": _of_network("localized"),
     "rules": _of_network("rules"),
+    "tokens": _of_network("tokens"),
+    "tokens-pure": _of_network("tokens-pure"),
     "step": _of_network("step"),
     "depth": _of_scaling("depth"),
     "batch": _of_scaling("batch"),

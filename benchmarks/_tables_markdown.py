@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from _tables_results import (
     ANALYSES,
+    GB,
     KERNELS,
     UnknownNameError,
     analysis,
@@ -22,6 +23,7 @@ from _tables_results import (
     scaling_rows,
     split_dtype,
 )
+from _token_counts import COUNTED
 
 NETWORKS = {"resnet32": "ResNet-32", "resnet110": "ResNet-110", "resnet34": "ResNet-34", "resnet101": "ResNet-101"}
 NETWORKS |= {"vgg13": "VGG13", "torchvision:mobilenet_v2": "MobileNetV2"}
@@ -31,6 +33,7 @@ NETWORKS |= {"torchvision:mobilenet_v3_large": "MobileNetV3-Large", "torchvision
 NETWORKS |= {"torchvision:densenet121": "DenseNet-121", "timm:mixer_b16_224": "Mixer-B/16 (timm)"}
 NETWORKS |= {"timm:resnetv2_50": "ResNetV2-50 (timm)", "torchvision:convnext_tiny": "ConvNeXt-T"}
 NETWORKS |= {"timm:efficientnet_b0": "EfficientNet-B0 (timm)", "torchvision:swin_t": "Swin-T"}
+NETWORKS |= {"vit-b16": "ViT-B/16", "gpt-24x1024": "GPT 24 x 1024", "gpt2-24x1024": "GPT-2 24 x 1024"}
 OVERVIEW = (
     "BP",
     "BP checkpointing",
@@ -43,6 +46,10 @@ LABELS = {
     "BP": "backpropagation",
     "BP fused": "backpropagation, `fuse(net)`",
     "BP checkpointing": "gradient checkpointing per block",
+    "BP plain logits": "backpropagation, plain logits",
+    "BP checkpointing fused": "checkpointing, fused",
+    "BP checkpointing fused, update in backward": "checkpointing, fused, update in backward",
+    "BP checkpointing plain logits": "checkpointing, plain logits",
 }
 RULES = {
     "BP": "backpropagation",
@@ -133,6 +140,40 @@ def _localized(words: Sequence[str]) -> str:
                 cells.append(f"{values['peak']} ({values['share']}%)")
         lines.append([NETWORKS[network], *cells])
     return markdown(["network, GB (of BP)", *map(_label, names)], lines)
+
+
+def _tokens(words: Sequence[str]) -> str:
+    expect(words, "")
+    found = {network: network_rows("tokens", network) for network in read("tokens")["networks"]}
+    lines = []
+    for name in max(found.values(), key=len):
+        cells, flops = [_label(name)], []
+        for rows in found.values():
+            values = fields(rows[name], rows["BP"]) if name in rows else {}
+            cells += [f"{values['peak']} ({values['share']}%)", values["adds"]] if values else ["", ""]
+            flops += [values["flops"]] if values else []
+        lines.append([*cells, " / ".join(flops)])
+    columns = [column for name in found for column in (f"{NETWORKS[name]}, GB (of BP)", "step adds, GB")]
+    return markdown(["method", *columns, "FLOPs, × BP"], lines)
+
+
+def _counted(words: Sequence[str]) -> str:
+    """Predictions in pure bf16, without optimizer state, beside what had been counted."""
+    expect(words, "")
+    columns = ["network", "method", "counted, GB", "predicted, GB", "difference, GB", "parameters of heads, GB"]
+    lines = []
+    for network, counts in COUNTED.items():
+        rows = network_rows("tokens-pure", network)
+        whole = rows["BP"]["predicted"]["categories"]["parameters"]
+        for name, counted in counts.items():
+            fields(pick(rows, name, "row"), rows["BP"])  # raises for a row that failed
+            parts = rows[name]["predicted"]["categories"]
+            predicted = (rows[name]["predicted"]["peak_bytes"] - parts["optimizer state"]) / GB
+            heads = (parts["parameters"] - whole) / GB
+            difference = f"{predicted - counted:+.2f}".replace("-", "−")
+            figures = [f"{counted:.2f}", f"{predicted:.2f}", difference, f"{heads:.2f}"]
+            lines.append([NETWORKS[network], _label(name), *figures])
+    return markdown(columns, lines, text=2)
 
 
 def _overview(words: Sequence[str]) -> str:
@@ -239,6 +280,8 @@ TABLES: dict[str, Callable[[Sequence[str]], str]] = {
     "backbones": _backbones,
     "localized": _localized,
     "rules": _rules,
+    "tokens": _tokens,
+    "counted": _counted,
     "step": _step,
     "depth": _scaling("depth", "layers"),
     "batch": _scaling("batch", "images"),

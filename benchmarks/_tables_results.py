@@ -25,6 +25,8 @@ SOURCES = {
     "backbones": "backbones/memory-predicted.json",
     "localized": "localized/localized-predicted.json",
     "rules": "rules/rules-predicted.json",
+    "tokens": "tokens/tokens-predicted.json",
+    "tokens-pure": "tokens/pure/tokens-predicted.json",
     "step": "step-cpu.json",
     "scaling": "step-cpu-scaling.json",
     "kernels": "kernels-cpu.json",
@@ -139,6 +141,8 @@ def fields(row: dict[str, Any], base: dict[str, Any], digits: int = 2) -> dict[s
     texts = {"peak": f"{peak / GB:.{digits}f}", "times": f"{times:.0f}" if times >= 10 else f"{times:.1f}"}
     if "activations and other" in categories:
         texts["activations"] = f"{categories['activations and other'] / GB:.{digits}f}"
+        added = categories["activations and other"] + categories.get("gradients", 0)
+        texts |= {"adds": f"{added / GB:.{digits}f}", "stays": f"{(peak - added) / GB:.{digits}f}"}
     return texts | {name: format(value, form) for name, (value, form) in values.items() if value is not None}
 
 

@@ -18,6 +18,8 @@ A name is words, quoted where one has a space. Tables::
     backbones                         the networks of torchvision among those rows
     localized                         every row of benchmarks/memory.py --localized
     rules NETWORK                     every row of benchmarks/memory.py --rules
+    tokens                            every row of benchmarks/memory.py for transformers
+    counted                           rows of transformers in pure bf16 beside the counts of _token_counts.py
     step                              peaks and operators of benchmarks/step.py, ResNet-32 and ResNet-110
     depth, batch                      peaks over layers of the network, over images of a step
     kernels cpu, kernels static       each op beside eager PyTorch; what machine code tells of the CUDA kernels
@@ -34,7 +36,9 @@ Figures, with the names of rows, runs and layers that the result files have::
     step NETWORK ROW FIELD            deployed (M parameters), training and inference (M MACs), operators, host_reads;
     depth LAYERS ROW FIELD            a field that a file does not have is refused
     batch IMAGES ROW FIELD
-    localized NETWORK ROW FIELD
+    localized NETWORK ROW FIELD       adds: GB of activations and gradients within the peak; stays: the rest of it
+    tokens NETWORK ROW FIELD
+    tokens-pure NETWORK ROW FIELD
     kernels OP [compile | memory]     least and most of eager's time that the cpu provider takes; torch.compile; the
                                       cpu provider's peak memory
     accuracy ROW FIELD                FIELD: last, best, last-BP, best-BP

@@ -145,6 +145,8 @@ def test_every_table_has_as_many_cells_in_each_line(tables):
         "memory resnet34 resnet101 vgg13",
         "backbones",
         "localized",
+        "tokens",
+        "counted",
         "rules resnet32",
         "rules resnet110",
         *("step", "depth", "batch", "kernels cpu", "kernels static", "accuracy", "scale", "scale measured", "shards"),
