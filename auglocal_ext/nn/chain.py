@@ -164,5 +164,5 @@ def _pooled(x: Tensor, norm: NormCall, activation: Activation, pool: nn.MaxPool2
 class FusedSequential(nn.Sequential):
     """An ``nn.Sequential`` that :func:`auglocal_ext.fuse` has changed: the same children, run by :func:`run_chain`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return run_chain(self, x)
+    def forward(self, input: Tensor) -> Tensor:
+        return run_chain(self, input)

@@ -32,8 +32,8 @@ def _gelu_again(tensors: Sequence[Any], approximate: str) -> Tensor:
 class FusedGELU(nn.GELU):
     """An ``nn.GELU`` that :func:`auglocal_ext.fuse` has changed."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return lean_gelu(x, self.approximate)
+    def forward(self, input: Tensor) -> Tensor:
+        return lean_gelu(input, self.approximate)
 
 
 def gated(gate: Tensor, up: Tensor | None = None) -> Tensor:

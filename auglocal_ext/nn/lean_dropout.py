@@ -130,16 +130,16 @@ class _LeanDropout(torch.autograd.Function):
 class FusedDropout(nn.Dropout):
     """An ``nn.Dropout`` that :func:`auglocal_ext.fuse` has changed."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if (
             self.training
             and 0 < self.p < 1
             and not self.inplace
-            and recordable(x)
-            and x.requires_grad
-            and x.device.type in ("cpu", "cuda", "meta")  # of others the random state is read otherwise, or not at all
-            and x.is_contiguous()
-            and _aligned(x)
+            and recordable(input)
+            and input.requires_grad
+            and input.device.type in ("cpu", "cuda", "meta")  # others' random state is read otherwise, or not at all
+            and input.is_contiguous()
+            and _aligned(input)
         ):
-            return lean_dropout(x, self.p)
-        return super().forward(x)
+            return lean_dropout(input, self.p)
+        return super().forward(input)

@@ -95,5 +95,5 @@ def linear(y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class FusedLinear(nn.Linear):
     """An ``nn.Linear`` that :func:`auglocal_ext.fuse` has changed."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)

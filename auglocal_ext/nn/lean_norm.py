@@ -158,9 +158,9 @@ def norm_refusal(norm: nn.Module) -> str | None:
 class FusedLayerNorm(nn.LayerNorm):
     """An ``nn.LayerNorm`` that :func:`auglocal_ext.fuse` has changed."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = lean_layer_norm(self, x) if type(self) is FusedLayerNorm else None
-        return super().forward(x) if y is None else y
+    def forward(self, input: Tensor) -> Tensor:
+        y = lean_layer_norm(self, input) if type(self) is FusedLayerNorm else None
+        return super().forward(input) if y is None else y
 
 
 class FusedRMSNorm(nn.RMSNorm):

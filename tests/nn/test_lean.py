@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import weakref
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from auglocal_ext import fuse, unfuse
 from auglocal_ext.nn import lean_dropout, lean_norm, recomputed
+from auglocal_ext.nn.lean import EAGER
 from auglocal_ext.nn.lean_act import gated
 from auglocal_ext.nn.lean_linear import FusedLinear
 from auglocal_ext.nn.lean_norm import FusedLayerNorm
@@ -311,6 +313,11 @@ def test_copies_pickles_and_the_way_back():
     unfuse(ours)
     assert [type(part) for part in ours.modules()] == kinds
     assert type(ours.norm) is nn.LayerNorm
+
+
+def test_arguments_may_be_named_as_before():
+    for fused, eager in EAGER.items():
+        assert list(inspect.signature(fused.forward).parameters) == list(inspect.signature(eager.forward).parameters)
 
 
 class Scaled(nn.Linear):
