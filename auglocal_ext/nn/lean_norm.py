@@ -144,8 +144,10 @@ def lean_layer_norm(norm: Any, x: Tensor, rms: bool = False) -> Tensor | None:
     if not (x.requires_grad or any(v is not None and v.requires_grad for v in (weight, bias))):
         return None
     dtype = result_dtype(x, weight, bias, rms)
-    if dtype is None or (weight is not None and weight.device != x.device):
+    if dtype is None or (weight is None and bias is not None):
         return None
+    if any(v is not None and (v.device != x.device or v.shape != x.shape[-1:]) for v in (weight, bias)):
+        return None  # which torch refuses
     return lean_norm(x, weight, bias, float(eps), rms, dtype)
 
 

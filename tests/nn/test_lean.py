@@ -320,6 +320,13 @@ def test_arguments_may_be_named_as_before():
         assert list(inspect.signature(fused.forward).parameters) == list(inspect.signature(eager.forward).parameters)
 
 
+def test_a_bias_without_weight_is_torchs():
+    ours, theirs = pair(lambda: Reads(nn.LayerNorm(WIDTH)))
+    for module in (ours, theirs):
+        module.norm.weight = None
+    assert_same(ours, theirs, tokens())
+
+
 class Scaled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
