@@ -1,5 +1,6 @@
 // The loops of batch_norm_act over a map: two reductions over (N, P) and two passes element by element. For
 // `each_level.h`.
+#include "channel_loops.h"
 #include "row_loops.h"
 #include "sum_loops.h"
 

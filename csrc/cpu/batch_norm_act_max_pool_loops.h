@@ -1,5 +1,6 @@
 // The loops of batch_norm_act_max_pool: over rows of the map and of the pooled one, in which the elements of
 // all windows at one place lie side by side. For `each_level.h`.
+#include "channel_loops.h"
 #include "lane_loops.h"
 #include "sum_loops.h"
 

@@ -8,7 +8,6 @@
 #include <utility>
 #include <vector>
 
-#include "../batch_norm_act.h"
 #include "level.h"
 
 namespace auglocal {
@@ -60,11 +59,5 @@ struct BackwardChannels {
     return {mean, scale, bias, mean_g.data() + c, inner.data() + c};
   }
 };
-
-// What the factors of `Channels`, the first three, are for a lane.
-template <typename Factors>
-auto channel_of(const Factors& factors, int lane) {
-  return Channel<decltype(factors.at(0, 0))>{factors.at(0, lane), factors.at(1, lane), factors.at(2, lane)};
-}
 
 }  // namespace auglocal
