@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,8 @@ from .norm_act import PLAIN
 from .remade import Remake, Source, recordable, source_of
 
 _masked = torch.ops.aten.native_dropout_backward.default
+#: Held from where a random state is read until numbers are drawn from it: another thread may not draw in between.
+_drawing = threading.Lock()
 
 
 def lean_dropout(x: Tensor, p: float) -> Tensor:
@@ -56,8 +59,23 @@ class Drawn:
 
     def __init__(self, x: Tensor, p: float) -> None:
         self._form, self._dtype, self._device, self.p = x.shape, x.dtype, x.device, p
-        self._state = _random_state(x)
+        self._state: Tensor | None = None
         self._mask: Tensor | None = None
+
+    def first(self, x: Tensor) -> Tensor:
+        """Dropout of x in the forward pass.
+
+        On CPU the numbers come from a generator of their own, as in backward, and the device's generator moves on: what
+        other threads draw meanwhile changes neither mask.
+        """
+        with _drawing:
+            self._state = _random_state(x)
+            if self._state is None or x.is_cuda:
+                return F.dropout(x, self.p, True)
+            generator = _generator_at(self._state)
+            mask = self._noise(generator)
+            torch.set_rng_state(generator.get_state())
+        return x * mask
 
     def applied(self, x: Tensor, again: bool) -> Tensor:
         """Dropout of x; ``again``: the mask is kept, as it will be needed once more soon, in dropout's own backward."""
@@ -68,11 +86,15 @@ class Drawn:
 
     def _draw(self) -> Tensor:
         """Of CUDA's kernel the mask; elsewhere what torch multiplies by, the mask divided by 1 - p in x's dtype."""
+        if self._device.type != "cuda":
+            return self._noise(None if self._state is None else _generator_at(self._state))
         like = torch.empty(self._form, dtype=self._dtype, device=self._device)
         with _random_state_of(like, self._state):
-            if like.is_cuda:
-                return torch.native_dropout(like, self.p, True)[1]
-            return like.bernoulli_(1 - self.p).div_(1 - self.p)
+            return torch.native_dropout(like, self.p, True)[1]
+
+    def _noise(self, generator: torch.Generator | None) -> Tensor:
+        noise = torch.empty(self._form, dtype=self._dtype, device=self._device)
+        return noise.bernoulli_(1 - self.p, generator=generator).div_(1 - self.p)
 
 
 def _capturing(x: Tensor) -> bool:
@@ -83,29 +105,28 @@ def _random_state(x: Tensor) -> Tensor | None:
     """That of x's device; None for tensors without data, for which nothing is drawn."""
     if x.is_meta or isinstance(x, FakeTensor):
         return None
-    module, where = _generator(x)
-    state: Tensor = module.get_rng_state(*where)
-    return state
+    return torch.cuda.get_rng_state(x.device) if x.is_cuda else torch.get_rng_state()
 
 
-def _generator(x: Tensor) -> tuple[Any, tuple[torch.device, ...]]:
-    """What has ``get_rng_state`` and ``set_rng_state`` for x's device, and what they take beside the state."""
-    return (torch.cuda, (x.device,)) if x.is_cuda else (torch, ())
+def _generator_at(state: Tensor) -> torch.Generator:
+    generator = torch.Generator("cpu")
+    generator.set_state(state)
+    return generator
 
 
 @contextmanager
 def _random_state_of(x: Tensor, state: Tensor | None) -> Iterator[None]:
-    """Within it numbers are drawn from ``state`` on x's device; then the random state is as before."""
+    """Within it numbers are drawn from ``state`` on x's CUDA device; then the random state is as before."""
     if state is None:
         yield
         return
-    module, where = _generator(x)
-    now = module.get_rng_state(*where)
-    module.set_rng_state(state, *where)
-    try:
-        yield
-    finally:
-        module.set_rng_state(now, *where)
+    with _drawing:
+        now = torch.cuda.get_rng_state(x.device)
+        torch.cuda.set_rng_state(state, x.device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_rng_state(now, x.device)
 
 
 def _aligned(x: Tensor) -> bool:
@@ -118,7 +139,7 @@ class _LeanDropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, drawn: Drawn) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.drawn = drawn
-        return F.dropout(x, drawn.p, True)
+        return drawn.first(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:

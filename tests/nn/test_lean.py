@@ -232,6 +232,22 @@ def test_masks_are_those_of_torch_and_the_random_state_goes_on(dtype):
         assert torch.equal(found, torch.autograd.grad(expected, x, grad)[0])
 
 
+def test_what_another_thread_draws_meanwhile_changes_no_mask(monkeypatch):
+    read = lean_dropout._random_state
+
+    def read_before_another_draws(x):
+        state = read(x)
+        torch.rand(5)
+        return state
+
+    monkeypatch.setattr(lean_dropout, "_random_state", read_before_another_draws)
+    dropout, x = nn.Sequential(nn.GELU(), nn.Dropout(0.5)), torch.ones(4, 64, requires_grad=True)
+    fuse(dropout)
+    y = dropout(x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(grad != 0, y != 0)
+
+
 def test_masks_are_kept_while_a_graph_is_captured(monkeypatch):
     ours, theirs = pair(
         lambda: Reads(nn.LayerNorm(WIDTH), [nn.GELU(), nn.Dropout(0.3), nn.Dropout(0.5)]), torch.float32
