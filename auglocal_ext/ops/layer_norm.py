@@ -39,7 +39,7 @@ def layer_norm(
         weight: ``(C,)`` in any of these dtypes, or None.
         bias: ``(C,)`` in any of these dtypes, or None; only beside a weight, and not for ``rms``.
         residual: of x's shape and dtype, or None.
-        eps: added to the variance; positive.
+        eps: added to the variance; at least 1.18e-38, float32's least normal number (for a double x float64's).
         rms: RMSNorm instead of LayerNorm.
         provider: None (automatic) or ``"reference"``, ``"aten"``, ``"cpu"``, ``"cuda"``, ``"triton"``.
 
@@ -64,12 +64,16 @@ def check_tensors(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
 ) -> None:
     """TypeError or ValueError for what :func:`layer_norm` does not take."""
+    for name, tensor in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
+        _check_kind(name, tensor)
     if x.dim() < 1 or 0 in x.shape:
         raise ValueError(f"expected x of shape (..., C) with elements, got {tuple(x.shape)}")
     if x.dtype not in providers.ALL:
         raise TypeError(f"expected x in float16, bfloat16, float32 or float64, got {x.dtype}")
-    if not 0 < eps < math.inf:
-        raise ValueError(f"expected a positive eps, got {eps}")
+    if eps is None or isinstance(eps, str):
+        raise TypeError(f"expected eps as a number, got {eps!r}")
+    if not least_eps(x.dtype) <= eps < math.inf:
+        raise ValueError(f"expected a positive eps, for {x.dtype} of at least {least_eps(x.dtype):.3g}, got {eps}")
     if bias is not None and (rms or weight is None):
         raise ValueError(
             "expected no bias for rms; RMSNorm has none"
@@ -94,6 +98,21 @@ def check_tensors(
             raise ValueError(
                 f"expected {name} on {x.device} as x, got it on {tensor.device}; move it with .to(x.device)"
             )
+
+
+def _check_kind(name: str, tensor: Tensor | None) -> None:
+    if tensor is None and name != "x":
+        return
+    if not isinstance(tensor, Tensor):
+        hint = "; the normalised shape is that of the last dimension, leave it out" if name == "weight" else ""
+        raise TypeError(f"expected {name} as a tensor, got {type(tensor).__name__}{hint}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"expected {name} as a dense tensor, got one of layout {tensor.layout}")
+
+
+def least_eps(dtype: torch.dtype) -> float:
+    """The least eps for x of this dtype: a normal number in the dtype of the statistics, which a smaller one is not."""
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).tiny
 
 
 def rows(x: Tensor) -> Tensor:
