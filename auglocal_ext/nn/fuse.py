@@ -72,7 +72,8 @@ def fuse(module: nn.Module) -> FusionReport:
     Only how the parts run changes: parameters, buffers, state dict, hooks on the changed modules, copies, pickles and,
     up to rounding, results are as before. Every call inspects the parts again: one that was given hooks, or was
     replaced, runs eagerly, as do ``torch.compile``, ``torch.export`` and ``torch.func`` transforms. Gradients are
-    differentiable once.
+    differentiable once. With the same seed, dropout drops the same elements as before, except after an
+    ``nn.MultiheadAttention``, whose output then has other strides.
 
     :func:`unfuse` reverts it.
     """

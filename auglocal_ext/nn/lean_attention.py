@@ -68,7 +68,8 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
     """An ``nn.MultiheadAttention`` that :func:`auglocal_ext.fuse` has changed.
 
     In training, self-attention without masks whose weights are not asked for keeps q, k, v and its output once. Other
-    calls are torch's.
+    calls are torch's. The output is contiguous; torch's has the strides of sequence first. Dropout draws in the order
+    of the strides, so with the same seed a dropout after it drops other elements.
     """
 
     def forward(
