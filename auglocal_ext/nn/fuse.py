@@ -63,11 +63,11 @@ def fuse(module: nn.Module) -> FusionReport:
     kept. Its normalised and rectified versions are made again in backward.
 
     Of a transformer it changes ``nn.LayerNorm``, ``nn.RMSNorm``, ``nn.GELU``, the gate of SwiGLU, ``nn.Dropout``,
-    ``nn.Linear`` and ``nn.MultiheadAttention``, in any block, and their like in Hugging Face's Llama and GPT-2 and in
-    timm. A linear layer makes its input again in backward from what the layer before keeps anyway. So a block keeps its
-    input, q, k, v, the attention's output and statistics, and one raw product before each nonlinearity. Dropout draws
-    its mask again from the random state at its call; in a captured CUDA graph it keeps the mask. Networks without such
-    a normalisation or activation stay as they are.
+    ``nn.Linear`` and ``nn.MultiheadAttention``, in any block, and their counterparts in Hugging Face's Llama and GPT-2
+    and in timm. A linear layer makes its input again in backward from what the layer before keeps anyway. So a block
+    keeps its input, q, k, v, the attention's output and statistics, and one raw product before each nonlinearity.
+    Dropout draws its mask again from the random state at its call; in a captured CUDA graph it keeps the mask. Networks
+    without such a normalisation or activation stay as they are.
 
     Only how the parts run changes: parameters, buffers, state dict, hooks on the changed modules, copies, pickles and,
     up to rounding, results are as before. Every call inspects the parts again: one that was given hooks, or was

@@ -30,9 +30,9 @@ def layer_norm(
 
     A row is what stands along the last dimension. With ``rms`` no mean is subtracted, and var is the mean square.
     Equal to ``F.layer_norm(total, (C,), weight, bias, eps)`` or ``F.rms_norm(total, (C,), weight, eps)``. Sums and
-    statistics are float32 (float64 for a double x). Between forward and backward only x (with a residual total, which
-    is the caller's anyway) and one or two numbers a row are stored. Differentiable once. Under autocast x keeps its
-    dtype.
+    statistics are float32 (float64 for a double x). Between forward and backward only the rows that are normalised (x;
+    with a residual the sum, which the caller has anyway) and one or two numbers a row are stored. Differentiable once.
+    Under autocast x keeps its dtype.
 
     Args:
         x: ``(..., C)`` in float16, bfloat16, float32 or float64, any strides.
