@@ -112,7 +112,7 @@ def _check_kind(name: str, tensor: Tensor | None) -> None:
 
 def least_eps(dtype: torch.dtype) -> float:
     """The least eps for x of this dtype: a normal number in the dtype of the statistics, which a smaller one is not."""
-    return torch.finfo(torch.promote_types(dtype, torch.float32)).tiny
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny
 
 
 def rows(x: Tensor) -> Tensor:
