@@ -63,12 +63,18 @@ def cubins(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
     return module
 
 
+#: Bytes of stack at most. The backward kernel of 16-bit rows takes 128 registers so that two blocks fit on a
+#: multiprocessor; without that limit it takes 154 on sm_80, and one block fits.
+SPILLED = {("layer_norm", "sm_80"): 8}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("op", OPS)
 def test_machine_code(op: str, architecture: str, cubins: ModuleType, tmp_path: Path) -> None:
     kernels = cubins.kernels(cubins.compile_cubin(op, architecture, tmp_path))
-    wrong = [f"{kernel}: {kernel.stack} bytes of stack" for kernel in kernels if kernel.stack]
+    most = SPILLED.get((op, architecture), 0)
+    wrong = [f"{kernel}: {kernel.stack} bytes of stack" for kernel in kernels if kernel.stack > most]
     for kernel in kernels:
         if (op, kernel.name) in WRITES_A_MAP and not {"4", "8"}.isdisjoint(kernel.arguments[:3]):
             narrow = kernel.code.count("STG") - kernel.code.wide("STG")
