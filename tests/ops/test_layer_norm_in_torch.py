@@ -44,7 +44,7 @@ def test_each_gradient_alone(device: str, provider: str, name: str, poison: None
         assert all((tensor.grad is not None) == (key in wanted) for key, tensor in given.items())
         of_x = bool({"x", "residual"} & set(wanted))
         assert needs.found == [(of_x, "weight" in wanted, "bias" in wanted)]
-    assert torch.equal(results[1], results[4])
+    torch.testing.assert_close(results[1], results[4])  # sums alone may be added in another order
 
 
 @column.cases
