@@ -31,6 +31,11 @@ POLL_SECONDS = 0.2
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def file_name(row: str) -> str:
+    """A row's name as part of a folder's."""
+    return row.lower().replace(" + ", "+").replace(" ", "-").replace("=", "")
+
+
 class OtherRunError(Exception):
     """A folder holds another run than the one that was to be made in it; the message says what to do."""
 

@@ -29,7 +29,7 @@ import _environment  # first: it makes the package importable
 import torch
 from _accuracy_plot import draw
 from _accuracy_rows import ROWS, check_settings, row_options, why_not
-from _accuracy_runs import INTERRUPTED, OtherRunError, Run, run_all, status_of
+from _accuracy_runs import INTERRUPTED, OtherRunError, Run, file_name, run_all, status_of
 from _accuracy_table import collect, group
 from _accuracy_text import describe
 
@@ -135,7 +135,7 @@ def make_runs(options: argparse.Namespace) -> list[Run]:
             rule=row_options(row, network),
             device=options.device,
             data=data,
-            folder=options.output / "runs" / f"{network}-{_file_name(row)}-{options.epochs}ep-seed{seed}",
+            folder=options.output / "runs" / f"{network}-{file_name(row)}-{options.epochs}ep-seed{seed}",
         )
         for seed in dict.fromkeys(options.seeds)
         for network in dict.fromkeys(options.network)
@@ -154,10 +154,6 @@ def data_facts(root: Path) -> dict[str, Any]:
         return {"dataset": kind}
     classes, train, test = list_folder(root)
     return {"dataset": kind, "classes": classes, "train_files": len(train.paths), "test_files": len(test.paths)}
-
-
-def _file_name(row: str) -> str:
-    return row.lower().replace(" + ", "+").replace(" ", "-").replace("=", "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

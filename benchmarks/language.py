@@ -26,8 +26,12 @@ from typing import Any
 
 import _environment  # first: it makes the package importable
 import torch
-from _accuracy_runs import INTERRUPTED, OtherRunError, Run, run_all, status_of
+from _accuracy_rows import check_settings
+from _accuracy_runs import INTERRUPTED, OtherRunError, Run, file_name, run_all, status_of
 from _language_report import collect, describe, draw, rows_of, samples
+
+from auglocal_ext.training import TrainingError
+from auglocal_ext.training.config.train_config import pick_device
 
 NETWORK, MODULES = "gpt", 2
 
@@ -58,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=EPOCHS, metavar="N", help=f"default {EPOCHS}")
     add("--settings", default=SETTINGS, metavar="OPTIONS", help=f"of train for every run (default {SETTINGS!r})")
     add("--quick", action="store_true", help="an epoch of a tiny network on the first 20,000 bytes; no result")
-    add("--device", default="cpu", metavar="NAME", help="cpu (default), cuda, cuda:1, ...")
+    add("--device", default="cpu", metavar="NAME", help="cpu (default), auto, cuda, cuda:1, ...")
     add("--time-limit", type=float, default=math.inf, metavar="MINUTES", help="stop then, as Ctrl-C does")
     add("--output", type=Path, default=Path("runs/benchmarks/language"), metavar="DIR")
     add("--report-only", action="store_true", help="train nothing: write the report of the runs below --output")
@@ -80,8 +84,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.epochs < 1 or (options.bytes is not None and options.bytes < 1):
         parser.error("--epochs and --bytes are at least 1")
     try:
+        options.device = str(pick_device(options.device))
+        check_settings(options.settings)
         options.runs = make_runs(options)
-    except OtherRunError as error:
+    except (TrainingError, OtherRunError) as error:
         parser.error(str(error))
     return options
 
@@ -103,7 +109,7 @@ def make_runs(options: argparse.Namespace) -> list[Run]:
             rule=ROWS[row],
             device=options.device,
             data=data,
-            folder=options.output / "runs" / f"{row.lower().replace(' ', '-').replace('=', '')}-seed{seed}",
+            folder=options.output / "runs" / f"{file_name(row)}-seed{seed}",
         )
         for seed in dict.fromkeys(options.seeds)
         for row in dict.fromkeys(options.rows)

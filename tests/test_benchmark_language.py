@@ -88,6 +88,8 @@ def test_what_is_committed_is_what_the_report_writes(benchmark, report, tmp_path
         ([], "--data FILE is missing"),
         (["--data", "none.txt"], "no such file"),
         (["--data", __file__, "--epochs", "0"], "at least 1"),
+        (["--data", __file__, "--device", "gpu"], "--device is auto, cpu"),
+        (["--data", __file__, "--settings", "--rule bp"], "--settings has --rule, which each run has of its own"),
     ],
 )
 def test_wrong_calls(benchmark, capsys, arguments, said):
