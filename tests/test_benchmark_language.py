@@ -116,5 +116,6 @@ def test_a_row_from_beginning_to_end(benchmark, tmp_path, capsys):
     assert benchmark.main(options) == 0  # done already
     assert log.stat().st_mtime_ns == before
     with pytest.raises(SystemExit):
-        benchmark.main([*options, "--device", "cuda"])
-    assert "holds a run with other settings" in capsys.readouterr().err
+        benchmark.main([*options, "--settings", "--lr 0.5"])
+    said = capsys.readouterr().err
+    assert "holds a run with other settings" in said and "now '--lr 0.5'" in said
