@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import providers
 from ..ops.batch_norm_passes import Passes, count_as_written
 from ..ops.registry import refuse_create_graph
 from .fusable import NormCall, counted
@@ -24,6 +25,22 @@ def norm_act_call(run: Passes, x: Tensor, norm: NormCall, slope: float, residual
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"expected residual {tuple(x.shape)} as x, got {tuple(residual.shape)}")
     return _NormAct.apply(x, norm[0], norm[1], residual, (run, slope, norm))
+
+
+def norm_fits(norm: NormCall, x: Tensor, residual: Tensor | None) -> bool:
+    """Whether ``norm``, in training, can go over x as :func:`norm_act_call` does, with nothing to refuse or explain."""
+    weight, bias, *_, training, momentum, _, fit = norm
+    if not training or momentum is None or fit is None:
+        return False
+    dtype, shape = x.dtype, x.shape
+    if dtype not in providers.ALL or fit.dtype is not (torch.float64 if dtype is torch.float64 else torch.float32):
+        return False
+    for vector in (weight, bias):
+        if vector is not None and not (vector.dtype is fit.dtype or vector.dtype is dtype):
+            return False
+    if shape[1] != fit.channels or x.device != fit.device or not x.numel() > fit.channels:
+        return False
+    return residual is None or residual.shape == shape and residual.dtype is dtype and residual.device == x.device
 
 
 #: What the passes of ``batch_norm_act`` are told in backward besides tensors, after the passes: slope, and training.

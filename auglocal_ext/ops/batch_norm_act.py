@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .batch_norm_checks import check_eps, check_map, check_tensors, slope_of, wide_dtype
-from .batch_norm_passes import NAME, count_as_written, passes, refuse_stand_in, updates
+from .batch_norm_checks import cast_to, check_eps, check_map, check_tensors, slope_of, wide_dtype
+from .batch_norm_passes import NAME, count_as_written, passes, refuse_stand_in, updatable
 from .layout import empty_like
 from .transforms import refuse_transforms
 
@@ -53,19 +53,19 @@ def batch_norm_act(
     value per channel in training, RuntimeError for a provider that is not available, NotImplementedError under
     ``torch.func`` and for tensors with a tangent of forward-mode AD.
     """
+    if training and updatable(x, weight, bias, running_mean, running_var, residual, num_batches_tracked):
+        written = running_mean, running_var, num_batches_tracked
+        slope = slope_of(activation, negative_slope)
+        check_eps(eps, training)
+        op = _IN_TRAINING[passes(x, provider).provider]
+        torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])
+        return op(x, *written, weight, bias, residual, float(momentum), float(eps), slope)[0]
     refuse_transforms(NAME, _INSTEAD, x, weight, bias, residual)
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     check_tensors(x, vectors, residual)
     slope = slope_of(activation, negative_slope)
     if training:
         refuse_stand_in(NAME)
-    if training and not torch.compiler.is_compiling():
-        written = running_mean, running_var, num_batches_tracked
-        if updates(x, *written):
-            check_eps(eps, training)
-            count_as_written(*written)
-            options = float(momentum), float(eps), slope
-            return _IN_TRAINING[passes(x, provider).provider](x, *written, weight, bias, residual, *options)[0]
     mean, rstd = batch_norm_factors(
         x,
         running_mean,
@@ -279,14 +279,10 @@ def _gradients_of(provider: str, ctx: Any, grad: Tensor, needs: Sequence[bool]) 
     grad_x, grad_residual, sum_g, sum_g_xhat = backward(grad, *ctx.saved_tensors, ctx.slope, ctx.training, *wanted)
     return (
         grad_x if need_x else None,
-        _in(ctx.dtypes[0], sum_g_xhat) if need_weight else None,
-        _in(ctx.dtypes[1], sum_g) if need_bias else None,
+        cast_to(ctx.dtypes[0], sum_g_xhat) if need_weight else None,
+        cast_to(ctx.dtypes[1], sum_g) if need_bias else None,
         None if not need_residual else grad if ctx.slope == 1 else grad_residual,
     )
-
-
-def _in(dtype: torch.dtype, vector: Tensor) -> Tensor:
-    return vector if vector.dtype is dtype else vector.to(dtype)
 
 
 def _setup_context_(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor]) -> None:

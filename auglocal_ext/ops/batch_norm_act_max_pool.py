@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from . import registry
 from .batch_norm_act import batch_norm_factors
-from .batch_norm_checks import check_eps, check_tensors, slope_of, wide_dtype
-from .batch_norm_passes import count_as_written, refuse_stand_in, updates
+from .batch_norm_checks import cast_to, check_eps, check_tensors, slope_of, wide_dtype
+from .batch_norm_passes import count_as_written, refuse_stand_in, updatable
 from .deferred import check_values
 from .layout import empty_like
 from .reference.batch_norm_act_max_pool import Window, empty_pooled, first_inside, outside, pooled_size
@@ -56,6 +57,13 @@ def batch_norm_act_max_pool(
     channel in training, RuntimeError for a provider that is not available, NotImplementedError under ``torch.func`` and
     for tensors with a tangent of forward-mode AD.
     """
+    if training and updatable(x, weight, bias, running_mean, running_var, None, num_batches_tracked):
+        written = running_mean, running_var, num_batches_tracked
+        window, slope = _known_window(x, kernel_size, stride, padding), slope_of(activation, negative_slope)
+        check_eps(eps, training)
+        op = registry.chosen(NAME, x, provider, _FORWARD_, beside=window)
+        count_as_written(*written)
+        return _IN_TRAINING[id(op)](x, *written, weight, bias, float(momentum), float(eps), slope, *window)[0]
     refuse_transforms(NAME, _INSTEAD, x, weight, bias)
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     check_tensors(x, vectors, None)
@@ -63,13 +71,6 @@ def batch_norm_act_max_pool(
     slope = slope_of(activation, negative_slope)
     if training:
         refuse_stand_in(NAME)
-    if training and not torch.compiler.is_compiling():
-        written = running_mean, running_var, num_batches_tracked
-        if updates(x, *written):
-            check_eps(eps, training)
-            count_as_written(*written)
-            op = registry.chosen(NAME, x, provider, _FORWARD_, beside=window)
-            return _IN_TRAINING[id(op)](x, *written, weight, bias, float(momentum), float(eps), slope, *window)[0]
     mean, rstd = batch_norm_factors(
         x.detach(),
         running_mean,
@@ -177,8 +178,24 @@ def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
 def _window(
     x: Tensor, kernel_size: int | Sequence[int], stride: int | Sequence[int], padding: int | Sequence[int]
 ) -> Window:
-    if x.dim() != 4:
-        raise ValueError(f"expected x of shape (N, C, H, W), got {tuple(x.shape)}")
+    return _window_of(x.shape, kernel_size, stride, padding)
+
+
+def _known_window(
+    x: Tensor, kernel_size: int | Sequence[int], stride: int | Sequence[int], padding: int | Sequence[int]
+) -> Window:
+    """:func:`_window`, looked up where it was asked before; not for code that ``torch.compile`` reads."""
+    try:
+        return _remembered_window(x.shape, kernel_size, stride, padding)
+    except TypeError:  # a list cannot be looked up
+        return _window(x, kernel_size, stride, padding)
+
+
+def _window_of(
+    shape: Sequence[int], kernel_size: int | Sequence[int], stride: int | Sequence[int], padding: int | Sequence[int]
+) -> Window:
+    if len(shape) != 4:
+        raise ValueError(f"expected x of shape (N, C, H, W), got {tuple(shape)}")
     kernel = _pair("kernel_size", kernel_size, 1)
     window = (*kernel, *_pair("stride", stride, 1), *_pair("padding", padding, 0))
     if kernel[0] * kernel[1] > 256:
@@ -188,17 +205,20 @@ def _window(
         )
     if 2 * window[4] > kernel[0] or 2 * window[5] > kernel[1]:
         raise ValueError(f"expected padding of at most half of kernel_size {kernel}, got {window[4:]}")
-    if min(pooled_size(x, window)) < 1:
+    if min(pooled_size(shape, window)) < 1:
         raise ValueError(
             f"expected a map no smaller than kernel_size {kernel} less twice the padding {window[4:]}, "
-            f"got x {tuple(x.shape)}"
+            f"got x {tuple(shape)}"
         )
     return window
 
 
+_remembered_window = lru_cache(maxsize=1024, typed=True)(_window_of)
+
+
 def _checked_pooled(grad: Tensor, indices: Tensor, x: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     """Both as the kernels can take them, which read x wherever an index says; autograd has no need of it."""
-    shape = (*x.shape[:2], *pooled_size(x, window))
+    shape = (*x.shape[:2], *pooled_size(x.shape, window))
     for name, tensor, dtype in (("grad", grad, x.dtype), ("indices", indices, torch.uint8)):
         if tensor.shape != shape or tensor.dtype != dtype:
             raise ValueError(f"expected {name} {shape} in {dtype}, got {tuple(tensor.shape)} in {tensor.dtype}")
@@ -262,8 +282,8 @@ def _gradients(provider: str, ctx: Any, grad: Tensor, needs: Sequence[bool]) -> 
     )
     return (
         grad_x if need_x else None,
-        sum_g_xhat.to(ctx.dtypes[0]) if need_weight else None,
-        sum_g.to(ctx.dtypes[1]) if need_bias else None,
+        cast_to(ctx.dtypes[0], sum_g_xhat) if need_weight else None,
+        cast_to(ctx.dtypes[1], sum_g) if need_bias else None,
     )
 
 

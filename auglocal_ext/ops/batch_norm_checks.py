@@ -15,6 +15,11 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def cast_to(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """``tensor.to(dtype)``, which takes its time also where there is nothing to do."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
 def slope_of(activation: str, negative_slope: float) -> float:
     """Slope of the activation below zero, by which providers know which activation it is."""
     if activation == "relu":

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch import transforms_active
 from . import providers, registry, tuning
 from .batch_norm_checks import wide_dtype
 
@@ -74,18 +75,43 @@ class Passes(NamedTuple):
         return torch.get_autocast_dtype(device) if device and torch.is_autocast_enabled(device) else None
 
 
-def updates(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None
+def updatable(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    num_batches_tracked: Tensor | None,
 ) -> bool:
-    """Whether the ops that make statistics can write to these, and x has more than one value per channel."""
-    wide = wide_dtype(x)
+    """Whether a batch can be normalised by one op that also writes the running statistics.
+
+    True only where nothing is to be refused or explained either. Asked at every call, hence in one function: between
+    operators, whose code displaces Python's in the caches, each call of a function takes several times as long as in a
+    loop of its own.
+    """
+    if torch.compiler.is_compiling() or _stand_in is not None or transforms_active():
+        return False
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if len(shape) < 2 or dtype not in providers.ALL or not x.numel() > shape[1]:
+        return False
+    channels, wide = shape[1:2], torch.float64 if dtype is torch.float64 else torch.float32
+    for vector in (weight, bias):
+        if vector is not None:
+            if not (vector.dtype is wide or vector.dtype is dtype) or vector.shape != channels:
+                return False
+            if vector.device != device:
+                return False
     for running in (running_mean, running_var):
-        if running is not None and not (running.dtype is wide and running.is_contiguous()):
-            return False
+        if running is not None:
+            if running.dtype is not wide or running.shape != channels or not running.is_contiguous():
+                return False
+            if running.device != device:
+                return False
     if num_batches_tracked is not None:
-        if num_batches_tracked.dtype is not torch.int64 or num_batches_tracked.device != x.device:
+        if num_batches_tracked.dtype is not torch.int64 or num_batches_tracked.device != device:
             return False
-    return x.numel() > x.shape[1]
+    return residual is None or residual.shape == shape and residual.dtype is dtype and residual.device == device
 
 
 _stand_in: Callable[[Passes], Passes] | None = None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import providers, registry
-from .batch_norm_checks import wide_dtype
+from .batch_norm_checks import cast_to, wide_dtype
 from .transforms import refuse_transforms
 
 NAME = "layer_norm"
@@ -167,7 +167,7 @@ def _forward(
 
 
 def _contiguous(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.contiguous()
+    return vector if vector is None or vector.is_contiguous() else vector.contiguous()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -183,19 +183,20 @@ def _backward(provider: str, ctx: Any, grad: Tensor | None, grad_total: Tensor |
     if grad is None:  # total alone is used
         return grad_total, grad_total, None, None, None, None
     x, mean, rstd, weight = ctx.saved_tensors
-    need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
+    need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
+    need_rows = need_x or need_residual
     grad_x, grad_weight, grad_bias = registry.kernel("layer_norm_backward", provider)(
         rows(grad),
         None if grad_total is None else rows(grad_total),
-        *(rows(x), mean, rstd, _contiguous(weight), ctx.rms),
-        *(need_x or need_residual, need_weight, need_bias),
+        *(rows(x), mean, rstd, _contiguous(weight), ctx.rms, need_rows, need_weight, need_bias),
     )
-    shaped = grad_x.view(x.shape) if need_x or need_residual else None
+    if need_rows and x.dim() != 2:
+        grad_x = grad_x.view(x.shape)
     return (
-        shaped if need_x else None,
-        shaped if need_residual else None,
-        grad_weight.to(ctx.dtypes[0]) if need_weight else None,
-        grad_bias.to(ctx.dtypes[1]) if need_bias else None,
+        grad_x if need_x else None,
+        grad_x if need_residual else None,
+        cast_to(ctx.dtypes[0], grad_weight) if need_weight else None,
+        cast_to(ctx.dtypes[1], grad_bias) if need_bias else None,
         None,
         None,
     )

@@ -17,6 +17,8 @@ What every provider does (statistics are those of ``batch_norm_act``; the Triton
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,18 +29,18 @@ from . import batch_norm_act
 Window = tuple[int, ...]  # six numbers, as the ops take them
 
 
-def pooled_size(x: Tensor, window: Window) -> tuple[int, int]:
+def pooled_size(shape: Sequence[int], window: Window) -> tuple[int, int]:
     """Height and width after pooling: floor((size + 2 padding - kernel) / stride) + 1."""
     kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w = window
     return (
-        (x.shape[2] + 2 * padding_h - kernel_h) // stride_h + 1,
-        (x.shape[3] + 2 * padding_w - kernel_w) // stride_w + 1,
+        (shape[2] + 2 * padding_h - kernel_h) // stride_h + 1,
+        (shape[3] + 2 * padding_w - kernel_w) // stride_w + 1,
     )
 
 
 def empty_pooled(x: Tensor, window: Window, dtype: torch.dtype) -> Tensor:
     """Memory for a pooled map: channels-last where the channels of x lie together, else contiguous."""
-    height, width = pooled_size(x, window)
+    height, width = pooled_size(x.shape, window)
     if x.is_contiguous() or x.stride(1) != 1:
         return x.new_empty((*x.shape[:2], height, width), dtype=dtype)
     return x.new_empty((x.shape[0], height, width, x.shape[1]), dtype=dtype).movedim(-1, 1)

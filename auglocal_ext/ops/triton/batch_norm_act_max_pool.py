@@ -424,7 +424,7 @@ def input_grad(
     grad_x = empty_like(x)
     plan = _plan(grad_x, reduces=False)
     mean = mean.contiguous()
-    pooled = pooled_size(x, window)
+    pooled = pooled_size(x.shape, window)
     windows_h, windows_w = triton.cdiv(window[0], window[2]), triton.cdiv(window[1], window[3])
     with on_device(x):
         _input_grad_kernel[plan.grid](
