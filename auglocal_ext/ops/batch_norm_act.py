@@ -257,7 +257,7 @@ def _forward(provider: str, *arguments: Any) -> Tensor:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, mean, rstd, weight, bias, residual, ctx.slope, ctx.training = inputs
     ctx.set_materialize_grads(False)
-    ctx.dtypes = tuple(None if vector is None else vector.dtype for vector in (weight, bias))
+    ctx.dtypes = None if weight is None else weight.dtype, None if bias is None else bias.dtype
     if ctx.slope == 1:  # no mask, which is all that these two are for
         bias = residual = None
     ctx.save_for_backward(x, mean, rstd, weight, bias, residual)

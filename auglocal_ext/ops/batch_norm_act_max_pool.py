@@ -261,7 +261,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.window = tuple(window)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.dtypes = tuple(None if vector is None else vector.dtype for vector in (weight, bias))
+    ctx.dtypes = None if weight is None else weight.dtype, None if bias is None else bias.dtype
     # Without an activation there is no mask, which is all that backward needs the bias for.
     ctx.save_for_backward(output[1], x, mean, rstd, weight, None if ctx.slope == 1 else bias)
 

@@ -54,7 +54,8 @@ def layer_norm(
         NotImplementedError: under ``torch.func``, and for inputs with a tangent of forward-mode AD.
     """
     refuse_transforms(NAME, _INSTEAD, x, residual, weight, bias)
-    check_tensors(x, residual, weight, bias, eps, rms)
+    if not _fit(x, residual, weight, bias, eps, rms):
+        check_tensors(x, residual, weight, bias, eps, rms)
     op = registry.chosen(NAME, x, provider)
     y, total, *_ = registry.run(op, x, residual, weight, bias, float(eps), bool(rms))
     return y if residual is None else (y, total)
@@ -98,6 +99,31 @@ def check_tensors(
             raise ValueError(
                 f"expected {name} on {x.device} as x, got it on {tensor.device}; move it with .to(x.device)"
             )
+
+
+def _fit(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool) -> bool:
+    """Whether the plainest tensors are to be normalised, of which :func:`check_tensors` has nothing to say.
+
+    Asked at every call, and several times as fast.
+    """
+    if type(eps) is not float or not 1e-37 < eps < 1 or not isinstance(x, Tensor):
+        return False
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if not shape or 0 in shape or dtype not in providers.ALL or x.layout is not torch.strided:
+        return False
+    for vector in (weight, bias):
+        if vector is not None:
+            if not isinstance(vector, Tensor) or vector.shape != shape[-1:] or vector.device != device:
+                return False
+            if vector.dtype not in providers.ALL or vector.layout is not torch.strided:
+                return False
+    if bias is not None and (rms or weight is None):
+        return False
+    if residual is None:
+        return True
+    if not isinstance(residual, Tensor) or residual.layout is not torch.strided:
+        return False
+    return residual.shape == shape and residual.dtype is dtype and residual.device == device
 
 
 def _check_kind(name: str, tensor: Tensor | None) -> None:
@@ -175,7 +201,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _, total, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((total,) if residual is None else ()), mean, rstd)
-    ctx.dtypes = tuple(None if vector is None else vector.dtype for vector in (weight, bias))
+    ctx.dtypes = None if weight is None else weight.dtype, None if bias is None else bias.dtype
     ctx.save_for_backward(x if residual is None else total, mean, rstd, weight)
 
 

@@ -145,7 +145,8 @@ def recorded(
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-            refuse_create_graph(op, instead)
+            if torch.is_grad_enabled():
+                refuse_create_graph(op, instead)
             return backward(provider, ctx, *gradients)
 
     return Recorded.apply

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import auglocal_ext
-from auglocal_ext import fuse, models
-from auglocal_ext.nn import recomputed
+from auglocal_ext import fuse, models, ops
+from auglocal_ext.nn import BatchNormAct2d, recomputed
 from auglocal_ext.ops import providers
 
 LENGTH = 8
@@ -87,6 +87,41 @@ def test_python_calls_of_a_unit():
         pytest.skip("passes of the reference are functions of this package too")
     short, long = (python_calls(step(fused(chain(length)), image())) for length in (2, 10))
     assert (long - short) / 8 <= 19
+
+
+def _norm(x):
+    return BatchNormAct2d(4), lambda layer: layer(x)
+
+
+def _norm_op(x):
+    return BatchNormAct2d(4), lambda layer: ops.batch_norm_act(
+        x, layer.weight, layer.bias, layer.running_mean, layer.running_var, training=True
+    )
+
+
+def _pool_op(x):
+    return BatchNormAct2d(4), lambda layer: ops.batch_norm_act_max_pool(
+        x, layer.weight, layer.bias, layer.running_mean, layer.running_var, training=True
+    )
+
+
+def _layer_norm(x):
+    return nn.LayerNorm(4), lambda layer: ops.layer_norm(x, layer.weight, layer.bias, residual=x)[0]
+
+
+@pytest.mark.parametrize(("made", "most"), [(_norm, 18), (_norm_op, 17), (_pool_op, 19), (_layer_norm, 24)])
+def test_python_calls_of_an_op_alone(made, most):
+    if not providers.available("cpu"):
+        pytest.skip("passes of the reference are functions of this package too")
+    x = image().requires_grad_()
+    layer, run = made(x)
+
+    def step():
+        out = run(layer)
+        torch.autograd.grad(out, [x, layer.weight, layer.bias], torch.ones_like(out))
+
+    step()
+    assert python_calls(step) <= most
 
 
 def test_a_unit_crosses_into_its_ops_three_times():
