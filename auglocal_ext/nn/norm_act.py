@@ -14,7 +14,7 @@ from ..ops.registry import refuse_create_graph
 from .fusable import NormCall, counted
 
 #: What has the second derivatives that the fused nodes have not.
-PLAIN = "the plain module, to which auglocal_ext.unfuse(module) takes it back"
+PLAIN = "torch's own layers, which auglocal_ext.unfuse(module) puts back into a fused module"
 
 
 def norm_act_call(run: Passes, x: Tensor, norm: NormCall, slope: float, residual: Tensor | None = None) -> Tensor:
