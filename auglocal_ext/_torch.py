@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from operator import itemgetter
 from types import FrameType
@@ -84,6 +84,7 @@ __all__ = [
     "is_replica",
     "let_step_scale_gradients",
     "log_softmax_backward",
+    "looked_into",
     "make_wrapper_subclass",
     "mark_as_stepped",
     "mark_as_wrapped",
@@ -96,6 +97,7 @@ __all__ = [
     "storage_id",
     "transforms_active",
     "version",
+    "versions",
     "written_tensors",
 ]
 
@@ -140,6 +142,11 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def versions(tensors: Iterable[Tensor | None]) -> list[int]:
+    """:func:`version` of those that are tensors."""
+    return [tensor._version for tensor in tensors if tensor is not None]
+
+
 def backward_hooks(tensor: Tensor) -> dict[int, Any] | None:
     """The hooks of a tensor by number, the very dictionary, or None; ``register_hook`` adds one and lists none."""
     return tensor._backward_hooks
@@ -167,6 +174,16 @@ def transforms_active() -> bool:
     """Whether ``torch.func`` transforms what is called now, or a level of forward-mode AD is open."""
     # forward_ad can open and close levels but does not say whether one is open.
     return functorch_active() or forward_ad._current_level >= 0
+
+
+def looked_into() -> bool:
+    """Whether calls of modules and operators are compiled, traced, transformed, or met by hooks of all modules.
+
+    One call in place of torch's five. torch.jit.is_tracing asks the same C function.
+    """
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return True
+    return functorch_active() or forward_ad._current_level >= 0 or bool(has_global_hooks())
 
 
 def plain_call(module: nn.Module) -> Callable[..., Any]:

@@ -103,7 +103,7 @@ def test_a_storage_has_one_identity():
         assert private.storage_id(x.untyped_storage()) != private.storage_id(other.untyped_storage())
 
 
-@canary("version")
+@canary("version", "versions")
 def test_a_version_counts_writes():
     x = torch.zeros(4)
     before, view = private.version(x), x[1:]
@@ -112,6 +112,7 @@ def test_a_version_counts_writes():
     view.add_(1)
     x.data.add_(1)  # which torch leaves out
     assert private.version(x) == private.version(view) == private.version(x.detach()) == before + 1
+    assert private.versions([x, None, x + 1]) == [before + 1, 0]
 
 
 @canary("backward_hooks", "post_accumulate_hooks")
@@ -192,9 +193,10 @@ def test_the_gradient_of_log_softmax_is_made_from_its_result():
     torch.testing.assert_close(private.log_softmax_backward(grad, log_p.detach(), 1, x.dtype), expected)
 
 
-@canary("functorch_active", "transforms_active")
+@canary("functorch_active", "transforms_active", "looked_into")
 def test_transforms_are_noticed():
     def now():
+        assert private.looked_into() == private.transforms_active()
         return private.functorch_active(), private.transforms_active()
 
     found = []
@@ -209,3 +211,9 @@ def test_transforms_are_noticed():
         found.append(now())
     assert found == [(True, True), (True, True), (False, True)]
     assert now() == (False, False)
+
+    torch.jit.trace(lambda x: found.append(private.looked_into()) or x + 1, torch.ones(2), check_trace=False)
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    found.append(private.looked_into())
+    handle.remove()
+    assert found[3:] == [True, True] and not private.looked_into()

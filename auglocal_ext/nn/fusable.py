@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._torch import COMPILED_CALL, call_hooks, has_global_hooks, transforms_active
+from .._torch import COMPILED_CALL, call_hooks, looked_into
 
 
 class Activation(NamedTuple):
@@ -98,14 +98,7 @@ def must_be_eager(x: Tensor) -> bool:
     Tracers, function transforms and forward-mode AD look inside. Global module hooks want every module's call; an
     empty batch is torch's to judge.
     """
-    return (
-        not isinstance(x, Tensor)
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or transforms_active()
-        or has_global_hooks()
-        or x.numel() == 0
-    )
+    return not isinstance(x, Tensor) or looked_into() or x.numel() == 0
 
 
 class Fit(NamedTuple):

@@ -12,10 +12,12 @@ from ..ops.registry import refuse_create_graph
 from .norm_act import PLAIN
 from .remade import Once, Remake, Source, autocast_dtype, autocasts, recordable, source_of
 
+_AS_IT_IS = nullcontext()
+
 
 def readable(y: Tensor, weight: Tensor, bias: Tensor | None) -> Source | None:
     """The source from which the weight's gradient can be made; None where ``F.linear`` keeps no more, or must run."""
-    if not isinstance(y, Tensor) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return None
     source = source_of(y)
     if source is None or not weight.requires_grad or not recordable(y, weight, bias):
@@ -71,7 +73,7 @@ class _LeanLinear(torch.autograd.Function):
         dtype = grad.dtype if autocast is None else autocast
         device = grad.device.type
         # The dtypes are those of the forward pass, whatever autocast is around the call of backward.
-        with torch.autocast(device, enabled=False) if autocasts(device) else nullcontext():
+        with torch.autocast(device, enabled=False) if autocasts(device) else _AS_IT_IS:
             grad_y = grad_weight = grad_bias = None
             if need_weight:
                 y = once.take(remake, made_from)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import providers, registry, tuning
+from ..ops.batch_norm_checks import cast_to
 from ..ops.layer_norm import NAME
 from .norm_act import PLAIN
-from .remade import Source, autocasts, recordable
+from .remade import Remake, Source, autocasts, recordable
 
 
 class NormPasses(NamedTuple):
@@ -42,7 +43,7 @@ def lean_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool, dtype: torch.dtype
 ) -> Tensor:
     """``ops.layer_norm`` of ``x``, converted to ``dtype``, with a source; x (..., C) that is recordable."""
-    source = Source(partial(_again, rms=rms, dtype=dtype), (None,))
+    source = Source(cast(Remake, _again), (None,))  # the forward pass completes it
     y: Tensor = _LeanNorm.apply(x, weight, bias, (eps, rms, dtype, source))
     y = y.view(x.shape)  # a view of torch's own, which may be written to
     return source.note(y) if y.requires_grad else y
@@ -53,10 +54,9 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return rows.contiguous() if rows.dtype is dtype else rows.to(dtype).contiguous()
 
 
-def _again(tensors: Sequence[Any], rms: bool, dtype: torch.dtype) -> Tensor:
+def _again(tensors: Sequence[Any], passes: NormPasses, rms: bool, dtype: torch.dtype) -> Tensor:
     x, mean, rstd, weight, bias = tensors
-    rows = _rows(x, dtype)
-    y: Tensor = norm_passes(rows).apply(rows, mean, rstd, weight, bias, rms)
+    y: Tensor = passes.apply(_rows(x, dtype), mean, rstd, weight, bias, rms)
     return y.view(x.shape)
 
 
@@ -73,11 +73,13 @@ class _LeanNorm(torch.autograd.Function):
         eps, rms, dtype, source = options
         rows = _rows(x, dtype)
         y: Tensor
-        y, _, mean, rstd = norm_passes(rows).forward(rows, None, weight, bias, eps, rms)
+        passes = norm_passes(rows)
+        y, _, mean, rstd = passes.forward(rows, None, weight, bias, eps, rms)
+        source.remake = partial(_again, passes=passes, rms=rms, dtype=dtype)
         source.tensors = x, mean, rstd, weight, bias
         ctx.source = weakref.ref(source)  # whose tensors live no longer than the output and what is saved
         ctx.once = source.once
-        ctx.options = rms, dtype, None if bias is None else bias.dtype
+        ctx.options = passes, rms, dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(x, mean, rstd, weight)
         return y
 
@@ -90,16 +92,16 @@ class _LeanNorm(torch.autograd.Function):
             source.tensors = ()
         if grad is None:
             return (None,) * 4
-        rms, dtype, bias_dtype = ctx.options
+        passes, rms, dtype, bias_dtype = ctx.options
         x, mean, rstd, weight = ctx.saved_tensors
-        rows = _rows(x, dtype)
-        grad_x, grad_weight, grad_bias = norm_passes(rows).backward(
-            _rows(grad, dtype), None, rows, mean, rstd, weight, rms, *ctx.needs_input_grad[:3]
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        grad_x, grad_weight, grad_bias = passes.backward(
+            *(_rows(grad, dtype), None, _rows(x, dtype), mean, rstd, weight, rms, need_x, need_weight, need_bias)
         )
         return (
-            grad_x.view(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None,
-            grad_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
-            grad_bias.to(bias_dtype) if ctx.needs_input_grad[2] else None,
+            cast_to(x.dtype, grad_x.view(x.shape)) if need_x else None,
+            cast_to(weight.dtype, grad_weight) if need_weight else None,
+            cast_to(bias_dtype, grad_bias) if need_bias else None,
             None,
         )
 
@@ -111,8 +113,8 @@ def result_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: boo
     """The dtype of what torch's layer returns for ``x`` here, autocast included; None where it refuses the dtypes."""
     device = x.device.type
     autocast = autocasts(device)
-    vectors = tuple(None if vector is None else vector.dtype for vector in (weight, bias))
-    if not autocast and all(dtype in (None, x.dtype) for dtype in vectors):
+    vectors = None if weight is None else weight.dtype, None if bias is None else bias.dtype
+    if not autocast and vectors[0] in (None, x.dtype) and vectors[1] in (None, x.dtype):
         return x.dtype
     key = x.dtype, *vectors, x.device, autocast and torch.get_autocast_dtype(device), rms
     if key not in _dtypes:
@@ -134,20 +136,24 @@ def _tried(x: Tensor, vectors: Sequence[torch.dtype | None], rms: bool) -> torch
 def lean_layer_norm(norm: Any, x: Tensor, rms: bool = False) -> Tensor | None:
     """What the layer makes of ``x`` with a node of our own; None where it must run as it is."""
     weight, bias = norm.weight, None if rms else norm.bias
-    if not recordable(x, weight, bias) or tuple(norm.normalized_shape) != tuple(x.shape[-1:]):
+    if not recordable(x, weight, bias) or tuple(norm.normalized_shape) != x.shape[-1:]:
         return None
     eps = norm.eps
     if eps is None and x.dtype in (torch.float32, torch.float64):  # of narrower ones versions of torch differ
         eps = torch.finfo(x.dtype).eps
     if eps is None or not eps > 0 or x.dtype not in providers.ALL:
         return None
-    if not (x.requires_grad or any(v is not None and v.requires_grad for v in (weight, bias))):
+    needed = x.requires_grad
+    for vector in (weight, bias):
+        if vector is not None:
+            needed = needed or vector.requires_grad
+            if vector.device != x.device or vector.shape != x.shape[-1:]:
+                return None  # which torch refuses
+    if not needed or (weight is None and bias is not None):
         return None
     dtype = result_dtype(x, weight, bias, rms)
-    if dtype is None or (weight is None and bias is not None):
+    if dtype is None:
         return None
-    if any(v is not None and (v.device != x.device or v.shape != x.shape[-1:]) for v in (weight, bias)):
-        return None  # which torch refuses
     return lean_norm(x, weight, bias, float(eps), rms, dtype)
 
 

@@ -11,20 +11,19 @@ saved.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from .._torch import FakeTensor, version
+from .._torch import FakeTensor, versions
 from .fusable import must_be_eager
 
 #: Makes the output from the tensors of its source, in their order.
 Remake = Callable[[Sequence[Any]], Tensor]
 _PLAIN = Tensor, torch.nn.Parameter, FakeTensor
-_sources: Any = WeakIdKeyDictionary()
 
 
 class Once:
@@ -67,30 +66,44 @@ class Source:
         self.remake = remake
         self.tensors = tuple(tensors)
         self.once = Once()
-        self._versions: tuple[int, ...] = ()
+        self._versions: list[int] = []
 
     def note(self, made: Tensor) -> Tensor:
         """``made``, from now on with this source."""
-        self._versions = self._count(made)
-        _sources[made] = self
+        self._versions = versions((made, *self.tensors))
+        key = _Noted(made, _forget_key)
+        key.number = id(made)
+        _sources[key.number] = key, self
         return made
 
     def holds(self, made: Tensor) -> bool:
-        return bool(self.tensors) and self._count(made) == self._versions
+        return bool(self.tensors) and versions((made, *self.tensors)) == self._versions
 
-    def _count(self, made: Tensor) -> tuple[int, ...]:
-        return tuple(version(tensor) for tensor in (made, *self.tensors) if tensor is not None)
+
+class _Noted(weakref.ref[Tensor]):
+    """A tensor that has a source; ``number`` is its id, which no other tensor gets while the table has it."""
+
+    __slots__ = ("number",)
+    number: int
+
+
+#: By the id of the tensor. torch's dictionary of weak keys does the same, and takes the host several times as long.
+_sources: dict[int, tuple[_Noted, Source]] = {}
+
+
+def _forget_key(key: _Noted) -> None:
+    _sources.pop(key.number, None)
 
 
 def source_of(y: Tensor) -> Source | None:
     """The source of ``y``, if it has one that holds."""
-    source: Source | None = _sources.get(y)
-    return source if source is not None and source.holds(y) else None
+    found = _sources.get(id(y))
+    return found[1] if found is not None and found[1].holds(y) else None
 
 
 def forget(y: Tensor) -> None:
     """``y`` has no source any more, so what it was made from is not kept for it: a recomputed layer keeps its input."""
-    _sources.pop(y, None)
+    _sources.pop(id(y), None)
 
 
 def recordable(x: Tensor, *parameters: Tensor | None) -> bool:
@@ -100,7 +113,10 @@ def recordable(x: Tensor, *parameters: Tensor | None) -> bool:
     """
     if must_be_eager(x) or not torch.is_grad_enabled() or type(x) not in _PLAIN or x.is_inference():
         return False
-    return all(tensor is None or type(tensor) in _PLAIN for tensor in parameters)
+    for tensor in parameters:
+        if tensor is not None and type(tensor) not in _PLAIN:
+            return False
+    return True
 
 
 def autocasts(device: str) -> bool:

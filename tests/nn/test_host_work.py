@@ -124,6 +124,17 @@ def test_python_calls_of_an_op_alone(made, most):
     assert python_calls(step) <= most
 
 
+@pytest.mark.parametrize(("options", "most"), [({"norm": "layer", "mlp": "gelu", "positions": "learned"}, 129), ({}, 144)])
+def test_python_calls_of_a_block_of_tokens(options, most):
+    if not providers.available("cpu"):
+        pytest.skip("passes of the reference are functions of this package too")
+    ids, calls = torch.zeros(1, 4, dtype=torch.int64), []
+    for layers in (2, 4):
+        net = fused(models.gpt(layers=layers, width=8, heads=2, vocab_size=4, context=4, **options))
+        calls.append(python_calls(step(net, ids)))
+    assert (calls[1] - calls[0]) / 2 <= most
+
+
 def test_a_unit_crosses_into_its_ops_three_times():
     """Each crossing costs the host microseconds: forward, the map made again, backward."""
     with Operators() as operators:

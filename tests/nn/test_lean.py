@@ -22,7 +22,7 @@ from auglocal_ext.nn.lean import EAGER
 from auglocal_ext.nn.lean_act import gated
 from auglocal_ext.nn.lean_linear import FusedLinear
 from auglocal_ext.nn.lean_norm import FusedLayerNorm
-from auglocal_ext.nn.remade import source_of
+from auglocal_ext.nn.remade import _sources, source_of
 
 NORMS = {
     "layer": lambda: nn.LayerNorm(WIDTH),
@@ -134,6 +134,23 @@ def test_the_input_is_made_again_once_for_all_that_read_it(monkeypatch):
     found = torch.autograd.grad(out.sum(), [x, *(r.weight for r in ours.readers)])
     torch.testing.assert_close(found[1:], expected)
     assert all(ref() is None for ref in made)
+
+
+def test_a_tensor_at_the_place_of_one_that_is_gone_has_no_source():
+    ours, _ = pair(lambda: Reads(nn.LayerNorm(WIDTH)))
+    x, noted = tokens().requires_grad_(), set()
+    for _ in range(200):
+        y = ours.norm(x)
+        noted.add(id(y))
+        again = weakref.ref(y)
+        node = y.sum().grad_fn  # which keeps the tensor, but not for Python
+        assert source_of(y) is not None
+        del y, node
+        assert again() is None
+        others = [torch.empty(1) for _ in range(3)]
+        assert all(source_of(other) is None for other in others)
+    assert len(noted) < 200  # places were taken again
+    assert not noted & _sources.keys()
 
 
 def test_an_output_that_outlives_its_backward_keeps_nothing_alive():
