@@ -124,7 +124,9 @@ def test_python_calls_of_an_op_alone(made, most):
     assert python_calls(step) <= most
 
 
-@pytest.mark.parametrize(("options", "most"), [({"norm": "layer", "mlp": "gelu", "positions": "learned"}, 129), ({}, 144)])
+@pytest.mark.parametrize(
+    ("options", "most"), [({"norm": "layer", "mlp": "gelu", "positions": "learned"}, 129), ({}, 144)]
+)
 def test_python_calls_of_a_block_of_tokens(options, most):
     if not providers.available("cpu"):
         pytest.skip("passes of the reference are functions of this package too")
