@@ -78,6 +78,13 @@ def test_parameters_of_each_kind_of_readout():
         assert eager_type(auxiliary.head.norm) is nn.RMSNorm
 
 
+def test_no_blocks_leave_norm_and_scale():
+    net = wrapped(SOLO(blocks=0), [1])
+    (auxiliary,) = net.auxiliary
+    assert count_parameters(auxiliary) == WIDTH + 1
+    net(*tokens()).loss.backward()
+
+
 def test_a_shared_readout_is_read_as_it_was():
     """With every and lag, against a plain list of what it was when each step began."""
     for every, lag in ((1, 0), (3, 0), (3, 2)):
