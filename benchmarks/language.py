@@ -59,8 +59,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--bytes", type=int, metavar="N", help="of its beginning (default: all)")
     add("--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS), metavar="ROW", help=f"of {', '.join(ROWS)}")
     add("--seeds", nargs="+", type=int, default=[1], metavar="N", help="all rows with the first one, then the next")
-    add("--epochs", type=int, default=EPOCHS, metavar="N", help=f"default {EPOCHS}")
-    add("--settings", default=SETTINGS, metavar="OPTIONS", help=f"of train for every run (default {SETTINGS!r})")
+    add("--epochs", type=int, metavar="N", help=f"default {EPOCHS}")
+    add("--settings", metavar="OPTIONS", help=f"of train for every run (default {SETTINGS!r})")
     add("--quick", action="store_true", help="an epoch of a tiny network on the first 20,000 bytes; no result")
     add("--device", default="cpu", metavar="NAME", help="cpu (default), auto, cuda, cuda:1, ...")
     add("--time-limit", type=float, default=math.inf, metavar="MINUTES", help="stop then, as Ctrl-C does")
@@ -80,7 +80,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not options.data.is_file():
         parser.error(f"--data {options.data}: no such file; expected a text")
     if options.quick:
+        if (options.settings, options.epochs, options.bytes) != (None, None, None):
+            parser.error(f"--quick is --settings {QUICK!r} --epochs 1 --bytes {QUICK_BYTES}: leave it or yours out")
         options.settings, options.epochs, options.bytes = QUICK, 1, QUICK_BYTES
+    options.settings = SETTINGS if options.settings is None else options.settings
+    options.epochs = EPOCHS if options.epochs is None else options.epochs
     if options.epochs < 1 or (options.bytes is not None and options.bytes < 1):
         parser.error("--epochs and --bytes are at least 1")
     try:
@@ -94,10 +98,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def make_runs(options: argparse.Namespace) -> list[Run]:
     """Seeds outermost, so that an early end leaves whole tables."""
-    options.output.mkdir(parents=True, exist_ok=True)
     text = options.data.read_bytes()[: options.bytes]
-    options.text = options.output / "text.txt"
-    options.text.write_bytes(text)
     data = {"name": options.data.name, "bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
     runs = [
         Run(
@@ -116,6 +117,9 @@ def make_runs(options: argparse.Namespace) -> list[Run]:
     ]
     for run in runs:
         status_of(run)
+    options.output.mkdir(parents=True, exist_ok=True)
+    options.text = options.output / "text.txt"
+    options.text.write_bytes(text)  # after the runs were checked, whose text it would replace
     return runs
 
 

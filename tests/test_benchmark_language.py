@@ -88,6 +88,7 @@ def test_what_is_committed_is_what_the_report_writes(benchmark, report, tmp_path
         ([], "--data FILE is missing"),
         (["--data", "none.txt"], "no such file"),
         (["--data", __file__, "--epochs", "0"], "at least 1"),
+        (["--data", __file__, "--quick", "--epochs", "2"], "leave it or yours out"),
         (["--data", __file__, "--device", "gpu"], "--device is auto, cpu"),
         (["--data", __file__, "--settings", "--rule bp"], "--settings has --rule, which each run has of its own"),
     ],
@@ -115,7 +116,14 @@ def test_a_row_from_beginning_to_end(benchmark, tmp_path, capsys):
     before = log.stat().st_mtime_ns
     assert benchmark.main(options) == 0  # done already
     assert log.stat().st_mtime_ns == before
+    options.remove("--quick")
+    explicit = ["--epochs", "1", "--bytes", str(benchmark.QUICK_BYTES), "--settings"]
+    assert benchmark.main([*options, *explicit, benchmark.QUICK]) == 0  # which is --quick
+    assert log.stat().st_mtime_ns == before
+    text = (output / "text.txt").read_bytes()
+    data.write_text("other words")
     with pytest.raises(SystemExit):
-        benchmark.main([*options, "--settings", "--lr 0.5"])
+        benchmark.main([*options, *explicit, f"{benchmark.QUICK} --lr 0.5"])
     said = capsys.readouterr().err
-    assert "holds a run with other settings" in said and "now '--lr 0.5'" in said
+    assert "holds a run with other settings" in said and "--lr 0.5'" in said and "data: " in said
+    assert (output / "text.txt").read_bytes() == text
