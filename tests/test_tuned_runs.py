@@ -15,7 +15,7 @@ from auglocal_ext.ops import providers, tuning
 from auglocal_ext.tasks import Classification
 from auglocal_ext.training.config.train_config import TrainConfig, resolve, to_dict
 from auglocal_ext.training.run import saving
-from auglocal_ext.training.run.learner import make_learner
+from auglocal_ext.training.run.learners import make_learner
 
 
 @pytest.fixture

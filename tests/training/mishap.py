@@ -7,7 +7,7 @@ import signal
 import sys
 
 from auglocal_ext.cli import main
-from auglocal_ext.training.run.learner import LocalLearner
+from auglocal_ext.training.run.local_learner import LocalLearner
 
 rank, at, what = os.environ["MISHAP"].split(":")
 plain, steps = LocalLearner.step, 0

@@ -20,7 +20,7 @@ from auglocal_ext.training import CheckpointError, Interrupted, SettingsError, l
 from auglocal_ext.training.config.schedule import learning_rate
 from auglocal_ext.training.errors import OutputError, WorkerError
 from auglocal_ext.training.run import checkpoint
-from auglocal_ext.training.run.learner import LocalLearner
+from auglocal_ext.training.run.local_learner import LocalLearner
 from auglocal_ext.training.run.run_lock import RunLock, refuse_used
 
 

@@ -16,7 +16,7 @@ import torch
 from auglocal_ext.cli import main
 from auglocal_ext.training import CheckpointError, SettingsError, load_run
 from auglocal_ext.training.run import checkpoint
-from auglocal_ext.training.run.learner import LocalLearner
+from auglocal_ext.training.run.local_learner import LocalLearner
 from auglocal_ext.training.run.processes import Launch, SharedStop
 from auglocal_ext.training.run.run_lock import RunLock
 

@@ -22,7 +22,7 @@ from ..paths import user_path
 from . import saving
 from .kind import Data
 from .kinds import kind_of
-from .learner import make_network
+from .learners import make_network
 from .processes import Alone
 
 

@@ -23,7 +23,8 @@ from ..config.train_config import from_dict
 from ..errors import CheckpointError, OutputError, SettingsError
 from . import checkpoint, stored
 from .kind import RunTask
-from .learner import Learner, make_network
+from .learner import Learner
+from .learners import make_network
 from .optimizers import make_optimizer, parameter_groups
 from .processes import Alone
 from .writing import to

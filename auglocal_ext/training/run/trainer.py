@@ -28,7 +28,7 @@ from . import resuming, saving, stored
 from .curves import draw_run, read_curves
 from .kind import Data
 from .kinds import kind_of
-from .learner import make_learner, try_network
+from .learners import make_learner, try_network
 from .logs import EpochRow, EpochTable, columns, measured, peak_bytes, rates
 from .metrics import EpochSums, Reading, StepResult
 from .processes import Alone
