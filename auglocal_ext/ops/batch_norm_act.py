@@ -11,6 +11,7 @@ from torch import Tensor
 from . import registry
 from .batch_norm_checks import cast_to, check_eps, check_map, check_tensors, slope_of, wide_dtype
 from .batch_norm_passes import NAME, count_as_written, passes, refuse_stand_in, updatable
+from .flags import not_a_flag
 from .layout import empty_like
 from .transforms import refuse_transforms
 
@@ -49,10 +50,12 @@ def batch_norm_act(
     forward and backward only x, the (C,) vectors and, where there is an activation, the caller's residual are held:
     backward makes the normalised value and the mask again. Differentiable once.
 
-    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device or option and, as torch does, for one
-    value per channel in training, RuntimeError for a provider that is not available, NotImplementedError under
-    ``torch.func`` and for tensors with a tangent of forward-mode AD.
+    Raises TypeError for a wrong dtype and for a ``training`` that is neither True nor False, ValueError for a wrong
+    shape, device or option and, as torch does, for one value per channel in training, RuntimeError for a provider that
+    is not available, NotImplementedError under ``torch.func`` and for tensors with a tangent of forward-mode AD.
     """
+    if training is not True and training is not False:
+        raise not_a_flag("training", training)
     if training and updatable(x, weight, bias, running_mean, running_var, residual, num_batches_tracked):
         written = running_mean, running_var, num_batches_tracked
         slope = slope_of(activation, negative_slope)
@@ -95,6 +98,8 @@ def batch_norm_factors(
     As in :func:`batch_norm_act`. Without running statistics nothing is updated, which a second run of the same
     forward pass (recomputation) needs. Not differentiable.
     """
+    if training is not True and training is not False:
+        raise not_a_flag("training", training)
     refuse_transforms("batch_norm_factors", _INSTEAD)
     check_eps(eps, training)
     if training:
@@ -181,6 +186,9 @@ def batch_norm_act_input_grad(
     sum_g_xhat) / (N P)) in training, weight rstd g in eval mode, where the sums may be None.
     """
     slope = slope_of(activation, negative_slope)
+    for name, flag in (("training", training), ("need_residual", need_residual)):
+        if flag is not True and flag is not False:
+            raise not_a_flag(name, flag)
     sums = (sum_g, sum_g_xhat) if training else (None, None)
     grads = registry.chosen(NAME, x, provider, "batch_norm_act_input_grad")(
         grad, x, mean, rstd, weight, bias, residual, slope, *sums, need_residual and slope != 1

@@ -14,6 +14,7 @@ from .batch_norm_act import batch_norm_factors
 from .batch_norm_checks import cast_to, check_eps, check_tensors, slope_of, wide_dtype
 from .batch_norm_passes import count_as_written, refuse_stand_in, updatable
 from .deferred import check_values
+from .flags import not_a_flag
 from .layout import empty_like
 from .reference.batch_norm_act_max_pool import Window, empty_pooled, first_inside, outside, pooled_size
 from .transforms import refuse_transforms
@@ -53,10 +54,12 @@ def batch_norm_act_max_pool(
     ones gets the gradient, a NaN is larger than every number. Between forward and backward x, a byte for each element
     of y (the place in its window) and the (C,) vectors are held, and no normalised map. Differentiable once.
 
-    Raises TypeError for a wrong dtype, ValueError for a wrong shape, device, window or option and for one value per
-    channel in training, RuntimeError for a provider that is not available, NotImplementedError under ``torch.func`` and
-    for tensors with a tangent of forward-mode AD.
+    Raises TypeError for a wrong dtype and for a ``training`` that is neither True nor False, ValueError for a wrong
+    shape, device, window or option and for one value per channel in training, RuntimeError for a provider that is not
+    available, NotImplementedError under ``torch.func`` and for tensors with a tangent of forward-mode AD.
     """
+    if training is not True and training is not False:
+        raise not_a_flag("training", training)
     if training and updatable(x, weight, bias, running_mean, running_var, None, num_batches_tracked):
         written = running_mean, running_var, num_batches_tracked
         window, slope = _known_window(x, kernel_size, stride, padding), slope_of(activation, negative_slope)
@@ -161,6 +164,8 @@ def batch_norm_act_max_pool_input_grad(
     """
     window, slope = _window(x, kernel_size, stride, padding), slope_of(activation, negative_slope)
     grad, indices = _checked_pooled(grad, indices, x, window)
+    if training is not True and training is not False:
+        raise not_a_flag("training", training)
     sums = (sum_g, sum_g_xhat) if training else (None, None)
     arguments = (grad, indices, x, mean, rstd, weight, bias, slope, *sums, *window)
     return registry.chosen(NAME, x, provider, _INPUT_GRAD)(*arguments)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import providers, registry
 from .batch_norm_checks import cast_to, wide_dtype
+from .flags import not_a_flag
 from .transforms import refuse_transforms
 
 NAME = "layer_norm"
@@ -48,7 +49,7 @@ def layer_norm(
         is normalised.
 
     Raises:
-        TypeError: for a wrong dtype.
+        TypeError: for a wrong dtype, and for an ``rms`` that is neither True nor False.
         ValueError: for a wrong shape, device or option.
         RuntimeError: for a provider that is not available.
         NotImplementedError: under ``torch.func``, and for inputs with a tangent of forward-mode AD.
@@ -57,7 +58,7 @@ def layer_norm(
     if not _fit(x, residual, weight, bias, eps, rms):
         check_tensors(x, residual, weight, bias, eps, rms)
     op = registry.chosen(NAME, x, provider)
-    y, total, *_ = registry.run(op, x, residual, weight, bias, float(eps), bool(rms))
+    y, total, *_ = registry.run(op, x, residual, weight, bias, float(eps), rms)
     return y if residual is None else (y, total)
 
 
@@ -71,6 +72,8 @@ def check_tensors(
         raise ValueError(f"expected x of shape (..., C) with elements, got {tuple(x.shape)}")
     if x.dtype not in providers.ALL:
         raise TypeError(f"expected x in float16, bfloat16, float32 or float64, got {x.dtype}")
+    if rms is not True and rms is not False:
+        raise not_a_flag("rms", rms)
     if eps is None or isinstance(eps, str):
         raise TypeError(f"expected eps as a number, got {eps!r}")
     if not least_eps(x.dtype) <= eps < math.inf:
@@ -107,6 +110,8 @@ def _fit(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor
     Asked at every call, and several times as fast.
     """
     if type(eps) is not float or not 1e-37 < eps < 1 or not isinstance(x, Tensor):
+        return False
+    if rms is not True and rms is not False:
         return False
     shape, dtype, device = x.shape, x.dtype, x.device
     if not shape or 0 in shape or dtype not in providers.ALL or x.layout is not torch.strided:

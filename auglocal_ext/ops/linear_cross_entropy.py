@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._torch import constant_when_compiled
 from . import labels, registry
+from .flags import not_a_flag
 from .linear_checks import check_layer
 from .reference.linear_cross_entropy import Outputs, kept
 from .transforms import refuse_transforms
@@ -69,7 +70,7 @@ def linear_cross_entropy(
         check_labels: False if the labels have been checked already; one outside [0, V) is then treated as ignored.
 
     Raises:
-        TypeError: for a wrong dtype.
+        TypeError: for a wrong dtype, and for a ``check_labels`` that is neither True nor False.
         ValueError: for a wrong shape, device, label or option.
         NotImplementedError: under ``torch.func``, and for inputs with a tangent of forward-mode AD.
 
@@ -78,6 +79,8 @@ def linear_cross_entropy(
     refuse_transforms(NAME, _INSTEAD, x, weight, bias)
     _check(x, weight, bias, target, label_smoothing, z_loss)
     rows, flat = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+    if check_labels is not True and check_labels is not False:
+        raise not_a_flag("check_labels", check_labels)
     if check_labels:
         labels.check_labels(flat, weight.shape[0], ignore_index)
     op = registry.chosen(NAME, x, provider)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import labels, registry
+from .flags import not_a_flag
 from .linear_checks import check_layer
 from .reference.pooled_cross_entropy import Outputs
 from .transforms import refuse_transforms
@@ -66,13 +67,15 @@ def pooled_cross_entropy(
         have the dtypes of the inputs.
 
     Raises:
-        TypeError: for a wrong dtype.
+        TypeError: for a wrong dtype, and for a ``check_labels`` that is neither True nor False.
         ValueError: for a wrong shape, device, label or option.
         RuntimeError: for a provider that is not available.
         NotImplementedError: under ``torch.func``, and for inputs with a tangent of forward-mode AD.
     """
     refuse_transforms(NAME, _INSTEAD, x, weight, bias)
     _check(x, weight, bias, target, label_smoothing, reduction)
+    if check_labels is not True and check_labels is not False:
+        raise not_a_flag("check_labels", check_labels)
     if check_labels:
         labels.check_labels(target, weight.shape[0], ignore_index)
     device = x.device.type

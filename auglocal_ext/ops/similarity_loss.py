@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import labels, providers, registry
+from .flags import not_a_flag
 from .layout import empty_like
 from .reference.similarity_loss import Outputs, statistics
 from .transforms import refuse_transforms
@@ -53,7 +54,7 @@ def similarity_loss(
         dtype and is channels-last where z is.
 
     Raises:
-        TypeError: for a wrong dtype.
+        TypeError: for a wrong dtype, and for a ``check_labels`` that is neither True nor False.
         ValueError: for a wrong shape, device, label or number of classes.
         RuntimeError: for a provider that is not available.
         NotImplementedError: under ``torch.func``, and for inputs with a tangent of forward-mode AD.
@@ -62,6 +63,8 @@ def similarity_loss(
     """
     refuse_transforms(NAME, _INSTEAD, z)
     _check(z, target, num_classes)
+    if check_labels is not True and check_labels is not False:
+        raise not_a_flag("check_labels", check_labels)
     if check_labels:
         labels.check_labels(target, num_classes, ignore_index)
     op = registry.chosen(NAME, z, provider)
