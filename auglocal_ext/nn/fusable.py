@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import COMPILED_CALL, call_hooks, looked_into
+from .sharding import own_type
 
 
 class Activation(NamedTuple):
@@ -40,6 +41,17 @@ def replaced_call(module: nn.Module) -> str | None:
     return None
 
 
+#: Why a layer stays eager that ``fully_shard`` was called on; hooks of its own then stand between it and the others.
+SHARDED_ALONE = "is sharded by itself; fuse first, then fully_shard the block around it"
+
+
+def _other_type(module: nn.Module | None, known: set[type], wanted: str) -> str:
+    own = own_type(module)
+    if own in known:
+        return SHARDED_ALONE
+    return f"is of type {own.__name__}, not {wanted}"
+
+
 #: The classes of normalisation that can be fused.
 FUSABLE_NORMS: set[type] = {nn.BatchNorm2d}
 
@@ -47,7 +59,7 @@ FUSABLE_NORMS: set[type] = {nn.BatchNorm2d}
 def norm_hindrance(module: nn.Module | None) -> str | None:
     """Why a normalisation layer stays eager; None for an ``nn.BatchNorm2d`` that can be fused."""
     if module is None or type(module) not in FUSABLE_NORMS:
-        return f"is of type {type(module).__name__}, not nn.BatchNorm2d"
+        return _other_type(module, FUSABLE_NORMS, "nn.BatchNorm2d")
     if module.eps <= 0:  # type: ignore[operator]
         return f"has eps {module.eps}, which torch judges"
     return replaced_call(module)
@@ -56,7 +68,7 @@ def norm_hindrance(module: nn.Module | None) -> str | None:
 def conv_hindrance(module: nn.Module | None) -> str | None:
     """Why a convolution stays eager; None for an ``nn.Conv2d`` that can be fused."""
     if type(module) is not nn.Conv2d:
-        return f"is of type {type(module).__name__}, not nn.Conv2d"
+        return _other_type(module, {nn.Conv2d}, "nn.Conv2d")
     if module.padding_mode != "zeros":
         return f"pads with {module.padding_mode!r}"
     if module.padding == "same" and any(
@@ -69,7 +81,7 @@ def conv_hindrance(module: nn.Module | None) -> str | None:
 def pool_hindrance(module: nn.Module) -> str | None:
     """Why a max pooling stays eager; None for an ``nn.MaxPool2d`` that can be fused."""
     if type(module) is not nn.MaxPool2d:
-        return f"is of type {type(module).__name__}, not nn.MaxPool2d"
+        return _other_type(module, {nn.MaxPool2d}, "nn.MaxPool2d")
     if module.return_indices or module.ceil_mode or _pair(module.dilation) != (1, 1):
         return "returns indices, rounds its size up or is dilated"
     height, width = _pair(module.kernel_size)

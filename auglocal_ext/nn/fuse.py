@@ -16,10 +16,12 @@ from torch import nn
 from .._torch import NormBase
 from .chain import FusedSequential, is_container, units
 from .fusable import conv_hindrance, norm_hindrance, pool_hindrance
-from .lean import EAGER, know_library, make_lean
+from .lean import EAGER, know_library, make_lean, plain_type
 from .residual import block_hindrance
+from .sharding import own_type
 
 _NORMS = (NormBase, nn.GroupNorm)
+_SHARDED = "is sharded; fuse before fully_shard"
 #: Classes whose forward is replaced, each with the subclass that replaces it: what differs is the class alone, so
 #: parameters, buffers, hooks, copies and pickles of a module are as before.
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {nn.Sequential: FusedSequential}
@@ -75,6 +77,9 @@ def fuse(module: nn.Module) -> FusionReport:
     differentiable once. With the same seed, dropout drops the same elements as before, except after an
     ``nn.MultiheadAttention``, whose output then has other strides.
 
+    With FSDP2, fuse before ``fully_shard`` and shard whole blocks. A layer, block or ``nn.Sequential`` that is sharded
+    already has a class of its own and stays eager, which the report says.
+
     :func:`unfuse` reverts it.
     """
     walk = _Walk({id(part): name for name, part in reversed(list(module.named_modules()))})
@@ -90,6 +95,12 @@ def unfuse(module: nn.Module) -> None:
             part.__class__ = eager_type(part)
 
 
+def _sharded_eager(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` has given the module a class of its own, and ``fuse`` had given it none before."""
+    own = own_type(module)
+    return own is not type(module) and own not in EAGER
+
+
 class _Walk:
     """One pass of :func:`fuse` over a module; ``names`` are the paths by ``id``."""
 
@@ -103,8 +114,8 @@ class _Walk:
         if id(module) in self._seen:
             return
         self._seen.add(id(module))
-        know_library(type(module))
-        eager = eager_type(module)
+        know_library(own_type(module))
+        eager = plain_type(module)
         if (
             issubclass(eager, nn.Sequential)
             and eager.forward is nn.Sequential.forward
@@ -121,11 +132,15 @@ class _Walk:
                 self.visit(child)
 
     def _block(self, block: nn.Module, eager: type[nn.Module]) -> None:
-        reason = "has a forward of its own" if "forward" in block.__dict__ else block_hindrance(block)
+        if _sharded_eager(block):
+            reason: str | None = _SHARDED
+        else:
+            reason = "has a forward of its own" if "forward" in block.__dict__ else block_hindrance(block)
         if reason is not None:
             self.left.append((self.path(block), reason))
             return
-        block.__class__ = _FUSED[eager]
+        if type(block) is eager:
+            block.__class__ = _FUSED[eager]
         self.fused.append(f"{self.path(block)} ({eager.__name__})")
         downsample = getattr(block, "downsample", None)
         if downsample is not None:
@@ -139,6 +154,9 @@ class _Walk:
 
     def _sequential(self, root: nn.Module) -> None:
         """A Sequential, with those in it that are called through it: their layers are one chain."""
+        if _sharded_eager(root):
+            self._sharded_sequential(root)
+            return
         found = after_norm = False
         for unit in units(root.children()):
             if unit.call is None:
@@ -153,6 +171,15 @@ class _Walk:
         if found:
             self._swap(root)
 
+    def _sharded_sequential(self, root: nn.Module) -> None:
+        """Of a Sequential that must keep its class, the children by themselves."""
+        norms = [child for child in root.children() if isinstance(child, _NORMS) and norm_hindrance(child) is None]
+        if norms:
+            self.left.append((self.path(root), _SHARDED))
+        for child in root.children():
+            if child not in norms:
+                self.visit(child)
+
     def _swap(self, sequential: nn.Module) -> None:
         self._seen.add(id(sequential))
         if not any(unit.norm for unit in units(sequential.children())):
@@ -164,4 +191,4 @@ class _Walk:
                 self._swap(child)
 
     def path(self, module: nn.Module) -> str:
-        return self.names.get(id(module)) or eager_type(module).__name__
+        return self.names.get(id(module)) or plain_type(module).__name__

@@ -13,11 +13,13 @@ from typing import NamedTuple
 
 from torch import nn
 
+from .fusable import SHARDED_ALONE
 from .lean_act import FusedGELU
 from .lean_attention import FusedMultiheadAttention, attention_refusal
 from .lean_dropout import FusedDropout
 from .lean_linear import FusedLinear
 from .lean_norm import FusedLayerNorm, FusedRMSNorm, norm_refusal
+from .sharding import own_type
 
 
 class Part(NamedTuple):
@@ -72,6 +74,12 @@ def register_lean(
     EAGER[fused] = eager
 
 
+def plain_type(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before ``fuse`` and ``fully_shard``."""
+    own = own_type(module)
+    return EAGER.get(own, own)
+
+
 def know_library(kind: type[nn.Module]) -> None:
     """Register what stands in for the classes of a library, of which a module has been met."""
     if (found := _LIBRARIES.get(kind.__module__)) is not None:
@@ -85,10 +93,10 @@ def make_lean(root: nn.Module, path: Callable[[nn.Module], str]) -> tuple[list[s
     """
     modules = list(root.modules())
     for module in modules:
-        know_library(type(module))
-    kinds = [EAGER.get(type(module), type(module)) for module in modules]
+        know_library(own_type(module))
+    kinds = [plain_type(module) for module in modules]
     if not any(kind in _PARTS and _PARTS[kind].begins for kind in kinds):
-        return [], [(path(m), _strange_norm(m)) for m, kind in zip(modules, kinds, strict=True) if _is_norm(kind)]
+        return [], [(path(m), _strange_norm(kind)) for m, kind in zip(modules, kinds, strict=True) if _is_norm(kind)]
     blocks = {id(part): module for module in reversed(modules) if _is_block(module) for part in module.modules()}
     fused: dict[str, None] = {}
     left: list[tuple[str, str]] = []
@@ -98,7 +106,7 @@ def make_lean(root: nn.Module, path: Callable[[nn.Module], str]) -> tuple[list[s
             left.append((path(module), reason))
         elif kind in _PARTS:
             whole = blocks.get(id(module), module)
-            fused[f"{path(whole)} ({EAGER.get(type(whole), type(whole)).__name__})"] = None
+            fused[f"{path(whole)} ({plain_type(whole).__name__})"] = None
     return list(fused), left
 
 
@@ -106,12 +114,14 @@ def _swap(module: nn.Module, kind: type[nn.Module], in_block: bool) -> str | Non
     """Change the class of ``module`` where it can be; else why a part stays that keeps more than it need."""
     part = _PARTS.get(kind)
     if part is not None:
+        if own_type(module) is not type(module):
+            return SHARDED_ALONE
         reason = "has a forward of its own" if "forward" in vars(module) else part.refusal(module)
         if reason is None:
             module.__class__ = part.fused
         return reason
     if _is_norm(kind):
-        return _strange_norm(module)
+        return _strange_norm(kind)
     if not in_block:
         return None
     if (reason := _weights_kept(module)) is not None:
@@ -126,8 +136,8 @@ def _is_norm(kind: type[nn.Module]) -> bool:
     return issubclass(kind, nn.LayerNorm | nn.RMSNorm) and kind not in _PARTS
 
 
-def _strange_norm(module: nn.Module) -> str:
-    return f"is of type {type(module).__name__}, not nn.LayerNorm or nn.RMSNorm"
+def _strange_norm(kind: type[nn.Module]) -> str:
+    return f"is of type {kind.__name__}, not nn.LayerNorm or nn.RMSNorm"
 
 
 def _gate_of_fused(module: nn.Module) -> bool:

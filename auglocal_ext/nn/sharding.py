@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, cast
 
 import torch
@@ -38,6 +39,15 @@ def shard_like(value: Any, held: Any) -> Any:
 
     whole = value.detach().to(held.device)
     return cast("Any", distribute_tensor)(whole, held.device_mesh, held.placements, src_data_rank=None)
+
+
+def own_type(module: nn.Module | None) -> type:
+    """The class of a module before ``fully_shard``, which gives it one that is derived from it and ``FSDPModule``."""
+    kind: type = type(module)
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # imported by whoever shards, and slow to import
+    if fsdp is None or not issubclass(kind, fsdp.FSDPModule):
+        return kind
+    return kind.__mro__[kind.__mro__.index(fsdp.FSDPModule) + 1]
 
 
 def sharded(module: nn.Module) -> bool:
