@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,15 @@ from texts import settings, text
 
 from auglocal_ext.cli import main
 from auglocal_ext.cli.train import _say
-from auglocal_ext.training import Interrupted, SettingsError, TrainConfig, Trainer, TrainingError, load_run
+from auglocal_ext.training import (
+    CheckpointError,
+    Interrupted,
+    SettingsError,
+    TrainConfig,
+    Trainer,
+    TrainingError,
+    load_run,
+)
 from auglocal_ext.training.config.schedule import rate_of_step
 from auglocal_ext.training.data.text import IGNORED
 from auglocal_ext.training.run.curves import read_curves
@@ -194,6 +203,32 @@ def test_another_text_is_another_run(tmp_path):
     data.write_bytes(data.read_bytes()[:-1] + b"!")
     with pytest.raises(Exception, match="data: checksum was .* now"):
         trainer(config, None).resume()
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_another_text_leaves_the_tokens_of_the_run(tmp_path, capsys, resumed):
+    (tmp_path / "texts").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "texts" / name).write_text(text(200))
+    config = settings(tmp_path, data=str(tmp_path / "texts"), epochs=1)
+    trainer(config, None).fit()
+    before = {path.name: path.read_bytes() for path in Path(config.output).iterdir() if path.is_file()}
+    assert before["tokens.bin"]
+    (tmp_path / "texts" / "b.txt").write_text(text(300, seed=2))
+    if resumed:
+        assert main(["train", "--output", config.output, "--resume"]) == 1
+        said = capsys.readouterr().err
+    else:
+        with pytest.raises(CheckpointError) as error:
+            trainer(config, None)
+        said = str(error.value)
+    assert re.search("belongs to a run with other settings:\n  data: checksum was '.*', now '.*'", said)
+    assert {path.name: path.read_bytes() for path in Path(config.output).iterdir() if path.is_file()} == before
+    (tmp_path / "texts" / "b.txt").write_text(text(200))
+    Path(config.output, "tokens.bin").unlink()  # of the same text they are made again
+    again = trainer(config, None)
+    again.resume()
+    assert Path(config.output, "tokens.bin").read_bytes() == before["tokens.bin"]
 
 
 def test_the_command(tmp_path, capsys):

@@ -114,6 +114,7 @@ def token_file(
     folder: Path,
     *,
     check: Callable[[int], None] | None = None,
+    first: Callable[[str], None] | None = None,
     progress: bool = False,
 ) -> TokenFile:
     """The tokens of a text.
@@ -127,6 +128,7 @@ def token_file(
         tokenizer: a ``tokenizer.json`` of Hugging Face; None: bytes.
         folder: for the tokens.
         check: called with their number before ``tokens.bin`` is there; what it raises leaves none.
+        first: called with the checksum before anything is written; what it raises leaves other tokens as they are.
         progress: show a bar where standard error is a terminal.
 
     Raises:
@@ -145,6 +147,8 @@ def token_file(
     known = _known(about)
     if known is not None and (known.checksum, known.dtype) == (checksum, dtype):
         return TokenFile(there, dtype, known.tokens, vocabulary, source_bytes, checksum, path)
+    if first is not None:
+        first(checksum)
     parts = _bytes(files) if reader is None else _ids(files, reader)
     with progress_bar(source_bytes, "reading the text", "B", progress) as bar:
         count = _write(folder, parts, dtype, bar, check)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -33,7 +33,9 @@ class _OfImages(Kind):
     def task_of(self, outputs: int) -> Classification | Segmentation:
         """What is learned of so many classes."""
 
-    def load(self, config: TrainConfig, bars: bool, team: Alone) -> Images:
+    def load(
+        self, config: TrainConfig, bars: bool, team: Alone, before_writing: Callable[[str], None] | None = None
+    ) -> Images:
         dataset = detect(user_path(config.data)) if config.dataset == "auto" else config.dataset
         self.check(config, dataset)  # before all of them are read
         return load_data(

@@ -47,8 +47,13 @@ class Kind(ABC):
         return None
 
     @abstractmethod
-    def load(self, config: TrainConfig, bars: bool, team: Alone) -> Data:
-        """The data that ``config`` names; collective. Raises DataError or SettingsError."""
+    def load(
+        self, config: TrainConfig, bars: bool, team: Alone, before_writing: Callable[[str], None] | None = None
+    ) -> Data:
+        """The data that ``config`` names; collective. Raises DataError or SettingsError.
+
+        Where that writes files, ``before_writing`` is called first, in one process, with the checksum of the data.
+        """
 
     @abstractmethod
     def facts(self, data: Data) -> dict[str, Any]:

@@ -54,6 +54,13 @@ def refuse_other_data(path: Path, before: Mapping[str, Any], facts: Mapping[str,
         raise CheckpointError(f"{path} belongs to a run with other settings:\n  " + "\n  ".join(changed))
 
 
+def refuse_other_tokens(output: Path, checksum: str) -> None:
+    """CheckpointError if a run folder holds a run on other data than those of ``checksum``, whose tokens are kept."""
+    if (path := saving.find(output)) is not None:
+        before = saving.read(path)["data"].get("checksum")
+        refuse_other_data(path, {"checksum": before}, {"checksum": checksum})
+
+
 @contextmanager
 def own_folder(output: Path, stands_on: tuple[Any, ...] | None, team: Alone) -> Iterator[None]:
     """A run folder in which no other run writes meanwhile, without what killed runs have left half-written.

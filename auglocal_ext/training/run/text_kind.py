@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -47,7 +47,9 @@ class TextRuns(Kind):
         unknown = config.dataset == "auto"
         self.check(config, detect(user_path(config.data), text=True) if unknown else config.dataset)
 
-    def load(self, config: TrainConfig, bars: bool, team: Alone) -> Text:
+    def load(
+        self, config: TrainConfig, bars: bool, team: Alone, before_writing: Callable[[str], None] | None = None
+    ) -> Text:
         self._check_data(config)
         context, found = _context(config), list[TokenFile]()
         data, output = user_path(config.data), user_path(config.output)
@@ -56,7 +58,8 @@ class TextRuns(Kind):
             check_length(str(data), tokens, context)
 
         def read() -> None:
-            found.append(token_file(data, config.tokenizer, output, check=check, progress=bars))
+            made = token_file(data, config.tokenizer, output, check=check, first=before_writing, progress=bars)
+            found.append(made)
 
         team.on_first(read)
         file = team.everyone(found[0] if found else None)[0]

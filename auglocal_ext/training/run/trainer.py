@@ -8,6 +8,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,8 @@ class Trainer:
     epoch and on Ctrl-C, always of finite weights; local modules of several processes write a folder checkpoint/),
     curves.png (redrawn at ends of epochs, every half minute at most, and when the run ends, is stopped or diverges),
     schedule.png (several processes on CPUs); of a text also samples.txt, and tokens.bin unless its tokens are the bytes
-    of one file. Raises a TrainingError, before anything else is written, for data or settings that do not work.
+    of one file. Raises a TrainingError, before anything else is written, for data or settings that do not work, and
+    before tokens are written for other data than those of the run in the folder.
     """
 
     def __init__(
@@ -117,7 +119,8 @@ class Trainer:
         """The data, after a network that cannot be has been refused, if loading writes files."""
         if (facts := self._kind.foreseen(config)) is not None:
             try_network(resolve(config, TEXT, streamed=True), tuple(facts["input_shape"]), self._kind.task(facts))
-        return self._kind.load(config, self._bars, self.team)
+        refuse = partial(resuming.refuse_other_tokens, user_path(config.output))
+        return self._kind.load(config, self._bars, self.team, refuse)
 
     @property
     def steps(self) -> int:
