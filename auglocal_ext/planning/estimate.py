@@ -20,7 +20,6 @@ from ..memory.copies import FakeCopy, fake_mode_of
 from ..memory.meter import rounded
 from ..segments import carried
 from ..step.empty_batch import empty_batch, explained_targets
-from ..step.module_costs import step_on_cpu
 from ..step.optimizers import ModuleOptimizers, OptimizerFactory
 from ..step.parameter_lists import held
 from ..step.updates import Clip, Updates, updating_pass
@@ -68,10 +67,10 @@ class StepCost:
 class StepEstimate:
     """A training step of ``net`` on fake tensors: :meth:`cost` runs it once, without a GPU and without its memory.
 
-    Nothing of ``net`` is changed, no value is read and no random number drawn. Its device does not matter: the step
-    runs as on a CPU. Optimizers therefore step by torch's for-loop, which has temporaries of one parameter; fused
-    optimizers have none. Library workspaces, a captured step's copy of the batch, and the two scalars of a loss scaler
-    are not counted.
+    Nothing of ``net`` is changed, no value is read and no random number drawn. The step runs as on a CPU, but the
+    optimizer in the form that it takes on the device of ``net``: fused, which has no temporaries, foreach, or a
+    for-loop, which has temporaries of one parameter. Library workspaces, a captured step's copy of the batch, and the
+    two scalars of a loss scaler are not counted.
 
     Args:
         net: the network.
@@ -116,7 +115,7 @@ class StepEstimate:
                 self.parts = nn.ModuleList([fake.net.task, *(p for m in self.local_modules for p in m.parts())])
                 groups = held(groups, self.parts, {id(p) for p in fake.net.parameters()})
             self._optimizers = ModuleOptimizers(self.local_modules, optimizer, groups)
-            _as_on_cpu(self._optimizers.whole, on_cuda=next(net.parameters()).is_cuda)
+            _fit_to_fake(self._optimizers.whole, on_cuda=next(net.parameters()).is_cuda)
             # Of more calls than two, all but the last are alike.
             replicas = None if stage is None else stage.replicas
             self._updates = _NotingUpdates(self._optimizers, None, clip_norm, clip, min(accumulate, 2), replicas)
@@ -272,9 +271,19 @@ class _Watch(OneStream):
         return StepCost(base, modules, self._begins[-1][1] + added[-1])
 
 
-def _as_on_cpu(optimizer: torch.optim.Optimizer, on_cuda: bool) -> None:
-    """What only CUDA has is turned off; where it has no fused form, torch would choose ``foreach`` there."""
-    step_on_cpu(optimizer)
+#: Their fused forms run on CPUs, so also on fake tensors; of others nothing is known.
+_FUSED_ON_CPU = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+
+
+def _fit_to_fake(optimizer: torch.optim.Optimizer, on_cuda: bool) -> None:
+    """Have it step on fake CPU tensors in the form, fused or ``foreach``, that it takes on the network's device."""
     for options in (optimizer.defaults, *optimizer.param_groups):
-        if on_cuda and "fused" not in options and options.get("foreach", False) is None:
+        if options.get("capturable"):
+            options["capturable"] = False
+        if on_cuda and "fused" in options:  # as ModuleOptimizers chooses
+            if options["fused"] is None and not options.get("foreach") and not options.get("differentiable"):
+                options["fused"] = True
+        elif on_cuda and options.get("foreach", False) is None:
             options["foreach"] = True
+        if options.get("fused") and not isinstance(optimizer, _FUSED_ON_CPU):
+            options["fused"] = False

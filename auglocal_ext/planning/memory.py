@@ -5,9 +5,8 @@ for each way of recomputation. That is enough for every mixture, because local m
 module adds do not depend on how others recompute. ``ways.py`` keeps the runs few where modules have many layers, and
 ``choice.py`` chooses exactly.
 
-Not included: library workspaces, a captured step's copy of the batch, and the loss scaler. The optimizer runs as
-torch's for-loop, which has temporaries of one parameter, and autocast casts what it casts on a CPU. On real CPU
-tensors the meter reads the predicted figure to the byte.
+Not included: library workspaces, a captured step's copy of the batch, and the loss scaler. Autocast casts what it casts
+on a CPU. On real CPU tensors the meter reads the predicted figure to the byte.
 """
 
 from __future__ import annotations
@@ -83,7 +82,8 @@ def plan_memory(
 
     The figure counts every tensor storage of a step after the first, rounded up to 512 bytes. It does not count library
     workspaces, the CUDA context, a captured step's copy of the batch, and the two scalars of an fp16 loss scaler. The
-    estimate steps optimizers by torch's for-loop, which has temporaries of one parameter; fused optimizers have none.
+    optimizer steps as it would on the device of ``net``: fused, which has no temporaries, or in torch's other forms. On
+    a CPU the default is the for-loop with temporaries of one parameter; for a GPU's step pass ``fused=True`` to it.
     ``net``, its device and the random state are not touched.
 
     With overlap, neither of the two streams can reuse memory of the other. The figure is then the sum of the largest

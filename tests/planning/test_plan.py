@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from auglocal_ext import AugLocal, ContSup, Greedy, LocalSequential, models
 from auglocal_ext.cost import FlopMeter, count_flops
 from auglocal_ext.memory import MemoryMeter
 from auglocal_ext.planning import MemoryBudgetError, plan_memory
-from auglocal_ext.planning.estimate import StepEstimate
+from auglocal_ext.planning.estimate import StepEstimate, _fit_to_fake
 from auglocal_ext.planning.memory import parse_bytes
 from auglocal_ext.step import LocalStep
 from auglocal_ext.step.module_costs import module_flops
@@ -213,8 +214,39 @@ def test_fake_networks_and_parameter_groups():
 def test_what_a_gpus_optimizer_has_beside_the_cpus_is_left_out():
     net = wrap(AugLocal(2), depth=8)
     plain = plan_memory(net, BATCH, adamw)
-    gpu = plan_memory(net, BATCH, lambda params: torch.optim.AdamW(params, lr=1e-3, capturable=True, fused=True))
+    gpu = plan_memory(net, BATCH, lambda params: torch.optim.AdamW(params, lr=1e-3, capturable=True))
     assert gpu.predicted_bytes == plain.predicted_bytes
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adagrad], ids=lambda kind: kind.__name__)
+def test_a_fused_optimizer_has_no_temporaries(kind):
+    """At this batch size a module's peak is in its update."""
+    net = wrap(Greedy(), depth=8, width=32)
+    plans = []
+    for fused in (True, False):
+        plans.append(plan_memory(net, 1, optimizer := partial(kind, lr=1e-3, fused=fused)))
+        assert metered(LocalStep(net, optimizer, plan=plans[-1]), 1) == plans[-1].predicted_bytes
+    assert plans[0].base_bytes == plans[1].base_bytes
+    assert plans[0].predicted_bytes < plans[1].predicted_bytes
+
+
+def test_on_cuda_an_optimizer_is_planned_in_the_form_that_it_takes_there():
+    class Own(torch.optim.AdamW):
+        pass
+
+    def planned(optimizer, on_cuda):
+        _fit_to_fake(optimizer, on_cuda)
+        (group,) = optimizer.param_groups
+        return group.get("fused"), group["foreach"], group["capturable"]
+
+    params = [nn.Parameter(torch.zeros(2))]
+    for kind in (torch.optim.AdamW, Own):
+        assert planned(kind(params, capturable=True), True) == (True, None, False)
+        assert planned(kind(params), False) == (None, None, False)
+        assert planned(kind(params, foreach=True), True) == (None, True, False)
+        assert planned(kind(params, fused=False), True) == (False, None, False)
+    assert planned(torch.optim.NAdam(params), True) == (None, True, False)  # which has no fused form
+    assert planned(torch.optim.NAdam(params), False) == (None, None, False)
 
 
 def test_a_step_takes_its_plan():
