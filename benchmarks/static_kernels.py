@@ -93,7 +93,7 @@ class Row:
         return 16 * (self.vectors * self.read if self.vectors is not None else kernel.main_loop.wide("LDG"))
 
 
-NORM, POOL, SIMILARITY = "batch_norm_act", "batch_norm_act_max_pool", "similarity_loss"
+NORM, POOL, SIMILARITY, LAYER = "batch_norm_act", "batch_norm_act_max_pool", "similarity_loss", "layer_norm"
 ROWS = [
     Row(NORM, "statistics, channels-last", "stats_rows_kernel", "", 1, 0),
     Row(NORM, "apply ReLU, channels-last", "apply_rows_kernel", "1 0", 1, 1),
@@ -112,6 +112,9 @@ ROWS = [
     Row(SIMILARITY, "statistics, contiguous", "statistics_kernel", "{V} 0", 1, 0, vectors=1),
     Row(SIMILARITY, "input gradient, channels-last", "input_grad_kernel", "{V} 1", 1, 1, vectors=1),
     Row(SIMILARITY, "input gradient, contiguous", "input_grad_kernel", "{V} 0", 1, 1, vectors=1),
+    Row(LAYER, "normalise", "rows_kernel", "float {V} 4 0", 1, 1, vectors=4, rounds=1, share=4),
+    Row(LAYER, "residual and normalise", "rows_kernel", "float {V} 4 0", 2, 2, vectors=4, rounds=1, share=4),
+    Row(LAYER, "gradients", "backward_kernel", "float {V} 4 1", 2, 1, vectors=4),
     Row("reconstruction_loss", "loss and gradient", "pixels_kernel", "float {V}", 1, 1, 4, vectors=1),
     Row("pooled_cross_entropy", "pooling, channels-last", "pool_channels_kernel", "{V}", 1, 0, vectors=1),
     Row("pooled_cross_entropy", "pooling, contiguous", "pool_positions_kernel", "{V}", 1, 0, vectors=1),
@@ -166,8 +169,9 @@ three numbers. **Nothing here has run.** The last column is a forecast, and a bo
 bandwidth (assumed: 0.9 of the data sheet's) on a map that is large beside the caches: the least of what the bytes in
 flight (assumed: {LATENCY * 1e6:g} us for a byte), {LANES} instructions a cycle and multiprocessor at boost clock, and
 a copy allow. Launch, first loads, merges and the last wave of blocks cost on top of it. Instructions are those of the
-main loop; in `batch_norm_act` for contiguous maps they include branches that are not taken. KB are bytes in flight on
-a multiprocessor.
+main loop, or of the whole kernel where there is none; in `batch_norm_act` for contiguous maps and in `layer_norm`
+without a residual they include branches that are not taken, so more than such a forecast is possible. KB are bytes in
+flight on a multiprocessor.
 
 | op | pass | dtype | registers | shared | blocks per SM | instructions per element | bytes per element | KB | \
 forecast share of copy, at most |
