@@ -115,9 +115,9 @@ class StepEstimate:
                 self.parts = nn.ModuleList([fake.net.task, *(p for m in self.local_modules for p in m.parts())])
                 groups = held(groups, self.parts, {id(p) for p in fake.net.parameters()})
             self._optimizers = ModuleOptimizers(self.local_modules, optimizer, groups)
-            _fit_to_fake(self._optimizers.whole, on_cuda=next(net.parameters()).is_cuda)
-            # Of more calls than two, all but the last are alike.
             replicas = None if stage is None else stage.replicas
+            _fit_to_fake(self._optimizers.whole, next(net.parameters()).is_cuda, may_shard=replicas is not None)
+            # Of more calls than two, all but the last are alike.
             self._updates = _NotingUpdates(self._optimizers, None, clip_norm, clip, min(accumulate, 2), replicas)
             self._x, self._y = empty_batch(fake.net, batch_size)
             self._all_gradients = True
@@ -275,13 +275,14 @@ class _Watch(OneStream):
 _FUSED_ON_CPU = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 
 
-def _fit_to_fake(optimizer: torch.optim.Optimizer, on_cuda: bool) -> None:
+def _fit_to_fake(optimizer: torch.optim.Optimizer, on_cuda: bool, may_shard: bool) -> None:
     """Have it step on fake CPU tensors in the form, fused or ``foreach``, that it takes on the network's device."""
     for options in (optimizer.defaults, *optimizer.param_groups):
         if options.get("capturable"):
             options["capturable"] = False
-        if on_cuda and "fused" in options:  # as ModuleOptimizers chooses
-            if options["fused"] is None and not options.get("foreach") and not options.get("differentiable"):
+        if on_cuda and "fused" in options:  # as ModuleOptimizers chooses, but for shards
+            left_open = options["fused"] is None and not options.get("foreach") and not options.get("differentiable")
+            if left_open and not may_shard:
                 options["fused"] = True
         elif on_cuda and options.get("foreach", False) is None:
             options["foreach"] = True

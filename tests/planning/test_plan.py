@@ -234,8 +234,8 @@ def test_on_cuda_an_optimizer_is_planned_in_the_form_that_it_takes_there():
     class Own(torch.optim.AdamW):
         pass
 
-    def planned(optimizer, on_cuda):
-        _fit_to_fake(optimizer, on_cuda)
+    def planned(optimizer, on_cuda, may_shard=False):
+        _fit_to_fake(optimizer, on_cuda, may_shard)
         (group,) = optimizer.param_groups
         return group.get("fused"), group["foreach"], group["capturable"]
 
@@ -243,6 +243,7 @@ def test_on_cuda_an_optimizer_is_planned_in_the_form_that_it_takes_there():
     for kind in (torch.optim.AdamW, Own):
         assert planned(kind(params, capturable=True), True) == (True, None, False)
         assert planned(kind(params), False) == (None, None, False)
+        assert planned(kind(params), True, may_shard=True) == (None, None, False)
         assert planned(kind(params, foreach=True), True) == (None, True, False)
         assert planned(kind(params, fused=False), True) == (False, None, False)
     assert planned(torch.optim.NAdam(params), True) == (None, True, False)  # which has no fused form
