@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ from ..auxiliary.followed import Followed
 from ..layers.features import Features
 from ..layers.readout import split_readout
 from ..nn import FusedSequential, recomputed, run_chain
-from ..segments import Carrying, Segment, carried, carry, detached
+from ..segments import BeforeReadout, Carrying, Segment, carried, carry, detached, readout_of
 from ..tasks import Scored, Task
 
 #: What recomputes in a local module: nothing, the blocks of its auxiliary network, its first n layers, or everything.
@@ -114,33 +114,40 @@ class LocalModule:
             history: inputs of the modules before this one. The module appends its own and releases those that
                 no later module needs. Required only if the rule supplies context.
         """
-        h = self.supply(h, history)
+        return self._run(self.supply(h, history), self.groups, self.segment)
+
+    __call__ = forward
+
+    def _run(self, h: Tensor, groups: tuple[tuple[nn.Module, ...], ...], segment: nn.Module | None) -> Tensor:
         again = self.recomputed_layers
-        if self.segment is not None and not again:
-            return self.segment(h)
+        if segment is not None and not again:
+            return cast("Tensor", segment(h))
         container = FusedSequential if self.fused else nn.Sequential
-        for group in self.groups[:again]:
+        for group in groups[:again]:
             if self.segment is None:
                 h = recomputed(container(*group), h)
             else:
                 out, *beside = recomputed(Carrying(container(*group)), h, *carried(h))
                 h = carry(out, beside)
-        kept = tuple(child for group in self.groups[again:] for child in group)
+        kept = tuple(child for group in groups[again:] for child in group)
         if self.fused:
             return run_chain(kept, h)
         for layer in kept:
             h = layer(h)
         return h
 
-    __call__ = forward
-
     def loss_input(self, h: Tensor, history: list[Tensor | None] | None = None) -> Tensor:
         """What :meth:`objective` takes: the module's output, or the input of the network's readout.
 
-        The latter for the last module, if the task makes logits and loss in one op and the layers end in a linear one.
+        The latter for the last module, if the task makes logits and loss in one op and the layers, or the forward of
+        the model, end in a linear one.
         """
+        if self.auxiliary is None and self.task.fuses_readout and self.segment is not None:
+            *before, last = self.groups
+            groups = (*before, (*last[:-1], BeforeReadout(last[-1])))
+            return self._run(self.supply(h, history), groups, BeforeReadout(self.segment))
         split = self._split
-        return self(h, history) if split is None else replace(self, groups=split[0]).forward(h, history)
+        return self(h, history) if split is None else self._run(self.supply(h, history), split[0], None)
 
     @property
     def _split(self) -> tuple[tuple[tuple[nn.Module, ...], ...], nn.Linear] | None:
@@ -189,10 +196,11 @@ class LocalModule:
     def score(self, taken: Tensor, target: Tensor) -> Scored:
         """Of the last module: loss, without the module's weight, and count of :meth:`loss_input`."""
         split = self._split
-        if split is None:
+        linear = readout_of(taken) if split is None else split[1]
+        if linear is None:
             return self.task.score(taken, target)
         features = Features(tuple(taken.shape[1:]), "channels_last")
-        return self.task.readout_score(taken, features, split[1], target)
+        return self.task.readout_score(taken, features, linear, target)
 
     def _weighted(self, scored: Scored) -> Scored:
         return scored if self.weight == 1 else scored._replace(loss=scored.loss * self.weight)

@@ -3,11 +3,13 @@
 from .boundaries import Boundary, Passage, Skips, find_boundaries
 from .carried import Carrying, carried, carry, detached
 from .ghost import CrossingError, Ghost
+from .readout import BeforeReadout, readout_of
 from .recording import picked_output
 from .run import runs_segment
 from .segment import Segment
 
 __all__ = [
+    "BeforeReadout",
     "Boundary",
     "Carrying",
     "CrossingError",
@@ -20,5 +22,6 @@ __all__ = [
     "detached",
     "find_boundaries",
     "picked_output",
+    "readout_of",
     "runs_segment",
 ]

@@ -72,6 +72,7 @@ class Passage:
         unused: parameters that no output depends on.
         changed: buffers that a forward changes, such as BatchNorm's.
         takers: for each parameter and buffer the names of the modules whose forward takes it.
+        readouts: in these modes, the call that makes the output; None where more is done with it.
         tail_flops: of what runs after the last boundary, per sample.
         output: what is picked of the model's output.
         input_shape: of one sample.
@@ -90,6 +91,7 @@ class Passage:
     input_shape: tuple[int, ...]
     changed: frozenset[str]
     takers: dict[str, frozenset[str]]
+    readouts: tuple[Call | None, Call | None]
 
     def __deepcopy__(self, memo: Any) -> Passage:
         return self
@@ -154,7 +156,7 @@ def find_boundaries(
     flows = [Dataflow(recording, parameters) for recording in recordings]
     for flow in flows:
         flow.refuse_reentrant()
-    compiled = frozenset(name for name, module in model.named_modules() if _is_compiled(module))
+    compiled = frozenset(name for name, module in model.named_modules() if runs_compiled(module))
     found: dict[tuple[str, int], Boundary] = {}
     for group in flows[0].groups():
         made = [_boundary(call, flows, compiled, skips) for call in group]
@@ -173,6 +175,7 @@ def find_boundaries(
     changed, takers = _changed(recordings), _takers(recordings)
     leaves = [{each.key: flow.crossings(flow.call(each.key)).leaf for each in legal} for flow in flows]
     legal = tuple(_completed(each, flows, leaves) for each in legal)
+    readouts = flows[0].readout(), flows[1].readout()
     for recording in recordings:  # what was needed for this alone, and is large
         recording.operators = []
     return Passage(
@@ -189,6 +192,7 @@ def find_boundaries(
         tuple(example.shape[1:]),
         changed,
         takers,
+        readouts,
     )
 
 
@@ -213,7 +217,8 @@ def _takers(recordings: Sequence[Recording]) -> dict[str, frozenset[str]]:
     return {name: frozenset(callers) for name, callers in takers.items()}
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def runs_compiled(module: nn.Module) -> bool:
+    """Whether the module, or what it wraps, is compiled."""
     return is_compiled(module) or module.__dict__.get(COMPILED_CALL) is not None
 
 

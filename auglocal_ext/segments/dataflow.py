@@ -229,6 +229,19 @@ class Dataflow:
                 )
         return ""
 
+    def readout(self) -> Call | None:
+        """The call that makes the model's output, its module's only one, if no operator does anything with it later."""
+        calls = [self.recording.root, *self.recording.root.walk()]
+        first = {after: before for call in calls for after, before in zip(call.outputs, call.gives, strict=True)}
+        made = first.get(self.recording.output, self.recording.output)
+        within = [call for call in calls if call.start <= self._made[made] < call.end]
+        if any(call.checkpointed != "no" for call in within):
+            return None
+        maker = within[-1] if within else self.recording.root
+        alone = maker.gives == [made] and [call.name for call in calls].count(maker.name) == 1
+        used = any(first.get(n, n) == made for each in self.recording.operators if not each.mark for n in each.inputs)
+        return maker if alone and not used else None
+
     def _maker(self, number: int) -> str:
         time = self._made[number]
         if time < 0:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from .._torch import COMPILED_CALL, plain_call, tree_flatten, tree_unflatten
 from ..nn import FusedSequential, run_chain
+from .boundaries import runs_compiled
 from .calls import Call, Form, Linear
 from .carried import carried
 from .ghost import CrossingError, Ghost
+from .readout import Product, is_linear, may_wait
 from .script import Action, Script
 
 #: Models of which a segment runs, by ``id``.
@@ -35,12 +37,21 @@ class Reached(BaseException):  # no Exception, which a model might catch
 
 
 class Run:
-    """One call of a segment."""
+    """One call of a segment.
 
-    def __init__(self, model: nn.Module, script: Script, h: Tensor) -> None:
+    Args:
+        model: of the segment.
+        script: of what its submodules do.
+        h: the segment's input.
+        apart: whether the product of a linear layer in which the model ends may wait, as a :class:`Product`.
+    """
+
+    def __init__(self, model: nn.Module, script: Script, h: Tensor, apart: bool = False) -> None:
         self._model = model
         self._script = script
         self._h = h
+        self._readout = self._readout_of(model, script) if apart else None
+        self._products: list[Product] = []
         self._thread = get_ident()
         self._left = {name: iter(actions) for name, actions in script.actions.items()}
         self._values = dict(zip(script.takes, (h, *carried(h)), strict=True))
@@ -75,6 +86,9 @@ class Run:
                 compiled = module.__dict__.get(COMPILED_CALL)
                 before.append((module, compiled))
                 module.__dict__[COMPILED_CALL] = self._patch(name, module, compiled)
+            if self._readout is not None:
+                before.append((self._readout, None))
+                self._readout.__dict__[COMPILED_CALL] = self._waiting(self._readout)
             yield
         finally:
             for module, compiled in before:
@@ -113,6 +127,39 @@ class Run:
             return out
 
         return call
+
+    @staticmethod
+    def _readout_of(model: nn.Module, script: Script) -> nn.Linear | None:
+        """The linear layer in which the model ends, if nothing of what calls it is compiled."""
+        call = script.readout
+        if call is None or call.name in script.actions:
+            return None
+        readout, *around = (model.get_submodule(each.name) for each in (call, *call.ancestors()))
+        if not is_linear(readout) or any(map(runs_compiled, (readout, *around))):
+            return None
+        return readout
+
+    def _waiting(self, readout: nn.Linear) -> Callable[..., Any]:
+        as_always = plain_call(readout)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if get_ident() != self._thread or not may_wait(readout, args, kwargs):
+                return as_always(*args, **kwargs)
+            self._products.append(Product(args[0], readout, as_always))
+            return self._products[-1]
+
+        return call
+
+    def apart(self, out: Tensor) -> Tensor:
+        """``out``, the model's output; of a product what :func:`auglocal_ext.segments.readout_of` takes."""
+        if isinstance(out, Product):
+            return out.apart()
+        if any(product.blind for product in self._products):
+            raise RuntimeError(
+                f"the forward of {type(self._model).__name__} reads its logits without gradients and returns others, "
+                "which it did not do when it was cut: localize the model again"
+            )
+        return out
 
     def _reached(self, out: Any) -> Reached:
         return Reached(tree_flatten(out)[0][self._script.returns[0][2]])

@@ -74,6 +74,8 @@ class Script:
         for name, nth, leaf in self.returns[1:]:
             self.keeps.setdefault((name, nth), []).append(leaf)
         self.input = recording.input
+        #: The call that makes the output of a segment in which the model ends; None where more is done with it.
+        self.readout = passage.readouts[training] if self.last is None else None
         self._begun, self._done = self.first is None, False
         self._partly(model, recording.root, "run")
         kept = {name for name, _ in self.keeps}

@@ -110,7 +110,8 @@ class Segment(nn.Module):
     def __repr__(self) -> str:
         return f"Segment({self.first or 'input'} .. {self.last or 'output'})"
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, apart: bool = False) -> Tensor:
+        """The segment's output; ``apart``: what :func:`auglocal_ext.segments.readout_of` takes, if that is possible."""
         if self.shape is not None and tuple(h.shape[1:]) != self.shape:
             raise ValueError(f"{self!r} takes (N, {', '.join(map(str, self.shape))}), got {tuple(h.shape)}")
         script = self._scripts[self.model.training]
@@ -120,7 +121,7 @@ class Segment(nn.Module):
                 f"{self!r} needs what crosses its beginning beside its input ({names}) and is given {len(carried(h))} "
                 "such tensors: pass on module.hand_on(out), which keeps them, instead of out.detach()"
             )
-        run = Run(self.model, script, h)
+        run = Run(self.model, script, h, apart)
         with run.patched(), standing(self._standing(h.device)):
             try:
                 out = self.model(run.input())
@@ -132,7 +133,7 @@ class Segment(nn.Module):
                 if self.last is not None:
                     raise run.differs(f"{self.last} was not reached")
                 run.check()
-                out = picked_output(out, self.passage.output)
+                out = run.apart(picked_output(out, self.passage.output))
         beside = run.kept()
         if any(isinstance(each, Ghost) for each in (out, *beside)):
             raise CrossingError(f"the output of {self!r} depends on something before it that its input does not carry")

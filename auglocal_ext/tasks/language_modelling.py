@@ -27,8 +27,9 @@ class LanguageModelling(Task):
 
     No logits are made in training, nor by :meth:`auglocal_ext.LocalSequential.score`: product and loss are one op,
     :func:`auglocal_ext.ops.linear_cross_entropy`, in heads, and in the network where it ends in an ``nn.Linear``
-    without hooks. :attr:`auglocal_ext.LocalOutput.output` then has a shape of ``(N, T, 0)``; ``net(x)`` makes the
-    logits. A subclass with a loss, count, score or readout of its own gets logits everywhere.
+    without hooks; a model wrapped by ``localize`` must return what that layer makes.
+    :attr:`auglocal_ext.LocalOutput.output` then has a shape of ``(N, T, 0)``; ``net(x)`` makes the logits. A subclass
+    with a loss, count, score or readout of its own gets logits everywhere.
 
     The sum of ``-log p`` and the number of right tokens are counted; the metric is the perplexity
     ``exp(mean of -log p)``, in which label smoothing and z-loss have no part.
