@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from language import VOCABULARY, decoder, tokens
 from ranks import run
 from replicated import mesh as replicas
 from replicated import sgd
@@ -18,7 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from auglocal_ext import MAN, AugLocal, ContSup, Greedy, InfoPro, LocalStep, PredSim, localize
+from auglocal_ext import MAN, AugLocal, ContSup, Greedy, InfoPro, LanguageModelling, LocalStep, PredSim, localize
 from auglocal_ext.nn import deferred
 
 sys.path.append(str(Path(__file__).parents[1] / "localize"))
@@ -256,6 +257,32 @@ def test_two_stages_equal_one_process():
         with torch.no_grad():
             wanted[name] = (net.state_dict(), losses, net(x))
     run(2, _stages, wanted)
+
+
+def language():
+    torch.manual_seed(7)
+    return localize(decoder(), Greedy(), None, 2, task=LanguageModelling(VOCABULARY), example_input=tokens()[0][:1])
+
+
+def _languages(rank, wanted):
+    """The readout's weight, which the loss takes, is a shard, or belongs to another process."""
+    staged = LocalStep(language(), sgd, mesh=grid(2))
+    for u, losses in enumerate(wanted):
+        assert torch.equal(staged(*tokens(seed=u)).module_losses, losses[rank : rank + 1])
+    staged.close()
+    nets = language(), language()
+    steps = [LocalStep(net, sgd, mesh=replicas(2), shard=net is nets[0]) for net in nets]
+    for u in range(2):
+        outs = [step(*tokens(seed=2 * u + rank)) for step in steps]
+        assert torch.equal(outs[0].module_losses, outs[1].module_losses)
+        assert outs[0].output.shape[-1] == outs[1].output.shape[-1] == 0
+    assert_equal(*(net.state_dict() for net in nets), exactly=True)
+
+
+@pytest.mark.slow
+def test_language_models():
+    step = LocalStep(language(), sgd)
+    run(2, _languages, [step(*tokens(seed=u)).module_losses for u in range(2)])
 
 
 BATCHES = [batch for (batch,) in batches(1)]
