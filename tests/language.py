@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from auglocal_ext import LanguageModelling, LocalSequential
 
@@ -58,3 +61,18 @@ def literal_loss(logits: Tensor, y: Tensor, smoothing: float = 0.0, z: float = 0
     counts = y.flatten() != -100
     logits, labels = logits.flatten(0, 1)[counts], y.flatten()[counts]
     return F.cross_entropy(logits, labels, label_smoothing=smoothing) + z * logits.logsumexp(1).square().mean()
+
+
+class Made(TorchDispatchMode):
+    """Sizes of the tensors that operators outside of our ops make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for each in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(each, Tensor):
+                self.sizes.add(each.numel())
+        return out

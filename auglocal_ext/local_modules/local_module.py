@@ -119,6 +119,7 @@ class LocalModule:
     __call__ = forward
 
     def _run(self, h: Tensor, groups: tuple[tuple[nn.Module, ...], ...], segment: nn.Module | None) -> Tensor:
+        """Output of ``groups``, which ``segment`` runs at once where no layer recomputes."""
         again = self.recomputed_layers
         if segment is not None and not again:
             return cast("Tensor", segment(h))

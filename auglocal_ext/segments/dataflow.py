@@ -234,13 +234,12 @@ class Dataflow:
         calls = [self.recording.root, *self.recording.root.walk()]
         first = {after: before for call in calls for after, before in zip(call.outputs, call.gives, strict=True)}
         made = first.get(self.recording.output, self.recording.output)
-        within = [call for call in calls if call.start <= self._made[made] < call.end]
-        if any(call.checkpointed != "no" for call in within):
+        within = [call for call in calls if call.start <= self._made.get(made, -1) < call.end]
+        if not within or any(call.checkpointed != "no" for call in within):
             return None
-        maker = within[-1] if within else self.recording.root
-        alone = maker.gives == [made] and [call.name for call in calls].count(maker.name) == 1
+        alone = within[-1].gives == [made] and [call.name for call in calls].count(within[-1].name) == 1
         used = any(first.get(n, n) == made for each in self.recording.operators if not each.mark for n in each.inputs)
-        return maker if alone and not used else None
+        return within[-1] if alone and not used else None
 
     def _maker(self, number: int) -> str:
         time = self._made[number]

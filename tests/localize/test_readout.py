@@ -9,10 +9,9 @@ from types import MethodType
 import pytest
 import torch
 import torch.nn.functional as F
-from language import LENGTH, VOCABULARY, WIDTH, Attending, literal_loss, tokens
+from language import LENGTH, VOCABULARY, WIDTH, Attending, Made, literal_loss, tokens
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from auglocal_ext import Greedy, LanguageModelling, LocalSequential, LocalStep, localize, models
 from auglocal_ext.memory import MemoryMeter
@@ -56,21 +55,6 @@ def localized(model, modules=2, output="logits", task=None, **options):
 def decoder(**options):
     torch.manual_seed(0)
     return Decoder(**options).double()
-
-
-class Made(TorchDispatchMode):
-    """Sizes of the tensors that operators make."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for each in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(each, torch.Tensor):
-                self.sizes.add(each.numel())
-        return out
 
 
 def expected(net, x, y, **options):

@@ -6,9 +6,8 @@ import math
 
 import pytest
 import torch
-from language import LENGTH, VOCABULARY, WIDTH, decoder, literal_loss, tokens, wrapped
+from language import LENGTH, VOCABULARY, WIDTH, Made, decoder, literal_loss, tokens, wrapped
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from auglocal_ext import (
     DGL,
@@ -121,21 +120,6 @@ def test_one_module_is_backpropagation(weighted):
     torch.testing.assert_close(out.loss, loss, rtol=1e-12, atol=0)
     for parameter, grad in zip(net.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-9, atol=1e-13)
-
-
-class Made(TorchDispatchMode):
-    """Sizes of the tensors that operators outside the op make."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for each in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(each, torch.Tensor):
-                self.sizes.add(each.numel())
-        return out
 
 
 @rules
