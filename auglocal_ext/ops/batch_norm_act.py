@@ -61,7 +61,7 @@ def batch_norm_act(
         slope = slope_of(activation, negative_slope)
         check_eps(eps, training)
         op = _IN_TRAINING[passes(x, provider).provider]
-        torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])
+        count_as_written(*written)
         return op(x, *written, weight, bias, residual, float(momentum), float(eps), slope)[0]
     refuse_transforms(NAME, _INSTEAD, x, weight, bias, residual)
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
