@@ -78,7 +78,7 @@ def linear_cross_entropy(
     """
     refuse_transforms(NAME, _INSTEAD, x, weight, bias)
     _check(x, weight, bias, target, label_smoothing, z_loss)
-    rows, flat = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+    rows, flat = (x, target) if x.dim() == 2 else (x.reshape(-1, x.shape[-1]), target.reshape(-1))
     if check_labels is not True and check_labels is not False:
         raise not_a_flag("check_labels", check_labels)
     if check_labels:
@@ -217,6 +217,10 @@ registry.steered(
             "float scale, bool gradient, Tensor(b!)? rounded, Tensor(c!)? grad_bias, Tensor(d!) totals) -> ()"
         ),
         "linear_cross_entropy_logits_": "(Tensor(a!) logits, Tensor x, Tensor weight) -> bool",
+        "linear_cross_entropy_counted": "(Tensor target, int classes, int ignore_index) -> int",
+        "linear_cross_entropy_results": (
+            "(Tensor totals, int divisor, bool in_double) -> (Tensor loss, Tensor correct, Tensor nll)"
+        ),
     },
 )
 registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD, results=3)

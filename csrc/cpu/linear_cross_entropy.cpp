@@ -11,10 +11,12 @@
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "../memory.h"
 #include "../pooled_cross_entropy.h"
 #include "bfloat16_product.h"
 #include "convert.h"
@@ -120,11 +122,41 @@ bool linear_cross_entropy_logits_(Tensor out, Tensor x, Tensor weight) {
   return true;
 }
 
+// How many labels count.
+int64_t linear_cross_entropy_counted(Tensor target, int64_t classes, int64_t ignore_index) {
+  STD_TORCH_CHECK(target.dim() == 1 && target.scalar_type() == ScalarType::Long && target.is_contiguous(),
+                  "expected target (R,) in int64");
+  const int64_t* labels = target.const_data_ptr<int64_t>();
+  return std::count_if(labels, labels + target.numel(),
+                       [&](int64_t label) { return label >= 0 && label < classes && label != ignore_index; });
+}
+
+// Loss, number of hits and nll of all rows, by what was added up to `totals`.
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_results(Tensor totals, int64_t divisor,
+                                                                bool in_double) {
+  STD_TORCH_CHECK(totals.numel() == 3 && totals.scalar_type() == ScalarType::Double && totals.is_contiguous(),
+                  "expected totals (3,) in float64");
+  const double* sums = totals.const_data_ptr<double>();
+  const ScalarType dtype = in_double ? ScalarType::Double : ScalarType::Float;
+  Tensor loss = memory::new_empty(totals, {}, dtype), nll = memory::new_empty(totals, {}, dtype),
+         correct = memory::new_empty(totals, {}, ScalarType::Long);
+  *correct.mutable_data_ptr<int64_t>() = static_cast<int64_t>(sums[2]);
+  const auto write = [&](const Tensor& to, double value) {
+    if (in_double) *to.mutable_data_ptr<double>() = value;
+    else *to.mutable_data_ptr<float>() = static_cast<float>(value);
+  };
+  write(loss, sums[0] / static_cast<double>(divisor));
+  write(nll, sums[1]);
+  return {loss, correct, nll};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CPU, m) {
   m.impl("linear_cross_entropy_rows_.cpu", TORCH_BOX(&linear_cross_entropy_rows_));
   m.impl("linear_cross_entropy_logits_.cpu", TORCH_BOX(&linear_cross_entropy_logits_));
+  m.impl("linear_cross_entropy_counted.cpu", TORCH_BOX(&linear_cross_entropy_counted));
+  m.impl("linear_cross_entropy_results.cpu", TORCH_BOX(&linear_cross_entropy_results));
 }
 
 }  // namespace auglocal

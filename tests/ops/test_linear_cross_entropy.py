@@ -32,6 +32,7 @@ cases = pytest.mark.parametrize(
 def _several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aten, "LEAST_ROWS", 4)
     monkeypatch.setattr(cpu, "FULL_SPEED", 4)
+    monkeypatch.setattr(cpu, "SMALL", 0)
 
 
 def composition(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import column
 import pytest
 import torch
-from test_linear_cross_entropy import OP, cases, inputs, leaves
+from test_linear_cross_entropy import IGNORE, OP, cases, compare, inputs, leaves
 from torch import Tensor
 
 from auglocal_ext.memory import MemoryMeter
 from auglocal_ext.ops import linear_cross_entropy, registry
+from auglocal_ext.ops.cpu import linear_cross_entropy as cpu
 
 
 @pytest.mark.parametrize("provider", ["cpu"])
@@ -26,6 +27,27 @@ def test_logits_of_bfloat16_factors_are_float32(provider: str, rows: int, width:
         pytest.skip("this processor does not multiply bfloat16")
     assert all(torch.equal(logits, found[0]) for logits in found)
     assert float((found[0] - exact).abs().max()) <= 1e-6 * width**0.5 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "classes", "small"),
+    [((1, 1), 1, True), ((2, 3, 5), 7, True), ((64, 16), 16, True), ((65, 16), 16, False)],
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_small_problems_are_solved_by_one_compiled_call(shape, classes, small, dtype, bias, monkeypatch) -> None:
+    used = []
+    monkeypatch.setattr(cpu, "kernel", lambda *name: used.append(name[0]) or registry.kernel(*name))
+    x, weight, added, target = inputs(shape, classes, dtype, "cpu", bias)
+    compare(x, weight, added, target, "cpu")
+    assert ("pooled_cross_entropy" in used) is small
+    for options in ({"z_loss": 1e-3}, {"label_smoothing": 0.1}):
+        used.clear()
+        compare(x, weight, added, target, "cpu", **options)
+        assert "pooled_cross_entropy" not in used
+    target.fill_(IGNORE)
+    out = linear_cross_entropy(*leaves(x, weight, added), target, provider="cpu")
+    assert out.loss == out.nll == out.correct == 0
 
 
 @cases

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from ..aten.linear_cross_entropy import chunk_rows
+from ..batch_norm_checks import cast_to
 from ..reference.linear_cross_entropy import Outputs, kept
 from ..registry import kernel
 
+#: Multiplications of a problem that the op for pooled maps, one compiled call, solves sooner than several operators do.
+SMALL = 2**14
 #: With fewer rows than these the library's products take longer, at 128 up to half as long again.
 FULL_SPEED = 512
 
@@ -36,7 +39,14 @@ def forward(
     low = product == torch.bfloat16
     rows, classes = len(x), len(weight)
     target = target.contiguous()
-    counted = int(((target >= 0) & (target < classes) & (target != ignore_index)).sum())
+    counted = kernel("linear_cross_entropy_counted", "cpu")(target, classes, ignore_index)
+    if counted and z_loss == label_smoothing == 0 and rows * weight.numel() <= SMALL:
+        pooled = kernel("pooled_cross_entropy", "cpu")
+        loss, _, correct, grad_x, grad_weight, grad_bias = pooled(
+            *(x, weight, bias, target, ignore_index, label_smoothing, True, need_x, need_weight, need_bias)
+        )
+        grad_x, grad_weight = cast_to(kept(x.dtype), grad_x), cast_to(kept(weight.dtype), grad_weight)
+        return loss, correct, loss * counted, grad_x, grad_weight, grad_bias
     divisor = max(counted, 1)
 
     factor = weight.to(product if low else wide).contiguous()
@@ -55,23 +65,25 @@ def forward(
     for start in range(0, rows, step):
         chunk = slice(start, min(start + step, rows))
         size = chunk.stop - start
-        part, logits = x[chunk].to(factor.dtype).contiguous(), buffer[:size]
-        dlogits = logits if narrow is None else narrow[:size]
+        whole = size == rows
+        part, labels = (x, target) if whole else (x[chunk], target[chunk])
+        part, logits = part.to(factor.dtype).contiguous(), buffer if whole else buffer[:size]
+        dlogits = logits if narrow is None else narrow if whole else narrow[:size]
         _logits(part, factor, logits)
         rows_(
-            *(logits, wide_bias, target[chunk], ignore_index, label_smoothing, z_loss, 1 / divisor, need_any),
+            *(logits, wide_bias, labels, ignore_index, label_smoothing, z_loss, 1 / divisor, need_any),
             *(None if narrow is None else dlogits, grad_bias if need_bias else None, totals),
         )
         if need_x:
-            _multiply(dlogits, factor, grad_x[chunk])
+            _multiply(dlogits, factor, grad_x if whole else grad_x[chunk])
         if need_weight and (start == 0 or total.dtype == dlogits.dtype):
             _multiply(dlogits.t(), part, total, add=start > 0)
         elif need_weight:
             total += dlogits.t() @ part
     if need_weight and total is not grad_weight:
         grad_weight.copy_(total)
-    loss, nll, correct = totals.unbind()
-    return (loss / divisor).to(wide), correct.to(torch.int64), nll.to(wide), grad_x, grad_weight, grad_bias
+    results = kernel("linear_cross_entropy_results", "cpu")(totals, divisor, wide == torch.float64)
+    return *results, grad_x, grad_weight, grad_bias
 
 
 def _logits(part: Tensor, factor: Tensor, logits: Tensor) -> None:
