@@ -1,4 +1,4 @@
-"""Builds the compiled providers, each a library of its own and each optional; the metadata is in pyproject.toml.
+"""Builds the compiled providers and autograd nodes, each a library of its own and optional; see pyproject.toml.
 
 Environment: CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CC, CXX as usual; AUGLOCAL_FORCE_EXT=1 turns a provider that
 cannot be built from a recorded reason into an error.
@@ -13,6 +13,7 @@ import pprint
 import re
 import shlex
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ SOURCES = {
         "csrc/cuda/supervised_contrast.cu",
         "csrc/cuda/versions.cu",
     ],
+    "nodes": ["csrc/nodes/nodes.cpp"],
 }
 
 
@@ -146,6 +148,11 @@ class BuildLibraries(build_ext):
         # Products and sums are rounded one by one: fused where the processor can, bits would depend on the processor.
         arithmetic = ["-fno-trapping-math", "-ffp-contract=off"]
         extension.extra_compile_args = {"cxx": ["-O3", "-g0", target, *arithmetic, *host]}
+        if name == "nodes":  # which computes nothing, and uses torch's own interface
+            extension.extra_compile_args = {"cxx": ["-O2", "-g0", *host]}
+            extension.libraries += ["torch_python", "torch_cpu", "c10"]
+            record["torch"], record["python"] = str(torch.__version__), sysconfig.get_config_var("SOABI")
+            record["file"] = Path(self.get_ext_filename(extension.name)).name
         compilers, architectures = [os.environ.get("CXX", "c++")], ""
         if name == "cuda":
             home = toolkit.find_toolkit()
@@ -163,6 +170,7 @@ class BuildLibraries(build_ext):
             *(torch.__version__, torch.version.git_version, objects.headers_digest(Path(headers))),
             *(output(*shlex.split(compiler), "--version") for compiler in compilers),
             objects.environment(),
+            *([sysconfig.get_config_var("SOABI")] if name == "nodes" else []),
         ]
 
         def key(source: str, flags: Any) -> str:
@@ -244,7 +252,7 @@ def library(name: str) -> Extension:
         f"auglocal_ext._C_{name}",
         SOURCES[name],
         extra_link_args=["-Wl,--no-as-needed", "-ltorch"] if sys.platform == "linux" else ["-ltorch"],
-        py_limited_api=True,
+        py_limited_api=name != "nodes",
         language="c++",
     )
 

@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -18,7 +19,7 @@ using torch::stable::Tensor;
 
 // What a pass reads; undefined where it is not there.
 struct NormInputs {
-  Tensor x;             // (R, C), contiguous
+  Tensor x;             // (..., C), contiguous: R rows of C elements
   Tensor weight, bias;  // (C,), contiguous, of any floating dtype; bias only beside weight
   Tensor mean, rstd;    // (R,) in the accumulation dtype; no mean for RMSNorm
   int64_t rows, width;  // R, C
@@ -29,13 +30,14 @@ struct NormInputs {
   }
 
   // A tensor in x's shape and dtype.
-  Tensor map() const { return memory::new_empty(x, {rows, width}); }
+  Tensor map() const { return memory::new_empty(x, x.sizes()); }
 
   // Another tensor of x's shape and dtype, contiguous.
   Tensor beside(const Tensor& other, const char* name) const {
-    STD_TORCH_CHECK(other.dim() == 2 && other.size(0) == rows && other.size(1) == width &&
+    const auto shape = x.sizes(), given = other.sizes();
+    STD_TORCH_CHECK(std::equal(shape.begin(), shape.end(), given.begin(), given.end()) &&
                         other.scalar_type() == x.scalar_type(),
-                    "expected ", name, " (", rows, ", ", width, ") in the dtype of x");
+                    "expected ", name, " in the shape and dtype of x");
     return memory::packed(other, x.scalar_type());
   }
 
@@ -46,12 +48,13 @@ struct NormInputs {
 
 inline NormInputs norm_inputs(const Tensor& x, const std::optional<Tensor>& weight,
                               const std::optional<Tensor>& bias) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.numel() > 0, "expected rows x (R, C) with elements");
+  STD_TORCH_CHECK(x.dim() > 0 && x.numel() > 0, "expected x (..., C) with elements");
+  const int64_t width = x.size(x.dim() - 1);
   STD_TORCH_CHECK(weight || !bias, "expected no bias without weight");
   const auto parameter = [&](const std::optional<Tensor>& given) {
     if (!given) return Tensor();
-    STD_TORCH_CHECK(given->dim() == 1 && given->size(0) == x.size(1), "expected weight and bias (C,) for ",
-                    x.size(1), " elements of a row");
+    STD_TORCH_CHECK(given->dim() == 1 && given->size(0) == width, "expected weight and bias (C,) for ", width,
+                    " elements of a row");
     return memory::packed(*given, given->scalar_type());
   };
   const ScalarType wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -60,8 +63,8 @@ inline NormInputs norm_inputs(const Tensor& x, const std::optional<Tensor>& weig
           parameter(bias),
           Tensor(),
           Tensor(),
-          x.size(0),
-          x.size(1),
+          x.numel() / width,
+          width,
           wide};
 }
 

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 from types import ModuleType
@@ -59,6 +60,15 @@ def test_library_names_no_folder_of_the_machine(name: str) -> None:
     content = path.read_bytes()
     assert b"\0csrc/" in content and b"\0torch/csrc/stable/" in content  # files that checks name
     assert not re.findall(rb"/[^\0]*/(?:csrc/c|torch/include/)[^\0]*", content)
+
+
+def test_the_library_of_nodes_names_no_folder_of_the_machine() -> None:
+    library = native.nodes()
+    if isinstance(library, str):
+        assert os.environ.get("AUGLOCAL_FORCE_EXT") != "1", library
+        pytest.skip(library)
+    content = Path(str(library.__file__)).read_bytes()
+    assert b"csrc/nodes/nodes.cpp" in content and not re.findall(rb"/[^\0]*/(?:csrc/n|torch/include/)[^\0]*", content)
 
 
 @pytest.mark.parametrize("name", native.LIBRARIES)
@@ -227,6 +237,7 @@ def test_without_compilers_the_package_is_complete(copy: Path) -> None:
     libraries = native._read_info(info)["libraries"]
     assert not libraries["cpu"]["built"] and "the build failed" in libraries["cpu"]["reason"]
     assert not libraries["cuda"]["built"] and "holds no CUDA toolkit" in libraries["cuda"]["reason"]
+    assert not libraries["nodes"]["built"] and "the build failed" in libraries["nodes"]["reason"]
     assert not list(copy.rglob("*.so")) and not (copy / "auglocal_ext" / "_build_info.py").exists()
     assert build(copy, **{**tools, "AUGLOCAL_FORCE_EXT": "1"}).returncode != 0
 
@@ -278,7 +289,7 @@ def small(copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     for header in copy.glob("csrc/**/*.h"):
         header.unlink()
     (copy / "csrc" / "near.h").write_text("inline const char* near() { return __FILE__; }\n")
-    for source in (*copy.glob("csrc/cpu/*.cpp"), *copy.glob("csrc/cuda/*.cu")):
+    for source in (*copy.glob("csrc/[cn]*/*.cpp"), *copy.glob("csrc/cuda/*.cu")):
         near = source.stem == "similarity_loss"
         include, value = ('#include "../near.h"\n', "near()") if near else ("", f'"{source.name}" __FILE__')
         source.write_text(f"{include}const char* {source.stem}() {{ return {value}; }}\n")
@@ -295,6 +306,9 @@ def small(copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     monkeypatch.setenv("NVCC_BUILD", "1")
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     return copy
+
+
+NODES = f"_C_nodes{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def compiled() -> set[str]:
@@ -319,17 +333,17 @@ def test_one_library_failing_leaves_the_other(small: Path) -> None:
     done = build(small, CUDA_HOME=str(small / "absent"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "csrc/cpu/pooled_cross_entropy.cpp:1:2: error: #error no such luck" in libraries_of(small)["cpu"]["reason"]
-    assert not list(small.rglob("*.so"))
+    assert [p.name for p in small.rglob("*.so")] == [NODES]
     source.write_text(right)
     done = build(small, CUDA_HOME=str(small / "absent"))
     libraries = libraries_of(small)
     assert libraries["cpu"] == {"built": True, "reason": ""} and not libraries["cuda"]["built"], done.stdout
-    assert [p.name for p in small.rglob("*.so")] == ["_C_cpu.abi3.so"]
+    assert sorted(p.name for p in small.rglob("*.so")) == ["_C_cpu.abi3.so", NODES]
 
 
 @pytest.mark.slow
 def test_what_has_not_changed_is_not_compiled_again(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = {f"cpu/{path.name}" for path in small.glob("csrc/cpu/*.cpp")}
+    cpu = {f"{path.parent.name}/{path.name}" for path in small.glob("csrc/[cn]*/*.cpp")}
     cuda = {f"cuda/{path.name}" for path in small.glob("csrc/cuda/*.cu")}
     done = build(small)
     assert compiled() == cpu | cuda, done.stdout + done.stderr
@@ -338,7 +352,7 @@ def test_what_has_not_changed_is_not_compiled_again(small: Path, monkeypatch: py
     assert f"({files - 1} of {files} done)" in done.stdout
     first = libraries_of(small)
     assert first["cuda"]["built"] and first["cuda"]["nvcc"] == "13.0"
-    for library in small.glob("build/lib*/auglocal_ext/*.so"):
+    for library in small.glob("build/lib*/auglocal_ext/*.abi3.so"):
         content = library.read_bytes()
         assert b"csrc/cpu/../near.h" in content or b"csrc/cuda/../near.h" in content
         assert str(small).encode() not in content
@@ -351,7 +365,7 @@ def test_what_has_not_changed_is_not_compiled_again(small: Path, monkeypatch: py
     done = build(elsewhere)
     assert compiled() == {"cpu/similarity_loss.cpp", "cuda/similarity_loss.cu", "cuda/versions.cu"}, done.stdout
     assert libraries_of(elsewhere) == first
-    assert len(list(elsewhere.glob("build/lib*/auglocal_ext/*.so"))) == 2
+    assert len(list(elsewhere.glob("build/lib*/auglocal_ext/*.so"))) == 3
 
     source = elsewhere / "csrc" / "cuda" / "versions.cu"
     right = source.read_text()
@@ -361,7 +375,8 @@ def test_what_has_not_changed_is_not_compiled_again(small: Path, monkeypatch: py
     assert failed["cpu"]["built"] and not failed["cuda"]["built"]
     assert "csrc/cuda/versions.cu:1:2: error: #error no such luck" in failed["cuda"]["reason"]
     assert str(elsewhere) not in failed["cuda"]["reason"]
-    assert [path.name for path in elsewhere.glob("build/lib*/auglocal_ext/*.so")] == ["_C_cpu.abi3.so"]
+    libraries = sorted(path.name for path in elsewhere.glob("build/lib*/auglocal_ext/*.so"))
+    assert libraries == ["_C_cpu.abi3.so", NODES]
 
     source.write_text(right)
     monkeypatch.setenv("NVCC_BUILD", "2")

@@ -88,7 +88,7 @@ def test_headers_are_those_that_the_compiler_reads() -> None:
 
 def test_sources_include_torch_headers_of_the_known_folders_alone() -> None:
     for path in (ROOT / "csrc").rglob("*.*"):
-        if path.suffix in (".h", ".cpp", ".cu"):
+        if path.suffix in (".h", ".cpp", ".cu") and path.parent.name != "nodes":  # which is built for one torch alone
             for line in path.read_text().splitlines():
                 if line.startswith("#include <torch/"):
                     assert line.removeprefix("#include <").startswith(objects.STABLE_HEADERS), f"{path}: {line}"

@@ -17,8 +17,8 @@ FILES = sorted(path for room in ("auglocal_ext", "benchmarks", "examples") for p
 HOMES = {ROOT / "auglocal_ext" / "_torch.py", ROOT / "benchmarks" / "_torch_private.py"}
 #: Public in practice, for the reasons given in ``_torch.py``.
 DIRECT = {"_parameters", "_buffers", "_modules", "_apply", "_load_from_state_dict", "_check_input_dim"}
-#: Of Python: namedtuples, os, sys, threading. ``_init_weights`` is of Hugging Face's models.
-PYTHON = {"_asdict", "_fields", "_replace", "_exit", "_getframe", "_DummyThread", "_init_weights"}
+#: Of Python: namedtuples, os (``environ._data``), sys, threading. ``_init_weights`` is of Hugging Face's models.
+PYTHON = {"_asdict", "_fields", "_replace", "_exit", "_getframe", "_data", "_DummyThread", "_init_weights"}
 #: Calls whose string argument is the name of an attribute.
 BY_NAME = {"getattr", "hasattr", "setattr", "delattr", "attrgetter", "itemgetter", "methodcaller", "get", "pop"}
 

@@ -71,6 +71,8 @@ def report() -> dict[str, Any]:
     recorded = {} if isinstance(build, str) else build.info
     gpus = _gpus()
     devices = ["cpu", *(f"cuda:{index}" for index in range(len(gpus)))] if gpus else ["cpu", "cuda"]
+    library = native.nodes()
+    missing = library if isinstance(library, str) else None
     return {
         "versions": {
             "auglocal_ext": __version__,
@@ -82,6 +84,7 @@ def report() -> dict[str, Any]:
         "gpus": gpus,
         "driver": _driver(),
         "build": {key: recorded[key] for key in ("torch", "compiler", "sources") if key in recorded},
+        "nodes": {"compiled": missing is None, "reason": missing},
         "providers": {name: _provider(name, recorded, devices, gpus) for name in providers.NAMES},
         "ops": {
             op: {device: providers.choose(op, device, torch.float32) for device in devices} for op in providers.TABLES
@@ -100,6 +103,9 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(f"{'driver':14} up to CUDA {found['driver']}")
     if found["build"]:
         lines.append(f"{'built with':14} torch {found['build']['torch']}, {found['build']['compiler']}")
+    nodes = found["nodes"]
+    state = "compiled" if nodes["compiled"] else f"in Python, which takes the host longer: {nodes['reason']}"
+    lines.append(f"{'autograd nodes':14} {state}")
     lines += ["", "providers"]
     for name, provider in found["providers"].items():
         state = "available" if provider["available"] else f"missing: {provider['reason']}"

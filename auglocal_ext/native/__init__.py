@@ -1,8 +1,8 @@
 """The compiled libraries: where they are, whether they load, and why not.
 
-``setup.py`` builds two libraries, ``cpu`` and ``cuda``, on the LibTorch stable ABI (target 2.11) with abi3. One built
-against an old torch loads in every newer one. Each has its own ``BuildExtension``, so one failure leaves the other
-alone; the compiler's message is recorded in the generated ``_build_info.py``.
+``setup.py`` builds two libraries of kernels, ``cpu`` and ``cuda``, on the LibTorch stable ABI (target 2.11) with abi3.
+One built against an old torch loads in every newer one. Each library has its own ``BuildExtension``, so one failure
+leaves the others alone; the compiler's message is recorded in the generated ``_build_info.py``.
 
 - **The CUDA toolkit** is found by asking ``nvcc --dryrun`` for its root, because the ``nvcc`` on PATH may be a
   wrapper elsewhere. torch's check that its CUDA version equals nvcc's is skipped: with the stable ABI there is
@@ -14,9 +14,12 @@ alone; the compiler's message is recorded in the generated ``_build_info.py``.
 - **A library fits these Python files only if the version and the hash of ``csrc`` agree.** In the repository's root
   the source folder shadows an installed package. It uses the installed libraries where they fit and otherwise asks
   for ``pip install .``.
-- **No pybind11.** Host C++ never handles Python objects: build information is a generated Python file, device queries
-  and deferred errors are torch's own, and the one C call goes through ctypes. The libraries contain no Python symbol
-  and load in every Python.
+- **Kernels know no Python.** Build information is a generated Python file, device queries and deferred errors are
+  torch's own, and the one C call goes through ctypes. The two libraries contain no Python symbol and load in every
+  Python.
+- **The third library, ``nodes``, fits one torch and one Python.** It holds autograd nodes, which the stable ABI lacks,
+  and takes tensors from Python. Beside another torch or Python it is left out, and nodes in Python take its place with
+  the same results.
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
+import sysconfig
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -80,11 +85,15 @@ def _installed() -> list[Build]:
 def _read_info(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    spec = importlib.util.spec_from_file_location("_auglocal_build_info", path)
+    return _imported("_auglocal_build_info", path).BUILD
+
+
+def _imported(name: str, path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.BUILD
+    return module
 
 
 @lru_cache(maxsize=None)
@@ -101,6 +110,29 @@ def load(name: str) -> str | None:
     except (OSError, RuntimeError) as error:
         return f"built, but it does not load beside torch {torch.__version__}: {error}"
     return None
+
+
+@lru_cache(maxsize=None)
+def nodes() -> ModuleType | str:
+    """The library of autograd nodes, or the reason why those in Python take its place."""
+    found = build()
+    if isinstance(found, str):
+        return found
+    record = found.info["libraries"]["nodes"]
+    if not record["built"]:
+        return f"not built: {record['reason']}"
+    here = {"torch": torch.__version__, "python": sysconfig.get_config_var("SOABI")}
+    for part, version in here.items():
+        if record[part] != version:
+            return (
+                f"built for {part} {record[part]}, and this is {version}; "
+                "`pip install --no-build-isolation .` builds it for the torch and the Python that are there"
+            )
+    try:
+        module: ModuleType = _imported("auglocal_ext._C_nodes", found.folder / record["file"])
+    except ImportError as error:
+        return f"built, but it cannot be imported: {error}"
+    return module
 
 
 @lru_cache(maxsize=None)

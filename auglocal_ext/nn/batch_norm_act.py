@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ..ops.batch_norm_act import batch_norm_act
 from ..ops.batch_norm_checks import ACTIVATIONS, slope_of
-from ..ops.batch_norm_passes import passes, stand_in
+from ..ops.batch_norm_passes import passes
 from ..ops.transforms import transforms_active
 from .fusable import counted, norm_call
-from .norm_act import count_as_updated, norm_act_call, norm_fits
+from .norm_act import count_as_updated, norm_act_in_training, norm_fits
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -52,10 +52,10 @@ class BatchNormAct2d(nn.BatchNorm2d):
             return self._by_torch(x, residual)
         self._check_input_dim(x)
         norm = norm_call(self)
-        if norm_fits(norm, x, residual) and stand_in() is None:  # the op's node takes the host longer
+        if norm_fits(norm, x, residual) and (recorded := passes(x).recorded) is not None:
             slope = slope_of(self.activation, self.negative_slope)
             count_as_updated([norm])
-            return norm_act_call(passes(x), x, norm, slope, residual)
+            return norm_act_in_training(recorded, x, norm, slope, residual)
         weight, bias, mean, var, batches, training, momentum, eps, _ = counted(norm)
         return batch_norm_act(
             x,

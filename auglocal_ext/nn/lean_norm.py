@@ -19,20 +19,20 @@ from .remade import Remake, Source, autocasts, recordable
 
 
 class NormPasses(NamedTuple):
-    """The passes of ``layer_norm`` by the provider that was chosen for these rows."""
+    """The passes of ``layer_norm`` by the provider that was chosen for these maps."""
 
     forward: Any
     apply: Any
     backward: Any
 
 
-def norm_passes(rows: Tensor) -> NormPasses:
-    """The passes over rows as these; the choice is made once for each form."""
-    form = rows.shape if type(rows) in tuning.PLAIN else None
-    key = "norm_passes", form, rows.dtype, rows.device, providers.asked()
+def norm_passes(x: Tensor) -> NormPasses:
+    """The passes over maps as x; the choice is made once for each form."""
+    form = (x.shape, x.stride()) if type(x) in tuning.PLAIN else None
+    key = "norm_passes", form, x.dtype, x.device, providers.asked()
     found = tuning.lookups.get(key)
     if found is None:
-        picked, settled = tuning.pick(NAME, rows, None)
+        picked, settled = tuning.pick(NAME, x, None)
         found = NormPasses(*(registry.overload(f"{NAME}_{name}", picked) for name in ("forward", "apply", "backward")))
         if settled:
             tuning.remember(key, found)
@@ -45,19 +45,13 @@ def lean_norm(
     """``ops.layer_norm`` of ``x``, converted to ``dtype``, with a source; x (..., C) that is recordable."""
     source = Source(cast(Remake, _again), (None,))  # the forward pass completes it
     y: Tensor = _LeanNorm.apply(x, weight, bias, (eps, rms, dtype, source))
-    y = y.view(x.shape)  # a view of torch's own, which may be written to
     return source.note(y) if y.requires_grad else y
-
-
-def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    return rows.contiguous() if rows.dtype is dtype else rows.to(dtype).contiguous()
 
 
 def _again(tensors: Sequence[Any], passes: NormPasses, rms: bool, dtype: torch.dtype) -> Tensor:
     x, mean, rstd, weight, bias = tensors
-    y: Tensor = passes.apply(_rows(x, dtype), mean, rstd, weight, bias, rms)
-    return y.view(x.shape)
+    y: Tensor = passes.apply(cast_to(dtype, x), mean, rstd, weight, bias, rms)
+    return y
 
 
 class _LeanNorm(torch.autograd.Function):
@@ -71,10 +65,10 @@ class _LeanNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         eps, rms, dtype, source = options
-        rows = _rows(x, dtype)
+        cast = cast_to(dtype, x)
         y: Tensor
-        passes = norm_passes(rows)
-        y, _, mean, rstd = passes.forward(rows, None, weight, bias, eps, rms)
+        passes = norm_passes(cast)
+        y, _, mean, rstd = passes.forward(cast, None, weight, bias, eps, rms)
         source.remake = partial(_again, passes=passes, rms=rms, dtype=dtype)
         source.tensors = x, mean, rstd, weight, bias
         ctx.source = weakref.ref(source)  # whose tensors live no longer than the output and what is saved
@@ -96,10 +90,10 @@ class _LeanNorm(torch.autograd.Function):
         x, mean, rstd, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         grad_x, grad_weight, grad_bias = passes.backward(
-            *(_rows(grad, dtype), None, _rows(x, dtype), mean, rstd, weight, rms, need_x, need_weight, need_bias)
+            *(grad, None, cast_to(dtype, x), mean, rstd, weight, rms, need_x, need_weight, need_bias)
         )
         return (
-            cast_to(x.dtype, grad_x.view(x.shape)) if need_x else None,
+            cast_to(x.dtype, grad_x) if need_x else None,
             cast_to(weight.dtype, grad_weight) if need_weight else None,
             cast_to(bias_dtype, grad_bias) if need_bias else None,
             None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,17 +18,24 @@ PLAIN = "torch's own layers, which auglocal_ext.unfuse(module) puts back into a 
 
 
 def norm_act_call(run: Passes, x: Tensor, norm: NormCall, slope: float, residual: Tensor | None = None) -> Tensor:
-    """:func:`auglocal_ext.ops.batch_norm_act` of an x with elements, as modules call it.
-
-    The node of the op itself, which torch builds for tracers too, takes the host three times as long.
-    """
+    """:func:`auglocal_ext.ops.batch_norm_act` of an x with elements, as modules call it."""
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"expected residual {tuple(x.shape)} as x, got {tuple(residual.shape)}")
+    if run.recorded is not None and norm_fits(norm, x, residual):
+        return norm_act_in_training(run.recorded, x, norm, slope, residual)
     return _NormAct.apply(x, norm[0], norm[1], residual, (run, slope, norm))
 
 
+def norm_act_in_training(
+    recorded: Callable[..., Tensor], x: Tensor, norm: NormCall, slope: float, residual: Tensor | None
+) -> Tensor:
+    """:func:`norm_act_call` where :func:`norm_fits`, by ``Passes.recorded``."""
+    weight, bias, mean, var, batches, _, momentum, eps, _ = norm
+    return recorded(x, mean, var, batches, weight, bias, residual, float(momentum), float(eps), slope)
+
+
 def norm_fits(norm: NormCall, x: Tensor, residual: Tensor | None) -> bool:
-    """Whether ``norm``, in training, can go over x as :func:`norm_act_call` does, with nothing to refuse or explain."""
+    """Whether ``norm``, in training, can go over x in one op, with nothing to refuse or explain."""
     weight, bias, *_, training, momentum, _, fit = norm
     if not training or momentum is None or fit is None:
         return False

@@ -196,9 +196,8 @@ def _synced_passes(run: Passes, group: Any, where: str) -> Passes:
         whole = (sums[:-1] * (count / sums[-1])).to(run.wide).chunk(2)
         return *run.input_grad(grad, x, *tensors, *whole, need_residual), sum_g, sum_g_xhat
 
-    return SyncedPasses(
-        **{**run._asdict(), "factors_": factors_, "stats": stats, "forward_": forward_, "backward": backward}
-    )
+    own = {"factors_": factors_, "stats": stats, "forward_": forward_, "backward": backward, "recorded": None}
+    return SyncedPasses(**{**run._asdict(), **own})
 
 
 class SyncedPasses(Passes):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import registry
-from .batch_norm_checks import cast_to, check_eps, check_map, check_tensors, slope_of, wide_dtype
-from .batch_norm_passes import NAME, count_as_written, passes, refuse_stand_in, updatable
+from . import nodes, registry
+from .batch_norm_checks import check_eps, check_map, check_tensors, slope_of, wide_dtype
+from .batch_norm_passes import NAME, count_as_written, give_gradients, passes, refuse_stand_in, updatable
 from .flags import not_a_flag
 from .layout import empty_like
 from .transforms import refuse_transforms
@@ -60,9 +59,10 @@ def batch_norm_act(
         written = running_mean, running_var, num_batches_tracked
         slope = slope_of(activation, negative_slope)
         check_eps(eps, training)
-        op = _IN_TRAINING[passes(x, provider).provider]
+        recorded = passes(x, provider).recorded
+        assert recorded is not None  # for want of a stand-in
         count_as_written(*written)
-        return op(x, *written, weight, bias, residual, float(momentum), float(eps), slope)[0]
+        return recorded(x, *written, weight, bias, residual, float(momentum), float(eps), slope)
     refuse_transforms(NAME, _INSTEAD, x, weight, bias, residual)
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     check_tensors(x, vectors, residual)
@@ -245,7 +245,7 @@ def _forward_(
     return _forward(provider, x, mean, rstd, weight, bias, residual, slope, True), mean, rstd
 
 
-def _gradients(provider: str, *arguments: Any) -> tuple[Tensor, ...]:
+def _backward(provider: str, *arguments: Any) -> tuple[Tensor, ...]:
     *tensors, training, need_x, need_vectors, need_residual = arguments
     x = tensors[1]
     through_statistics = training and need_x
@@ -260,51 +260,6 @@ def _gradients(provider: str, *arguments: Any) -> tuple[Tensor, ...]:
 
 def _forward(provider: str, *arguments: Any) -> Tensor:
     return registry.overload("batch_norm_act_apply", provider)(*arguments[:-1])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, mean, rstd, weight, bias, residual, ctx.slope, ctx.training = inputs
-    ctx.set_materialize_grads(False)
-    ctx.dtypes = None if weight is None else weight.dtype, None if bias is None else bias.dtype
-    if ctx.slope == 1:  # no mask, which is all that these two are for
-        bias = residual = None
-    ctx.save_for_backward(x, mean, rstd, weight, bias, residual)
-
-
-def _backward(provider: str, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 8
-    need_x, _, _, *needs = ctx.needs_input_grad[:6]
-    grad_x, *grads = _gradients_of(provider, ctx, grad, (need_x, *needs))
-    return grad_x, None, None, *grads, None, None
-
-
-def _gradients_of(provider: str, ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight, bias and residual, those that are needed."""
-    need_x, need_weight, need_bias, need_residual = needs
-    wanted = need_x, need_weight or need_bias, need_residual and ctx.slope != 1
-    backward = registry.kernel("batch_norm_act_backward", provider)
-    grad_x, grad_residual, sum_g, sum_g_xhat = backward(grad, *ctx.saved_tensors, ctx.slope, ctx.training, *wanted)
-    return (
-        grad_x if need_x else None,
-        cast_to(ctx.dtypes[0], sum_g_xhat) if need_weight else None,
-        cast_to(ctx.dtypes[1], sum_g) if need_bias else None,
-        None if not need_residual else grad if ctx.slope == 1 else grad_residual,
-    )
-
-
-def _setup_context_(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, _, _, _, weight, bias, residual, _, _, slope = inputs
-    y, mean, rstd = output
-    _setup_context(ctx, (x, mean, rstd, weight, bias, residual, slope, True), y)
-
-
-def _backward_(provider: str, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 10
-    need_x, _, _, _, *needs = ctx.needs_input_grad[:7]
-    grad_x, *grads = _gradients_of(provider, ctx, grad, (need_x, *needs))
-    return grad_x, None, None, None, *grads, None, None, None
 
 
 TABLE = registry.table(NAME)
@@ -351,22 +306,24 @@ registry.composite(
     f"(Tensor grad, Tensor x, {_FACTORS}, bool training, bool need_x, bool need_vectors, bool need_residual) "
     "-> (Tensor grad_x, Tensor grad_residual, Tensor sum_g, Tensor sum_g_xhat)",
     _fake_backward,
-    _gradients,
+    _backward,
     aten="backward",
 )
 registry.composite(TABLE, NAME, f"(Tensor x, {_FACTORS}, bool training) -> Tensor", _fake_forward, _forward)
-registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD, primitive="batch_norm_act_apply")
 
-#: The op in training, by provider; it returns y alone.
-_IN_TRAINING = {
-    row.name: registry.recorded(
-        NAME,
-        row.name,
-        registry.overload("batch_norm_act_forward_", row.name),
-        _setup_context_,
-        _backward_,
-        _INSTEAD,
-        results=1,
+
+def _gradients(masked: bool, **fixed: Any) -> nodes.Gradients:
+    """``masked``: an activation's mask is made again, for which bias and residual are kept."""
+    return nodes.Gradients(
+        "batch_norm_act_backward",
+        {"x": "grad_x", "weight": "sum_g_xhat", "bias": "sum_g", "residual": "grad_residual" if masked else "grad"},
+        needs={"need_x": ("x",), "need_vectors": ("weight", "bias"), "need_residual": ("residual",)},
+        fixed=fixed if masked else {**fixed, "bias": None, "residual": None, "need_residual": False},
     )
-    for row in TABLE.providers
-}
+
+
+give_gradients(TABLE, NAME, "batch_norm_act_apply", _gradients(True), _gradients(False), _INSTEAD)
+give_gradients(
+    *(TABLE, "batch_norm_act_forward_", None, _gradients(True, training=True), _gradients(False, training=True)),
+    f"{_INSTEAD}, or in a fused module torch's own layers, which auglocal_ext.unfuse(module) puts back",
+)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import registry
+from . import nodes, registry
 from .batch_norm_act import batch_norm_factors
-from .batch_norm_checks import cast_to, check_eps, check_tensors, slope_of, wide_dtype
-from .batch_norm_passes import count_as_written, refuse_stand_in, updatable
+from .batch_norm_checks import check_eps, check_tensors, slope_of, wide_dtype
+from .batch_norm_passes import count_as_written, give_gradients, refuse_stand_in, updatable
 from .deferred import check_values
 from .flags import not_a_flag
 from .layout import empty_like
@@ -66,7 +66,8 @@ def batch_norm_act_max_pool(
         check_eps(eps, training)
         op = registry.chosen(NAME, x, provider, _FORWARD_, beside=window)
         count_as_written(*written)
-        return _IN_TRAINING[id(op)](x, *written, weight, bias, float(momentum), float(eps), slope, *window)[0]
+        recorded = registry.recorder(op)
+        return recorded(x, *written, weight, bias, float(momentum), float(eps), slope, *window)
     refuse_transforms(NAME, _INSTEAD, x, weight, bias)
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     check_tensors(x, vectors, None)
@@ -85,7 +86,8 @@ def batch_norm_act_max_pool(
         provider=provider,
     )
     op = registry.chosen(NAME, x, provider, beside=window)
-    return registry.run(op, x, mean, rstd, weight, bias, slope, *window, training)[0]
+    made = registry.run(op, x, mean, rstd, weight, bias, slope, *window, training)
+    return made[0] if torch.compiler.is_compiling() else made
 
 
 def batch_norm_act_max_pool_apply(
@@ -261,37 +263,6 @@ def _forward(provider: str, *arguments: Any) -> tuple[Tensor, Tensor]:
     return registry.overload(_APPLY, provider)(*arguments[:-1])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, mean, rstd, weight, bias, ctx.slope, *window, ctx.training = inputs
-    ctx.window = tuple(window)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.dtypes = None if weight is None else weight.dtype, None if bias is None else bias.dtype
-    # Without an activation there is no mask, which is all that backward needs the bias for.
-    ctx.save_for_backward(output[1], x, mean, rstd, weight, None if ctx.slope == 1 else bias)
-
-
-def _backward(provider: str, ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 13
-    need_x, _, _, *needs = ctx.needs_input_grad[:5]
-    grad_x, *grads = _gradients(provider, ctx, grad, (need_x, *needs))
-    return grad_x, None, None, *grads, *(None,) * 8
-
-
-def _gradients(provider: str, ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight and bias, those that are needed."""
-    need_x, need_weight, need_bias = needs
-    grad_x, sum_g, sum_g_xhat = registry.kernel(_BACKWARD, provider)(
-        grad, *ctx.saved_tensors, ctx.slope, *ctx.window, ctx.training, need_x, need_weight or need_bias
-    )
-    return (
-        grad_x if need_x else None,
-        cast_to(ctx.dtypes[0], sum_g_xhat) if need_weight else None,
-        cast_to(ctx.dtypes[1], sum_g) if need_bias else None,
-    )
-
-
 def _fake_forward_(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     mean = x.new_empty(x.shape[1], dtype=wide_dtype(x))
     return *_fake_apply(x, mean, mean, None, None, 0.0, *arguments[-6:]), mean, torch.empty_like(mean)
@@ -302,20 +273,6 @@ def _forward_(provider: str, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     mean, rstd = registry.overload("batch_norm_factors_", provider)(x, *written, momentum, eps)
     apply = registry.overload(_APPLY, provider)
     return *apply(x, mean, rstd, weight, bias, slope, *arguments[-6:]), mean, rstd
-
-
-def _setup_context_(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
-    x, _, _, _, weight, bias, _, _, slope, *window = inputs
-    y, indices, mean, rstd = output
-    _setup_context(ctx, (x, mean, rstd, weight, bias, slope, *window, True), (y, indices))
-
-
-def _backward_(provider: str, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 15
-    need_x, _, _, _, *needs = ctx.needs_input_grad[:6]
-    grad_x, *grads = _gradients(provider, ctx, grad, (need_x, *needs))
-    return grad_x, None, None, None, *grads, *(None,) * 9
 
 
 def _fake_backward(grad: Tensor, indices: Tensor, x: Tensor, mean: Tensor, *others: Any) -> tuple[Tensor, ...]:
@@ -382,11 +339,17 @@ registry.composite(
 registry.composite(
     TABLE, NAME, f"({_FACTORS}, {_WINDOW}, bool training) -> (Tensor y, Tensor indices)", _fake_apply, _forward
 )
-registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD, primitive=_APPLY)
 
-#: The op in training, by the id of the kernel that runs forward; it returns y alone.
-_IN_TRAINING = {
-    id(forward): registry.recorded(NAME, row.name, forward, _setup_context_, _backward_, _INSTEAD, results=1)
-    for row in TABLE.providers
-    for forward in [registry.overload(_FORWARD_, row.name)]
-}
+
+def _gradients(masked: bool, **fixed: Any) -> nodes.Gradients:
+    """``masked``: an activation's mask is made again, for which the bias is kept."""
+    return nodes.Gradients(
+        _BACKWARD,
+        {"x": "grad_x", "weight": "sum_g_xhat", "bias": "sum_g"},
+        needs={"need_x": ("x",), "need_vectors": ("weight", "bias")},
+        fixed=fixed if masked else {**fixed, "bias": None},
+    )
+
+
+give_gradients(TABLE, NAME, _APPLY, _gradients(True), _gradients(False), _INSTEAD)
+give_gradients(TABLE, _FORWARD_, None, _gradients(True, training=True), _gradients(False, training=True), _INSTEAD)

@@ -12,15 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch import transforms_active
-from . import providers, registry, tuning
+from .._torch import schema, transforms_active
+from . import nodes, providers, registry, tuning
 from .batch_norm_checks import wide_dtype
 
 NAME = "batch_norm_act"
 
 
 class Passes(NamedTuple):
-    """What runs on maps of one device and dtype: a provider's passes, as overloads, and whether autocast may cast."""
+    """What runs on maps of one device and dtype: a provider's passes, as overloads, and whether autocast may cast.
+
+    ``recorded`` is ``forward_`` with a node for backward and returns y alone. It is None in compiled code and where the
+    statistics are not those of this process alone.
+    """
 
     provider: str
     factors_: Any
@@ -30,6 +34,7 @@ class Passes(NamedTuple):
     input_grad: Any
     forward_: Any
     backward: Any
+    recorded: Callable[..., Tensor] | None
     dtype: torch.dtype
     wide: torch.dtype
     autocasts: str | None
@@ -173,6 +178,7 @@ def _of(provider: str, x: Tensor) -> Passes:
         op("batch_norm_act_input_grad"),
         op("batch_norm_act_forward_"),
         op("batch_norm_act_backward"),
+        None if torch.compiler.is_compiling() else registry.recorder(op("batch_norm_act_forward_")),
         x.dtype,
         wide_dtype(x),
         device if may_cast and x.dtype != torch.float64 else None,
@@ -183,3 +189,16 @@ def count_as_written(*tensors: Tensor | None) -> None:
     """Tell autograd that ops will write to these tensors; custom ops do not do so themselves."""
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
+
+
+def give_gradients(
+    table: providers.Table,
+    name: str,
+    primitive: str | None,
+    masked: nodes.Gradients,
+    linear: nodes.Gradients,
+    instead: str,
+) -> None:
+    """``nodes.autograd`` for an op with an activation: ``masked``, or ``linear`` where the slope is 1."""
+    slope = [each.name for each in schema(registry.overload(name, "reference")).arguments].index("slope")
+    nodes.autograd(table, (masked, linear), lambda inputs: inputs[slope] == 1, instead, name, primitive)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import providers, registry
-from .batch_norm_checks import cast_to, wide_dtype
+from . import nodes, providers, registry, tuning
+from .batch_norm_checks import wide_dtype
 from .flags import not_a_flag
-from .transforms import refuse_transforms
+from .transforms import refuse_transforms, transforms_active
 
 NAME = "layer_norm"
 _INSTEAD = "F.layer_norm or F.rms_norm"
@@ -54,12 +54,15 @@ def layer_norm(
         RuntimeError: for a provider that is not available.
         NotImplementedError: under ``torch.func``, and for inputs with a tangent of forward-mode AD.
     """
-    refuse_transforms(NAME, _INSTEAD, x, residual, weight, bias)
+    if torch.compiler.is_compiling() or transforms_active():
+        refuse_transforms(NAME, _INSTEAD, x, residual, weight, bias)
     if not _fit(x, residual, weight, bias, eps, rms):
         check_tensors(x, residual, weight, bias, eps, rms)
     op = registry.chosen(NAME, x, provider)
-    y, total, *_ = registry.run(op, x, residual, weight, bias, float(eps), rms)
-    return y if residual is None else (y, total)
+    if torch.compiler.is_compiling():
+        y, total, *_ = op(x, residual, weight, bias, float(eps), rms)
+        return y if residual is None else (y, total)
+    return registry.recorder(op)(x, residual, weight, bias, float(eps), rms)
 
 
 def check_tensors(
@@ -109,24 +112,25 @@ def _fit(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor
 
     Asked at every call, and several times as fast.
     """
-    if type(eps) is not float or not 1e-37 < eps < 1 or not isinstance(x, Tensor):
+    if type(eps) is not float or not 1e-37 < eps < 1 or type(x) not in tuning.PLAIN:
         return False
     if rms is not True and rms is not False:
         return False
     shape, dtype, device = x.shape, x.dtype, x.device
     if not shape or 0 in shape or dtype not in providers.ALL or x.layout is not torch.strided:
         return False
+    row = shape[-1:]
     for vector in (weight, bias):
         if vector is not None:
-            if not isinstance(vector, Tensor) or vector.shape != shape[-1:] or vector.device != device:
+            if type(vector) not in tuning.PLAIN or vector.shape != row or vector.device != device:
                 return False
-            if vector.dtype not in providers.ALL or vector.layout is not torch.strided:
+            if vector.dtype is not dtype and vector.dtype not in providers.ALL or vector.layout is not torch.strided:
                 return False
     if bias is not None and (rms or weight is None):
         return False
     if residual is None:
         return True
-    if not isinstance(residual, Tensor) or residual.layout is not torch.strided:
+    if type(residual) not in tuning.PLAIN or residual.layout is not torch.strided:
         return False
     return residual.shape == shape and residual.dtype is dtype and residual.device == device
 
@@ -146,13 +150,6 @@ def least_eps(dtype: torch.dtype) -> float:
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny
 
 
-def rows(x: Tensor) -> Tensor:
-    """x as contiguous rows (R, C)."""
-    if x.dim() != 2:
-        x = x.reshape(-1, x.shape[-1])
-    return x if x.is_contiguous() else x.contiguous()
-
-
 def _fake_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -166,71 +163,20 @@ def _fake_forward(
 
 
 def _fake_apply(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 def _fake_backward(grad: Tensor, grad_total: Tensor | None, x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, need_x, need_weight, need_bias = others
     return (
         x.new_empty(x.shape if need_x else (0,)),
-        x.new_empty(x.shape[1] if need_weight else 0, dtype=wide_dtype(x)),
-        x.new_empty(x.shape[1] if need_bias else 0, dtype=wide_dtype(x)),
+        x.new_empty(x.shape[-1] if need_weight else 0, dtype=wide_dtype(x)),
+        x.new_empty(x.shape[-1] if need_bias else 0, dtype=wide_dtype(x)),
     )
 
 
-def _forward(
-    provider: str,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    rms: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    forward = registry.kernel("layer_norm_forward", provider)
-    added = None if residual is None else rows(residual)
-    y, total, mean, rstd = forward(rows(x), added, _contiguous(weight), _contiguous(bias), eps, rms)
-    if x.dim() != 2:  # in place, for what is a view may not be changed where autograd's node is our own
-        y.resize_(x.shape)
-        if residual is not None:
-            total.resize_(x.shape)
-    return y, total, mean, rstd
-
-
-def _contiguous(vector: Tensor | None) -> Tensor | None:
-    return vector if vector is None or vector.is_contiguous() else vector.contiguous()
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    x, residual, weight, bias, _, ctx.rms = inputs
-    _, total, mean, rstd = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*((total,) if residual is None else ()), mean, rstd)
-    ctx.dtypes = None if weight is None else weight.dtype, None if bias is None else bias.dtype
-    ctx.save_for_backward(x if residual is None else total, mean, rstd, weight)
-
-
-def _backward(provider: str, ctx: Any, grad: Tensor | None, grad_total: Tensor | None, *_: None) -> tuple[Any, ...]:
-    if grad is None:  # total alone is used
-        return grad_total, grad_total, None, None, None, None
-    x, mean, rstd, weight = ctx.saved_tensors
-    need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
-    need_rows = need_x or need_residual
-    grad_x, grad_weight, grad_bias = registry.kernel("layer_norm_backward", provider)(
-        rows(grad),
-        None if grad_total is None else rows(grad_total),
-        *(rows(x), mean, rstd, _contiguous(weight), ctx.rms, need_rows, need_weight, need_bias),
-    )
-    if need_rows and x.dim() != 2:
-        grad_x = grad_x.view(x.shape)
-    return (
-        grad_x if need_x else None,
-        grad_x if need_residual else None,
-        cast_to(ctx.dtypes[0], grad_weight) if need_weight else None,
-        cast_to(ctx.dtypes[1], grad_bias) if need_bias else None,
-        None,
-        None,
-    )
+def _forward(provider: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return registry.overload("layer_norm_forward", provider)(*arguments)
 
 
 TABLE = registry.table(NAME)
@@ -257,4 +203,25 @@ registry.primitive(
     "backward",
 )
 registry.composite(TABLE, NAME, _FORWARD, _fake_forward, _forward)
-registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD, results=2, composed=_forward)
+_ALONE = nodes.Gradients(
+    "layer_norm_backward",
+    {"x": "grad_x", "weight": "grad_weight", "bias": "grad_bias"},
+    needs={"need_x": ("x",), "need_weight": ("weight",), "need_bias": ("bias",)},
+    fixed={"grad_total": None},
+)
+_WITH_RESIDUAL = nodes.Gradients(
+    "layer_norm_backward",
+    {"x": "grad_x", "residual": "grad_x", "weight": "grad_weight", "bias": "grad_bias"},
+    incoming=("grad", "grad_total"),
+    needs={"need_x": ("x", "residual"), "need_weight": ("weight",), "need_bias": ("bias",)},
+    renamed={"x": "total"},
+    alone={"x": "grad_total", "residual": "grad_total"},
+)
+nodes.autograd(
+    TABLE,
+    (_ALONE, _WITH_RESIDUAL),
+    lambda inputs: inputs[1] is not None,
+    instead=_INSTEAD,
+    name=NAME,
+    primitive="layer_norm_forward",
+)

@@ -136,9 +136,16 @@ def by_name(op: str, device: torch.device, requested: str | None) -> tuple[str, 
     return (preferred, f"{ENVIRONMENT}={preferred}") if serves else None
 
 
-def asked() -> str | None:
-    """What ``AUGLOCAL_PROVIDER`` holds, to be compared with what it held before; asked at every call of an op."""
-    return os.environ.get(ENVIRONMENT)
+def asked() -> object:
+    """Of what ``AUGLOCAL_PROVIDER`` holds, something to compare with what it held before; asked at every call of an op.
+
+    ``os.environ.get`` raises and catches an error where nothing is set, which takes longer than the rest of a choice.
+    """
+    variables = getattr(os.environ, "_data", None)  # the dictionary inside, as it is in CPython
+    return os.environ.get(ENVIRONMENT) if variables is None else variables.get(_key)
+
+
+_key: object = getattr(os.environ, "encodekey", str)(ENVIRONMENT)
 
 
 def rivals(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .._torch import below_autograd, current_dispatch_mode, graph_is_kept
+from .._torch import below_autograd, current_dispatch_mode, graph_is_kept, schema
 from . import providers, tuning
 
 _library = torch.library.Library("auglocal_ext", "FRAGMENT")
@@ -122,48 +122,34 @@ def steered(table: providers.Table, name: str, function: str, kernels: dict[str,
         _library.define(f"{kernel_name}.cpu{signature}")
 
 
-def recorded(
-    op: str,
-    provider: str,
-    forward: Callable[..., Any],
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
-    instead: str,
-    results: int | None = None,
-) -> Callable[..., Any]:
-    """``forward`` with an autograd node of our own, around which run what :func:`autograd` takes.
-
-    Of several results the function returns the first ``results``. The others are there for ``setup_context``.
-    """
-
-    class Recorded(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            made = forward(*inputs)
-            setup_context(ctx, inputs, made)
-            return made if results is None else made[:results]
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-            if torch.is_grad_enabled():
-                refuse_create_graph(op, instead)
-            return backward(provider, ctx, *gradients)
-
-    return Recorded.apply
-
-
 _recorded: dict[int, Callable[..., Any]] = {}  # by the overload's id, because its hash is a function of Python's
 
 
-def run(overload: Any, *inputs: Any) -> Any:
-    """``overload(*inputs)``, of an op that has gradients; of several results at least those that callers use.
+def enter(overload: Any, call: Callable[..., Any]) -> None:
+    """Let :func:`run` run ``overload`` by ``call``, which records it for backward."""
+    _recorded[id(overload)] = call
 
-    torch's own node for a custom op goes over the schema at every call, for tracers too. This one takes the host less
-    than half as long. Compiled code has torch's.
+
+def run(overload: Any, *inputs: Any) -> Any:
+    """``overload(*inputs)``, of an op that has gradients, in compiled code; else what was entered for it.
+
+    torch's own node for a custom op goes over the schema at every call, for tracers too. Ours take the host less than
+    half as long.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
         return overload(*inputs)
     return _recorded[id(overload)](*inputs)
+
+
+def recorder(overload: Any) -> Callable[..., Any]:
+    """What :func:`run` runs for ``overload``, outside of compiled code."""
+    return _recorded[id(overload)]
+
+
+def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Give the overload ``op`` the gradients that compiled code uses."""
+    name = f"{schema(op).name}.{schema(op).overload_name}"
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_library)
 
 
 def autograd(
@@ -171,44 +157,42 @@ def autograd(
     backward: Callable[..., Any],
     setup_context: Callable[..., None],
     instead: str,
-    primitive: str | None = None,
     results: int | None = None,
-    composed: Callable[..., Any] | None = None,
 ) -> None:
     """Give the op its gradients, by ``backward(provider, ctx, *gradients)``; ``instead`` has second derivatives.
 
-    A composite whose forward pass is a ``primitive``, which does not take the last argument, names it; or it gives the
-    function of which it is ``composed``, to be called without the op around it. Of an op with several results callers
-    use the first ``results``.
+    Of several results :func:`run` returns the first ``results``. The others are there for ``setup_context``.
     """
-
-    def once(provider: str, ctx: Any, *gradients: Tensor | None) -> Any:
-        refuse_create_graph(table.op, instead)
-        return backward(provider, ctx, *gradients)
-
     for provider in table.providers:
-        torch.library.register_autograd(
-            f"auglocal_ext::{table.op}.{provider.name}",
-            partial(once, provider.name),
-            setup_context=setup_context,
-            lib=_library,
-        )
         op = overload(table.op, provider.name)
-        if primitive is not None:
-            forward = partial(_but_the_last, overload(primitive, provider.name))
-        else:
-            forward = partial(_alone, op if composed is None else partial(composed, provider.name))
-        _recorded[id(op)] = recorded(table.op, provider.name, forward, setup_context, backward, instead, results)
+
+        def once(ctx: Any, *gradients: Tensor | None, provider: str = provider.name) -> Any:
+            refuse_create_graph(table.op, instead)
+            return backward(provider, ctx, *gradients)
+
+        register_autograd(op, once, setup_context)
+        enter(op, _recorded_by(op, once, setup_context, results))
 
 
-def _alone(op: Any, *arguments: Any) -> Any:
-    """The op without the autograd that torch has for it."""
-    with below_autograd():
-        return op(*arguments)
+def _recorded_by(
+    op: Any, once: Callable[..., Any], setup_context: Callable[..., None], results: int | None
+) -> Callable[..., Any]:
+    """``op`` with a node of our own, in place of the one that torch has for it."""
 
+    class Recorded(torch.autograd.Function):
+        backward = staticmethod(once)
 
-def _but_the_last(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments[:-1])
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            with below_autograd():
+                made = op(*inputs)
+            setup_context(ctx, inputs, made)
+            return made if results is None else made[:results]
+
+    def call(*inputs: Any) -> Any:
+        return Recorded.apply(*inputs) if torch.is_grad_enabled() else op(*inputs)
+
+    return call
 
 
 def scaled(grad: Tensor, factor: Tensor) -> Tensor:
@@ -227,10 +211,15 @@ def scaled(grad: Tensor, factor: Tensor) -> Tensor:
 def refuse_create_graph(name: str, instead: str) -> None:
     """RuntimeError in a backward pass that is recorded for second derivatives, which ``name`` does not have."""
     if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{name} is differentiable once. Call backward without create_graph=True, or for second derivatives use "
-            f"{instead}"
-        )
+        raise RuntimeError(differentiable_once(name, instead))
+
+
+def differentiable_once(name: str, instead: str) -> str:
+    """The message of :func:`refuse_create_graph`."""
+    return (
+        f"{name} is differentiable once. Call backward without create_graph=True, or for second derivatives use "
+        f"{instead}"
+    )
 
 
 def flops(table: providers.Table, formula: Callable[..., int]) -> None:

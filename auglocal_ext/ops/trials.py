@@ -13,7 +13,6 @@ from torch import Tensor
 
 from . import tuning
 from .batch_norm_checks import wide_dtype
-from .layer_norm import rows
 
 _Kernel = Callable[[str], Any]
 _Run = Callable[[], None]
@@ -54,8 +53,8 @@ def _batch_norm_act_max_pool(kernel: _Kernel, x: Tensor, beside: tuple[Any, ...]
 
 
 def _layer_norm(kernel: _Kernel, x: Tensor, beside: tuple[Any, ...]) -> _Run:
-    forward, backward, x = kernel("layer_norm_forward"), kernel("layer_norm_backward"), rows(x)
-    weight, bias = _vectors(x, 1, 0)
+    forward, backward = kernel("layer_norm_forward"), kernel("layer_norm_backward")
+    weight, bias = (x.new_full(x.shape[-1:], value, dtype=wide_dtype(x)) for value in (1, 0))
 
     def run() -> None:
         y, _, *statistics = forward(x, None, weight, bias, 1e-5, False)

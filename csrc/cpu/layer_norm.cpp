@@ -117,7 +117,7 @@ void run_backward(const NormInputs& in, const Tensor& grad, const Tensor& grad_t
   auto& [grad_x, grad_weight, grad_bias] = out;
   Real* weight = grad_weight.numel() ? grad_weight.template mutable_data_ptr<Real>() : nullptr;
   Real* bias = grad_bias.numel() ? grad_bias.template mutable_data_ptr<Real>() : nullptr;
-  const bool need_x = grad_x.dim() == 2, need_sums = weight || bias;
+  const bool need_x = grad_x.numel() > 0, need_sums = weight || bias;
   const int64_t number = NormParts(in).number;
   std::vector<double> sums(need_sums ? number * 2 * in.width : 0);
   if (need_x || need_sums)

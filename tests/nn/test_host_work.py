@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import auglocal_ext
-from auglocal_ext import fuse, models, ops
+from auglocal_ext import fuse, models, native, ops
 from auglocal_ext.nn import BatchNormAct2d, recomputed
 from auglocal_ext.ops import providers
 
@@ -109,10 +109,12 @@ def _layer_norm(x):
     return nn.LayerNorm(4), lambda layer: ops.layer_norm(x, layer.weight, layer.bias, residual=x)[0]
 
 
-@pytest.mark.parametrize(("made", "most"), [(_norm, 18), (_norm_op, 18), (_pool_op, 19), (_layer_norm, 24)])
+@pytest.mark.parametrize(("made", "most"), [(_norm, 15), (_norm_op, 11), (_pool_op, 13), (_layer_norm, 8)])
 def test_python_calls_of_an_op_alone(made, most):
     if not providers.available("cpu"):
         pytest.skip("passes of the reference are functions of this package too")
+    if isinstance(reason := native.nodes(), str):
+        pytest.skip(f"nodes are functions of this package too: {reason}")
     x = image().requires_grad_()
     layer, run = made(x)
 
@@ -125,7 +127,7 @@ def test_python_calls_of_an_op_alone(made, most):
 
 
 @pytest.mark.parametrize(
-    ("options", "most"), [({"norm": "layer", "mlp": "gelu", "positions": "learned"}, 129), ({}, 144)]
+    ("options", "most"), [({"norm": "layer", "mlp": "gelu", "positions": "learned"}, 127), ({}, 142)]
 )
 def test_python_calls_of_a_block_of_tokens(options, most):
     if not providers.available("cpu"):

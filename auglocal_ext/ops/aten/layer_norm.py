@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from .. import providers
+from ..layout import over_rows
 from ..reference import layer_norm as reference
 
 _backward_kernel = torch.ops.aten.native_layer_norm_backward
 
 
+@over_rows(2)
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -28,11 +30,13 @@ def forward(
     return _apply(rows, wide, mean, rstd, weight, bias, rms), total, mean, rstd
 
 
+@over_rows(1)
 def apply(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool) -> Tensor:
     """y = (x - mean) rstd weight + bias."""
     return _apply(x, _wide(x), mean, rstd, weight, bias, rms)
 
 
+@over_rows(3)
 def backward(
     grad: Tensor,
     grad_total: Tensor | None,

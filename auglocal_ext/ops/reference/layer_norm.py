@@ -4,8 +4,9 @@ Every sum and statistic is float32 (float64 for a double x), and so are weight a
 
 What every provider does:
 
-- **The passes are ops of their own**, without autograd, on contiguous rows (R, C). ``layer_norm`` is one autograd node
-  over them. Blocks that normalise before a linear layer call them between library products.
+- **The passes are ops of their own**, without autograd, on maps (..., C) of any strides, of which the last dimension
+  holds a row. Results are contiguous. ``layer_norm`` is one autograd node over them. Blocks that normalise before a
+  linear layer call them between library products.
 - **Only the rows that are normalised, mean and rstd are stored.** With a residual these rows are the sum, rounded to
   x's dtype, which the caller needs as well. ``layer_norm_apply`` makes y from them again, to the bit.
 - **The variance is a mean of squared differences** from the mean, so that a row far from zero costs no digits.
@@ -18,7 +19,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..layout import over_rows
 
+
+@over_rows(2)
 def forward(
     x: Tensor,  # (R, C)
     residual: Tensor | None,  # (R, C), dtype of x
@@ -45,6 +49,7 @@ def forward(
     return apply(rows, mean, rstd, weight, bias, rms), total, mean, rstd
 
 
+@over_rows(1)
 def apply(
     x: Tensor,  # (R, C)
     mean: Tensor,  # (R,), unused for rms
@@ -62,6 +67,7 @@ def apply(
     return y.to(x.dtype)
 
 
+@over_rows(3)
 def backward(
     grad: Tensor,  # of y, (R, C)
     grad_total: Tensor | None,  # of total from its other uses, (R, C)

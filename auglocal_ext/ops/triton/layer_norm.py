@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import over_rows
 from .channelwise import new, on_device
 
 # Sizes are the same on all GPUs, and so are the bits of a sum.
@@ -351,6 +352,7 @@ def _given(**tensors: Tensor | None) -> dict[str, bool]:
     return {f"HAS_{name.upper()}": tensor is not None for name, tensor in tensors.items()}
 
 
+@over_rows(2)
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -379,6 +381,7 @@ def forward(
     return y, total, mean, rstd
 
 
+@over_rows(1)
 def apply(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool) -> Tensor:
     """The contract of the reference's ``apply``."""
     y = x.new_empty(x.shape)
@@ -414,6 +417,7 @@ def _maps(x: Tensor, residual: Tensor | None, y: Tensor, total: Tensor, *vectors
     return [x, x if residual is None else residual, y, total, *(x if each is None else each for each in vectors)]
 
 
+@over_rows(3)
 def backward(
     grad: Tensor,
     grad_total: Tensor | None,

@@ -1,0 +1,254 @@
+"""Autograd nodes of ops whose backward pass is one call of another op, all made from one description.
+
+A node in C++, of the library ``nodes``, records calls on tensors of torch's own classes. Where there is no library, and
+for other classes, a node in Python does the same and takes the host several times as long. Compiled code has the node
+that torch makes for custom ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import native
+from .._torch import schema
+from . import providers, registry
+from .batch_norm_checks import cast_to
+
+
+class Gradients(NamedTuple):
+    """How the gradients of an op are made by one call of another. Names are those of the two ops' schemas.
+
+    An argument of the other op is the input or the result of the same name, if nothing else is said.
+
+    Attributes:
+        op: the name of the other op.
+        of: by the input, the result of ``op`` that is its gradient, or one of ``incoming``, which is passed on.
+        incoming: the arguments that are gradients of results, in their order. Callers get no other results.
+        needs: by the argument, inputs. True where one of them needs its gradient.
+        fixed: by the argument, what it is always.
+        renamed: by the argument, the input or result that it is.
+        alone: by the input, the one of ``incoming`` that is its gradient where the first result has none.
+    """
+
+    op: str
+    of: Mapping[str, str]
+    incoming: tuple[str, ...] = ("grad",)
+    needs: Mapping[str, tuple[str, ...]] = {}
+    fixed: Mapping[str, Any] = {}
+    renamed: Mapping[str, str] = {}
+    alone: Mapping[str, str] = {}
+
+
+class From(IntEnum):
+    """Where an argument of the other op comes from; ``csrc/nodes/nodes.cpp`` has the same numbers."""
+
+    GRADIENT = 0
+    INPUT = 1
+    RESULT = 2
+    NEEDS = 3
+    FIXED = 4
+
+
+class _Argument(NamedTuple):
+    kind: From
+    place: int  # for NEEDS the inputs, a bit each
+    fixed: Any
+
+
+class _Gradient(NamedTuple):
+    input: int
+    place: int  # of a result of the other op, or of an incoming gradient
+    passed: bool
+
+
+class _Recipe(NamedTuple):
+    """A description with places for names."""
+
+    op: str
+    inputs: int
+    results: int
+    arguments: tuple[_Argument, ...]
+    gradients: tuple[_Gradient, ...]
+    alone: tuple[_Gradient, ...]
+
+
+def _recipe(op: Any, how: Gradients, provider: str) -> _Recipe:
+    forward, backward = schema(op), schema(registry.overload(how.op, provider))
+    inputs, results = [each.name for each in forward.arguments], [each.name for each in forward.returns]
+    made = [each.name for each in backward.returns]
+
+    def argument(name: str) -> _Argument:
+        if name in how.incoming:
+            return _Argument(From.GRADIENT, how.incoming.index(name), None)
+        if name in how.fixed:
+            return _Argument(From.FIXED, 0, how.fixed[name])
+        if name in how.needs:
+            return _Argument(From.NEEDS, sum(1 << inputs.index(each) for each in how.needs[name]), None)
+        name = how.renamed.get(name, name)
+        if name in inputs:
+            return _Argument(From.INPUT, inputs.index(name), None)
+        return _Argument(From.RESULT, results.index(name), None)
+
+    def gradients(of: Mapping[str, str]) -> tuple[_Gradient, ...]:
+        found = []
+        for name, source in of.items():
+            passed = source in how.incoming
+            place = how.incoming.index(source) if passed else made.index(source)
+            found.append(_Gradient(inputs.index(name), place, passed))
+        return tuple(sorted(found))
+
+    return _Recipe(
+        how.op,
+        len(inputs),
+        len(how.incoming),
+        tuple(argument(each.name) for each in backward.arguments),
+        gradients(how.of),
+        gradients(how.alone),
+    )
+
+
+def _keep(ctx: Any, recipe: _Recipe, inputs: Sequence[Any], made: Sequence[Tensor]) -> None:
+    """Save on ``ctx`` what :func:`_made` needs of a call."""
+    ctx.set_materialize_grads(False)
+    kept = [
+        (inputs if each.kind is From.INPUT else made)[each.place]
+        for each in recipe.arguments
+        if each.kind is From.INPUT or each.kind is From.RESULT
+    ]
+    tensors = [each if isinstance(each, Tensor) else None for each in kept]
+    ctx.save_for_backward(*tensors)
+    ctx.others = [None if isinstance(each, Tensor) else each for each in kept]
+    ctx.dtypes = {each.input: None if (x := inputs[each.input]) is None else x.dtype for each in recipe.gradients}
+    ctx.recipe = recipe
+
+
+def _made(provider: str, ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of all inputs, those that are needed."""
+    recipe: _Recipe = ctx.recipe
+    needs = ctx.needs_input_grad
+    made: list[Tensor | None] = [None] * recipe.inputs
+    if incoming[0] is None:
+        for each in recipe.alone:
+            if needs[each.input]:
+                made[each.input] = incoming[each.place]
+        return tuple(made)
+    kept = iter(zip(ctx.saved_tensors, ctx.others, strict=True))
+    arguments: list[Any] = []
+    for kind, place, fixed in recipe.arguments:
+        if kind is From.GRADIENT:
+            arguments.append(incoming[place])
+        elif kind is From.NEEDS:
+            arguments.append(any(needs[i] for i in range(recipe.inputs) if place >> i & 1))
+        elif kind is From.FIXED:
+            arguments.append(fixed)
+        else:
+            tensor, other = next(kept)
+            arguments.append(other if tensor is None else tensor)
+    results = registry.kernel(recipe.op, provider)(*arguments)
+    for each in recipe.gradients:
+        if needs[each.input]:
+            gradient = incoming[each.place] if each.passed else results[each.place]
+            made[each.input] = None if gradient is None else cast_to(ctx.dtypes[each.input], gradient)
+    return tuple(made)
+
+
+def autograd(
+    table: providers.Table,
+    gradients: Sequence[Gradients],
+    which: Callable[[Sequence[Any]], int],
+    instead: str,
+    name: str,
+    primitive: str | None = None,
+) -> None:
+    """Give the op ``name`` its gradients, for callers of :func:`registry.run` and for compiled code.
+
+    Args:
+        table: of the public op, for messages, and its providers.
+        gradients: the ways to make them, of which ``which(inputs)`` is the number of one.
+        instead: what has second derivatives.
+        primitive: without autograd; is the forward pass of the op and takes its first inputs.
+    """
+    for provider in table.providers:
+        op = registry.overload(name, provider.name)
+        recipes = [_recipe(op, each, provider.name) for each in gradients]
+        if primitive is not None:
+            _for_compiled_code(op, table.op, provider.name, recipes, which, instead)
+        forward = op if primitive is None else registry.overload(primitive, provider.name)
+        registry.enter(op, _node(forward, table.op, provider.name, recipes, which, instead))
+
+
+def _for_compiled_code(
+    op: Any, public: str, provider: str, recipes: Sequence[_Recipe], which: Callable[..., int], instead: str
+) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        recipe, made = recipes[which(inputs)], _several(output)
+        _keep(ctx, recipe, inputs, made)
+        ctx.mark_non_differentiable(*made[recipe.results :])
+
+    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        registry.refuse_create_graph(public, instead)
+        return _made(provider, ctx, *incoming)
+
+    registry.register_autograd(op, backward, setup_context)
+
+
+def _node(
+    forward: Any, public: str, provider: str, recipes: Sequence[_Recipe], which: Callable[..., int], instead: str
+) -> Callable[..., Any]:
+    """Runs ``forward`` with a node: returns its first result, or a tuple of those that have gradients."""
+    taken = len(schema(forward).arguments)
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            recipe = recipes[which(inputs)]
+            made = _several(forward(*inputs[:taken]))
+            _keep(ctx, recipe, inputs, made)
+            return made[0] if recipe.results == 1 else made[: recipe.results]
+
+        @staticmethod
+        def backward(ctx: Any, *incoming: Tensor | None) -> Any:
+            registry.refuse_create_graph(public, instead)
+            return _made(provider, ctx, *incoming)
+
+    in_python = Recorded.apply
+    begun = False
+    run: Any = None
+    numbers: list[int] = []
+
+    def call(*inputs: Any) -> Any:
+        nonlocal begun, run, numbers
+        if run is not None:
+            made = run(numbers[which(inputs)], *inputs)
+            return in_python(*inputs) if made is None else made
+        if begun:
+            return in_python(*inputs)
+        library, refusal = native.nodes(), registry.differentiable_once(public, instead)
+        if not isinstance(library, str):
+            numbers = [_define(library, forward, provider, each, taken, refusal) for each in recipes]
+            run = library.run
+        begun = True
+        return call(*inputs)
+
+    call.in_python = in_python  # type: ignore[attr-defined]  # for tests
+    return call
+
+
+def _define(library: Any, forward: Any, provider: str, recipe: _Recipe, taken: int, refusal: str) -> int:
+    name = schema(forward).name
+    return int(
+        library.define(
+            (name, provider),
+            (f"auglocal_ext::{recipe.op}", provider),
+            *(taken, recipe.results, recipe.arguments, recipe.gradients, recipe.alone, refusal),
+        )
+    )
+
+
+def _several(made: Any) -> tuple[Tensor, ...]:
+    return made if isinstance(made, tuple) else (made,)

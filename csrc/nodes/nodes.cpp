@@ -1,0 +1,234 @@
+// Autograd nodes of ops whose backward pass is one call of another op, without Python. The kernels are those
+// of the dispatcher. This library needs torch's C++ interface, which the stable ABI lacks: it fits one
+// version of torch and one of Python. `auglocal_ext/ops/nodes.py` describes the ops, and has nodes in Python
+// for everything else.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+
+#include <array>
+#include <bitset>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace auglocal {
+namespace {
+
+using c10::IValue;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using torch::jit::Stack;
+using Bits = std::bitset<64>;  // one for each input
+
+// Where an argument of the backward op comes from.
+enum class From : int64_t { kGradient, kInput, kResult, kNeeds, kFixed };
+
+struct Argument {
+  From from;
+  int64_t place;  // of the gradient, the input or the result; for kNeeds the inputs, a bit each
+  IValue fixed;
+};
+
+// The gradient of an input: a result of the backward op or, passed on, the gradient of a result.
+struct Gradient {
+  int64_t input, place;
+  bool passed;
+};
+
+struct Recipe {
+  c10::OperatorHandle forward, backward;
+  size_t inputs, results;  // that forward takes, of those that are given; that the caller gets
+  std::vector<Argument> arguments;
+  std::vector<Gradient> gradients;  // in the order of the inputs
+  std::vector<Gradient> alone;      // where the first result has no gradient
+  std::string refusal;              // of second derivatives
+};
+
+// By number. Each is there before its number is known, and stays: backward passes read it in threads of their
+// own.
+std::array<std::unique_ptr<const Recipe>, 256> recipes;
+size_t defined = 0;
+
+// The key in `saved_data` of a call: the number of its recipe, which differentiable inputs are tensors, and
+// for each input and result that the backward op takes whether it is a saved tensor, or else its value.
+constexpr const char* kCall = "call";
+
+struct Recorded : torch::autograd::Function<Recorded> {
+  static variable_list forward(AutogradContext* context, int64_t number, const Stack& inputs,
+                               at::TensorList differentiable) {
+    const Recipe& recipe = *recipes[number];
+    Stack results(inputs.begin(), inputs.begin() + static_cast<int64_t>(recipe.inputs));
+    {
+      const at::AutoDispatchBelowAutograd guard;
+      recipe.forward.callBoxed(&results);
+    }
+    Bits tensors;
+    for (const Gradient& each : recipe.gradients) tensors[each.input] = inputs[each.input].isTensor();
+    std::vector<IValue> call{number, static_cast<int64_t>(tensors.to_ullong())};
+    variable_list saved;
+    for (const Argument& argument : recipe.arguments) {
+      if (argument.from != From::kInput && argument.from != From::kResult) continue;
+      const IValue& value = (argument.from == From::kInput ? inputs : results)[argument.place];
+      call.emplace_back(value.isTensor());
+      if (value.isTensor()) saved.push_back(value.toTensor());
+      else call.push_back(value);
+    }
+    context->set_materialize_grads(false);
+    context->save_for_backward(std::move(saved));
+    context->saved_data.emplace(kCall, c10::ivalue::Tuple::create(std::move(call)));
+    return returned(recipe, results);
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list gradients) {
+    const auto& call = context->saved_data.at(kCall).toTupleRef().elements();
+    const Recipe& recipe = *recipes[call[0].toInt()];
+    if (at::GradMode::is_enabled()) throw std::runtime_error(recipe.refusal);
+    const Bits tensors(static_cast<uint64_t>(call[1].toInt()));
+    // Autograd knows the inputs that are tensors, in their order.
+    const auto edge = [&](int64_t input) { return (tensors << (tensors.size() - input)).count(); };
+    const auto needed = [&](int64_t input) {
+      return tensors[input] && context->needs_input_grad(edge(input));
+    };
+    variable_list made(kBefore + tensors.count());
+    const auto set = [&](const Gradient& each, const Stack& results) {
+      if (!needed(each.input)) return;
+      made[kBefore + edge(each.input)] = each.passed ? gradients[each.place] : results[each.place].toTensor();
+    };
+    Stack stack;
+    if (!gradients[0].defined()) {
+      for (const Gradient& each : recipe.alone) set(each, stack);
+      return made;
+    }
+    const variable_list saved = context->get_saved_variables();
+    size_t kept = 2;
+    auto tensor = saved.begin();
+    for (const Argument& argument : recipe.arguments) {
+      switch (argument.from) {
+        case From::kGradient: {
+          const at::Tensor& gradient = gradients[argument.place];
+          stack.push_back(gradient.defined() ? IValue(gradient) : IValue());
+          break;
+        }
+        case From::kInput:
+        case From::kResult:
+          if (call[kept++].toBool()) stack.emplace_back(*tensor++);
+          else stack.push_back(call[kept++]);
+          break;
+        case From::kNeeds: {
+          const Bits inputs(static_cast<uint64_t>(argument.place));
+          bool any = false;
+          for (size_t input = 0; input < inputs.size(); ++input) any |= inputs[input] && needed(input);
+          stack.emplace_back(any);
+          break;
+        }
+        case From::kFixed:
+          stack.push_back(argument.fixed);
+      }
+    }
+    {
+      const at::AutoDispatchBelowAutograd guard;
+      recipe.backward.callBoxed(&stack);
+    }
+    for (const Gradient& each : recipe.gradients) set(each, stack);
+    return made;
+  }
+
+  // What the caller gets of all results.
+  static variable_list returned(const Recipe& recipe, const Stack& results) {
+    variable_list made;
+    for (size_t i = 0; i < recipe.results; ++i) made.push_back(results[i].toTensor());
+    return made;
+  }
+
+ private:
+  static constexpr size_t kBefore = 2;  // arguments of `forward` before the tensors
+};
+
+std::optional<IValue> value_of(PyObject* object) {
+  if (object == Py_None) return IValue();
+  if (THPVariable_CheckExact(object)) return IValue(THPVariable_Unpack(object));
+  if (PyBool_Check(object)) return IValue(object == Py_True);
+  if (PyFloat_CheckExact(object)) return IValue(PyFloat_AS_DOUBLE(object));
+  if (PyLong_CheckExact(object)) return IValue(static_cast<int64_t>(PyLong_AsLongLong(object)));
+  return std::nullopt;
+}
+
+// run(number, *inputs) -> a tensor, or a tuple of several. None, and nothing done, where an input is of
+// another class than torch's own and where calls are traced.
+PyObject* run(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const int64_t number = PyLong_AsLongLong(arguments[0]);
+  TORCH_CHECK(0 <= number && static_cast<size_t>(number) < defined, "no recipe ", number);
+  const Recipe& recipe = *recipes[number];
+  TORCH_CHECK(static_cast<size_t>(count) > recipe.inputs, "expected at least ", recipe.inputs, " inputs");
+  if (torch::jit::tracer::isTracing()) Py_RETURN_NONE;
+  Stack inputs;
+  for (Py_ssize_t i = 1; i < count; ++i) {
+    std::optional<IValue> value = value_of(arguments[i]);
+    if (!value) Py_RETURN_NONE;
+    inputs.push_back(*std::move(value));
+  }
+  variable_list results, differentiable;
+  for (const Gradient& each : recipe.gradients)
+    if (inputs[each.input].isTensor()) differentiable.push_back(inputs[each.input].toTensor());
+  {
+    const pybind11::gil_scoped_release without_python;
+    if (at::GradMode::is_enabled() && torch::autograd::any_variable_requires_grad(differentiable)) {
+      results = Recorded::apply(number, inputs, at::TensorList(differentiable));
+    } else {
+      const at::AutoDispatchBelowAutograd guard;
+      inputs.resize(recipe.inputs);
+      recipe.forward.callBoxed(&inputs);
+      results = Recorded::returned(recipe, inputs);
+    }
+  }
+  if (results.size() == 1) return THPVariable_Wrap(std::move(results[0]));
+  auto made =
+      pybind11::reinterpret_steal<pybind11::object>(PyTuple_New(static_cast<Py_ssize_t>(results.size())));
+  for (size_t i = 0; i < results.size(); ++i)
+    PyTuple_SET_ITEM(made.ptr(), static_cast<Py_ssize_t>(i), THPVariable_Wrap(std::move(results[i])));
+  return made.release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+using Name = std::pair<std::string, std::string>;  // of an op and its overload
+using Passed = std::vector<std::tuple<int64_t, int64_t, bool>>;
+
+// Makes a recipe known, and returns its number.
+int64_t define(const Name& forward, const Name& backward, size_t inputs, size_t results,
+               const std::vector<std::tuple<int64_t, int64_t, pybind11::object>>& arguments,
+               const Passed& gradients, const Passed& alone, const std::string& refusal) {
+  const auto op = [](const Name& name) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(name.first.c_str(), name.second.c_str());
+  };
+  Recipe recipe{op(forward), op(backward), inputs, results, {}, {}, {}, refusal};
+  for (const auto& [from, place, fixed] : arguments)
+    recipe.arguments.push_back({static_cast<From>(from), place, value_of(fixed.ptr()).value()});
+  for (const auto& [input, place, passed] : gradients) recipe.gradients.push_back({input, place, passed});
+  for (const auto& [input, place, passed] : alone) recipe.alone.push_back({input, place, passed});
+  recipes.at(defined) = std::make_unique<const Recipe>(std::move(recipe));
+  return static_cast<int64_t>(defined++);
+}
+
+PyMethodDef run_method = {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run)),
+                          METH_FASTCALL, nullptr};
+
+}  // namespace
+}  // namespace auglocal
+
+PYBIND11_MODULE(_C_nodes, module) {
+  module.def("define", &auglocal::define);
+  module.attr("run") =
+      pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&auglocal::run_method, nullptr));
+}
