@@ -30,6 +30,7 @@ PRELOADED = [
     "torch.distributed.device_mesh",
     "torch.distributed.fsdp",
     "auglocal_ext",
+    "auglocal_ext.cli.train",
     "auglocal_ext.distributed",
     "pytest",
 ]
@@ -39,12 +40,12 @@ def run(world: int, work: Callable[..., None], *args: Any) -> None:
     """Call ``work(rank, *args)`` in ``world`` processes of one gloo group; what fails in one fails here."""
     call = pickle.dumps((work, args))  # in shared memory each tensor would need a file descriptor
     with tempfile.TemporaryDirectory() as folder:
-        _serve(folder)
+        serve(folder)
         given = (world, str(Path(folder) / "meeting"), auglocal_ext.__file__, call)
         multiprocessing.start_processes(_enter, given, nprocs=world, start_method="forkserver")
 
 
-def _serve(folder: str) -> None:
+def serve(folder: str) -> None:
     """Start the server where there is none, in an empty folder: before Python 3.12.4 it has no ``sys.path`` of ours."""
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     with pytest.MonkeyPatch.context() as patch:
@@ -54,9 +55,14 @@ def _serve(folder: str) -> None:
         forkserver.ensure_running()
 
 
-def _enter(rank: int, world: int, meeting: str, package: str, call: bytes) -> None:
+def check(package: str) -> None:
+    """To be called first in each process: it has one thread, and the package that the tests have."""
     assert auglocal_ext.__file__ == package, f"the server has imported {auglocal_ext.__file__}, the tests {package}"
     torch.set_num_threads(1)
+
+
+def _enter(rank: int, world: int, meeting: str, package: str, call: bytes) -> None:
+    check(package)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,23 +32,29 @@ def write_image_fixture() -> Callable[[Path, tuple[int, int], int], None]:
     return write_image
 
 
+def make_images(
+    root: Path,
+    classes: tuple[str, ...] = ("cat", "dog"),
+    train: int = 6,
+    test: int = 3,
+    size: tuple[int, int] = (12, 12),
+) -> Path:
+    for split, count in (("train", train), ("test", test)):
+        for label, name in enumerate(classes):
+            for i in range(count):
+                seed = 1000 * label + i + (500 if split == "test" else 0)
+                write_image(root / split / name / f"{i:03}.png", size, seed)
+    return root
+
+
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Callable[..., Path]:
-    def make(
-        classes: tuple[str, ...] = ("cat", "dog"),
-        train: int = 6,
-        test: int = 3,
-        size: tuple[int, int] = (12, 12),
-    ) -> Path:
-        root = tmp_path / "images"
-        for split, count in (("train", train), ("test", test)):
-            for label, name in enumerate(classes):
-                for i in range(count):
-                    seed = 1000 * label + i + (500 if split == "test" else 0)
-                    write_image(root / split / name / f"{i:03}.png", size, seed)
-        return root
+    return partial(make_images, tmp_path / "images")
 
-    return make
+
+@pytest.fixture(scope="session", name="make_images")
+def make_images_fixture() -> Callable[..., Path]:
+    return make_images
 
 
 @pytest.fixture

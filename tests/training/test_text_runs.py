@@ -6,13 +6,13 @@ import io
 import math
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from launched import launch
 from runs import TIMES, interrupt_after, log, trainer
 from texts import settings, text
 
@@ -355,14 +355,7 @@ def test_two_processes_train_as_one_does(tmp_path, grid):
     options = "--network gpt --layers 2 --width 16 --heads 2 --context 16 --rule greedy --batch-size 16 --sample 8"
     common = ["train", "--data", data, *options.split(), "--epochs", "2", "--device", "cpu", "--output"]
     assert main([*common, str(tmp_path / "one")]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "auglocal_ext", *common, str(tmp_path / "two"), f"--{grid}", "2"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = launch(2, [*common, str(tmp_path / "two"), f"--{grid}", "2"])
     assert done.returncode == 0, done.stderr
     one, two = (load_run(tmp_path / name, "cpu").network.state_dict() for name in ("one", "two"))
     for name, expected in one.items():

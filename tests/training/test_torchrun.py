@@ -1,4 +1,7 @@
-"""``torchrun ... -m auglocal_ext train``: several processes train what one does, and outlive each other's end."""
+"""``torchrun ... -m auglocal_ext train``: several processes train what one does, and outlive each other's end.
+
+torchrun itself starts a few of them, ``torchrun=True``: a plain run, and what concerns its signals and its restarts.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ import os
 import signal
 import subprocess
 import sys
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
+from launched import launch
 
 from auglocal_ext.cli import main
 from auglocal_ext.training import CheckpointError, SettingsError, load_run
@@ -26,28 +31,50 @@ AUGLOCAL = ["--depth", "2"]
 TIMES = ("images_per_second", "seconds", "waiting", "peak_bytes")
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory, make_images):
+    return make_images(tmp_path_factory.mktemp("data") / "images", train=10)
+
+
+def run(folder, images, name, size, *arguments, mishap=None, restarts=0, resume=False, rule=AUGLOCAL, torchrun=False):
+    """A run of 20 images, in batches of 8, 8 and 4: its folder and the finished process.
+
+    One process is this one. Several are forked, or started by torchrun itself.
+    """
+    output = folder / name
+    common = ["train", "--output", str(output)]
+    common += ["--resume"] if resume else ["--data", str(images), *RUN, *rule]
+    common += arguments
+    if size == 1 and mishap is None:
+        return output, subprocess.CompletedProcess(common, main(common), stderr="see above")
+    if not torchrun:
+        return output, launch(size, common, mishap, restarts)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(size), "--max-restarts", str(restarts)]
+    module = ["-m", "auglocal_ext"] if mishap is None else [str(Path(__file__).with_name("mishap.py"))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MISHAP": mishap or ""}
+    done = subprocess.run(
+        [*command, *module, *common], env=environment, cwd=folder, capture_output=True, text=True, timeout=240
+    )
+    return output, done
+
+
 @pytest.fixture
-def train(image_folder, tmp_path, one_thread):
-    """Starts a run of 20 images, in batches of 8, 8 and 4; returns its folder and the finished process."""
-    images = image_folder(train=10)
+def train(tmp_path, images, one_thread):
+    return partial(run, tmp_path, images)
 
-    def start(name, processes, *arguments, mishap=None, restarts=0, resume=False, rule=AUGLOCAL):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
-        module = ["-m", "auglocal_ext"] if mishap is None else [str(Path(__file__).with_name("mishap.py"))]
-        output = tmp_path / name
-        common = ["train", "--output", str(output)]
-        common += ["--resume"] if resume else ["--data", str(images), *RUN, *rule]
-        common += arguments
-        if processes == 1 and mishap is None:
-            return output, subprocess.CompletedProcess(common, main(common), stderr="see above")
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MISHAP": mishap or ""}
-        done = subprocess.run(
-            [*command, *module, *common], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
-        )
-        return output, done
 
-    return start
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, images):
+    """The folder of a run in so many stages and replicas to which nothing happens. Tests share and only read it."""
+
+    @cache
+    def of(stages=1, replicas=1):
+        size = stages * replicas
+        grid = ["--stages", str(stages), "--replicas", str(replicas)] if size > 1 else []
+        return trained(partial(run, tmp_path_factory.mktemp("undisturbed"), images), "run", size, *grid)
+
+    return of
 
 
 def trained(train, *arguments, **options):
@@ -77,9 +104,9 @@ def rows(output):
 
 
 @pytest.mark.slow
-def test_two_stages_train_what_one_process_does(train, capsys):
-    one = trained(train, "one", 1)
-    output, done = train("two", 2, "--stages", "2")
+def test_two_stages_train_what_one_process_does(train, undisturbed, capsys):
+    one = undisturbed()
+    output, done = train("two", 2, "--stages", "2", torchrun=True)
     assert done.returncode == 0, done.stderr
     assert_equal(output, one)
     assert rows(output) == rows(one)
@@ -119,10 +146,10 @@ def test_stages_of_other_rules_and_data(train, rule):
     "rule", [AUGLOCAL, ["--rule", "dgl", "--mixup", "0.2", "--lr", "0.005"]], ids=["auglocal", "mixed"]
 )
 @pytest.mark.parametrize("grid", [(1, 2), (2, 2), (2, 2, "--shard")], ids=str)
-def test_synchronised_replicas_train_what_one_process_does(train, grid, rule):
+def test_synchronised_replicas_train_what_one_process_does(train, undisturbed, grid, rule):
     """Up to the order in which numbers are added, which a network in training amplifies."""
     stages, replicas, *flags = grid
-    one = trained(train, "one", 1, rule=rule)
+    one = undisturbed() if rule is AUGLOCAL else trained(train, "one", 1, rule=rule)
     arguments = ["--stages", str(stages), "--replicas", str(replicas), "--sync-batch-norm", *flags]
     several = trained(train, "several", stages * replicas, *arguments, rule=rule)
     assert_equal(several, one, exactly=False)
@@ -144,14 +171,18 @@ def test_replicas_without_flags_and_of_backpropagation(train):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("at", "grid"), [(2, (2, 1)), (5, (2, 1)), (6, (2, 2)), (5, (1, 1))], ids=str)
-def test_a_killed_process_is_replaced(train, grid, at):
+@pytest.mark.parametrize(
+    ("at", "grid", "torchrun"),
+    [(2, (2, 1), False), (5, (2, 1), True), (6, (2, 2), False), (5, (1, 1), False)],
+    ids=str,
+)
+def test_a_killed_process_is_replaced(train, undisturbed, grid, at, torchrun):
     """Before there is a checkpoint, after step 3, or then."""
     stages, replicas = grid
-    size = stages * replicas
-    arguments = [size, "--stages", str(stages), "--replicas", str(replicas)]
-    whole = trained(train, "whole", *arguments)
-    output, done = train("killed", *arguments, mishap=f"{size - 1}:{at}:kill", restarts=3)
+    whole, size = undisturbed(*grid), stages * replicas
+    arguments = ["--stages", str(stages), "--replicas", str(replicas)]
+    mishap = f"{size - 1}:{at}:kill"
+    output, done = train("killed", size, *arguments, mishap=mishap, restarts=3, torchrun=torchrun)
     assert done.returncode == 0, done.stderr
     assert ("resumes after epoch 1" in done.stdout) == (at > 3)
     assert_equal(output, whole)
@@ -159,24 +190,25 @@ def test_a_killed_process_is_replaced(train, grid, at):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["ctrl-c", "interrupt", "sigterm"])
-def test_an_interrupt_stops_all_after_the_same_batch(train, what):
-    arguments = [4, "--stages", "2", "--replicas", "2"]
-    whole = trained(train, "whole", *arguments)
-    output, done = train("stopped", *arguments, mishap=f"2:5:{what}")
+@pytest.mark.parametrize(("what", "replicas"), [("ctrl-c", 2), ("interrupt", 2), ("sigterm", 1)])
+def test_an_interrupt_stops_all_after_the_same_batch(train, undisturbed, what, replicas):
+    whole, size = undisturbed(2, replicas), 2 * replicas
+    arguments = ["--stages", "2", "--replicas", str(replicas)]
+    # Two of them are signals to torchrun.
+    output, done = train("stopped", size, *arguments, mishap=f"{replicas}:5:{what}", torchrun=what != "interrupt")
     assert done.returncode != 0
-    assert "stopped in epoch 2 after" in done.stderr and "go on with: torchrun --nproc-per-node 4" in done.stderr
+    assert "stopped in epoch 2 after" in done.stderr and f"go on with: torchrun --nproc-per-node {size}" in done.stderr
     assert done.stderr.count("stopped in epoch") == 1
-    resumed = trained(train, "stopped", 4, resume=True)
+    resumed = trained(train, "stopped", size, resume=True)
     assert resumed == output
     assert_equal(output, whole)
     assert len(rows(output)) == 3
 
 
 @pytest.mark.slow
-def test_resumed_on_other_grids(train):
+def test_resumed_on_other_grids(train, undisturbed):
     """In the middle of an epoch, in one process; and at its end, in two replicas of two stages."""
-    one = trained(train, "one", 1)
+    one = undisturbed()
     output, done = train("grid", 2, "--stages", "2", mishap="1:5:interrupt")
     assert done.returncode != 0 and (output / "checkpoint").is_dir()
     assert main(["train", "--output", str(output), "--resume"]) == 0
@@ -191,8 +223,8 @@ def test_resumed_on_other_grids(train):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [4, 5], ids=["before two batches", "before the smaller last batch alone"])
-def test_one_processes_checkpoint_goes_on_in_stages(train, monkeypatch, at):
-    one = trained(train, "one", 1)
+def test_one_processes_checkpoint_goes_on_in_stages(train, undisturbed, monkeypatch, at):
+    one = undisturbed()
     plain, steps = LocalLearner.step, []
 
     def step(self, images, labels):
