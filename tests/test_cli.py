@@ -332,23 +332,20 @@ def test_help_names_every_option_group(capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_ctrl_c_then_resume_equals_an_uninterrupted_run(images, tmp_path):
+def test_ctrl_c_then_resume_equals_an_uninterrupted_run(images, tmp_path, capsys, one_thread):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "auglocal_ext", "train"]
     common = ["--data", str(images), *SMALL, "--depth", "2", "--epochs", "12", "--lr", "0.02"]
 
-    def start(output, *arguments):
-        return subprocess.Popen(
-            [*command, "--output", str(output), *arguments],
-            env=environment,
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
     stopped, straight = tmp_path / "stopped", tmp_path / "straight"
-    run, whole = start(stopped, *common), start(straight, *common)
+    run = subprocess.Popen(
+        [*command, "--output", str(stopped), *common],
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         deadline = time.monotonic() + 120
         while not (stopped / "checkpoint.pt").exists() and run.poll() is None and time.monotonic() < deadline:
@@ -363,14 +360,12 @@ def test_ctrl_c_then_resume_equals_an_uninterrupted_run(images, tmp_path):
     stop_said, state = error, load(stopped / "checkpoint.pt")
     assert 1 <= state["progress"]["epochs"] < 12
 
-    resumed = start(stopped, "--resume")
-    output, error = resumed.communicate(timeout=240)
-    assert resumed.returncode == 0, error
+    assert main(["train", "--output", str(stopped), "--resume"]) == 0
+    output = capsys.readouterr().out
     assert "\n12/12 " in output and "; resumes after " in output
     assert f"learning curves so far: {stopped / 'curves.png'}" in stop_said
 
-    _, error = whole.communicate(timeout=240)
-    assert whole.returncode == 0, error
+    assert main(["train", "--output", str(straight), *common]) == 0
     assert rows(stopped) == rows(straight)
     weights, expected = (load(folder / "checkpoint.pt")["network"] for folder in (stopped, straight))
     assert all((weights[name] == expected[name]).all() for name in expected)
