@@ -339,22 +339,22 @@ def test_the_real_command(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_real_command_is_taken_up_to_the_step(data, tmp_path):
+def test_the_real_command_is_taken_up_to_the_step(benchmark, data, tmp_path):
     settings = ["--settings", "--width 4 --batch-size 8 --lr 0.05"]
-    arguments = ["--rows", "AugLocal d=2", "--epochs", "40", *settings]
+    arguments = ["--rows", "AugLocal d=2", "--epochs", "12", *settings]
     whole, parts = tmp_path / "whole", tmp_path / "out"
-    assert subprocess.run(command(data, whole, *arguments), capture_output=True, timeout=300).returncode == 0
+    assert benchmark.main(command(data, whole, *arguments)[2:]) == 0
     first = subprocess.Popen(command(data, parts, *arguments), stderr=subprocess.PIPE, text=True)
-    log = folder(tmp_path, "auglocal-d2", epochs=40) / "log.csv"
+    log = folder(tmp_path, "auglocal-d2", epochs=12) / "log.csv"
     while not log.exists() or len(log.read_text().splitlines()) < 5:
         time.sleep(0.05)
     first.send_signal(signal.SIGINT)
     assert "go on with" in first.communicate(timeout=120)[1] and first.returncode == 130
-    assert subprocess.run(command(data, parts, *arguments), capture_output=True, timeout=300).returncode == 0
+    assert benchmark.main(command(data, parts, *arguments)[2:]) == 0
     (once,), (twice,) = (json.loads((out / "accuracy.json").read_text())["runs"] for out in (whole, parts))
     assert len(twice["sittings"]) == 2 and len(once["sittings"]) == 1
     figures = [[line.split(",")[:7] for line in run["log"]] for run in (once, twice)]
-    assert figures[0] == figures[1] and len(figures[0]) == 41
+    assert figures[0] == figures[1] and len(figures[0]) == 13
 
 
 def relations(count, seed):
@@ -386,13 +386,13 @@ def test_auglocal_beats_greedy(tmp_path):
     images = write_images(tmp_path / "images", {"train": relations(2000, 0), "test": relations(500, 1)}, sides)
     # SVHN's recipe does not mirror images, which would turn left into right.
     settings = "--recipe svhn --width 8 --batch-size 64 --lr 0.1 --channels-last"
-    rows = ["--rows", "AugLocal d=2", "Greedy", "--seeds", "1", "2", "3", "--epochs", "6"]
+    rows = ["--rows", "AugLocal d=2", "Greedy", "--seeds", "1", "2", "--epochs", "6"]
     done = subprocess.run(
         command(images, tmp_path / "out", *rows, "--settings", settings), capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = report(tmp_path)
     last = {(run["row"], run["seed"]): run["last_test_accuracy"] for run in found["runs"]}
-    for seed in (1, 2, 3):  # about 0.99 and 0.3 to 0.5, chance is 0.25
+    for seed in (1, 2):  # about 0.99 and 0.3 to 0.5, chance is 0.25
         assert last["AugLocal d=2", seed] > 0.9
         assert last["AugLocal d=2", seed] > last["Greedy", seed] + 0.2
