@@ -1,7 +1,7 @@
-"""The command line in several processes as torchrun starts them, forked from the server of ``distributed/ranks.py``.
+"""The command line in several processes, forked from the server of ``distributed/ranks.py``.
 
-They get what torchrun gives: its variables, a store that outlives them, an end of all when one fails, restarts. Where
-torchrun itself matters, ``test_torchrun.py`` starts it; to import torch in each process takes longer than most runs.
+They get what torchrun gives: its variables, a store that outlives them, an end of all when one fails, restarts. But
+torchrun imports torch in each process, which takes longer than most runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from auglocal_ext.training.run import trainer
 SECONDS = 240  # for a run
 
 
-def launch(size: int, arguments: Sequence[str], mishap: str | None = None, restarts: int = 0):
+def launch(
+    size: int, arguments: Sequence[str], mishap: str | None = None, restarts: int = 0
+) -> subprocess.CompletedProcess[str]:
     """Run ``python -m auglocal_ext`` with these arguments in ``size`` processes, with a mishap of ``mishap.py``.
 
     Returns:
@@ -38,18 +40,8 @@ def launch(size: int, arguments: Sequence[str], mishap: str | None = None, resta
         for attempt in range(restarts + 1):
             common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "TORCHELASTIC_RESTART_COUNT": attempt}
             common |= {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
-            status = _attempt(
-                [
-                    (
-                        auglocal_ext.__file__,
-                        folder,
-                        list(arguments),
-                        mishap,
-                        common | {"RANK": rank, "LOCAL_RANK": rank},
-                    )
-                    for rank in range(size)
-                ]
-            )
+            given = (auglocal_ext.__file__, folder, list(arguments), mishap)
+            status = _attempt([(*given, common | {"RANK": rank, "LOCAL_RANK": rank}) for rank in range(size)])
             if status == 0:
                 break
         stdout, stderr = ((Path(folder) / name).read_text() for name in ("stdout", "stderr"))
