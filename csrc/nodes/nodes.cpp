@@ -160,8 +160,10 @@ std::optional<IValue> value_of(PyObject* object) {
   if (THPVariable_CheckExact(object)) return IValue(THPVariable_Unpack(object));
   if (PyBool_Check(object)) return IValue(object == Py_True);
   if (PyFloat_CheckExact(object)) return IValue(PyFloat_AS_DOUBLE(object));
-  if (PyLong_CheckExact(object)) return IValue(static_cast<int64_t>(PyLong_AsLongLong(object)));
-  return std::nullopt;
+  if (!PyLong_CheckExact(object)) return std::nullopt;
+  int overflow = 0;
+  const int64_t value = PyLong_AsLongLongAndOverflow(object, &overflow);
+  return overflow ? std::nullopt : std::optional<IValue>(value);
 }
 
 // run(number, *inputs) -> a tensor, or a tuple of several. None, and nothing done, where an input is of
