@@ -11,7 +11,7 @@ from seen import network
 from torch import nn
 from torch.nn import functional as F
 
-from auglocal_ext import AugLocal, Classification, ContSup, Greedy, InfoPro, Regression
+from auglocal_ext import DGL, AugLocal, Classification, ContSup, Greedy, InfoPro, Regression
 from auglocal_ext.auxiliary import LossContext
 from auglocal_ext.layers import Features, vectors
 from auglocal_ext.rules import (
@@ -20,6 +20,7 @@ from auglocal_ext.rules import (
     RULES,
     ConvHead,
     DGLHead,
+    FCNHead,
     LinearHead,
     PredictionHead,
     VGGHead,
@@ -239,3 +240,24 @@ def test_a_head_means_the_same_to_every_rule():
         assert [n for n, _ in made.named_parameters()] == [n for n, _ in plain.named_parameters()]
         for ours, theirs in zip(made.parameters(), plain.parameters(), strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_dgl_takes_heads_of_dgl_by_name_and_others_as_they_are():
+    assert DGL("mlp-sr", init="released").head_rule == DGLHead("mlp-sr", "released")
+    assert DGL(DGLHead("cnn")).head_rule == DGLHead("cnn") and DGL("linear").head_rule == LinearHead()
+    with pytest.raises(ValueError, match="init='released' is for DGL's heads by name.*head='linear' has options"):
+        DGL("linear", init="released")
+
+
+@pytest.mark.parametrize(("channels", "width"), [(7, 3), (6, 3), (1, 1)])
+def test_the_head_for_segmentation_halves_the_channels(channels, width):
+    (conv,) = (m for m in built(FCNHead(), Features((channels, 8, 8))).modules() if isinstance(m, nn.Conv2d))
+    assert conv.out_channels == width
+
+
+def test_a_head_sees_other_features_in_place_of_a_modules_output():
+    first, last = network(Features((16, 8, 8))).layers
+    seen = replace(network(Features((16, 8, 8))), layers=(first, first, last))
+    assert seen.last_width == 64
+    changed = seen.with_features(0, Features((4, 2, 2)))
+    assert changed.layers[1:] == (first, last) and changed.features(0) == Features((4, 2, 2)) != seen.features(0)
