@@ -30,13 +30,17 @@ def runtime_libraries() -> str:
 
 
 def package(folder: Path) -> None:
-    """The package with a cpu library that is compiled for AddressSanitizer, and without the cuda library."""
+    """The package with a cpu library that is compiled for AddressSanitizer, and without the other libraries."""
     copy = folder / "auglocal_ext"
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.py")
     shutil.copytree(build.ROOT / "auglocal_ext", copy, ignore=ignored)
     library = build.build_cpu(copy / "_C_cpu.abi3.so", folder / "cpu", build.ADDRESS)
     assert b"__asan_report" in library.read_bytes(), "the compiler put no checks into the library"
-    libraries = {"cpu": {"built": True, "reason": ""}, "cuda": {"built": False, "reason": "it runs on the emulator"}}
+    libraries = {
+        "cpu": {"built": True, "reason": ""},
+        "cuda": {"built": False, "reason": "it runs on the emulator"},
+        "nodes": {"built": False, "reason": "nodes in Python call the same kernels"},
+    }
     (copy / "_build_info.py").write_text(f"BUILD = {pprint.pformat({'libraries': libraries})}\n")
 
 
