@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 from auglocal_ext import Balanced, ContSup, Greedy, LocalSequential, PredSim, models
 from auglocal_ext.partition import CONTSUP_BALANCED, balance, cut_points
@@ -137,6 +138,44 @@ def test_balanced_flops_are_those_of_a_training_step(rule):
     assert net.network.ends == ends
     for key, value in layers.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+def small_convolutions():
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()]
+    layers[0].unused = nn.Parameter(torch.zeros(1))  # has no gradient
+    return nn.Sequential(
+        *layers, nn.Conv2d(4, 6, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10)
+    )
+
+
+def test_what_is_balanced(monkeypatch):
+    """Costs of layers, heads and contexts, counted by hand."""
+    found = []
+
+    def kept(total, k, *costs):
+        found[:] = costs
+        return balance(total, k, *costs)
+
+    monkeypatch.setattr("auglocal_ext.rules.balance.balance", kept)
+
+    def costs(rule, by):
+        LocalSequential(small_convolutions(), rule, 10, (3, 8, 8), modules=Balanced(2, by=by))
+        return found
+
+    # Bytes of an image in float32. A layer keeps its input and its map, the last one pooled features too; a head keeps
+    # pooled features; a context its own map, and statistics.
+    layers, heads = [4 * (192 + 256), 4 * (256 + 256), 4 * (256 + 96 + 6)], [4 * 4, 4 * 4, 0]
+    assert costs(Greedy(), "memory") == [layers, heads, [0, 0, 0]]
+    supplied = costs(ContSup("R1", head="linear"), "memory")
+    assert supplied[:2] == [layers, heads]
+    assert supplied[2] == pytest.approx([0, 4 * 256, 4 * 256], rel=0.05)
+
+    # FLOPs of two images, 4 per multiply-accumulate: of the output, and again of each gradient.
+    first, second, third = 4 * 27 * 4 * 64, 4 * 36 * 4 * 64, 4 * 36 * 6 * 16
+    layers, heads = [2 * first, 3 * second, 3 * (third + 4 * 60)], [3 * 4 * 40, 3 * 4 * 40, 0]
+    assert costs(Greedy(), "flops") == [layers, heads, [0, -second, -third]]  # no gradient leaves a module
+    contexts = [0, 2 * 4 * 3 * 4 * 64, 2 * 4 * 4 * 4 * 64]
+    assert costs(ContSup("R1", head="linear"), "flops") == [layers, heads, contexts]
 
 
 def test_balanced_says_what_it_cannot_balance():

@@ -166,6 +166,34 @@ def test_fake_meta_and_deferred_models():
     net(X, Y).loss.backward()
 
 
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return x * self.gate(x).sigmoid()
+
+
+class Pooled(nn.Module):
+    """Its last layer pools between code of its own and the classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 8, 1), Gated()
+        self.norm, self.pool, self.head = nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(2), nn.Linear(32, 4)
+
+    def forward(self, x):
+        h = self.norm(self.three(self.two(F.relu(self.one(x)))) + 1)
+        return self.head(torch.flatten(self.pool(h), 1))
+
+
+def test_the_last_layer_is_copied_up_to_its_pooling():
+    (block,) = wrapped(Pooled().double(), [0]).auxiliary[0].blocks
+    assert block(torch.zeros(1, 6, 4, 4, dtype=torch.float64)).shape == (1, 8, 4, 4)
+    assert any(name.endswith("norm.weight") for name, _ in block.named_parameters())
+
+
 class Skipping(nn.Module):
     """The output of the first layer is an input of the last one too."""
 

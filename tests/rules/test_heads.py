@@ -11,7 +11,19 @@ from seen import network
 from torch import nn
 from torch.nn import functional as F
 
-from auglocal_ext import DGL, AugLocal, Classification, ContSup, Greedy, InfoPro, Regression
+from auglocal_ext import (
+    DGL,
+    MAN,
+    AugLocal,
+    Classification,
+    ContSup,
+    Greedy,
+    InfoPro,
+    LocalSequential,
+    PredSim,
+    Regression,
+    models,
+)
 from auglocal_ext.auxiliary import LossContext
 from auglocal_ext.layers import Features, vectors
 from auglocal_ext.rules import (
@@ -261,3 +273,21 @@ def test_a_head_sees_other_features_in_place_of_a_modules_output():
     assert seen.last_width == 64
     changed = seen.with_features(0, Features((4, 2, 2)))
     assert changed.layers[1:] == (first, last) and changed.features(0) == Features((4, 2, 2)) != seen.features(0)
+
+
+def test_a_rule_takes_its_cuts_and_the_last_weight_from_its_head():
+    for outer in (MAN, Greedy):
+        assert outer(head=PredSim(beta=0.75)).classifier_weight == 0.25
+        assert outer(head=AugLocal(3)).ends(6, None) == AugLocal(3).ends(6, None) == (0, 1, 2, 5)
+    assert LinearHead().classifier_weight == 1 and LinearHead().ends(4, 2) == (1, 3)
+
+
+def test_layers_after_a_module_are_no_auxiliary_network_of_the_last_one():
+    with pytest.raises(ValueError, match="MAN makes auxiliary networks of the layers after a module"):
+        LocalSequential(models.resnet_cifar(8, width=4), MAN(head=PredSim(classifier_apart=True)), 10, (3, 16, 16))
+
+
+def test_the_input_as_a_task_is_told_it():
+    images = network(Features((16, 8, 8)))
+    assert images.described_input == images.input == Features((3, 8, 8))
+    assert replace(images, input_shape=(5,), input=None, input_dtype=torch.int64).described_input == Features((5,))
