@@ -1,6 +1,6 @@
 """Builds the compiled providers and autograd nodes, each a library of its own and optional; see pyproject.toml.
 
-Environment: CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CC, CXX as usual; AUGLOCAL_FORCE_EXT=1 turns a provider that
+Environment: CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CC, CXX as usual; AUGLOCAL_FORCE_EXT=1 turns a library that
 cannot be built from a recorded reason into an error.
 """
 
