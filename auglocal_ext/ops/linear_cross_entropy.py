@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .._torch import constant_when_compiled
-from . import labels, registry
+from . import labels, nodes, providers, registry, tuning
+from .cpu.linear_cross_entropy import is_small
 from .flags import not_a_flag
 from .linear_checks import check_layer
 from .reference.linear_cross_entropy import Outputs, kept
@@ -84,9 +85,13 @@ def linear_cross_entropy(
     if check_labels:
         labels.check_labels(flat, weight.shape[0], ignore_index)
     op = registry.chosen(NAME, x, provider)
+    product = _product(x, weight, op)
+    if op is _ON_CPU and not torch.compiler.is_compiling() and type(x) in tuning.PLAIN:
+        if is_small(len(rows), weight, label_smoothing, z_loss):
+            op = _SMALL_ON_CPU  # which is not in Python
     grad = torch.is_grad_enabled()
     arguments = (
-        *(rows, weight, bias, flat, ignore_index, float(label_smoothing), float(z_loss), _product(x, weight, op)),
+        *(rows, weight, bias, flat, ignore_index, float(label_smoothing), float(z_loss), product),
         *(grad and tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)),
     )
     device = x.device.type
@@ -158,28 +163,6 @@ def _fake(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[3:])
-    ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in inputs[:3])
-    ctx.made = inputs[8:]
-
-
-def _backward(provider: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 11
-    if grad_loss is None:
-        return tuple(grads)
-    for index, (grad, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
-        if not ctx.needs_input_grad[index]:
-            continue
-        if not ctx.made[index]:
-            raise RuntimeError(f"{NAME}: the gradient of input {index} was not made; set the need_* argument for it")
-        # Scaled before it is rounded, so that a loss scale keeps a float16 gradient from underflowing.
-        grads[index] = registry.scaled(grad, grad_loss).to(dtype)
-    return tuple(grads)
-
-
 def _flops(
     x: Tensor,
     weight: Tensor,
@@ -198,15 +181,14 @@ def _flops(
 
 TABLE = registry.plain_table(NAME)
 
-registry.primitive(
-    TABLE,
-    NAME,
+_SIGNATURE = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index, float label_smoothing, float z_loss, "
     "ScalarType product, bool need_x, bool need_weight, bool need_bias) "
-    "-> (Tensor loss, Tensor correct, Tensor nll, Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
-    _fake,
-    "forward",
+    "-> (Tensor loss, Tensor correct, Tensor nll, Tensor grad_x, Tensor grad_weight, Tensor grad_bias)"
 )
+_SMALL = f"{NAME}_small"
+
+registry.primitive(TABLE, NAME, _SIGNATURE, _fake, "forward")
 registry.steered(
     TABLE,
     NAME,
@@ -221,9 +203,17 @@ registry.steered(
         "linear_cross_entropy_results": (
             "(Tensor totals, int divisor, bool in_double) -> (Tensor loss, Tensor correct, Tensor nll)"
         ),
+        _SMALL: _SIGNATURE,
     },
 )
-registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD, results=3)
-registry.flops(TABLE, _flops)
+_GRADIENTS = nodes.Gradients(None, {"x": "grad_x", "weight": "grad_weight", "bias": "grad_bias"}, others=2)
+nodes.autograd(TABLE, [_GRADIENTS], lambda inputs: 0, instead=_INSTEAD, name=NAME, primitive=NAME)
+nodes.autograd(
+    *(providers.Table(NAME, (TABLE.row("cpu"),)), [_GRADIENTS], lambda inputs: 0),
+    instead=_INSTEAD,
+    name=_SMALL,
+)
+registry.flops(NAME, _flops)
+registry.flops(_SMALL, _flops)
 
-_ON_CPU = registry.overload(NAME, "cpu")
+_ON_CPU, _SMALL_ON_CPU = registry.overload(NAME, "cpu"), registry.overload(_SMALL, "cpu")

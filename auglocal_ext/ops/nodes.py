@@ -1,4 +1,6 @@
-"""Autograd nodes of ops whose backward pass is one call of another op, all made from one description.
+"""Autograd nodes of ops whose backward pass is one call of another op, or scales what the forward pass made.
+
+All are made from one description.
 
 A node in C++, of the library ``nodes``, records calls on tensors of torch's own classes. Where there is no library, and
 for other classes, a node in Python does the same and takes the host several times as long. Compiled code has the node
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .._torch import schema
+from .._torch import below_autograd, schema
 from . import providers, registry
 from .batch_norm_checks import cast_to
 
@@ -26,18 +28,21 @@ class Gradients(NamedTuple):
     An argument of the other op is the input or the result of the same name, if nothing else is said.
 
     Attributes:
-        op: the name of the other op.
+        op: the name of the other op. None for a loss whose own results are its gradients: backward scales those by the
+            gradient of the loss, and expands what has fewer dimensions than its input over the last ones.
         of: by the input, the result of ``op`` that is its gradient, or one of ``incoming``, which is passed on.
-        incoming: the arguments that are gradients of results, in their order. Callers get no other results.
+        incoming: the arguments that are gradients of results, in their order.
+        others: how many results callers get beside those that have gradients.
         needs: by the argument, inputs. True where one of them needs its gradient.
         fixed: by the argument, what it is always.
         renamed: by the argument, the input or result that it is.
         alone: by the input, the one of ``incoming`` that is its gradient where the first result has none.
     """
 
-    op: str
+    op: str | None
     of: Mapping[str, str]
     incoming: tuple[str, ...] = ("grad",)
+    others: int = 0
     needs: Mapping[str, tuple[str, ...]] = {}
     fixed: Mapping[str, Any] = {}
     renamed: Mapping[str, str] = {}
@@ -62,24 +67,34 @@ class _Argument(NamedTuple):
 
 class _Gradient(NamedTuple):
     input: int
-    place: int  # of a result of the other op, or of an incoming gradient
+    place: int  # of a result of the other op, or of an incoming gradient; without another op, of an argument
     passed: bool
 
 
 class _Recipe(NamedTuple):
     """A description with places for names."""
 
-    op: str
+    op: str | None
     inputs: int
-    results: int
-    arguments: tuple[_Argument, ...]
+    incoming: int
+    results: int  # that callers get
+    arguments: tuple[_Argument, ...]  # of the other op; without one, the results that are gradients
     gradients: tuple[_Gradient, ...]
-    alone: tuple[_Gradient, ...]
+    alone: tuple[_Gradient, ...] = ()
 
 
 def _recipe(op: Any, how: Gradients, provider: str) -> _Recipe:
-    forward, backward = schema(op), schema(registry.overload(how.op, provider))
+    forward = schema(op)
     inputs, results = [each.name for each in forward.arguments], [each.name for each in forward.returns]
+    sizes = len(inputs), len(how.incoming), len(how.incoming) + how.others
+    if how.op is None:
+        places = sorted((inputs.index(name), results.index(made)) for name, made in how.of.items())
+        return _Recipe(
+            *(None, *sizes),
+            tuple(_Argument(From.RESULT, place, None) for _, place in places),
+            tuple(_Gradient(name, place, False) for place, (name, _) in enumerate(places)),
+        )
+    backward = schema(registry.overload(how.op, provider))
     made = [each.name for each in backward.returns]
 
     def argument(name: str) -> _Argument:
@@ -103,9 +118,7 @@ def _recipe(op: Any, how: Gradients, provider: str) -> _Recipe:
         return tuple(sorted(found))
 
     return _Recipe(
-        how.op,
-        len(inputs),
-        len(how.incoming),
+        *(how.op, *sizes),
         tuple(argument(each.name) for each in backward.arguments),
         gradients(how.of),
         gradients(how.alone),
@@ -123,8 +136,11 @@ def _keep(ctx: Any, recipe: _Recipe, inputs: Sequence[Any], made: Sequence[Tenso
     tensors = [each if isinstance(each, Tensor) else None for each in kept]
     ctx.save_for_backward(*tensors)
     ctx.others = [None if isinstance(each, Tensor) else each for each in kept]
-    ctx.dtypes = {each.input: None if (x := inputs[each.input]) is None else x.dtype for each in recipe.gradients}
+    ctx.forms = {
+        each.input: None if (x := inputs[each.input]) is None else (x.dtype, x.shape) for each in recipe.gradients
+    }
     ctx.recipe = recipe
+    ctx.mark_non_differentiable(*made[recipe.incoming :])
 
 
 def _made(provider: str, ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -136,6 +152,11 @@ def _made(provider: str, ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | N
         for each in recipe.alone:
             if needs[each.input]:
                 made[each.input] = incoming[each.place]
+        return tuple(made)
+    if recipe.op is None:
+        for each, tensor in zip(recipe.gradients, ctx.saved_tensors, strict=True):
+            if needs[each.input]:
+                made[each.input] = _scaled(tensor, incoming[0], ctx.forms[each.input], each.input)
         return tuple(made)
     kept = iter(zip(ctx.saved_tensors, ctx.others, strict=True))
     arguments: list[Any] = []
@@ -153,8 +174,18 @@ def _made(provider: str, ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | N
     for each in recipe.gradients:
         if needs[each.input]:
             gradient = incoming[each.place] if each.passed else results[each.place]
-            made[each.input] = None if gradient is None else cast_to(ctx.dtypes[each.input], gradient)
+            made[each.input] = None if gradient is None else cast_to(ctx.forms[each.input][0], gradient)
     return tuple(made)
+
+
+def _scaled(made: Tensor, factor: Tensor, form: tuple[torch.dtype, torch.Size], place: int) -> Tensor:
+    """The gradient of the input at ``place``, of this dtype and shape, from what the forward pass made."""
+    dtype, shape = form
+    if not made.numel():
+        raise RuntimeError(f"the gradient of input {place} was not made; set the need_* argument for it")
+    # Scaled before it is rounded, so that a loss scale keeps a float16 gradient from underflowing.
+    grad = cast_to(dtype, registry.scaled(made, factor))
+    return grad.reshape(*grad.shape, *(1,) * (len(shape) - grad.dim())).expand(shape) if grad.shape != shape else grad
 
 
 def autograd(
@@ -171,7 +202,8 @@ def autograd(
         table: of the public op, for messages, and its providers.
         gradients: the ways to make them, of which ``which(inputs)`` is the number of one.
         instead: what has second derivatives.
-        primitive: without autograd; is the forward pass of the op and takes its first inputs.
+        primitive: the forward pass, which takes the op's first inputs; for a loss the op itself. None for an op that is
+            never in compiled code.
     """
     for provider in table.providers:
         op = registry.overload(name, provider.name)
@@ -186,9 +218,7 @@ def _for_compiled_code(
     op: Any, public: str, provider: str, recipes: Sequence[_Recipe], which: Callable[..., int], instead: str
 ) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        recipe, made = recipes[which(inputs)], _several(output)
-        _keep(ctx, recipe, inputs, made)
-        ctx.mark_non_differentiable(*made[recipe.results :])
+        _keep(ctx, recipes[which(inputs)], inputs, _several(output))
 
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         registry.refuse_create_graph(public, instead)
@@ -207,7 +237,8 @@ def _node(
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             recipe = recipes[which(inputs)]
-            made = _several(forward(*inputs[:taken]))
+            with below_autograd():  # where the op itself has a node of torch's
+                made = _several(forward(*inputs[:taken]))
             _keep(ctx, recipe, inputs, made)
             return made[0] if recipe.results == 1 else made[: recipe.results]
 
@@ -244,8 +275,8 @@ def _define(library: Any, forward: Any, provider: str, recipe: _Recipe, taken: i
     return int(
         library.define(
             (name, provider),
-            (f"auglocal_ext::{recipe.op}", provider),
-            *(taken, recipe.results, recipe.arguments, recipe.gradients, recipe.alone, refusal),
+            None if recipe.op is None else (f"auglocal_ext::{recipe.op}", provider),
+            *(taken, recipe.incoming, recipe.results, recipe.arguments, recipe.gradients, recipe.alone, refusal),
         )
     )
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import labels, registry
+from . import labels, nodes, registry
 from .flags import not_a_flag
 from .linear_checks import check_layer
 from .reference.pooled_cross_entropy import Outputs
@@ -136,31 +136,6 @@ def _fake(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[3:])
-    ctx.shape = inputs[0].shape
-    ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in inputs[:3])
-    ctx.made = inputs[7:]
-
-
-def _backward(provider: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 10
-    if grad_loss is None:
-        return tuple(grads)
-    for index, (grad, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
-        if not ctx.needs_input_grad[index]:
-            continue
-        if not ctx.made[index]:
-            raise RuntimeError(f"{NAME}: the gradient of input {index} was not made; set the need_* argument for it")
-        # Scaled before it is rounded: in float16 the gradient of one position alone would underflow.
-        grads[index] = registry.scaled(grad, grad_loss).to(dtype)
-    if grads[0] is not None:
-        grads[0] = grads[0].reshape(*ctx.shape[:2], *(1,) * (len(ctx.shape) - 2)).expand(ctx.shape)
-    return tuple(grads)
-
-
 def _flops(
     x: Tensor,
     weight: Tensor,
@@ -187,5 +162,12 @@ registry.primitive(
     _fake,
     "forward",
 )
-registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD, results=3)
-registry.flops(TABLE, _flops)
+nodes.autograd(
+    TABLE,
+    [nodes.Gradients(None, {"x": "grad_pooled", "weight": "grad_weight", "bias": "grad_bias"}, others=2)],
+    lambda inputs: 0,
+    instead=_INSTEAD,
+    name=NAME,
+    primitive=NAME,
+)
+registry.flops(NAME, _flops)

@@ -46,7 +46,7 @@ def reconstruction_loss(
     refuse_transforms(NAME, _INSTEAD, logits)
     _check(logits, image, mean, std)
     op = registry.chosen(NAME, logits, provider)
-    return registry.run(op, logits, image, mean, std, torch.is_grad_enabled() and logits.requires_grad)[0]
+    return registry.first(op, logits, image, mean, std, torch.is_grad_enabled() and logits.requires_grad)
 
 
 def _check(logits: Tensor, image: Tensor, mean: Tensor, std: Tensor) -> None:

@@ -141,6 +141,12 @@ def run(overload: Any, *inputs: Any) -> Any:
     return _recorded[id(overload)](*inputs)
 
 
+def first(overload: Any, *inputs: Any) -> Tensor:
+    """The first result of :func:`run`, for an op of which callers get no other."""
+    made: Tensor | tuple[Tensor, ...] = run(overload, *inputs)
+    return made if isinstance(made, Tensor) else made[0]
+
+
 def recorder(overload: Any) -> Callable[..., Any]:
     """What :func:`run` runs for ``overload``, outside of compiled code."""
     return _recorded[id(overload)]
@@ -222,13 +228,13 @@ def differentiable_once(name: str, instead: str) -> str:
     )
 
 
-def flops(table: providers.Table, formula: Callable[..., int]) -> None:
-    """Tell torch's FLOP counter what matrix products the op makes inside, by ``formula(*arguments)``."""
+def flops(name: str, formula: Callable[..., int]) -> None:
+    """Tell torch's FLOP counter what matrix products the op ``name`` makes inside, by ``formula(*arguments)``."""
 
     def count(*arguments: Any, out_val: Any = None) -> int:
         return formula(*arguments)
 
-    register_flop_formula(getattr(torch.ops.auglocal_ext, table.op), get_raw=True)(count)
+    register_flop_formula(getattr(torch.ops.auglocal_ext, name), get_raw=True)(count)
 
 
 def _define(overload_name: str, signature: str, fake: Callable[..., Any]) -> None:

@@ -73,8 +73,8 @@ def similarity_loss(
     if torch.is_autocast_enabled(device):
         # The providers call matmul themselves, which autocast would send to its own dtype.
         with torch.autocast(device, enabled=False):
-            return registry.run(op, *arguments)[0]
-    return registry.run(op, *arguments)[0]
+            return registry.first(op, *arguments)
+    return registry.first(op, *arguments)
 
 
 def channel_std(z: Tensor) -> Tensor:
@@ -186,4 +186,4 @@ registry.primitive(
     "input_grad",
 )
 registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD, results=1)
-registry.flops(TABLE, _flops)
+registry.flops(NAME, _flops)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from . import labels, providers, registry
+from . import labels, nodes, providers, registry
 from .reference.supervised_contrast import Outputs
 from .transforms import refuse_transforms
 
@@ -63,8 +61,8 @@ def supervised_contrast(
     if torch.is_autocast_enabled(device):
         # The providers call matmul themselves, which autocast would send to its own dtype.
         with torch.autocast(device, enabled=False):
-            return registry.run(op, *arguments)[0]
-    return registry.run(op, *arguments)[0]
+            return registry.first(op, *arguments)
+    return registry.first(op, *arguments)
 
 
 def _check(features: Tensor, target: Tensor, temperature: float) -> None:
@@ -93,24 +91,6 @@ def _fake(features: Tensor, target: Tensor, temperature: float, ignore_index: in
     return features.new_empty((), dtype=dtype), features.new_empty(made, dtype=dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
-    ctx.dtype = inputs[0].dtype
-    ctx.made = inputs[4]
-
-
-def _backward(provider: str, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad_loss is None or not ctx.needs_input_grad[0]:
-        return (None,) * 5
-    if not ctx.made:
-        raise RuntimeError(f"{NAME}: the gradient of the features was not made; set need_grad for it")
-    (grad,) = ctx.saved_tensors
-    # Scaled before it is rounded, so that a loss scale keeps a float16 gradient from underflowing.
-    return (grad_loss * grad).to(ctx.dtype), None, None, None, None
-
-
 def _flops(features: Tensor, target: Tensor, temperature: float, ignore_index: int, need_grad: bool) -> int:
     images, width = features.shape
     return (6 if need_grad else 2) * images * images * width
@@ -126,5 +106,12 @@ registry.primitive(
     _fake,
     "forward",
 )
-registry.autograd(TABLE, _backward, _setup_context, instead=_INSTEAD, results=1)
-registry.flops(TABLE, _flops)
+nodes.autograd(
+    TABLE,
+    [nodes.Gradients(None, {"features": "grad_features"})],
+    lambda inputs: 0,
+    instead=_INSTEAD,
+    name=NAME,
+    primitive=NAME,
+)
+registry.flops(NAME, _flops)

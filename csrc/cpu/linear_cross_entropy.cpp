@@ -1,5 +1,5 @@
 // linear_cross_entropy on the CPU: what comes between the matrix products of a chunk of rows, and the product
-// of bfloat16 factors that makes float32 logits. The chunks are in Python.
+// of bfloat16 factors that makes float32 logits. The chunks are in Python; small problems have none.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -21,6 +21,7 @@
 #include "bfloat16_product.h"
 #include "convert.h"
 #include "loops.h"
+#include "pooled_outputs.h"
 #include "sums.h"
 
 namespace auglocal {
@@ -150,6 +151,31 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_results(Tensor totals, i
   return {loss, correct, nll};
 }
 
+// The whole op without label smoothing and z-loss, in one call: to pool one position changes nothing.
+Outputs linear_cross_entropy_small(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor target,
+                                   int64_t ignore_index, double smoothing, double z_loss,
+                                   ScalarType /*product*/, bool need_x, bool need_weight, bool need_bias) {
+  STD_TORCH_CHECK(x.dim() == 2, "expected x (R, C)");
+  STD_TORCH_CHECK(smoothing == 0 && z_loss == 0, "expected neither label smoothing nor z-loss");
+  auto [loss, logits, correct, grad_x, grad_weight, grad_bias] = pooled_cross_entropy(
+      x, weight, bias, target, ignore_index, smoothing, true, need_x, need_weight, need_bias);
+  const int64_t counted =
+      linear_cross_entropy_counted(memory::packed(target, ScalarType::Long), weight.size(0), ignore_index);
+  if (counted == 0)  // which is no mean
+    for (Tensor* each : {&loss, &grad_x, &grad_weight, &grad_bias}) torch::stable::zero_(*each);
+  const ScalarType wide = loss.scalar_type();
+  Tensor nll = memory::new_empty(loss, {});
+  if (wide == ScalarType::Double)
+    *nll.mutable_data_ptr<double>() = *loss.const_data_ptr<double>() * static_cast<double>(counted);
+  else *nll.mutable_data_ptr<float>() = *loss.const_data_ptr<float>() * static_cast<float>(counted);
+  // A gradient in bfloat16 has the range of float32, and is stored as it is.
+  const auto stored = [&](const Tensor& gradient, const Tensor& of) {
+    return of.scalar_type() == ScalarType::BFloat16 ? memory::packed(gradient, ScalarType::BFloat16)
+                                                    : gradient;
+  };
+  return {loss, correct, nll, stored(grad_x, x), stored(grad_weight, weight), grad_bias};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CPU, m) {
@@ -157,6 +183,7 @@ STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CPU, m) {
   m.impl("linear_cross_entropy_logits_.cpu", TORCH_BOX(&linear_cross_entropy_logits_));
   m.impl("linear_cross_entropy_counted.cpu", TORCH_BOX(&linear_cross_entropy_counted));
   m.impl("linear_cross_entropy_results.cpu", TORCH_BOX(&linear_cross_entropy_results));
+  m.impl("linear_cross_entropy_small.cpu", TORCH_BOX(&linear_cross_entropy_small));
 }
 
 }  // namespace auglocal

@@ -16,6 +16,7 @@
 #include "../pooled_cross_entropy_host.h"
 #include "convert.h"
 #include "loops.h"
+#include "pooled_outputs.h"
 #include "product.h"
 #include "stripes.h"
 #include "sums.h"
@@ -105,8 +106,11 @@ Tensor widened_parameter(const Tensor& parameter) {
   return wide;
 }
 
-Outputs forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor target, int64_t ignore_index,
-                double smoothing, bool mean, bool need_x, bool need_weight, bool need_bias) {
+}  // namespace
+
+Outputs pooled_cross_entropy(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor target,
+                             int64_t ignore_index, double smoothing, bool mean, bool need_x, bool need_weight,
+                             bool need_bias) {
   const int64_t images = x.dim() > 0 ? x.size(0) : 0;
   const bool own = images <= kFewImages || images * weight.numel() <= kOwnProduct;
   const bool as_it_is = own && weight.scalar_type() == x.scalar_type();
@@ -126,10 +130,8 @@ Outputs forward(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor targ
   return outputs;
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(auglocal_ext, CPU, m) {
-  m.impl("pooled_cross_entropy.cpu", TORCH_BOX(&forward));
+  m.impl("pooled_cross_entropy.cpu", TORCH_BOX(&pooled_cross_entropy));
 }
 
 }  // namespace auglocal

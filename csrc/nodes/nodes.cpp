@@ -1,13 +1,16 @@
-// Autograd nodes of ops whose backward pass is one call of another op, without Python. The kernels are those
-// of the dispatcher. This library needs torch's C++ interface, which the stable ABI lacks: it fits one
-// version of torch and one of Python. `auglocal_ext/ops/nodes.py` describes the ops, and has nodes in Python
-// for everything else.
+// Autograd nodes of ops whose backward pass is one call of another op, or scales what the forward pass made,
+// without Python. The kernels are those of the dispatcher. This library needs torch's C++ interface, which
+// the stable ABI lacks: it fits one version of torch and one of Python. `auglocal_ext/ops/nodes.py` describes
+// the ops, and has nodes in Python for everything else.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
@@ -40,15 +43,18 @@ struct Argument {
   IValue fixed;
 };
 
-// The gradient of an input: a result of the backward op or, passed on, the gradient of a result.
+// The gradient of an input: a result of the backward op or, passed on, the gradient of a result. Without a
+// backward op, the argument of that place, scaled.
 struct Gradient {
   int64_t input, place;
   bool passed;
 };
 
 struct Recipe {
-  c10::OperatorHandle forward, backward;
-  size_t inputs, results;  // that forward takes, of those that are given; that the caller gets
+  c10::OperatorHandle forward;
+  std::optional<c10::OperatorHandle> backward;
+  size_t inputs;             // that forward takes, of those that are given
+  size_t incoming, results;  // with gradients; that the caller gets
   std::vector<Argument> arguments;
   std::vector<Gradient> gradients;  // in the order of the inputs
   std::vector<Gradient> alone;      // where the first result has no gradient
@@ -60,8 +66,27 @@ struct Recipe {
 std::array<std::unique_ptr<const Recipe>, 256> recipes;
 size_t defined = 0;
 
+// What the forward pass made, times the gradient of the loss: itself where that is 1 and no second backward
+// pass will read what callers may write to. Whatever records operators is not to see one that depends on a
+// value.
+at::Tensor scaled(const at::Tensor& made, const at::Tensor& factor) {
+  const bool readable = factor.is_cpu() && !factor.key_set().has(c10::DispatchKey::Python) &&
+                        !c10::impl::TorchDispatchModeTLS::any_modes_set();
+  if (readable && !torch::autograd::get_current_graph_task_keep_graph() && factor.item<double>() == 1)
+    return made;
+  return at::mul(factor, made);
+}
+
+// `gradient` with as many dimensions as the input, expanded over the last ones.
+at::Tensor expanded(const at::Tensor& gradient, at::IntArrayRef shape) {
+  std::vector<int64_t> view(gradient.sizes().begin(), gradient.sizes().end());
+  view.resize(shape.size(), 1);
+  return gradient.reshape(view).expand(shape);
+}
+
 // The key in `saved_data` of a call: the number of its recipe, which differentiable inputs are tensors, and
 // for each input and result that the backward op takes whether it is a saved tensor, or else its value.
+// Without a backward op, dtype and shape of each input that has a gradient in place of the latter.
 constexpr const char* kCall = "call";
 
 struct Recorded : torch::autograd::Function<Recorded> {
@@ -80,14 +105,22 @@ struct Recorded : torch::autograd::Function<Recorded> {
     for (const Argument& argument : recipe.arguments) {
       if (argument.from != From::kInput && argument.from != From::kResult) continue;
       const IValue& value = (argument.from == From::kInput ? inputs : results)[argument.place];
-      call.emplace_back(value.isTensor());
+      if (recipe.backward) call.emplace_back(value.isTensor());
       if (value.isTensor()) saved.push_back(value.toTensor());
       else call.push_back(value);
     }
+    if (!recipe.backward)
+      for (const Gradient& each : recipe.gradients) {
+        const at::Tensor input = tensors[each.input] ? inputs[each.input].toTensor() : at::Tensor();
+        call.push_back(input.defined() ? IValue(input.scalar_type()) : IValue());
+        call.push_back(input.defined() ? IValue(input.sizes().vec()) : IValue());
+      }
     context->set_materialize_grads(false);
     context->save_for_backward(std::move(saved));
     context->saved_data.emplace(kCall, c10::ivalue::Tuple::create(std::move(call)));
-    return returned(recipe, results);
+    variable_list made = returned(recipe, results);
+    context->mark_non_differentiable({made.begin() + static_cast<int64_t>(recipe.incoming), made.end()});
+    return made;
   }
 
   static variable_list backward(AutogradContext* context, variable_list gradients) {
@@ -112,6 +145,23 @@ struct Recorded : torch::autograd::Function<Recorded> {
     }
     const variable_list saved = context->get_saved_variables();
     size_t kept = 2;
+    if (!recipe.backward) {
+      const at::AutoDispatchBelowAutograd guard;
+      for (const Gradient& each : recipe.gradients) {
+        const IValue &dtype = call[kept++], &shape = call[kept++];
+        if (!needed(each.input)) continue;
+        const at::Tensor& gradient = saved[each.place];
+        if (!gradient.numel())
+          throw std::runtime_error("the gradient of input " + std::to_string(each.input) +
+                                   " was not made; set the need_* argument for it");
+        // Scaled before it is rounded, so that a loss scale keeps a float16 gradient from underflowing.
+        at::Tensor& to = made[kBefore + edge(each.input)];
+        to = scaled(gradient, gradients[0]).to(dtype.toScalarType());
+        const std::vector<int64_t> sizes = shape.toIntVector();
+        if (to.sizes() != at::IntArrayRef(sizes)) to = expanded(to, sizes);
+      }
+      return made;
+    }
     auto tensor = saved.begin();
     for (const Argument& argument : recipe.arguments) {
       switch (argument.from) {
@@ -138,7 +188,7 @@ struct Recorded : torch::autograd::Function<Recorded> {
     }
     {
       const at::AutoDispatchBelowAutograd guard;
-      recipe.backward.callBoxed(&stack);
+      recipe.backward->callBoxed(&stack);
     }
     for (const Gradient& each : recipe.gradients) set(each, stack);
     return made;
@@ -159,6 +209,8 @@ std::optional<IValue> value_of(PyObject* object) {
   if (object == Py_None) return IValue();
   if (THPVariable_CheckExact(object)) return IValue(THPVariable_Unpack(object));
   if (PyBool_Check(object)) return IValue(object == Py_True);
+  if (THPDtype_Check(object))
+    return IValue(static_cast<int64_t>(reinterpret_cast<THPDtype*>(object)->scalar_type));
   if (PyFloat_CheckExact(object)) return IValue(PyFloat_AS_DOUBLE(object));
   if (!PyLong_CheckExact(object)) return std::nullopt;
   int overflow = 0;
@@ -208,13 +260,14 @@ using Name = std::pair<std::string, std::string>;  // of an op and its overload
 using Passed = std::vector<std::tuple<int64_t, int64_t, bool>>;
 
 // Makes a recipe known, and returns its number.
-int64_t define(const Name& forward, const Name& backward, size_t inputs, size_t results,
-               const std::vector<std::tuple<int64_t, int64_t, pybind11::object>>& arguments,
+int64_t define(const Name& forward, const std::optional<Name>& backward, size_t inputs, size_t incoming,
+               size_t results, const std::vector<std::tuple<int64_t, int64_t, pybind11::object>>& arguments,
                const Passed& gradients, const Passed& alone, const std::string& refusal) {
   const auto op = [](const Name& name) {
     return c10::Dispatcher::singleton().findSchemaOrThrow(name.first.c_str(), name.second.c_str());
   };
-  Recipe recipe{op(forward), op(backward), inputs, results, {}, {}, {}, refusal};
+  Recipe recipe{op(forward), std::nullopt, inputs, incoming, results, {}, {}, {}, refusal};
+  if (backward) recipe.backward = op(*backward);
   for (const auto& [from, place, fixed] : arguments)
     recipe.arguments.push_back({static_cast<From>(from), place, value_of(fixed.ptr()).value()});
   for (const auto& [input, place, passed] : gradients) recipe.gradients.push_back({input, place, passed});

@@ -33,6 +33,7 @@ def inputs_of(case, dtype):
     weight, bias, mean, var = vector[0], vector[1], vector[2], vector[3].exp()
     rows = [_random(2, 3, 8, dtype=dtype), _random(2, 3, 8, dtype=dtype).flip(1), _random(8, dtype=dtype), _random(8)]
     counter, residual = torch.tensor(3), x.flip(0)
+    matrix, labels, made = _random(5, 4, dtype=dtype), torch.tensor([1, 4, -100]), (True, True, True)
     return {
         "batch_norm_act": ([x, mean, var, weight, bias, residual, slope, False], (0, 3, 4, 5)),
         "batch_norm_act_forward_": (
@@ -47,6 +48,17 @@ def inputs_of(case, dtype):
         "layer_norm": ([*rows, 1e-5, False], (0, 1, 2, 3)),
         "layer_norm alone": ([rows[0], None, *rows[2:], 1e-5, False], (0, 2, 3)),
         "layer_norm rms": ([*rows[:3], None, 1e-5, True], (0, 1, 2)),
+        "linear_cross_entropy": (
+            [x[:, :, 0, 0], matrix, matrix[:, 0].clone(), labels, -100, 0.1, 1e-3, torch.float32, *made],
+            (0, 1, 2),
+        ),
+        "linear_cross_entropy_small": (
+            [x[:, :, 0, 0], matrix, None, labels, -100, 0.0, 0.0, torch.float32, *made],
+            (0, 1),
+        ),
+        "pooled_cross_entropy": ([x, matrix, matrix[:, 0].clone(), labels, -100, 0.1, True, *made], (0, 1, 2)),
+        "pooled_cross_entropy alone": ([x, matrix, None, labels, -100, 0.0, False, *made], (0, 1)),
+        "supervised_contrast": ([x[:, :, 0, 0], torch.tensor([1, 1, 2]), 0.1, -100, True], (0,)),
     }[name]
 
 
@@ -63,6 +75,11 @@ CASES = [
     ("layer_norm", None),
     ("layer_norm alone", None),
     ("layer_norm rms", None),
+    ("linear_cross_entropy", None),
+    ("linear_cross_entropy_small", None),
+    ("pooled_cross_entropy", None),
+    ("pooled_cross_entropy alone", None),
+    ("supervised_contrast", None),
 ]
 
 
@@ -82,7 +99,7 @@ def outcome(run, case, dtype, needed):
     made = made if isinstance(made, tuple) else (made,)
     outputs = [each for each in made if each.requires_grad]
     if outputs:
-        torch.autograd.backward(outputs, [_random(*each.shape, dtype=dtype) for each in outputs])
+        torch.autograd.backward(outputs, [_random(*each.shape, dtype=each.dtype) for each in outputs])
     gradients = [each.grad if isinstance(each, torch.Tensor) else None for each in inputs]
     return [*made, *gradients, *inputs], [each.requires_grad for each in made], sorted(saved)
 
@@ -94,6 +111,8 @@ def outcome(run, case, dtype, needed):
 def test_are_those_in_python(case, dtype, provider):
     if not providers.available(provider):
         pytest.skip("not built")
+    if case[0].endswith("_small") and provider != "cpu":
+        pytest.skip("a kernel of the CPU alone")
     run, count = recorder(case, provider), len(inputs_of(case, dtype)[1])
     alone = [tuple(i == j for j in range(count)) for i in range(count)]
     for needed in [(True,) * count, (False,) * count, *alone]:
@@ -145,6 +164,18 @@ def test_refuse_what_they_cannot_do(run):
     total.detach().add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("run", both(("linear_cross_entropy", None)))
+def test_losses_refuse_a_gradient_that_the_forward_pass_did_not_make(run):
+    inputs, places = inputs_of(("linear_cross_entropy", None), torch.float32)
+    inputs[-2] = False
+    for place in places:
+        inputs[place].requires_grad_()
+    loss, correct, nll = run(*inputs)
+    assert not correct.requires_grad and not nll.requires_grad
+    with pytest.raises(RuntimeError, match="gradient of input 1 was not made; set the need_"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("run", both())

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from ..aten.linear_cross_entropy import chunk_rows
-from ..batch_norm_checks import cast_to
 from ..reference.linear_cross_entropy import Outputs, kept
 from ..registry import kernel
 
-#: Multiplications of a problem that the op for pooled maps, one compiled call, solves sooner than several operators do.
+#: Multiplications of a problem that one compiled call solves sooner than several operators do.
 SMALL = 2**14
 #: With fewer rows than these the library's products take longer, at 128 up to half as long again.
 FULL_SPEED = 512
+
+
+def is_small(rows: int, weight: Tensor, label_smoothing: float, z_loss: float) -> bool:
+    """Whether ``linear_cross_entropy_small`` takes the problem."""
+    return z_loss == label_smoothing == 0 and rows * weight.numel() <= SMALL
 
 
 def forward(
@@ -34,19 +38,18 @@ def forward(
     need_bias: bool,
 ) -> Outputs:
     """As the reference's ``forward``. Logits are float32 (float64); a product that is a gradient may be rounded."""
+    if is_small(len(x), weight, label_smoothing, z_loss):
+        options = ignore_index, label_smoothing, z_loss, product
+        made: Outputs = kernel("linear_cross_entropy_small", "cpu")(
+            *(x, weight, bias, target, *options, need_x, need_weight, need_bias)
+        )
+        return made
     rows_ = kernel("linear_cross_entropy_rows_", "cpu")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     low = product == torch.bfloat16
     rows, classes = len(x), len(weight)
     target = target.contiguous()
     counted = kernel("linear_cross_entropy_counted", "cpu")(target, classes, ignore_index)
-    if counted and z_loss == label_smoothing == 0 and rows * weight.numel() <= SMALL:
-        pooled = kernel("pooled_cross_entropy", "cpu")
-        loss, _, correct, grad_x, grad_weight, grad_bias = pooled(
-            *(x, weight, bias, target, ignore_index, label_smoothing, True, need_x, need_weight, need_bias)
-        )
-        grad_x, grad_weight = cast_to(kept(x.dtype), grad_x), cast_to(kept(weight.dtype), grad_weight)
-        return loss, correct, loss * counted, grad_x, grad_weight, grad_bias
     divisor = max(counted, 1)
 
     factor = weight.to(product if low else wide).contiguous()
