@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from auglocal_ext.ops import decisions, providers, tuning
 
 RIVALS = ["cpu", "reference"]
+_GENERATIONS = count(10**6, 10**6)  # whose calls are known to no other test
 
 
 class Races:
@@ -39,6 +41,7 @@ def tune(monkeypatch: pytest.MonkeyPatch, folder: Any, fastest: str = "reference
     monkeypatch.setattr(decisions, "_warned", [])
     for name, empty in (("lookups", {}), ("_decided", {}), ("_adopted", set())):
         monkeypatch.setattr(tuning, name, empty)
+    monkeypatch.setattr(tuning, "generation", next(_GENERATIONS))
     races = Races(fastest)
     monkeypatch.setattr(tuning, "race", races)
     return races
@@ -46,5 +49,6 @@ def tune(monkeypatch: pytest.MonkeyPatch, folder: Any, fastest: str = "reference
 
 def new_process() -> None:
     """Without what this one has decided so far."""
-    for memory in (tuning.lookups, tuning._decided, tuning._adopted):
-        memory.clear()
+    tuning._decided.clear()
+    tuning._adopted.clear()
+    tuning.forget_lookups()

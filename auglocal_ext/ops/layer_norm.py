@@ -11,6 +11,7 @@ from torch import Tensor
 from . import nodes, providers, registry, tuning
 from .batch_norm_checks import wide_dtype
 from .flags import not_a_flag
+from .known_calls import KnownCalls
 from .transforms import refuse_transforms, transforms_active
 
 NAME = "layer_norm"
@@ -54,15 +55,22 @@ def layer_norm(
         RuntimeError: for a provider that is not available.
         NotImplementedError: under ``torch.func``, and for inputs with a tangent of forward-mode AD.
     """
-    if torch.compiler.is_compiling() or transforms_active():
+    compiling = torch.compiler.is_compiling()
+    if compiling or transforms_active():
         refuse_transforms(NAME, _INSTEAD, x, residual, weight, bias)
-    if not _fit(x, residual, weight, bias, eps, rms):
-        check_tensors(x, residual, weight, bias, eps, rms)
+    else:
+        known: Tensor | tuple[Tensor, Tensor] | None = _CALLS.again(
+            *(provider, providers.asked(), tuning.generation, x, residual, weight, bias, eps, rms)
+        )
+        if known is not None:
+            return known
+    check_tensors(x, residual, weight, bias, eps, rms)
     op = registry.chosen(NAME, x, provider)
-    if torch.compiler.is_compiling():
+    if compiling:
         y, total, *_ = op(x, residual, weight, bias, float(eps), rms)
         return y if residual is None else (y, total)
-    return registry.recorder(op)(x, residual, weight, bias, float(eps), rms)
+    made: Tensor | tuple[Tensor, Tensor] = _CALLS.run(op, provider, x, residual, weight, bias, float(eps), rms)
+    return made
 
 
 def check_tensors(
@@ -105,34 +113,6 @@ def check_tensors(
             raise ValueError(
                 f"expected {name} on {x.device} as x, got it on {tensor.device}; move it with .to(x.device)"
             )
-
-
-def _fit(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool) -> bool:
-    """Whether the plainest tensors are to be normalised, of which :func:`check_tensors` has nothing to say.
-
-    Asked at every call, and several times as fast.
-    """
-    if type(eps) is not float or not 1e-37 < eps < 1 or type(x) not in tuning.PLAIN:
-        return False
-    if rms is not True and rms is not False:
-        return False
-    shape, dtype, device = x.shape, x.dtype, x.device
-    if not shape or 0 in shape or dtype not in providers.ALL or x.layout is not torch.strided:
-        return False
-    row = shape[-1:]
-    for vector in (weight, bias):
-        if vector is not None:
-            if type(vector) not in tuning.PLAIN or vector.shape != row or vector.device != device:
-                return False
-            if vector.dtype is not dtype and vector.dtype not in providers.ALL or vector.layout is not torch.strided:
-                return False
-    if bias is not None and (rms or weight is None):
-        return False
-    if residual is None:
-        return True
-    if type(residual) not in tuning.PLAIN or residual.layout is not torch.strided:
-        return False
-    return residual.shape == shape and residual.dtype is dtype and residual.device == device
 
 
 def _check_kind(name: str, tensor: Tensor | None) -> None:
@@ -180,6 +160,7 @@ def _forward(provider: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 TABLE = registry.table(NAME)
+_CALLS = KnownCalls(NAME)
 
 _FORWARD = (
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms) "

@@ -252,21 +252,27 @@ def _node(
     run: Any = None
     numbers: list[int] = []
 
-    def call(*inputs: Any) -> Any:
+    def begin() -> None:
         nonlocal begun, run, numbers
-        if run is not None:
-            made = run(numbers[which(inputs)], *inputs)
-            return in_python(*inputs) if made is None else made
-        if begun:
-            return in_python(*inputs)
         library, refusal = native.nodes(), registry.differentiable_once(public, instead)
         if not isinstance(library, str):
             numbers = [_define(library, forward, provider, each, taken, refusal) for each in recipes]
             run = library.run
         begun = True
-        return call(*inputs)
+
+    def call(*inputs: Any) -> Any:
+        if not begun:
+            begin()
+        made = None if run is None else run(numbers[which(inputs)], *inputs)
+        return in_python(*inputs) if made is None else made
+
+    def number(*inputs: Any) -> int | None:
+        if not begun:
+            begin()
+        return None if run is None else numbers[which(inputs)]
 
     call.in_python = in_python  # type: ignore[attr-defined]  # for tests
+    call.number = number  # type: ignore[attr-defined]  # for calls that are remembered
     return call
 
 

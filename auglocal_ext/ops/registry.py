@@ -80,6 +80,12 @@ def chosen(op: str, x: Tensor, provider: str | None, name: str | None = None, be
     return found
 
 
+def is_settled(op: str, x: Tensor, provider: str | None) -> bool:
+    """Whether :func:`chosen` finds the same again, until a decision changes."""
+    key = op, x.shape, x.stride(), x.dtype, x.device, provider, providers.asked()
+    return type(x) in tuning.PLAIN and key in tuning.lookups
+
+
 def primitive(table: providers.Table, name: str, signature: str, fake: Callable[..., Any], function: str) -> None:
     """Define ``name``, a kernel of every provider: in those written in Python it is called ``function``."""
     for provider in table.providers:

@@ -62,6 +62,8 @@ TRIALS: dict[str, Trial] = {}
 
 #: What calls have found, by whatever makes a call differ; forgotten when a decision changes.
 lookups: dict[tuple[Any, ...], Any] = {}
+#: How often they were forgotten.
+generation = 0
 
 _decided: dict[str, str] = {}
 _adopted: set[str] = set()  # forms whose decision came from a checkpoint
@@ -74,6 +76,13 @@ def remember(key: tuple[Any, ...], found: Any) -> None:
     if len(lookups) >= 4096:
         lookups.clear()
     lookups[key] = found
+
+
+def forget_lookups() -> None:
+    """To be called when a decision has changed."""
+    global generation
+    lookups.clear()
+    generation += 1
 
 
 def pick(op: str, x: Tensor, requested: str | None, beside: tuple[Any, ...] = ()) -> tuple[str, bool]:
@@ -123,7 +132,7 @@ def adopt(recorded: Mapping[str, str]) -> bool:
         changed = any(_decided.get(form, name) != name for form, name in recorded.items())
         _decided.update(recorded)
         _adopted.update(recorded)
-        lookups.clear()
+        forget_lookups()
     return changed
 
 
@@ -132,7 +141,7 @@ def forget() -> None:
     with _lock:
         for form in _decided.keys() - _adopted:
             del _decided[form]
-        lookups.clear()
+        forget_lookups()
 
 
 def _decision(

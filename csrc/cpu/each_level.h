@@ -20,8 +20,10 @@
 // A loop that is vectorised only as a function of its own.
 #if defined(__GNUC__)
 #define AUGLOCAL_NOT_INLINE __attribute__((noinline))
+#define AUGLOCAL_INLINE inline __attribute__((always_inline))
 #else
 #define AUGLOCAL_NOT_INLINE
+#define AUGLOCAL_INLINE inline
 #endif
 
 // AUGLOCAL_VECTOR: the bytes of a vector, 0 where the compiler has no type for one.
@@ -58,3 +60,4 @@
 #undef AUGLOCAL_LOOPS
 #undef AUGLOCAL_INDEPENDENT
 #undef AUGLOCAL_NOT_INLINE
+#undef AUGLOCAL_INLINE

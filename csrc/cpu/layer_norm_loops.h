@@ -6,33 +6,24 @@ namespace auglocal {
 namespace {
 namespace AUGLOCAL_LEVEL {
 
-// Calls f(i, n, values) for the elements of a row, kLanes at a time from the i-th on, of which n are there.
-template <typename Real, typename T, typename F>
-void for_row(const T* row, int64_t width, const F& f) {
-  for_lanes(0, width, true, [&](int64_t i, auto n) {
-    Real values[kLanes];
-    read_lanes(row + i, 1, n, values);
-    f(i, n, values);
-  });
+// The mean of the first elements of a row, which is near enough to that of all in almost every row.
+template <typename Real, typename T>
+Real near_mean(const T* row, int64_t width) {
+  const int64_t few = std::min<int64_t>(width, kLanes);
+  Real values[kLanes];
+  if (few == kLanes) read_lanes(row, 1, AllLanes(), values);
+  else read_lanes(row, 1, few, values);
+  const Real part = 1 / static_cast<Real>(few);
+  for (int lane = 0; lane < kLanes; ++lane) values[lane] *= part;  // the sum of large numbers has no number
+  return halves_sum<kLanes>(values);
 }
 
-template <typename T>
-void add_row(const T* x, const T* residual, int64_t width, T* total) {
-  using Real = Accumulate<T>;
-  for_row<Real>(x, width, [&](int64_t i, auto n, Real* values) {
-    Real added[kLanes];
-    read_lanes(residual + i, 1, n, added);
-    for (int lane = 0; lane < kLanes; ++lane) values[lane] += added[lane];
-    write_lanes(values, n, total + i);
-  });
-}
-
-// The sums of x - origin over a row, and of its square.
-template <typename T, typename Real>
-SumPair row_sums(const T* row, int64_t width, Real origin) {
+// The sums of x - origin over a row, and of its square; read(i, n, values) are n elements from the i-th on.
+template <typename Real, typename Read>
+SumPair row_sums(int64_t width, Real origin, const Read& read) {
   return lane_sums<Real>(0, width, true, [&](int64_t i, auto n, Real* sum, Real* square) {
     Real values[kLanes];
-    read_lanes(row + i, 1, n, values);
+    read(i, n, values);
     for (int lane = 0; lane < kLanes; ++lane) {
       const Real d = lane < n ? values[lane] - origin : Real(0);
       sum[lane] += d;
@@ -41,22 +32,31 @@ SumPair row_sums(const T* row, int64_t width, Real origin) {
   });
 }
 
-template <typename T, typename Real>
-RowNorm<Real> statistics(const T* row, int64_t width, double eps, bool rms) {
+// The statistics of a row of x, or of x + residual, which is written to `total`.
+template <typename T, typename Real = Accumulate<T>>
+RowNorm<Real> statistics(const T* x, const T* residual, int64_t width, double eps, bool rms, T* total) {
   const double count = static_cast<double>(width);
+  const T* row = residual ? total : x;
+  const auto read = [&](int64_t i, auto n, Real* values) { read_lanes(row + i, 1, n, values); };
+  const auto add = [&](int64_t i, auto n, Real* values) {
+    Real added[kLanes];
+    read_lanes(x + i, 1, n, values);
+    read_lanes(residual + i, 1, n, added);
+    for (int lane = 0; lane < kLanes; ++lane) values[lane] += added[lane];
+    write_lanes(values, n, total + i);
+    round_lanes<T>(values);
+  };
   const auto found = [&](Real origin, const SumPair& sums) {
     const auto [mean, rstd] = row_norm<double>(origin, rms ? 0 : sums.first, sums.second, width, eps);
     return RowNorm<Real>{static_cast<Real>(mean), static_cast<Real>(rstd)};
   };
-  if (rms) return found(0, row_sums(row, width, Real(0)));
-  // The mean of a few elements is near enough to that of all in almost every row.
-  const int64_t few = std::min<int64_t>(width, kLanes);
-  const Real near = static_cast<Real>(row_sums(row, few, Real(0)).first / static_cast<double>(few));
-  const SumPair sums = row_sums(row, width, near);
+  Real near = rms ? Real(0) : near_mean<Real>(x, width);
+  if (residual && !rms) near += near_mean<Real>(residual, width);
+  const SumPair sums = residual ? row_sums(width, near, add) : row_sums(width, near, read);
   const double shift = sums.first / count;
-  if (2 * shift * shift <= sums.second / count) return found(near, sums);
+  if (rms || 2 * shift * shift <= sums.second / count) return found(near, sums);
   const Real mean = static_cast<Real>(near + shift);
-  return found(mean, row_sums(row, width, mean));
+  return found(mean, row_sums(width, mean, read));
 }
 
 template <typename T, typename Real>
@@ -66,7 +66,6 @@ void normalise_row(const T* row, const RowNorm<Real>& norm, const NormParameters
   const RowNorm<Real> own_norm = norm;
   for_lanes(0, width, true, [=](int64_t i, auto n) {
     Real values[kLanes];
-
     read_lanes(row + i, 1, n, values);
     const LaneFactors<Real, 2, true> own({weight, bias}, i);
     for (int lane = 0; lane < kLanes; ++lane)
@@ -89,13 +88,9 @@ void forward_rows(const NormInputs& in, const Tensor& residual, double eps, bool
   torch::stable::parallel_for(0, in.rows, grain(in.width), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t first = r * in.width;
-      const T* row = x + first;
-      if (added) {
-        add_row(row, added + first, in.width, sums + first);
-        row = sums + first;
-      }
-      const RowNorm<Real> norm = statistics<T, Real>(row, in.width, eps, rms);
-      normalise_row(row, norm, parameters, in.width, normalised + first);
+      const RowNorm<Real> norm = statistics(x + first, added ? added + first : nullptr, in.width, eps, rms,
+                                            added ? sums + first : nullptr);
+      normalise_row((added ? sums : x) + first, norm, parameters, in.width, normalised + first);
       if (means) means[r] = norm.mean;
       rstds[r] = norm.rstd;
     }

@@ -7,12 +7,12 @@ namespace {
 namespace AUGLOCAL_LEVEL {
 
 // The sum of kCount numbers, the two halves of which are added.
-template <int kCount>
-double halves_sum(const double* all) {
+template <int kCount, typename Number>
+AUGLOCAL_INLINE Number halves_sum(const Number* all) {
   if constexpr (kCount == 1) {
     return all[0];
   } else {
-    double half[kCount / 2];
+    Number half[kCount / 2];
     for (int i = 0; i < kCount / 2; ++i) half[i] = all[i] + all[i + kCount / 2];
     return halves_sum<kCount / 2>(half);
   }

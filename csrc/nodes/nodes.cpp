@@ -25,6 +25,8 @@
 #include <utility>
 #include <vector>
 
+#include "forms.h"
+
 namespace auglocal {
 namespace {
 
@@ -218,18 +220,14 @@ std::optional<IValue> value_of(PyObject* object) {
   return overflow ? std::nullopt : std::optional<IValue>(value);
 }
 
-// run(number, *inputs) -> a tensor, or a tuple of several. None, and nothing done, where an input is of
-// another class than torch's own and where calls are traced.
-PyObject* run(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  const int64_t number = PyLong_AsLongLong(arguments[0]);
+PyObject* run_recipe(int64_t number, PyObject* const* given, Py_ssize_t count) {
   TORCH_CHECK(0 <= number && static_cast<size_t>(number) < defined, "no recipe ", number);
   const Recipe& recipe = *recipes[number];
-  TORCH_CHECK(static_cast<size_t>(count) > recipe.inputs, "expected at least ", recipe.inputs, " inputs");
+  TORCH_CHECK(static_cast<size_t>(count) >= recipe.inputs, "expected at least ", recipe.inputs, " inputs");
   if (torch::jit::tracer::isTracing()) Py_RETURN_NONE;
   Stack inputs;
-  for (Py_ssize_t i = 1; i < count; ++i) {
-    std::optional<IValue> value = value_of(arguments[i]);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    std::optional<IValue> value = value_of(given[i]);
     if (!value) Py_RETURN_NONE;
     inputs.push_back(*std::move(value));
   }
@@ -253,7 +251,41 @@ PyObject* run(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   for (size_t i = 0; i < results.size(); ++i)
     PyTuple_SET_ITEM(made.ptr(), static_cast<Py_ssize_t>(i), THPVariable_Wrap(std::move(results[i])));
   return made.release().ptr();
+}
+
+// run(number, *inputs) -> a tensor, or a tuple of several. None, and nothing done, where an input is of
+// another class than torch's own and where calls are traced.
+PyObject* run(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count > 0, "expected the number of a recipe");
+  return run_recipe(PyLong_AsLongLong(arguments[0]), arguments + 1, count - 1);
   END_HANDLE_TH_ERRORS
+}
+
+// The forms of calls that have been checked, and the recipe that runs each. Read and written under Python's
+// lock.
+Forms forms;
+constexpr Py_ssize_t kSettings = 4;  // arguments of a call before the inputs: its op, and what chooses
+
+// again(op, *settings, *inputs) -> as run, or None where no such call has been remembered.
+PyObject* again(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  static Forms::Form form;
+  if (!Forms::describe(arguments, count, form)) Py_RETURN_NONE;
+  const std::optional<int64_t> number = forms.find(form);
+  if (!number) Py_RETURN_NONE;
+  return run_recipe(*number, arguments + kSettings, count - kSettings);
+  END_HANDLE_TH_ERRORS
+}
+
+// remember(number, call): again(*call) is run(number, *inputs) from now on.
+void remember(int64_t number, const std::vector<pybind11::object>& call) {
+  std::vector<PyObject*> arguments;
+  for (const pybind11::object& each : call) arguments.push_back(each.ptr());
+  TORCH_CHECK(call.size() >= kSettings, "expected op and settings");
+  Forms::Form form;
+  if (Forms::describe(arguments.data(), static_cast<Py_ssize_t>(arguments.size()), form))
+    forms.remember(form, number);
 }
 
 using Name = std::pair<std::string, std::string>;  // of an op and its overload
@@ -276,14 +308,21 @@ int64_t define(const Name& forward, const std::optional<Name>& backward, size_t 
   return static_cast<int64_t>(defined++);
 }
 
-PyMethodDef run_method = {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run)),
-                          METH_FASTCALL, nullptr};
+template <auto function>
+PyMethodDef method = {"", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)),
+                      METH_FASTCALL, nullptr};
+
+template <auto function>
+pybind11::object callable() {
+  return pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&method<function>, nullptr));
+}
 
 }  // namespace
 }  // namespace auglocal
 
 PYBIND11_MODULE(_C_nodes, module) {
   module.def("define", &auglocal::define);
-  module.attr("run") =
-      pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&auglocal::run_method, nullptr));
+  module.def("remember", &auglocal::remember);
+  module.attr("run") = auglocal::callable<&auglocal::run>();
+  module.attr("again") = auglocal::callable<&auglocal::again>();
 }
