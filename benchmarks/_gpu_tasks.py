@@ -46,6 +46,7 @@ def tasks(place: Place) -> list[Task]:
         tests(place, "step", "LocalStep: graphs, streams, no synchronisation", 90),
         kernels(place, "kernels", "every op beside eager, no Python in a time", EAGER, half_first, seconds=120),
         step(place, "step-resnet110", "ResNet-110, rows not compiled", CIFAR[1:], "--no-compile", seconds=180),
+        host_cost(place),
         *(sanitizer(place, tool) for tool in _gpu_sanitizer.TOOLS),
         tests(place, "triton", "every op by its Triton kernels", 400),
         tests(place, "rest", "what else is marked gpu", 400),
@@ -143,6 +144,18 @@ def kernels(
         arguments += ["--device", "cpu", "--quick", "--op", "supervised_contrast", "--variant", "eager", "reference"]
     results = {"kernels-c*.json": f"{name}.json"}
     return Task(name, wanted, gradual("kernels.py", *arguments), seconds, results=results, resumes=True)
+
+
+def host_cost(place: Place) -> Task:
+    dry = ["--device", "cpu", "--quick"] if place.dry else []
+    return Task(
+        "host-cost",
+        "what a call of an op costs the host, beside eager layers",
+        lambda seconds: script("host.py", "--output", ".", *dry),
+        seconds=180,
+        least=120,
+        results={"host-c*.json": "host-cost.json"},
+    )
 
 
 def step(place: Place, name: str, wanted: str, networks: Sequence[str], *more: str, seconds: float = 500) -> Task:

@@ -277,7 +277,7 @@ def _reconstruction_loss(device: str, dtype: torch.dtype) -> Iterator[Case]:
             op="reconstruction_loss",
             shape=f"{'x'.join(map(str, shape))}, {name}",
             inputs=(logits, image, mean, std),
-            composition=_reconstruct,
+            composition=reconstruct,
             fused=_fused_reconstruct,
             grad=torch.tensor(2.0**14, device=device),  # a loss scale: without it fp16's gradients are subnormal
             # Logits and image in and the gradient out; the factor of the loss comes after it, so the gradient is read
@@ -287,7 +287,7 @@ def _reconstruction_loss(device: str, dtype: torch.dtype) -> Iterator[Case]:
         )
 
 
-def _reconstruct(logits: Tensor, image: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, ...]:
+def reconstruct(logits: Tensor, image: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, ...]:
     pixels = (image * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)).clamp(0, 1)
     return (F.binary_cross_entropy_with_logits(logits.float(), pixels),)
 
@@ -313,7 +313,7 @@ def _similarity_loss(device: str, dtype: torch.dtype) -> Iterator[Case]:
             op="similarity_loss",
             shape=f"{'x'.join(map(str, shape))} -> 10, {name}",
             inputs=(z, torch.randint(10, shape[:1], device=device)),
-            composition=_match,
+            composition=match,
             fused=_fused_match,
             # The gradient needs the loss, so the map is read twice, and once written; the rest is small.
             bytes=3 * z.numel() * z.element_size(),
@@ -321,7 +321,7 @@ def _similarity_loss(device: str, dtype: torch.dtype) -> Iterator[Case]:
         )
 
 
-def _match(z: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+def match(z: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     return (F.mse_loss(_similarity(z.float().flatten(2).std(2)), _similarity(F.one_hot(target, 10).float())),)
 
 
@@ -346,14 +346,14 @@ def _supervised_contrast(device: str, dtype: torch.dtype) -> Iterator[Case]:
             op="supervised_contrast",
             shape=f"{images}x{width}",
             inputs=(features, torch.randint(10, (images,), device=device)),
-            composition=_contrast,
+            composition=contrast,
             fused=_fused_contrast,
             bytes=2 * features.numel() * features.element_size() + images * 8,  # the pairs need not be in memory
             dtype=dtype,
         )
 
 
-def _contrast(features: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+def contrast(features: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     z = F.normalize(features.float(), dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     positive = (target[:, None] == target) & ~itself

@@ -51,24 +51,31 @@ def measure(function: Callable[[], Any], device: str, seconds: float, *, graph: 
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 10 or (time.perf_counter() < end and len(times) < 1000):
-        times.append(_time_cpu(function, flush))
+        times.append(_time_cpu(function, flush.zero_))
     return spread(times)
 
 
-def in_turn(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str, Spread]:
-    """Time functions on the CPU as :func:`measure` does, for about ``seconds`` each, one run of each after another.
+def in_turn(
+    functions: dict[str, Callable[[], Any]],
+    seconds: float,
+    before: Callable[[], Any] | None = None,
+    most: int = 1000,
+) -> dict[str, Spread]:
+    """Time functions by the clock, for about ``seconds`` each, one run of each after another, at most ``most`` rounds.
 
-    What else the machine does meanwhile then slows all of them alike. Every other round goes backwards.
+    What else the machine does meanwhile then slows all of them alike. Every other round goes backwards. ``before`` is
+    called before each run, outside its time: by default a write of 64 MiB, as :func:`measure` makes on the CPU.
     """
-    flush = torch.empty(_cache_bytes("cpu"), dtype=torch.int8)
+    if before is None:
+        before = torch.empty(_cache_bytes("cpu"), dtype=torch.int8).zero_
     for function in functions.values():
         for _ in range(3):
             function()
     times: dict[str, list[float]] = {name: [] for name in functions}
     end, rounds = time.perf_counter() + seconds * len(functions), 0
-    while functions and (rounds < 10 or (time.perf_counter() < end and rounds < 1000)):
+    while functions and (rounds < 10 or (time.perf_counter() < end and rounds < most)):
         for name in [*functions][:: -1 if rounds % 2 else 1]:
-            times[name].append(_time_cpu(functions[name], flush))
+            times[name].append(_time_cpu(functions[name], before))
         rounds += 1
     return {name: spread(found) for name, found in times.items()}
 
@@ -131,8 +138,8 @@ def _cache_bytes(device: str) -> int:
     return 1 << 26
 
 
-def _time_cpu(function: Callable[[], Any], flush: torch.Tensor) -> float:
-    flush.zero_()
+def _time_cpu(function: Callable[[], Any], before: Callable[[], Any]) -> float:
+    before()
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
