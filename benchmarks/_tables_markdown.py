@@ -14,6 +14,7 @@ from _tables_results import (
     expect,
     fields,
     first_table,
+    host_rows,
     kernel_ratios,
     kernel_span,
     memory_fields,
@@ -229,8 +230,9 @@ def _scaling(over: str, heading: str) -> Callable[[Sequence[str]], str]:
 
 
 def _kernels(words: Sequence[str]) -> str:
-    (which,) = expect(words, "cpu|static")
-    return pick({"cpu": _kernels_cpu, "static": lambda: first_table("kernels-static.md")}, which, "table of kernels")()
+    (which,) = expect(words, "cpu|host|static")
+    known = {"cpu": _kernels_cpu, "host": _kernels_host, "static": lambda: first_table("kernels-static.md")}
+    return pick(known, which, "table of kernels")()
 
 
 def _kernels_cpu() -> str:
@@ -238,6 +240,14 @@ def _kernels_cpu() -> str:
     cases = {op: str(len(found)) for op, found in kernel_ratios("cpu").items()}
     lines = [[f"`{op}`", count, *(kernel_span(op, what) for what in KERNELS)] for op, count in cases.items()]
     return markdown(columns, lines)
+
+
+def _kernels_host() -> str:
+    lines = []
+    for row in host_rows():
+        times = [f"{row[side]['median'] * 1e6:,.0f}" for side in ("fused", "eager")]
+        lines.append([f"`{row['name']}`", row["replaces"], *times, f"{row['ratio']:.2f}"])
+    return markdown(["fused", "in place of", "fused, µs", "eager, µs", "fused, × eager"], lines, text=2)
 
 
 def _accuracy(words: Sequence[str]) -> str:

@@ -31,6 +31,7 @@ SOURCES = {
     "scaling": "step-cpu-scaling.json",
     "kernels": "kernels-cpu.json",
     "kernels-static": "kernels-static.json",
+    "host": "host-cpu.json",
     "accuracy": "accuracy/cpu/accuracy.json",
     "analysis": "analysis/analysis.json",
     "probes": "analysis/probes/analysis.json",
@@ -185,6 +186,15 @@ def kernel_span(op: str, what: str) -> str:
     ratios, digits = pick(kernel_ratios(what), op, "op"), 2 if what == "memory" else 1
     least, most = f"{min(ratios):.{digits}f}", f"{max(ratios):.{digits}f}"
     return least if least == most else f"{least} to {most}"
+
+
+def host_rows() -> list[dict[str, Any]]:
+    """The rows of ``benchmarks/host.py``. Raises UnknownNameError if one failed."""
+    rows = read("host")["results"]
+    for row in rows:
+        if row["error"]:
+            raise UnknownNameError(f"asks for a row that failed: {row['name']}")
+    return rows
 
 
 @lru_cache(maxsize=None)

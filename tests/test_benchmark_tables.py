@@ -135,6 +135,11 @@ def test_a_row_that_failed_gives_no_figure(tables, monkeypatch):
     monkeypatch.setattr(results, "read", lambda source: report)
     with pytest.raises(tables.MarkerError, match="row that failed: BP"):
         tables.rewrite("a <!-- figure: memory resnet110 BP peak -->1<!-- /figure -->")
+    host = json.loads((RESULTS / "host-cpu.json").read_text())
+    host["results"][0]["error"] = "RuntimeError: not built"
+    monkeypatch.setattr(results, "read", lambda source: host)
+    with pytest.raises(tables.MarkerError, match="row that failed: layer_norm"):
+        tables.rewrite("<!-- table: kernels host -->\n<!-- /table -->")
 
 
 def test_every_table_has_as_many_cells_in_each_line(tables):
@@ -149,7 +154,18 @@ def test_every_table_has_as_many_cells_in_each_line(tables):
         "counted",
         "rules resnet32",
         "rules resnet110",
-        *("step", "depth", "batch", "kernels cpu", "kernels static", "accuracy", "scale", "scale measured", "shards"),
+        *(
+            "step",
+            "depth",
+            "batch",
+            "kernels cpu",
+            "kernels host",
+            "kernels static",
+            "accuracy",
+            "scale",
+            "scale measured",
+            "shards",
+        ),
         "language",
         *(f"analysis {which}" for which in ("cka", "probes", "information")),
     ]
