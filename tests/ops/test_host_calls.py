@@ -80,9 +80,7 @@ def test_crossings_into_ops(op: str) -> None:
 def test_operators_of_torch_around_an_op(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     entered: list[Crossings] = []
     module = importlib.import_module(f"auglocal_ext.ops.{op}")
-    name = {"layer_norm": "transforms_active"}.get(
-        op, "updatable" if hasattr(module, "updatable") else "refuse_transforms"
-    )
+    name = next(name for name in ("updatable", "transforms_active", "refuse_transforms") if hasattr(module, name))
     first = getattr(module, name)
 
     def entering(*arguments: Any) -> Any:  # the first thing that a call does, after its tensors have been made
