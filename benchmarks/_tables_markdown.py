@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from _tables_results import (
     ANALYSES,
@@ -230,8 +231,9 @@ def _scaling(over: str, heading: str) -> Callable[[Sequence[str]], str]:
 
 
 def _kernels(words: Sequence[str]) -> str:
-    (which,) = expect(words, "cpu|host|static")
-    known = {"cpu": _kernels_cpu, "host": _kernels_host, "static": lambda: first_table("kernels-static.md")}
+    (which,) = expect(words, "cpu|steps|host|static")
+    static = partial(first_table, "kernels-static.md")
+    known = {"cpu": _kernels_cpu, "steps": _kernels_steps, "host": _kernels_host, "static": static}
     return pick(known, which, "table of kernels")()
 
 
@@ -240,6 +242,16 @@ def _kernels_cpu() -> str:
     cases = {op: str(len(found)) for op, found in kernel_ratios("cpu").items()}
     lines = [[f"`{op}`", count, *(kernel_span(op, what) for what in KERNELS)] for op, count in cases.items()]
     return markdown(columns, lines)
+
+
+def _kernels_steps() -> str:
+    lines = []
+    for row in read("fused-step")["results"]:
+        times = [f"{row[side]['median'] * 1e3:.0f}" for side in ("fused", "eager")]
+        names = [row[name] for name in ("network", "rule", "layout", "dtype")]
+        lines.append([*names, *times, f"{row['ratio']:.2f}", f"{row['fused_peak'] / row['eager_peak']:.2f}"])
+    columns = ["network", "rule", "layout", "dtype", "fused, ms", "eager, ms", "time, × eager", "memory, × eager"]
+    return markdown(columns, lines, text=4)
 
 
 def _kernels_host() -> str:

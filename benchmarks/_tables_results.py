@@ -32,6 +32,7 @@ SOURCES = {
     "kernels": "kernels-cpu.json",
     "kernels-static": "kernels-static.json",
     "host": "host-cpu.json",
+    "fused-step": "fused-step-cpu.json",
     "accuracy": "accuracy/cpu/accuracy.json",
     "analysis": "analysis/analysis.json",
     "probes": "analysis/probes/analysis.json",

@@ -23,6 +23,7 @@ A name is words, quoted where one has a space. Tables::
     step                              peaks and operators of benchmarks/step.py, ResNet-32 and ResNet-110
     depth, batch                      peaks over layers of the network, over images of a step
     kernels cpu, kernels static       each op beside eager PyTorch; what machine code tells of the CUDA kernels
+    kernels steps                     training steps of fused networks on a CPU, beside eager layers
     kernels host                      what each op costs the host, beside eager layers
     accuracy                          the table of benchmarks/accuracy.py
     analysis cka, probes, information   five runs, a row for each layer

@@ -159,6 +159,7 @@ def test_every_table_has_as_many_cells_in_each_line(tables):
             "depth",
             "batch",
             "kernels cpu",
+            "kernels steps",
             "kernels host",
             "kernels static",
             "accuracy",
