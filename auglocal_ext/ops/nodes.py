@@ -1,10 +1,8 @@
 """Autograd nodes of ops whose backward pass is one call of another op, or scales what the forward pass made.
 
-All are made from one description.
-
-A node in C++, of the library ``nodes``, records calls on tensors of torch's own classes. Where there is no library, and
-for other classes, a node in Python does the same and takes the host several times as long. Compiled code has the node
-that torch makes for custom ops.
+A description of the gradients is all that an op gives. A node in C++, of the library ``nodes``, records calls on
+tensors of torch's own classes. Where there is no library, and for other classes, a node in Python does the same and
+takes the host several times as long. Compiled code has the node that torch makes for custom ops.
 """
 
 from __future__ import annotations

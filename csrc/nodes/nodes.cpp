@@ -262,10 +262,11 @@ PyObject* run(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// The forms of calls that have been checked, and the recipe that runs each. Read and written under Python's
-// lock.
+// The forms of calls that have been checked, and the recipe of each. Read and written under Python's lock.
 Forms forms;
-constexpr Py_ssize_t kSettings = 4;  // arguments of a call before the inputs: its op, and what chooses
+
+// The arguments of such a call before its inputs: the op, and what the choice of a provider depends on.
+constexpr Py_ssize_t kSettings = 4;
 
 // again(op, *settings, *inputs) -> as run, or None where no such call has been remembered.
 PyObject* again(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
