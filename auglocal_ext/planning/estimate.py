@@ -20,6 +20,7 @@ from ..memory.copies import FakeCopy, fake_mode_of
 from ..memory.meter import rounded
 from ..segments import carried
 from ..step.empty_batch import empty_batch, explained_targets
+from ..step.memory_plan import FUSED_ON_CPU
 from ..step.optimizers import ModuleOptimizers, OptimizerFactory
 from ..step.parameter_lists import held
 from ..step.updates import Clip, Updates, updating_pass
@@ -271,10 +272,6 @@ class _Watch(OneStream):
         return StepCost(base, modules, self._begins[-1][1] + added[-1])
 
 
-#: Their fused forms run on CPUs, so also on fake tensors; of others nothing is known.
-_FUSED_ON_CPU = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
-
-
 def _fit_to_fake(optimizer: torch.optim.Optimizer, on_cuda: bool, may_shard: bool) -> None:
     """Have it step on fake CPU tensors in the form, fused or ``foreach``, that it takes on the network's device."""
     for options in (optimizer.defaults, *optimizer.param_groups):
@@ -285,6 +282,6 @@ def _fit_to_fake(optimizer: torch.optim.Optimizer, on_cuda: bool, may_shard: boo
             if left_open and not may_shard:
                 options["fused"] = True
         elif on_cuda and options.get("foreach", False) is None:
-            options["foreach"] = True
-        if options.get("fused") and not isinstance(optimizer, _FUSED_ON_CPU):
+            options["foreach"] = not options.get("differentiable")
+        if options.get("fused") and not isinstance(optimizer, FUSED_ON_CPU):
             options["fused"] = False

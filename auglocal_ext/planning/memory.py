@@ -23,6 +23,7 @@ from ..step import MemoryPlan, OptimizerFactory
 from ..step.edges import crossed
 from ..step.memory_plan import amount, step_facts
 from ..step.parameter_lists import listed
+from ..step.refusals import refuse_autocast_around_a_plan
 from ..step.updates import Clip
 from .choice import Choice, Costs, cheapest_within, lowest_peak
 from .estimate import StepEstimate
@@ -102,9 +103,11 @@ def plan_memory(
 
     Raises:
         MemoryBudgetError: if nothing fits.
-        ValueError: for an option out of range, for a ``recompute`` that a part of the network cannot honour, and for a
-            network or an optimizer that reads values of tensors, as ASGD and Adafactor do.
+        ValueError: for an option out of range, for a ``recompute`` that a part of the network cannot honour, for a
+            network or an optimizer that reads values of tensors, as ASGD and Adafactor do, and without ``autocast``
+            inside ``torch.autocast``.
     """
+    refuse_autocast_around_a_plan(autocast)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size is the number of images of a call, at least 1; got {batch_size!r}")

@@ -24,7 +24,14 @@ from .optimizers import ModuleOptimizers, OptimizerFactory
 from .overlap import TwoStreams
 from .parameter_lists import held, listed, named_parameters, replaced
 from .processes import Processes, StageCuts
-from .refusals import check_network, check_optimizer, check_plan, refuse_former, refuse_unmeshed
+from .refusals import (
+    check_network,
+    check_optimizer,
+    check_plan,
+    refuse_autocast_around_a_plan,
+    refuse_former,
+    refuse_unmeshed,
+)
 from .updates import Clip, Updates, guard_steps_by_hand, updating_pass
 
 Switch = Literal[True, False, "auto"]
@@ -85,7 +92,8 @@ class LocalStep:
         accumulate: calls per optimizer step; their gradients are averaged. Above 1 all gradients are kept.
         recompute: sets ``net.recompute``; None leaves it as it is.
         plan: what :func:`auglocal_ext.planning.plan_memory` returned for this network, optimizer and these options: it
-            says what is recomputed, and whether modules overlap. Larger batches than planned raise.
+            says what is recomputed, and whether modules overlap. A plan for another step raises, as do larger batches
+            than planned, and without ``autocast`` a call inside ``torch.autocast``.
         memory_budget, batch_size: raise, and name ``plan``, which is made with them.
         mesh: a ``DeviceMesh``. Steps of several processes run eagerly, on one stream, and are not planned:
             ``graph=True``, ``overlap=True`` and ``plan`` raise. Over stages so do fp16, ``clip="global"`` and
@@ -274,8 +282,8 @@ class LocalStep:
             The output of the pass, all of it detached; with ``delay`` a :class:`auglocal_ext.step.DelayedOutput`.
 
         Raises:
-            TypeError, ValueError: for a bad batch, as ``net(x, y)`` does, and for a larger one than planned, before
-                anything is changed.
+            TypeError, ValueError: for a bad batch, as ``net(x, y)`` does, for a larger one than planned, and for a
+                surrounding autocast that was not planned, before anything is changed.
             GraphCaptureError: with ``graph=True`` if the step cannot be captured; nothing is changed.
             RuntimeError: if another process fails, or after a step of several processes that broke off in this one.
         """
@@ -283,6 +291,7 @@ class LocalStep:
         self._processes.refuse_broken()
         if self.plan is not None:
             self.plan.check_batch(len(x))
+            refuse_autocast_around_a_plan(self._autocast_dtype)
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             way = self._way(x, y)
             if isinstance(way, GraphedStep):

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..distributed import shapes_of
 from ..local_modules import RECOMPUTE, LocalModule, Recompute
@@ -17,8 +17,14 @@ from ..local_sequential import LocalSequential
 from .empty_batch import channels_last
 from .updates import Clip
 
-#: Options of an optimizer that a plan does not depend on: the learning rate, and torch's choice of an implementation.
+#: Options of an optimizer that a plan does not depend on, and those of its form, which is compared by itself.
 _INDEPENDENT = ("params", "lr", "foreach", "fused", "capturable")
+
+#: Their fused forms run on CPUs, so also on fake tensors; those of others are planned as for-loops.
+FUSED_ON_CPU = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+
+_UPDATE = "update of parameter group"
+_FORM_HINT = ". On a GPU optimizers are fused unless they say otherwise: to plan for one on a CPU, pass fused=True"
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,10 @@ class MemoryPlan:
         for name in dict.fromkeys([*self.made_for, *facts]):
             planned, here = (of.get(name, "nothing") for of in (self.made_for, facts))
             if planned != here:
+                hint = _FORM_HINT if name.startswith(_UPDATE) else ""
                 raise ValueError(
                     f"the plan was made for another step, which differs in {name}: planned {planned}, here {here}. "
-                    "Call plan_memory with the network, the optimizer and the options of this step"
+                    f"Call plan_memory with the network, the optimizer and the options of this step{hint}"
                 )
 
     def check_batch(self, samples: int) -> None:
@@ -124,7 +131,7 @@ def step_facts(
 ) -> dict[str, Any]:
     """What the memory of a step depends on besides the batch size and the choice of recomputation, by name.
 
-    The device is no part of it: a plan made without a GPU is a plan for one.
+    The device is no part of it: a plan made without a GPU is a plan for one whose optimizer updates in the same form.
 
     Args:
         net, autocast, clip_norm, clip, accumulate: as :class:`auglocal_ext.LocalStep` has them.
@@ -132,8 +139,8 @@ def step_facts(
     """
     names = {id(module): name for name, module in net.primary.named_modules()}
     return {
-        "rule": re.sub(r" at 0x\w+", "", repr(net.rule)),
-        "task": re.sub(r" at 0x\w+", "", repr(net.task)),
+        "rule": _lasting(repr(net.rule)),
+        "task": _lasting(repr(net.task)),
         "sample": f"{net.network.input_dtype or 'floating point'} {list(net.network.input_shape)}",
         "number of local modules": net.num_modules,
         **{f"local module {module.index}": _content(module, names) for module in net.local_modules},
@@ -143,7 +150,30 @@ def step_facts(
         "clipping": "none" if clip_norm is None else clip,
         "accumulate": accumulate,
         **{f"parameter group {k}": _group(optimizer, group) for k, group in enumerate(optimizer.param_groups)},
+        **{f"{_UPDATE} {k}": _form(optimizer, group) for k, group in enumerate(optimizer.param_groups)},
+        **{f"module {name}": _module(part) for name, part in net.named_modules() if name},
     }
+
+
+def _lasting(text: str) -> str:
+    """Without addresses, which differ between equal objects."""
+    return re.sub(r" at 0x\w+", "", text)
+
+
+def _module(part: nn.Module) -> str:
+    """Its class and options, such as a stride, on which sizes of activations depend."""
+    return _lasting(f"{type(part).__name__}({part.extra_repr()})")
+
+
+def _form(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> str:
+    """How torch updates the parameters, on which temporaries depend."""
+    if group.get("fused") and isinstance(optimizer, FUSED_ON_CPU):
+        return "fused"
+    foreach = group.get("foreach", False)
+    if foreach is None:  # torch's own choice
+        foreach = group.get("fused") is None and not group.get("differentiable")
+        foreach = foreach and all(p.is_cuda for p in group["params"])
+    return "foreach" if foreach else "for-loop"
 
 
 def _content(module: LocalModule, names: Mapping[int, str]) -> str:

@@ -130,6 +130,19 @@ def check_plan(plan: Any, recompute: Any, overlap: Any) -> None:
         raise TypeError(f"plan must be what plan_memory returned, got {type(plan).__name__}{hint}")
 
 
+def refuse_autocast_around_a_plan(autocast: torch.dtype | None) -> None:
+    """ValueError inside ``torch.autocast``, which neither a plan nor a planned step reads.
+
+    Args:
+        autocast: that of the plan; one given there holds inside too.
+    """
+    if autocast is None and any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+        raise ValueError(
+            "a plan made with autocast=None is for steps outside of torch.autocast, and this is inside: leave the "
+            "region, or pass autocast= to plan_memory and to LocalStep"
+        )
+
+
 def refuse_other_devices(net: LocalSequential, device: str | None) -> None:
     """ValueError for tensors that processes on ``device`` cannot send; None: of no mesh."""
     found = {t.device.type for t in (*net.parameters(), *net.buffers()) if not t.is_meta}

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from test_plan import BATCH, adamw, sgd, wrap
+from test_plan import BATCH, adamw, wrap
 from torch import nn
 
 from auglocal_ext import AugLocal, Greedy, LocalSequential, LocalStep
@@ -43,7 +43,29 @@ OTHER_STEPS = {
         None,
         {"optimizer": lambda params: torch.optim.SGD(params, lr=0.1)},
     ),
+    "update of parameter group 0: planned for-loop, here fused. Call .*pass fused=True": (
+        None,
+        {"optimizer": lambda params: sgd(params, fused=True)},
+    ),
+    "update of parameter group 0: planned for-loop, here foreach": (
+        None,
+        {"optimizer": lambda params: sgd(params, foreach=True)},
+    ),
+    r"module primary.stem.conv: planned .*stride=\(1, 1\).*, here .*stride=\(2, 2\)": (
+        lambda: strided(wrap(AugLocal(2), 8)),
+        {},
+    ),
 }
+
+
+def sgd(params, **form):
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4, **form)
+
+
+def strided(net):
+    """The same parameters on smaller maps."""
+    net.primary.stem.conv.stride = (2, 2)
+    return net
 
 
 def frozen(net):
@@ -78,6 +100,34 @@ def test_a_plan_is_for_equal_networks_and_any_learning_rate(plan):
         plan=plan,
     )
     assert net.recompute == plan.recompute
+
+
+def test_a_plan_for_a_fused_update_is_for_no_other():
+    def fused(params):
+        return sgd(params, fused=True)
+
+    net = wrap(AugLocal(2), depth=8)
+    plan = plan_memory(net, BATCH, fused)
+    with pytest.raises(ValueError, match="update of parameter group 0: planned fused, here for-loop"):
+        LocalStep(net, sgd, plan=plan)
+    LocalStep(net, fused, plan=plan)
+    LocalStep(net, fused, plan=plan)  # the first step changes nothing that is compared
+
+
+def test_autocast_around_a_planned_step_is_refused():
+    """It would double, or halve, what was planned."""
+    net = wrap(AugLocal(2), depth=8)
+    x, y = torch.randn(BATCH, *net.network.input_shape), torch.zeros(BATCH, dtype=torch.long)
+    plan = plan_memory(net, BATCH, sgd)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match=r"outside of torch.autocast.* pass autocast= to plan_memory"):
+            plan_memory(net, BATCH, sgd)
+        with pytest.raises(ValueError, match=r"outside of torch.autocast"):
+            LocalStep(net, sgd, plan=plan)(x, y)
+        half = plan_memory(net, BATCH, sgd, autocast=torch.bfloat16)
+        assert half.predicted_bytes < plan.predicted_bytes
+        LocalStep(net, sgd, plan=half, autocast=torch.bfloat16)(x, y)
+    LocalStep(net, sgd, plan=plan)(x, y)
 
 
 def test_functions_of_a_task_are_compared_by_name():
