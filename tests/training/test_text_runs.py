@@ -334,17 +334,6 @@ def test_an_empty_part_of_the_validation_text_counts_nothing(tmp_path):
     assert learner.score(empty, empty).tally.tolist() == [0, 0]
 
 
-def test_a_moved_run_keeps_its_tokens_with_it(tmp_path, monkeypatch):
-    (tmp_path / "texts").mkdir()
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / "texts" / name).write_text(text(200))
-    config = settings(tmp_path, data=str(tmp_path / "texts"), output=str(tmp_path / "before"), epochs=1)
-    trainer(config, None).fit()
-    (tmp_path / "before").rename(tmp_path / "after")
-    found = load_run(tmp_path / "after", device="cpu").images()
-    assert found.file.path == str(tmp_path / "after" / "tokens.bin") and not (tmp_path / "before").exists()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", ["stages", "replicas"])
 def test_two_processes_train_as_one_does(tmp_path, grid):

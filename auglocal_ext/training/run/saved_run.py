@@ -6,14 +6,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ..config.train_config import TrainConfig, from_dict, pick_device
 from ..data.batches import Batches
-from ..data.datasets import ImageArrays, ImageFiles, MaskFiles
+from ..data.datasets import ImageArrays, ImageFiles, Images, MaskFiles
 from ..data.folder import few
 from ..data.order import WHOLE
 from ..data.text import Text
@@ -58,7 +58,8 @@ class SavedRun:
     def images_config(
         self, data: str | Path | None = None, train_images: int | None = None, seed: int | None = None
     ) -> TrainConfig:
-        """The settings that say which images :meth:`images` loads."""
+        """The settings that say which images :meth:`images` loads; SettingsError for a run on text."""
+        self._refuse_kind(text=True)
         own = self.config.train_images
         if train_images is not None and own is not None and train_images > own:
             raise SettingsError(
@@ -80,17 +81,61 @@ class SavedRun:
         train_images: int | None = None,
         seed: int | None = None,
         bars: bool = False,
-    ) -> Data:
-        """The data set of the run, read from ``data``, or from where it lay when the run was trained.
+    ) -> Images:
+        """The images of the run, read from ``data``, or from where they lay when the run was trained.
 
-        Tokens of a text that are no bytes of one file are taken from the run folder, or written there.
         ``train_images`` takes fewer training images than the run had, drawn among its own by ``seed``. Raises DataError
-        or SettingsError, as :func:`load_data` does, and CheckpointError for images the network was not trained on.
+        or SettingsError, as :func:`load_data` does, SettingsError for a run on text, and CheckpointError for images the
+        network was not trained on.
         """
         config = self.images_config(data, train_images, seed)
         images = kind_of(config.network).load(config, bars, Alone(self.device))
         self.check(images)
-        return images
+        return cast("Images", images)
+
+    def text(self, data: str | Path | None = None, folder: str | Path | None = None, bars: bool = False) -> Text:
+        """The text of the run, or the one in ``data``, as tokens of the run's tokenizer.
+
+        The bytes of a file are read where they are, and tokens that the run has written are taken from its folder.
+
+        Args:
+            data: a text file or a folder of .txt files; default the run's own, where it lay.
+            folder: for ``tokens.bin``, if there is none of this text in the run folder. Without it nothing is written.
+            bars: show bars on a terminal.
+
+        Raises:
+            SettingsError: for a run on images, and where tokens would have to be written without a ``folder``.
+            DataError, OutputError: as :func:`load_text`.
+            CheckpointError: for a text whose tokens are not the network's, and without ``data`` for one that has
+                changed since the training.
+        """
+        self._refuse_kind(text=False)
+        own = self.config
+        config = replace(
+            own, data=own.data if data is None else str(data), output=str(self.path if folder is None else folder)
+        )
+
+        def refuse(checksum: str) -> None:
+            raise SettingsError(
+                f"{config.data}: its tokens are not among those in {self.path}, and reading a run writes none: name "
+                "another folder for them, text(data, folder=DIR), whose result source() takes too"
+            )
+
+        found = kind_of(own.network).load(config, bars, Alone(self.device), refuse if folder is None else None)
+        self.check(found)
+        text = cast("Text", found)
+        if data is None and text.file.checksum != self.facts["checksum"]:
+            raise CheckpointError(
+                f"{config.data} is not what {self.path} was trained on: it, or the tokenizer, has changed since; to "
+                "read it as it is now, name it: text(data) or source(data)"
+            )
+        return text
+
+    def _refuse_kind(self, *, text: bool) -> None:
+        """SettingsError if the run was trained on text, or if not."""
+        if self.config.on_text == text:
+            held, method = ("text", "text()") if text else ("images", "images()")
+            raise SettingsError(f"{self.path} was trained on {held}: call {method}, or source() for batches")
 
     def check(self, images: Data) -> None:
         """CheckpointError if classes, vocabulary or shape of the data are not those the network was trained on."""
@@ -112,17 +157,27 @@ class SavedRun:
         seed: int | None = None,
         train_images: int | None = None,
     ) -> Batches:
-        """Batches of the run's images on its device, with its own augmentation and normalisation.
+        """Batches of the run's images on its device, with its own augmentation and normalisation, or of its text.
 
         Args:
-            data: where the images now lie, or the images themselves; default as stored.
+            data: where images or text now lie, or they themselves; default as stored.
             batch_size: default that of the run.
             seed: of order and augmentation, and of ``train_images``; default that of the run.
             train_images: fewer training images than the run had, see :meth:`images`; not for images themselves.
+
+        Raises:
+            SettingsError, DataError, CheckpointError: as :meth:`images` and :meth:`text`, and for ``train_images`` of
+                images themselves or of a text.
         """
+        ready = isinstance(data, ImageArrays | ImageFiles | MaskFiles | Text)
+        if train_images is not None and (ready or self.config.on_text):
+            what = "images that are passed as they are" if ready else f"{self.path}, which was trained on text"
+            raise SettingsError(f"train_images={train_images} cannot be chosen of {what}: leave it out")
         if isinstance(data, ImageArrays | ImageFiles | MaskFiles | Text):
-            images = data
+            images: Data = data
             self.check(images)
+        elif self.config.on_text:
+            images = self.text(data)
         else:
             images = self.images(data, train_images, seed)
         own = self.config
