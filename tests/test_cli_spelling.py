@@ -94,3 +94,11 @@ def test_sizes_beyond_memory_are_one_line(
     assert main(["plan", "--network", "resnet8", "--rule", "greedy", "--batch-size", "4", *options]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: {said}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["train", "--delay", "1"], ["plan", "--batch-size", "4", "--delay=1"]])
+def test_arguments_of_a_step_that_are_no_options_are_explained(command, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "LocalStep(..., mesh=mesh, delay=D), see docs/many-devices.md" in said

@@ -57,9 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_parser(subparsers)
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
-        subparsers.choices[parsed.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+        why = _explained(unknown) if parsed.command in ("train", "plan") else ""
+        subparsers.choices[parsed.command].error(f"unrecognized arguments: {' '.join(unknown)}{why}")
     with _own_warnings_in_a_line():
         return int(commands[parsed.command].run(parsed))
+
+
+def _explained(unknown: Sequence[str]) -> str:
+    """Why a command has no such option that a step in Python has."""
+    from ..training.config.settings import PYTHON_ALONE
+
+    names = [name for name in PYTHON_ALONE if any(each.partition("=")[0] == f"--{name}" for each in unknown)]
+    return "".join(f"\n--{name} {PYTHON_ALONE[name]}" for name in names)
 
 
 @contextmanager

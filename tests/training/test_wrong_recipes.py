@@ -17,6 +17,11 @@ from auglocal_ext.training.errors import RecipeError
         ('[rule]\nrule = "dgl"\ndepht = 3\n', r"own.toml, line 3, \[rule\]: depht is unknown; did you mean depth\?"),
         ("[rule]\nlr = 3\n", r"line 2, \[rule\]: lr belongs in \[optimisation\]"),
         ("[rule]\nxyz = 3\n", r"line 2, \[rule\]: xyz is unknown; \[rule\] has rule, modules, depth"),
+        (
+            "[processes]\nstages = 2\ndelay = 1\n",
+            r"line 3, \[processes\]: delay is no setting of a run, .*leave it out, or .* LocalStep\(.*delay=D\)",
+        ),
+        ("[step]\naccumulate = 4\n", r"line 2, .*: accumulate is no setting of a run: leave it out and take smaller"),
         ("[rule]\npadding-mode = 3\n", r"line 2, \[rule\]: padding-mode is unknown"),
         ("\n[training]\nlr = 3\n", r"line 2, \[training\] is no table of a recipe; tables are recipe, data"),
         ('[optimisation]\n# slow\nlr = "fast"\n', r'line 3, \[optimisation\]: lr expected a number, got "fast"'),

@@ -27,6 +27,14 @@ RECOMPUTE_HELP = (
     "of every local module; all; these for each module, such as 3,3,all; peak: what gives the lowest peak"
 )
 
+#: Arguments of :class:`auglocal_ext.LocalStep` that a run does not have: why not, and what to do.
+PYTHON_ALONE = {
+    "delay": "is no setting of a run, whose epochs, logs and checkpoints end with all stages on the same batch: leave "
+    "it out, or train in a loop of your own by LocalStep(..., mesh=mesh, delay=D), see docs/many-devices.md",
+    "accumulate": "is no setting of a run: leave it out and take smaller batches, or train in a loop of your own by "
+    "LocalStep(..., accumulate=N)",
+}
+
 
 @dataclass(frozen=True)
 class Setting:

@@ -16,7 +16,7 @@ from ...data.augment import Augmentation
 from ...errors import RecipeError, SettingsError
 from ...paths import user_path
 from ..rule_options import WrongSetting, check_table, read_head
-from ..settings import SETTINGS, TABLES
+from ..settings import PYTHON_ALONE, SETTINGS, TABLES
 from ..values import checked, said, to_toml
 from .toml_lines import line_of
 
@@ -189,6 +189,8 @@ def _unknown(table: str, name: str) -> str:
     for other, settings in TABLES.items():
         if name in settings:
             return f"belongs in [{other}]"
+    if name in PYTHON_ALONE:
+        return PYTHON_ALONE[name]
     known = tuple(TABLES.get(table, ("base",)))
     close = difflib.get_close_matches(name, known, 1)
     return "is unknown" + (f"; did you mean {close[0]}?" if close else f"; [{table}] has {', '.join(known)}")
