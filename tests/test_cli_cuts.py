@@ -84,6 +84,7 @@ def test_where_skips_may_be_detached(module, capsys):
         (["models_of_a_user:absent", "--input-shape", "6"], "absent"),
         (["models_of_a_user:number", "--input-shape", "6"], "returns int"),
         (["resnet7"], "unknown network 'resnet7'"),
+        (["gpt"], "gpt is a language model, made of layers with a cut after any of them: --modules of train and plan"),
         (["models_of_a_user:skip", "--input-shape", "5"], "a dry run of Skip"),
         (["resnet8", "--input-shape", "3", "8", "-8"], "--input-shape is sizes of at least 1; got 3 8 -8"),
     ],

@@ -78,6 +78,11 @@ def _table(arguments: argparse.Namespace) -> str:
 
 def _made(name: str, shape: list[int] | None) -> tuple[nn.Module, tuple[int, ...]]:
     path, _, function = name.partition(":")
+    if name == "gpt":
+        raise ValueError(
+            f"{name} is a language model, made of layers with a cut after any of them: --modules of train and plan "
+            "chooses the cuts, and this command is for networks whose own forward pass has to be searched"
+        )
     if not function or path in LIBRARIES:
         check_name(name)
         size = shape[-1] if shape is not None and len(shape) == 3 else None

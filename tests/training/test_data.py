@@ -111,6 +111,8 @@ def refuse(root, *parts, **options):
 def test_no_such_folder(tmp_path):
     refuse(tmp_path / "nowhere", "no such folder", "expected train/<class>/<image>")
     refuse(tmp_path / "nowhere", "no such folder", dataset="folder")
+    (tmp_path / "text.txt").write_text("to be")
+    refuse(tmp_path / "text.txt", "a file, where a folder of images is expected", dataset="folder")
 
 
 def test_nothing_recognised(tmp_path):

@@ -7,9 +7,10 @@ import os
 import pytest
 import torch
 from runs import trainer
+from texts import settings, text
 
 from auglocal_ext.cli import main
-from auglocal_ext.training import SettingsError
+from auglocal_ext.training import SettingsError, Trainer
 from auglocal_ext.training.config.settings import SETTINGS
 from auglocal_ext.training.run.run_folder import refuse_unusable
 from auglocal_ext.training.run.run_lock import RunLock
@@ -92,3 +93,25 @@ def test_weights_of_a_file_that_are_not_finite_are_refused(config, separable, tm
     torch.save(state, tmp_path / "weights.pt")
     with pytest.raises(SettingsError, match="--network-weights .*weights.pt: stem.conv.weight is not finite"):
         trainer(config(rule="bp", network_weights=str(tmp_path / "weights.pt")), separable)
+
+
+@pytest.mark.parametrize("output", ["train", "train/red", "test/run"])
+def test_a_run_among_its_images_is_refused(config, image_folder, output):
+    """Its curves would be one of them."""
+    data = image_folder()
+    with pytest.raises(SettingsError, match=f"--output .*{output} lies in .*, where the pictures .* read as data"):
+        Trainer(config(data=str(data), output=str(data / output)))
+    Trainer(config(data=str(data), output=str(data / "run")))
+
+
+def test_a_run_among_its_texts_is_refused(tmp_path):
+    """Its samples would be one of them."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text(text(300))
+    for output in (texts, texts / "run"):
+        with pytest.raises(SettingsError, match="lies in .*texts, where the samples of text .* read as data"):
+            Trainer(settings(tmp_path, data=str(texts), output=str(output)))
+    Trainer(settings(tmp_path, data=str(texts), output=str(texts / "run"), sample=0))
+    Trainer(settings(tmp_path, data=str(texts), output=str(texts / ".runs" / "run")))
+    Trainer(settings(tmp_path, data=str(texts / "a.txt"), output=str(texts / "run")))

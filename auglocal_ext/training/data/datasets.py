@@ -125,7 +125,8 @@ def load_data(
     workers = default_workers() if workers is None else workers
     with readable(root):
         if not root.is_dir():
-            raise DataError(f"{root}: no such folder; {_expected()}")
+            missing = "a file, where a folder of images is expected" if root.is_file() else "no such folder"
+            raise DataError(f"{root}: {missing}; {_expected()}")
         return _load(root, kind, image_size, streamed_size, train_images, seed, workers, progress)
 
 

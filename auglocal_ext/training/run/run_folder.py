@@ -1,4 +1,4 @@
-"""Whether a run folder can be made and written."""
+"""Whether a run folder can be made and written, where its files are no data."""
 
 from __future__ import annotations
 
@@ -27,3 +27,19 @@ def refuse_unusable(output: Path) -> None:
         if not os.access(place, os.W_OK | os.X_OK):
             raise SettingsError(unusable(output, how, f"{place} is read-only"))
         return
+
+
+def refuse_among_data(output: Path, data: Path, *, text: bool) -> None:
+    """SettingsError for a run folder whose pictures, or samples of text, this run or the next would read as data."""
+    folder = output.resolve()
+    for place in (data,) if text else (data / "train", data / "test"):
+        whole = place.resolve()
+        if not place.is_dir() or not folder.is_relative_to(whole):
+            continue
+        if text and any(part.startswith(".") for part in folder.relative_to(whole).parts):  # left out of a text
+            continue
+        what = "samples of text" if text else "pictures"
+        raise SettingsError(
+            f"--output {output} lies in {place}, where the {what} that a run writes would be read as data: choose a "
+            "folder outside of it"
+        )

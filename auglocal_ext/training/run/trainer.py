@@ -35,6 +35,7 @@ from .metrics import EpochSums, Reading, StepResult
 from .processes import Alone
 from .progress import Progress, Summary, bar_text, unit_bar
 from .records import Records
+from .run_folder import refuse_among_data
 from .schedule_picture import Shares, record_schedule
 from .versions import versions
 from .writing import replaced
@@ -116,7 +117,9 @@ class Trainer:
         self._drawn = -math.inf
 
     def _load(self, config: TrainConfig) -> Data:
-        """The data, after a network that cannot be has been refused, if loading writes files."""
+        """The data, after a run folder among it has been refused, and, if loading writes files, what cannot be made."""
+        if not config.on_text or config.sample != 0:
+            refuse_among_data(user_path(config.output), user_path(config.data), text=config.on_text)
         if (facts := self._kind.foreseen(config)) is not None:
             try_network(resolve(config, TEXT, streamed=True), tuple(facts["input_shape"]), self._kind.task(facts))
         refuse = partial(resuming.refuse_other_tokens, user_path(config.output))
