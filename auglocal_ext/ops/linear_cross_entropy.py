@@ -203,17 +203,13 @@ registry.steered(
         "linear_cross_entropy_results": (
             "(Tensor totals, int divisor, bool in_double) -> (Tensor loss, Tensor correct, Tensor nll)"
         ),
-        _SMALL: _SIGNATURE,
     },
 )
+_SMALL_TABLE = providers.Table(NAME, (TABLE.row("cpu"),))
+registry.primitive(_SMALL_TABLE, _SMALL, _SIGNATURE, _fake, "forward")
 _GRADIENTS = nodes.Gradients(None, {"x": "grad_x", "weight": "grad_weight", "bias": "grad_bias"}, others=2)
-nodes.autograd(TABLE, [_GRADIENTS], lambda inputs: 0, instead=_INSTEAD, name=NAME, primitive=NAME)
-nodes.autograd(
-    *(providers.Table(NAME, (TABLE.row("cpu"),)), [_GRADIENTS], lambda inputs: 0),
-    instead=_INSTEAD,
-    name=_SMALL,
-)
-registry.flops(NAME, _flops)
-registry.flops(_SMALL, _flops)
+for table, name in ((TABLE, NAME), (_SMALL_TABLE, _SMALL)):
+    nodes.autograd(table, [_GRADIENTS], lambda inputs: 0, instead=_INSTEAD, name=name, primitive=name)
+    registry.flops(name, _flops)
 
 _ON_CPU, _SMALL_ON_CPU = registry.overload(NAME, "cpu"), registry.overload(_SMALL, "cpu")

@@ -7,6 +7,8 @@ import pytest
 import torch
 from test_linear_cross_entropy import IGNORE, OP, cases, compare, inputs, leaves
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from auglocal_ext.memory import MemoryMeter
@@ -101,3 +103,20 @@ def test_a_factor_is_left_out_where_it_is_one_and_nothing_can_tell() -> None:
         Scales.apply(torch.randn(3, requires_grad=True)).backward()
     assert [grad is made for grad in found] == [False, False, True, False]
     assert torch.equal(found[0], made) and torch.equal(found[1], 2 * made)
+
+
+@cases
+def test_recorded_small_problems_have_shapes_and_gradients(device: str, provider: str) -> None:
+    """Of a graph of operators, which knows neither nodes of our own nor that the problem was small."""
+
+    def loss_of(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return linear_cross_entropy(x, weight, bias, target, provider=provider, check_labels=False).loss
+
+    x, weight, bias, target = inputs((4, 6), 5, torch.float32, device)
+    arguments = leaves(x, weight, bias)
+    graph = make_fx(loss_of)(*arguments)
+    found, expected = (torch.autograd.grad(run(*arguments), arguments) for run in (graph, loss_of))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(weight)
+        assert loss_of(x, fake, bias).shape == ()
