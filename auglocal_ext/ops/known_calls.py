@@ -33,8 +33,9 @@ class KnownCalls:
         ``overload`` is what :func:`registry.chosen` has found for the first input.
         """
         node: Any = registry.recorder(overload)
-        library, number = native.nodes(), node.number(*inputs)
-        if not isinstance(library, str) and registry.is_settled(self._op, inputs[0], provider):
+        number = node.number(*inputs)
+        if number is not None and registry.is_settled(self._op, inputs[0], provider):
+            library: Any = native.nodes()
             library.remember(number, [self._op, provider, providers.asked(), tuning.generation, *inputs])
             self.again = partial(library.again, self._op)
         return node(*inputs)

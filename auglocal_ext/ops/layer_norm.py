@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def check_tensors(
         raise not_a_flag("rms", rms)
     if eps is None or isinstance(eps, str):
         raise TypeError(f"expected eps as a number, got {eps!r}")
-    if not least_eps(x.dtype) <= eps < math.inf:
+    if not least_eps(x.dtype) <= eps <= sys.float_info.max:
         raise ValueError(f"expected a positive eps, for {x.dtype} of at least {least_eps(x.dtype):.3g}, got {eps}")
     if bias is not None and (rms or weight is None):
         raise ValueError(
@@ -121,8 +121,9 @@ def _check_kind(name: str, tensor: Tensor | None) -> None:
     if not isinstance(tensor, Tensor):
         hint = "; the normalised shape is that of the last dimension, leave it out" if name == "weight" else ""
         raise TypeError(f"expected {name} as a tensor, got {type(tensor).__name__}{hint}")
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"expected {name} as a dense tensor, got one of layout {tensor.layout}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
+        raise TypeError(f"expected {name} as a dense tensor, got {kind}")
 
 
 def least_eps(dtype: torch.dtype) -> float:

@@ -86,7 +86,7 @@ def linear_cross_entropy(
         labels.check_labels(flat, weight.shape[0], ignore_index)
     op = registry.chosen(NAME, x, provider)
     product = _product(x, weight, op)
-    if op is _ON_CPU and not torch.compiler.is_compiling() and type(x) in tuning.PLAIN:
+    if op is _ON_CPU and type(x) in tuning.PLAIN and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         if is_small(len(rows), weight, label_smoothing, z_loss):
             op = _SMALL_ON_CPU  # which is not in Python
     grad = torch.is_grad_enabled()

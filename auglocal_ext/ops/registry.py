@@ -215,9 +215,16 @@ def scaled(grad: Tensor, factor: Tensor) -> Tensor:
     """
     if type(factor) is Tensor and factor.device.type == "cpu" and not graph_is_kept():
         # Whatever records or counts operators is not to see one that depends on a value.
-        if current_dispatch_mode() is None and factor.item() == 1:
+        if current_dispatch_mode() is None and _is_one(factor):
             return grad
     return factor * grad
+
+
+def _is_one(factor: Tensor) -> bool:
+    try:
+        return factor.item() == 1
+    except RuntimeError:  # one of a batch of factors, under vmap
+        return False
 
 
 def refuse_create_graph(name: str, instead: str) -> None:

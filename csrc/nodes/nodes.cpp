@@ -72,7 +72,9 @@ size_t defined = 0;
 // pass will read what callers may write to. Whatever records operators is not to see one that depends on a
 // value.
 at::Tensor scaled(const at::Tensor& made, const at::Tensor& factor) {
-  const bool readable = factor.is_cpu() && !factor.key_set().has(c10::DispatchKey::Python) &&
+  const c10::DispatchKeySet unreadable{c10::DispatchKey::Python, c10::DispatchKey::Batched,
+                                       c10::DispatchKey::FuncTorchBatched};
+  const bool readable = factor.is_cpu() && !factor.key_set().has_any(unreadable) &&
                         !c10::impl::TorchDispatchModeTLS::any_modes_set();
   if (readable && !torch::autograd::get_current_graph_task_keep_graph() && factor.item<double>() == 1)
     return made;

@@ -106,6 +106,19 @@ def test_a_factor_is_left_out_where_it_is_one_and_nothing_can_tell() -> None:
 
 
 @cases
+def test_gradients_of_a_batch_of_factors(device: str, provider: str) -> None:
+    """``is_grads_batched`` runs backward under vmap, where no value can be read."""
+    x, weight, bias, target = inputs((4, 6), 5, torch.float32, device)
+    arguments = leaves(x, weight, bias)
+    loss = linear_cross_entropy(*arguments, target, provider=provider).loss
+    factors = torch.tensor([1.0, 2.0], device=device)
+    batched = torch.autograd.grad(loss, arguments, factors, is_grads_batched=True)
+    loss = linear_cross_entropy(*arguments, target, provider=provider).loss
+    for grads, grad in zip(batched, torch.autograd.grad(loss, arguments), strict=True):
+        assert torch.equal(grads, torch.stack([grad, 2 * grad]))
+
+
+@cases
 def test_recorded_small_problems_have_shapes_and_gradients(device: str, provider: str) -> None:
     """Of a graph of operators, which knows neither nodes of our own nor that the problem was small."""
 
