@@ -1,4 +1,4 @@
-"""benchmarks/accuracy.py: runs that are skipped, taken up, stopped and fail; means and papers' figures; one real order.
+"""benchmarks/accuracy.py: runs that are skipped, taken up, stopped and fail; means and papers' figures.
 
 Most runs here are those of a stand-in for the training command, which writes the same files in no time.
 """
@@ -336,63 +336,3 @@ def test_the_real_command(data, tmp_path):
     assert all(run["peak_bytes"] > 1e6 and run["images_per_second"] > 0 and not run["error"] for run in (bp, infopro))
     assert bp["threads"] == infopro["threads"] and len(infopro["log"][2].split(",")[11].split()) == 4
     assert "| InfoPro | 4 |" in done.stdout
-
-
-@pytest.mark.slow
-def test_the_real_command_is_taken_up_to_the_step(benchmark, data, tmp_path):
-    settings = ["--settings", "--width 4 --batch-size 8 --lr 0.05"]
-    arguments = ["--rows", "AugLocal d=2", "--epochs", "12", *settings]
-    whole, parts = tmp_path / "whole", tmp_path / "out"
-    assert benchmark.main(command(data, whole, *arguments)[2:]) == 0
-    first = subprocess.Popen(command(data, parts, *arguments), stderr=subprocess.PIPE, text=True)
-    log = folder(tmp_path, "auglocal-d2", epochs=12) / "log.csv"
-    while not log.exists() or len(log.read_text().splitlines()) < 5:
-        time.sleep(0.05)
-    first.send_signal(signal.SIGINT)
-    assert "go on with" in first.communicate(timeout=120)[1] and first.returncode == 130
-    assert benchmark.main(command(data, parts, *arguments)[2:]) == 0
-    (once,), (twice,) = (json.loads((out / "accuracy.json").read_text())["runs"] for out in (whole, parts))
-    assert len(twice["sittings"]) == 2 and len(once["sittings"]) == 1
-    figures = [[line.split(",")[:7] for line in run["log"]] for run in (once, twice)]
-    assert figures[0] == figures[1] and len(figures[0]) == 13
-
-
-def relations(count, seed):
-    """Grey images of 16 x 16 with two small marks, vertical and horizontal stripes, in strong noise; and their labels.
-
-    The label says on which side of the first mark the second one lies, four to six pixels away. A classifier on the
-    pooled output of a 3x3 layer sees which marks there are, and these are the same in all classes: so greedy learning's
-    first modules have nothing to learn from, and the noise drowns what they hand on. AugLocal's auxiliary networks look
-    at a layer through a convolution that spans both marks.
-    """
-    generator = np.random.default_rng(seed)
-    labels = np.arange(count) % 4
-    images = 128 + generator.normal(0, 30, (count, 16, 16, 1)) + generator.normal(0, 15, (count, 16, 16, 3))
-    stripes = np.tile([1.0, -1.0, 1.0], (3, 1))
-    for image, label in zip(images, labels, strict=True):
-        along = np.array([(0, 1), (0, -1), (1, 0), (-1, 0)][label])
-        offset = along * generator.integers(4, 7) + along[::-1] * generator.integers(-1, 2)
-        # Three pixels from the border: the augmentation shifts images by two.
-        first = generator.integers(3 + np.maximum(0, -offset), 11 - np.maximum(0, offset))
-        contrast = generator.uniform(60, 100)
-        for (y, x), mark in ((first, stripes), (first + offset, stripes.T)):
-            image[y : y + 3, x : x + 3] += contrast * generator.choice([-1, 1]) * mark[..., None]
-    return images, labels
-
-
-@pytest.mark.slow
-def test_auglocal_beats_greedy(tmp_path):
-    sides = ("right", "left", "below", "above")
-    images = write_images(tmp_path / "images", {"train": relations(2000, 0), "test": relations(500, 1)}, sides)
-    # SVHN's recipe does not mirror images, which would turn left into right.
-    settings = "--recipe svhn --width 8 --batch-size 64 --lr 0.1 --channels-last"
-    rows = ["--rows", "AugLocal d=2", "Greedy", "--seeds", "1", "2", "--epochs", "6"]
-    done = subprocess.run(
-        command(images, tmp_path / "out", *rows, "--settings", settings), capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = report(tmp_path)
-    last = {(run["row"], run["seed"]): run["last_test_accuracy"] for run in found["runs"]}
-    for seed in (1, 2):  # about 0.99 and 0.3 to 0.5, chance is 0.25
-        assert last["AugLocal d=2", seed] > 0.9
-        assert last["AugLocal d=2", seed] > last["Greedy", seed] + 0.2

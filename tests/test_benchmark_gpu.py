@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -367,29 +368,34 @@ def test_variables_that_would_change_a_measurement_are_left_out(gpu, tmp_path, m
 
 
 @pytest.mark.slow
-def test_a_dry_run_does_everything(tmp_path):
-    """One task of each script, in two slices, the second out of the first one's archive, called from another folder."""
+def test_a_dry_run_does_everything(gpu, tmp_path, monkeypatch, capsys):
+    """One task of each script, in two slices, the second out of the first one's archive.
+
+    The first is called from another folder. The second one's scripts are forked, for they are many.
+    """
     here = tmp_path / "elsewhere"
     here.mkdir()
     kinds = ["tests-cuda", "kernels-compile", "step-resnet110", "sanitizer-memcheck", "train", "rules", "step-scaling"]
     kinds += ["accuracy-short", "analysis", "host-cost"]
-    script = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--dry-run", "--archive", str(tmp_path / "back")]
-
-    def call(output, *arguments):
-        command = [*script, "--output", str(output), *arguments]
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=1500)
-
-    first = call(tmp_path / "one", "--minutes", "9", "--only", "build", "kernels-compile")
+    options = ["--dry-run", "--archive", str(tmp_path / "back")]
+    script = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *options]
+    given = ["--output", str(tmp_path / "one"), "--minutes", "9", "--only", "build", "kernels-compile"]
+    first = subprocess.run([*script, *given], cwd=here, capture_output=True, text=True, timeout=1500)
     assert first.returncode == 0, first.stdout + first.stderr
+
     second = tmp_path / "two"
     with tarfile.open(tmp_path / "back" / "slice-1.tar.gz") as tar:
         tar.extractall(second, filter="data")
-    done = call(second, "--minutes", "20", "--only", *kinds)
+    import _gpu_slices
+
+    monkeypatch.setattr(_gpu_slices, "subprocess", forked)
+    status = gpu.main([*options, "--output", str(second), "--minutes", "20", "--only", *kinds])
+    said = capsys.readouterr().out
     summary = json.loads((second / "summary.json").read_text())
     statuses = {task["name"]: task["status"] for task in summary["tasks"]}
-    assert {name: statuses[name] for name in ["build", *kinds]} == dict.fromkeys(["build", *kinds], "done"), done.stdout
+    assert {name: statuses[name] for name in ["build", *kinds]} == dict.fromkeys(["build", *kinds], "done"), said
     assert statuses["step-resnet32"] == "left"
-    assert done.returncode == 0 and len(summary["slices"]) == 2
+    assert status == 0 and len(summary["slices"]) == 2
     sittings = {task["name"]: [sitting["slice"] for sitting in task["sittings"]] for task in summary["tasks"]}
     assert (sittings["build"], sittings["kernels-compile"], sittings["rules"]) == ([1, 2], [1], [2])
     for task in summary["tasks"]:
