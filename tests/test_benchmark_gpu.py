@@ -369,25 +369,20 @@ def test_variables_that_would_change_a_measurement_are_left_out(gpu, tmp_path, m
 
 @pytest.mark.slow
 def test_a_dry_run_does_everything(gpu, tmp_path, monkeypatch, capsys):
-    """One task of each script, in two slices, the second out of the first one's archive.
+    """One task of each script, in two slices: one from another folder; one out of its archive, with forked scripts."""
+    import _gpu_slices
 
-    The first is called from another folder. The second one's scripts are forked, for they are many.
-    """
-    here = tmp_path / "elsewhere"
-    here.mkdir()
     kinds = ["tests-cuda", "kernels-compile", "step-resnet110", "sanitizer-memcheck", "train", "rules", "step-scaling"]
     kinds += ["accuracy-short", "analysis", "host-cost"]
     options = ["--dry-run", "--archive", str(tmp_path / "back")]
     script = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *options]
     given = ["--output", str(tmp_path / "one"), "--minutes", "9", "--only", "build", "kernels-compile"]
-    first = subprocess.run([*script, *given], cwd=here, capture_output=True, text=True, timeout=1500)
+    first = subprocess.run([*script, *given], cwd=tmp_path, capture_output=True, text=True, timeout=1500)
     assert first.returncode == 0, first.stdout + first.stderr
 
     second = tmp_path / "two"
     with tarfile.open(tmp_path / "back" / "slice-1.tar.gz") as tar:
         tar.extractall(second, filter="data")
-    import _gpu_slices
-
     monkeypatch.setattr(_gpu_slices, "subprocess", forked)
     status = gpu.main([*options, "--output", str(second), "--minutes", "20", "--only", *kinds])
     said = capsys.readouterr().out
