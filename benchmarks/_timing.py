@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -63,8 +64,9 @@ def in_turn(
 ) -> dict[str, Spread]:
     """Time functions by the clock, for about ``seconds`` each, one run of each after another, at most ``most`` rounds.
 
-    What else the machine does meanwhile then slows all of them alike. Every other round goes backwards. ``before`` is
-    called before each run, outside its time: by default a write of 64 MiB, as :func:`measure` makes on the CPU.
+    What else the machine does meanwhile then slows all of them alike. The order of a round is random, but none runs
+    twice in a row: it would find its own code where it left it. ``before`` is called before each run, outside its time:
+    by default a write of 64 MiB, as :func:`measure` makes on the CPU.
     """
     if before is None:
         before = torch.empty(_cache_bytes("cpu"), dtype=torch.int8).zero_
@@ -73,8 +75,13 @@ def in_turn(
             function()
     times: dict[str, list[float]] = {name: [] for name in functions}
     end, rounds = time.perf_counter() + seconds * len(functions), 0
+    order, chance = [*functions], random.Random(0)
     while functions and (rounds < 10 or (time.perf_counter() < end and rounds < most)):
-        for name in [*functions][:: -1 if rounds % 2 else 1]:
+        last = order[-1]
+        chance.shuffle(order)
+        if rounds and order[0] == last:
+            order.append(order.pop(0))
+        for name in order:
             times[name].append(_time_cpu(functions[name], before))
         rounds += 1
     return {name: spread(found) for name, found in times.items()}

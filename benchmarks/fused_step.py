@@ -31,9 +31,8 @@ from auglocal_ext import AugLocal, LocalSequential, fuse, models
 from auglocal_ext.step import LocalStep
 
 METHOD = (
-    "Forward and backward passes and SGD with momentum, on random images of 32 x 32. Fused and eager steps in turns, "
-    "every other turn reversed; the ratio is that of the medians. Peaks are counted operator by operator, weights and "
-    "images left out."
+    "Forward and backward passes and SGD with momentum, on random images of 32 x 32. Fused and eager steps in turns; "
+    "the ratio is that of the medians. Peaks are counted operator by operator, weights and images left out."
 )
 NETWORKS = {
     "ResNet-32": partial(models.resnet_cifar, 32),

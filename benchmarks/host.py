@@ -30,7 +30,7 @@ from auglocal_ext import native
 from auglocal_ext.ops import providers, tuning
 
 METHOD = (
-    "Forward pass and torch.autograd.grad in fp32, on one thread; fused and eager in turns, every other turn reversed. "
+    "Forward pass and torch.autograd.grad in fp32, on one thread; fused and eager in turns. "
     "The clock stops when the call returns; on CUDA the device is waited for before each call, outside its time. "
     "Providers are those of the fixed order, or the one asked for. The ratio is that of the medians."
 )
